@@ -1,0 +1,13 @@
+"""The root of every error duq raises on purpose.
+
+Each layer derives its own from it (``compiler.errors``, ``runtime.errors``); a command line turns any of them
+into one line on stderr and exit code 2.
+"""
+
+
+class DuqError(Exception):
+    """Something the user can act on: the message names the file or value at fault and the fix."""
+
+
+class LayoutError(DuqError, ValueError):
+    """Values that do not fit the storage asked for, such as an INT4 weight outside -8..7."""

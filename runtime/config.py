@@ -1,0 +1,57 @@
+"""The dimensions of a policy, shared by the compiler (which infers them) and the plan (which records them)."""
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+IMAGE_SLOTS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """SigLIP. So400m/14 at 224 px is (1152, 27, 4304, 16)."""
+
+    width: int
+    depth: int
+    mlp_width: int
+    heads: int
+    image_size: int = 224
+    patch_size: int = 14
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one camera image: (image_size / patch_size)^2 = 256."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True)
+class GemmaConfig:
+    """A Gemma decoder. gemma_2b is (2048, 18, 16384, 8, 1, 256), gemma_300m (1024, 18, 4096, 8, 1, 256)."""
+
+    width: int
+    depth: int
+    mlp_width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole pi0 or pi0.5 policy."""
+
+    pi05: bool
+    vision: VisionConfig
+    llm: GemmaConfig
+    expert: GemmaConfig
+    vocab_size: int
+    action_dim: int = 32
+    action_horizon: int = 50
+    max_prompt_tokens: int = 48  # pi0: 48, pi0.5: 200
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict) -> "ModelConfig":
+        nested = {"vision": VisionConfig, "llm": GemmaConfig, "expert": GemmaConfig}
+        return cls(**{key: nested[key](**value) if key in nested else value for key, value in data.items()})

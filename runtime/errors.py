@@ -1,0 +1,10 @@
+"""Errors of opening and running a plan."""
+from plugins.errors import DuqError
+
+
+class PlanError(DuqError):
+    """The plan file is missing, damaged, of another format version, or made for another target."""
+
+
+class ObservationError(DuqError, ValueError):
+    """An observation does not fit the plan: the key, what was found and what is expected are named."""
