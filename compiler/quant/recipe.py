@@ -1,0 +1,280 @@
+"""What to quantise and how: the recipe, its presets, its file form, and the variables of the original scripts."""
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from compiler.checkpoint.names import openpi_name
+from compiler.errors import RecipeError
+
+EVERY_LINEAR = r"\.layers\.|^projector$"
+NO_LINEAR = r"(?!)"
+
+# The selection each preset stands for. The small projections of state, action and time always stay in float.
+PRESETS = {
+    "llm": r"^llm\.",
+    "llm+expert-mlp": r"^llm\.|^expert\..*\.mlp\.",
+    "all": EVERY_LINEAR,
+    "none": NO_LINEAR,
+}
+DEFAULT_PRESET = "llm+expert-mlp"
+
+# What a scheme implies where the user says nothing.
+SCHEMES = {
+    "balanced": {"block_size": 64, "permute": False, "row_rotation": "0", "activation_scale": "per-token"},
+    "duquant": {"block_size": 16, "permute": True, "row_rotation": "restore", "activation_scale": "per-token"},
+    "reference": {"block_size": 16, "permute": True, "row_rotation": "restore", "activation_scale": "per-channel"},
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A fully resolved recipe; :func:`load_recipe` makes one from a preset or file, the environment and flags.
+
+    Attributes:
+        scheme: ``balanced`` (balance factors and block Hadamard), ``duquant`` (zigzag permutation and block rotations
+            from the weights) or ``reference`` (duquant with the original per-channel fake quantisation; not compilable).
+        scope, include, exclude: regular expressions over module names. A linear is quantised when its canonical or its
+            openpi name starts with ``scope``, contains ``include`` and, in neither form, contains ``exclude``.
+        weight_bits: 4, 8 or 16 (16 leaves the linear in float).
+        layer_bits: (pattern, bits) pairs overriding ``weight_bits``; a pattern covers whole components of the name,
+            so ``layers.1`` is not ``layers.10``, and the last one that matches counts.
+        activation_bits: 8, or 0 for float activations.
+        activation_scale: ``per-token`` (dynamic) or ``per-tensor`` (calibrated); ``per-channel`` in ``reference`` only.
+        block_size: block of the input rotation, 16..128; narrowed to what divides a linear's input.
+        permute: zigzag permutation of the input channels.
+        row_rotation: ``0``, or ``restore``: block rotation of the output channels, undone after the GEMM.
+        activation_percentile: of |x'|, for calibrated activation scales.
+        calibration_steps: observations to calibrate on.
+        compensate, damping: GPTQ-style error compensation, with ``damping`` x the mean diagonal added to the Hessian.
+    """
+
+    scheme: str = "balanced"
+    scope: str = ""
+    include: str = PRESETS[DEFAULT_PRESET]
+    exclude: str = ""
+    weight_bits: int = 4
+    layer_bits: tuple[tuple[str, int], ...] = ()
+    activation_bits: int = 8
+    activation_scale: str = "per-token"
+    block_size: int = 64
+    permute: bool = False
+    row_rotation: str = "0"
+    activation_percentile: float = 99.9
+    calibration_steps: int = 32
+    compensate: bool = False
+    damping: float = 1.0
+
+    def __post_init__(self) -> None:
+        _one_of("scheme", self.scheme, SCHEMES)
+        scales = ("per-channel",) if self.scheme == "reference" else ("per-token", "per-tensor")
+        _one_of("activation_scale", self.activation_scale, scales)
+        _one_of("row_rotation", self.row_rotation, ("0", "restore"))
+        _one_of("weight_bits", self.weight_bits, (4, 8, 16))
+        _one_of("activation_bits", self.activation_bits, (8, 0))
+        for pattern, bits in self.layer_bits:
+            _one_of(f"weight bits of {pattern!r}", bits, (4, 8, 16))
+        if self.block_size not in (16, 32, 64, 128):
+            raise RecipeError(f"block_size is {self.block_size}; a block is 16, 32, 64 or 128 channels")
+        if not 50.0 <= self.activation_percentile <= 100.0:
+            raise RecipeError(f"activation_percentile is {self.activation_percentile}; expected 50..100")
+        if self.calibration_steps < 1:
+            raise RecipeError(f"calibration_steps is {self.calibration_steps}; at least one observation is needed")
+        if self.damping <= 0.0:
+            raise RecipeError(f"damping is {self.damping}; it must be positive for the Hessian to be invertible")
+        for key in ("scope", "include", "exclude"):
+            _compile(key, getattr(self, key))
+        for pattern, _ in self.layer_bits:
+            _compile("layer_bits", pattern)
+
+    def bits(self, name: str) -> int:
+        """Weight bits of the linear with this canonical module name; 16 when it is not to be quantised."""
+        names = (name, openpi_module(name))
+        selected = (
+            any(re.match(self.scope, n) for n in names)
+            and any(re.search(self.include, n) for n in names)
+            and not (self.exclude and any(re.search(self.exclude, n) for n in names))
+        )
+        bits = self.weight_bits if selected else 16
+        for pattern, override in self.layer_bits:
+            if selected and any(re.search(rf"(^|\.)({pattern})(\.|$)", n) for n in names):
+                bits = override
+        return bits
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "layer_bits": dict(self.layer_bits)}
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> "Recipe":
+        """A recipe from any subset of its fields (as :meth:`to_json` writes them); the scheme fills in the rest.
+
+        Raises RecipeError for unknown keys and for values of the wrong kind.
+        """
+        known = {field.name: field for field in fields(cls)}
+        for key in settings:
+            _one_of("recipe key", key, known)
+        scheme = settings.get("scheme", cls.scheme)
+        _one_of("scheme", scheme, SCHEMES)
+        values = {**SCHEMES[scheme], **settings}
+        return cls(**{key: _coerce(key, value, type(known[key].default)) for key, value in values.items()})
+
+
+def load_recipe(
+    source: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> Recipe:
+    """The recipe from, in rising order of precedence: the environment, ``source``, ``overrides``.
+
+    Args:
+        source: a preset's name or the path of a YAML or TOML file with recipe keys (and ``preset``); None is the
+            default preset, unless the environment selects linears itself.
+        overrides: recipe keys from command-line flags; None values are skipped.
+        environment: where ``OPENPI_DUQUANT_*`` variables are looked up.
+    Raises RecipeError naming the key or value and the nearest valid ones.
+    """
+    settings = environment_settings(environment)
+    if source is not None:
+        settings |= preset_settings(source) if source in PRESETS else file_settings(source)
+    elif "include" not in settings:
+        settings |= preset_settings(DEFAULT_PRESET)
+    settings |= {key: value for key, value in (overrides or {}).items() if value is not None}
+    return Recipe.from_settings(settings)
+
+
+def preset_settings(preset: str) -> dict[str, str]:
+    return {"scope": "", "include": PRESETS[preset], "exclude": ""}
+
+
+def file_settings(source: str) -> dict[str, Any]:
+    """The settings in a recipe file. Keys may be written with hyphens; ``preset`` stands for its selection."""
+    path = Path(source)
+    if path.suffix not in (".yaml", ".yml", ".toml") or not path.is_file():
+        raise RecipeError(
+            f"{source!r} is neither a preset nor a .yaml or .toml recipe file; {_valid(source, PRESETS)}"
+        )
+    settings = {str(key).replace("-", "_"): value for key, value in _parse(path).items()}
+    if "preset" in settings:
+        preset = settings.pop("preset")
+        _one_of(f"preset in {path}", preset, PRESETS)
+        settings = preset_settings(preset) | settings
+    return settings
+
+
+def environment_settings(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Recipe settings from the variables of the original DuQuant scripts (docs/quantization.md lists them).
+
+    The presence of PERMUTE or ROW_ROT, which only DuQuant's transforms have, makes ``duquant`` the scheme. SCOPE,
+    INCLUDE, EXCLUDE and LAYERS select among all linears, as they did there.
+    """
+    variables = {
+        key.removeprefix("OPENPI_DUQUANT_"): value.strip()
+        for key, value in environment.items()
+        if key.startswith("OPENPI_DUQUANT_")
+    }
+    settings: dict[str, Any] = {}
+    if {"PERMUTE", "ROW_ROT"} & variables.keys():
+        settings["scheme"] = "duquant"
+    if {"SCOPE", "INCLUDE", "EXCLUDE", "LAYERS"} & variables.keys():
+        settings["scope"] = re.escape(variables.get("SCOPE", ""))
+        settings["include"] = variables.get("INCLUDE") or EVERY_LINEAR
+        settings["exclude"] = variables.get("EXCLUDE", "")
+        if variables.get("LAYERS"):
+            settings["include"] = f"^({'|'.join(re.escape(name) for name in _listed(variables['LAYERS']))})$"
+    for variable, key in ENVIRONMENT.items():
+        if variables.get(variable):
+            settings[key] = variables[variable]
+    return settings
+
+
+# OPENPI_DUQUANT_<variable> -> recipe key. LS needs none: it shifts all channel energies alike, and only their order
+# is used. PACKDIR is the command line's default for --packs.
+ENVIRONMENT = {
+    "WBITS_DEFAULT": "weight_bits",
+    "WBITS": "layer_bits",
+    "ABITS": "activation_bits",
+    "BLOCK": "block_size",
+    "PERMUTE": "permute",
+    "ROW_ROT": "row_rotation",
+    "ACT_PCT": "activation_percentile",
+    "CALIB_STEPS": "calibration_steps",
+}
+
+
+def openpi_module(name: str) -> str:
+    """The openpi name of a module given by its canonical name."""
+    return openpi_name(f"{name}.weight").removesuffix(".weight")
+
+
+def parse_layer_bits(items: Iterable[str]) -> tuple[tuple[str, int], ...]:
+    """``["layers.0:8", "down_proj:8"]`` -> (("layers.0", 8), ("down_proj", 8))."""
+    pairs = []
+    for item in items:
+        pattern, _, bits = item.rpartition(":")
+        if not pattern or not bits.strip().isdigit():
+            raise RecipeError(f"layer_bits entry {item!r} is not of the form PATTERN:BITS, such as layers.0:8")
+        pairs.append((pattern.strip(), int(bits)))
+    return tuple(pairs)
+
+
+def _listed(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    import yaml  # imported here because most runs have no recipe file
+
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        import tomli as tomllib
+    try:
+        text = path.read_text()
+        parsed = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+    except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} does not parse: {' '.join(str(error).split())}") from error
+    if not isinstance(parsed, dict):
+        raise RecipeError(f"{path} holds no settings; expected 'key: value' lines such as 'preset: llm'")
+    return parsed
+
+
+def _coerce(key: str, value: Any, kind: type) -> Any:
+    """Brings a value from a file, flag or variable to the field's type; strings are what variables are made of."""
+    if key == "layer_bits":
+        if isinstance(value, Mapping):
+            value = [f"{pattern}:{bits}" for pattern, bits in value.items()]
+        return parse_layer_bits(_listed(value) if isinstance(value, str) else value)
+    if kind is bool and isinstance(value, str) and value.lower() in ("0", "1", "false", "true", "off", "on"):
+        return value.lower() in ("1", "true", "on")
+    if kind is str and key == "row_rotation" and value in (0, "disabled"):
+        return "0"  # YAML reads the mode 0 as a number
+    try:
+        number = kind(value) if kind in (int, float) and not isinstance(value, bool) else value
+    except (TypeError, ValueError):
+        number = value
+    if not isinstance(number, kind) or (kind is int and number != float(value)):
+        raise RecipeError(f"recipe key {key} is {value!r}; expected {kind.__name__}")
+    return number
+
+
+def _one_of(what: str, value: Any, valid: Iterable) -> None:
+    if value not in valid:
+        raise RecipeError(f"unknown {what} {value!r}; {_valid(value, valid)}")
+
+
+def _valid(value: Any, valid: Iterable) -> str:
+    names = [str(name) for name in valid]
+    near = difflib.get_close_matches(str(value), names, n=2)
+    return f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(names)}"
+
+
+def _compile(key: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise RecipeError(f"{key} {pattern!r} is not a regular expression: {error}") from error
