@@ -1,0 +1,32 @@
+"""Prompts to tokens, as openpi does it with the PaliGemma SentencePiece model."""
+from __future__ import annotations
+
+import numpy as np
+import sentencepiece
+
+from runtime.errors import PlanError
+
+# Left edges of the 256 equal bins of [-1, 1] into which pi0.5 writes the normalised state.
+_STATE_BINS = np.linspace(-1, 1, 256 + 1)[:-1]
+
+
+class Tokenizer:
+    """A SentencePiece model, given as the bytes of its file. Safe to share between threads."""
+
+    def __init__(self, model: bytes):
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=bytes(model))
+        except RuntimeError as error:
+            raise PlanError(f"tokenizer.model: is not a SentencePiece model ({error})") from error
+
+    def encode(self, prompt: str, state: np.ndarray | None = None) -> list[int]:
+        """Token ids of an instruction.
+
+        Without `state` (pi0): <bos> text, then a newline token of its own, which starts the answer.
+        With `state`, normalised (pi0.5): <bos>"Task: text, State: bins;\\nAction: ".
+        """
+        text = prompt.strip().replace("_", " ").replace("\n", " ")
+        if state is None:
+            return self._model.encode(text, add_bos=True) + self._model.encode("\n")
+        bins = " ".join(map(str, np.digitize(state, _STATE_BINS) - 1))
+        return self._model.encode(f"Task: {text}, State: {bins};\nAction: ", add_bos=True)
