@@ -1,0 +1,115 @@
+"""Checkpoints: an openpi or LeRobot directory -> canonical weights, dimensions, norm stats and tokenizer."""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from compiler.checkpoint import lerobot, openpi
+from compiler.checkpoint.claims import check_claims, positive_int, section
+from compiler.checkpoint.names import TIED_HEAD, UNUSED_HEAD, canonical_name
+from compiler.checkpoint.norm_stats import read_openpi_stats
+from compiler.checkpoint.shapes import check_shapes, expected_shapes, infer_config, listing
+from compiler.checkpoint.storage import open_tensors, read_json, weight_files
+from compiler.errors import CheckpointError
+from runtime.config import ModelConfig
+
+EMBEDDING = "llm.embed_tokens.weight"
+
+
+@dataclass
+class Checkpoint:
+    """A policy as it was saved."""
+
+    path: Path
+    config: ModelConfig
+    weights: dict[str, torch.Tensor]  # canonical name -> memory-mapped tensor in its stored dtype
+    norm_stats: dict | None  # see compiler.checkpoint.norm_stats
+    tokenizer: Path | None  # a SentencePiece model
+    layout: str  # "openpi" | "lerobot"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the weight files. Reads them all, so it is computed when first asked for."""
+        digest = hashlib.sha256()
+        for file in weight_files(self.path):
+            with open(file, "rb") as stream:
+                while block := stream.read(1 << 24):
+                    digest.update(block)
+        return digest.hexdigest()
+
+
+def load_checkpoint(path: str | Path, asset_id: str | None = None) -> Checkpoint:
+    """Opens a pi0 or pi0.5 checkpoint directory; weights stay on disk until they are used.
+
+    `asset_id` chooses among the statistics of several robots in an openpi directory.
+    Raises CheckpointError: not a checkpoint, damaged files, tensors missing, extra or mis-shaped (all listed), config.json
+    contradicting the tensors, norm stats unusable or ambiguous.
+    """
+    path = Path(path)
+    tensors = {name: tensor for file in weight_files(path) for name, tensor in open_tensors(file).items()}
+    settings = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    behind_prefix = any(name.startswith(lerobot.PREFIX) for name in tensors)
+    layout = "lerobot" if "type" in settings or behind_prefix else "openpi"
+    if layout == "lerobot":
+        tensors = {name.removeprefix(lerobot.PREFIX): tensor for name, tensor in tensors.items()}
+    weights = _resolve_heads({canonical_name(name): tensor for name, tensor in tensors.items()})
+    config = _checked_config(weights, settings, lerobot if layout == "lerobot" else openpi)
+    if layout == "lerobot":
+        norm_stats = lerobot.read_stats(path, settings)
+    else:
+        openpi.check_precision(settings, weights)
+        norm_stats = read_openpi_stats(path, asset_id)
+    return Checkpoint(path, config, weights, norm_stats, _tokenizer(path), layout)
+
+
+def check_finite(weights: dict[str, torch.Tensor], progress: Callable[[int, int], None] | None = None) -> None:
+    """Reads every weight once and raises CheckpointError that names the tensors with NaN or Inf in them.
+
+    `progress(done, total)` is called with bytes after each tensor.
+    """
+    total, done, faults = sum(tensor.nbytes for tensor in weights.values()), 0, []
+    for name, tensor in weights.items():
+        low, high = torch.aminmax(tensor)  # one pass, no temporary; NaN propagates
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            count = int((~torch.isfinite(tensor)).sum())
+            faults.append(f"{name}: {count} of {tensor.numel()} values")
+        done += tensor.nbytes
+        if progress:
+            progress(done, total)
+    if faults:
+        raise CheckpointError(f"{len(faults)} tensors hold NaN or Inf:\n{listing(faults)}")
+
+
+def _resolve_heads(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Drops both language-model heads; the tied one stands in for the embedding where a saver kept only the head."""
+    tied = weights.pop(TIED_HEAD, None)
+    weights.pop(UNUSED_HEAD, None)
+    if tied is not None:
+        weights.setdefault(EMBEDDING, tied)
+    return weights
+
+
+def _checked_config(weights: dict[str, torch.Tensor], settings: dict, layout) -> ModelConfig:
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    config = infer_config(
+        shapes,
+        vision_heads=positive_int(section(settings, "vision"), "heads", None),
+        action_horizon=layout.action_horizon(settings),
+        max_prompt_tokens=layout.max_prompt_tokens(settings),
+    )
+    check_shapes(shapes, expected_shapes(config))
+    check_claims(config, layout.claims(settings))
+    return config
+
+
+def _tokenizer(path: Path) -> Path | None:
+    """The SentencePiece model in the directory, if there is exactly one."""
+    models = sorted(path.glob("*.model"))
+    if len(models) > 1:
+        raise CheckpointError(f"{path} has several tokenizers: {', '.join(model.name for model in models)}; keep one")
+    return models[0] if models else None

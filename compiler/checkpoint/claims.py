@@ -1,0 +1,75 @@
+"""What config.json says about the policy, and whether the tensors agree."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+from compiler.checkpoint.shapes import listing
+from compiler.errors import CheckpointError
+from runtime.config import ModelConfig
+
+# openpi's Gemma variants: width, MLP width, query heads, key/value heads, head size. Depth is left out: a
+# checkpoint cut in depth keeps its variant.
+GEMMA_VARIANTS = {
+    "dummy": (64, 128, 8, 1, 16),
+    "gemma_300m": (1024, 4096, 8, 1, 256),
+    "gemma_2b": (2048, 16384, 8, 1, 256),
+}
+_VARIANT_FIELDS = ("width", "mlp_width", "heads", "kv_heads", "head_dim")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """config.json's `key` says that `field` of ModelConfig (dotted: "llm.width") is `value`."""
+
+    key: str
+    field: str
+    value: Any
+
+
+def variant_claims(key: str, stack: str, settings: dict) -> list[Claim]:
+    """The dimensions that a Gemma variant's name stands for ("gemma_2b_lora" has those of gemma_2b)."""
+    name = settings.get(key)
+    if name is None:
+        return []
+    dimensions = GEMMA_VARIANTS.get(str(name).removesuffix("_lora"))
+    if dimensions is None:
+        raise CheckpointError(f'config.json: "{key}" is "{name}", known are {", ".join(sorted(GEMMA_VARIANTS))}')
+    return [Claim(f"{key} {name}", f"{stack}.{field}", value) for field, value in zip(_VARIANT_FIELDS, dimensions)]
+
+
+def explicit_claims(settings: dict) -> list[Claim]:
+    """Dimensions written out: {"vision": {"heads": 2}, "llm": {...}, "expert": {...}}, as our own checkpoints do."""
+    return [
+        Claim(f"{stack}.{field}", f"{stack}.{field}", value)
+        for stack in ("vision", "llm", "expert")
+        for field, value in section(settings, stack).items()
+    ]
+
+
+def check_claims(config: ModelConfig, claims: list[Claim]) -> None:
+    """Raises CheckpointError that lists every claim of config.json which the tensors contradict."""
+    faults = []
+    for claim in claims:
+        found = reduce(lambda node, name: getattr(node, name, None), claim.field.split("."), config)
+        if found != claim.value:
+            faults.append(f"{claim.key}: {claim.field} {claim.value!r}, but the tensors have {found!r}")
+    if faults:
+        raise CheckpointError(f"config.json contradicts the tensors:\n{listing(faults)}")
+
+
+def section(settings: dict, key: str) -> dict:
+    """settings[key], a JSON object; empty when absent."""
+    value = settings.get(key, {})
+    if not isinstance(value, dict):
+        raise CheckpointError(f'config.json: "{key}" must be an object, found {value!r}')
+    return value
+
+
+def positive_int(settings: dict, key: str, default: int | None) -> int | None:
+    """settings[key], or the default when absent. Raises CheckpointError unless it is a positive integer."""
+    value = settings.get(key, default)
+    if value is not None and (type(value) is not int or value < 1):
+        raise CheckpointError(f'config.json: "{key}" must be a positive integer, found {value!r}')
+    return value

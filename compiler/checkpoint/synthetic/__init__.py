@@ -1,0 +1,130 @@
+"""Checkpoints made from a seed: the true pi0 / pi0.5 architecture at any size, to try everything without a download."""
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from compiler.checkpoint import lerobot
+from compiler.checkpoint.names import TIED_HEAD, openpi_name
+from compiler.checkpoint.shapes import expected_shapes
+from compiler.checkpoint.synthetic import files
+from compiler.checkpoint.synthetic.statistics import distributions
+from compiler.errors import CheckpointError
+from runtime.config import GemmaConfig, ModelConfig, VisionConfig
+
+SO400M = VisionConfig(width=1152, depth=27, mlp_width=4304, heads=16)
+
+# Vision, LLM, action expert, vocabulary. All Gemmas but the dummy's have the 8 query heads and 1 key/value head of
+# 256 that pi0 has. Tiny's vision MLP, like So400m's, is divisible by no power of two beyond 16.
+VARIANTS = {
+    "tiny": (VisionConfig(144, 2, 528, 2), GemmaConfig(256, 3, 2048, 8, 1, 256), GemmaConfig(128, 3, 512, 8, 1, 256), 512),
+    "small": (VisionConfig(288, 6, 1072, 4), GemmaConfig(768, 5, 6144, 8, 1, 256), GemmaConfig(384, 5, 1536, 8, 1, 256), 2048),
+    "dummy": (SO400M, GemmaConfig(64, 4, 128, 8, 1, 16), GemmaConfig(64, 4, 128, 8, 1, 16), 257152),
+    "full": (SO400M, GemmaConfig(2048, 18, 16384, 8, 1, 256), GemmaConfig(1024, 18, 4096, 8, 1, 256), 257152),
+}
+# The names that openpi's own config.json gives these sizes.
+OPENPI_VARIANTS = {"dummy": ("dummy", "dummy"), "full": ("gemma_2b", "gemma_300m")}
+
+
+def make_config(
+    variant: str,
+    pi05: bool = False,
+    action_horizon: int = 50,
+    depth: int | None = None,
+    vision_depth: int | None = None,
+    vocab_size: int | None = None,
+) -> ModelConfig:
+    """The dimensions of a variant, optionally cut in depth (LLM and expert alike), vision depth or vocabulary."""
+    vision, llm, expert, vocab = VARIANTS[variant]
+    depth = depth or llm.depth
+    return ModelConfig(
+        pi05=pi05,
+        vision=replace(vision, depth=vision_depth or vision.depth),
+        llm=replace(llm, depth=depth),
+        expert=replace(expert, depth=depth),
+        vocab_size=vocab_size or vocab,
+        action_horizon=action_horizon,
+        max_prompt_tokens=200 if pi05 else 48,
+    )
+
+
+def weight_bytes(config: ModelConfig, dtype: str) -> int:
+    """Bytes of the weights of a policy stored in `dtype`."""
+    values = sum(int(np.prod(shape, dtype=np.int64)) for shape in expected_shapes(config).values())
+    return values * files.DTYPES[dtype][0].itemsize
+
+
+def make_checkpoint(
+    out: str | Path,
+    variant: str = "tiny",
+    pi05: bool = False,
+    layout: str = "openpi",
+    seed: int = 0,
+    dtype: str = "bfloat16",
+    robot: str = "aloha",
+    action_horizon: int = 50,
+    depth: int | None = None,
+    vision_depth: int | None = None,
+    vocab_size: int | None = None,
+    advance: Callable[[int], None] = lambda written: None,
+) -> Path:
+    """Writes a checkpoint directory and returns it; equal arguments give equal bytes.
+
+    `out` must not exist (or be an empty directory): it appears when everything is written. `robot` "none" leaves the
+    norm stats out. `advance(bytes)` is called as weights are written.
+    Raises CheckpointError when `out` is taken or the vocabulary is smaller than the tokenizer's.
+    """
+    out = Path(out)
+    config = make_config(variant, pi05, action_horizon, depth, vision_depth, vocab_size)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} already exists; choose another directory or remove it")
+    if config.vocab_size < files.TOKENIZER_SIZE:
+        raise CheckpointError(f"a vocabulary of {config.vocab_size} is smaller than the tokenizer's {files.TOKENIZER_SIZE}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        sizes = _named_sizes(variant, config)
+        if layout == "openpi":
+            settings, prefix = files.openpi_settings(config, dtype, sizes), ""
+        else:
+            settings, prefix = files.lerobot_settings(config, dtype, sizes), lerobot.PREFIX
+        files.write_json(draft / "config.json", settings)
+        (draft / "tokenizer.model").write_bytes(files.train_tokenizer())
+        if robot != "none" and layout == "openpi":
+            files.write_openpi_stats(draft, robot, seed)
+        elif robot != "none":
+            files.write_lerobot_stats(draft, robot, seed, settings)
+        _write_weights(draft / "model.safetensors", config, seed, dtype, prefix, advance)
+        draft.chmod(0o755)
+        draft.replace(out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return out
+
+
+def _named_sizes(variant: str, config: ModelConfig) -> dict:
+    if variant not in OPENPI_VARIANTS:
+        return files.dimensions(config)
+    llm, expert = OPENPI_VARIANTS[variant]
+    return {"paligemma_variant": llm, "action_expert_variant": expert}
+
+
+def _write_weights(
+    file: Path, config: ModelConfig, seed: int, dtype: str, prefix: str, advance: Callable[[int], None]
+) -> None:
+    described = distributions(config, seed)
+    # Of the tied embedding and head, safetensors' save_model (which openpi and LeRobot use) keeps the head.
+    stored = {name: prefix + openpi_name(name) for name in described}
+    stored["llm.embed_tokens.weight"] = prefix + TIED_HEAD
+    canonical = {long: short for short, long in stored.items()}
+    shapes = {stored[name]: distribution.shape for name, distribution in described.items()}
+
+    def blocks(name: str):
+        return described[canonical[name]].blocks(seed, canonical[name])
+
+    files.write_safetensors(file, shapes, blocks, dtype, advance)

@@ -1,0 +1,151 @@
+"""The files around the weights of a made checkpoint: safetensors writer, config.json, norm stats, tokenizer."""
+from __future__ import annotations
+
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+from safetensors.torch import save_file
+
+from compiler.checkpoint import lerobot
+from compiler.checkpoint.synthetic.statistics import generator
+from runtime.config import ModelConfig
+
+DTYPES = {"bfloat16": (torch.bfloat16, "BF16"), "float32": (torch.float32, "F32")}
+
+# State and action dimensions, and the openpi asset id, of each robot.
+ROBOTS = {
+    "aloha": (14, 14, "trossen"),
+    "droid": (8, 8, "droid"),
+    "libero": (8, 7, "physical-intelligence/libero"),
+}
+
+VERBS = ("pick up", "put down", "push", "open", "close", "reach for", "stack", "hand over", "wipe", "turn")
+OBJECTS = ("the red block", "the blue bowl", "the drawer", "the door", "the coffee mug", "the button", "a towel", "the plate")
+PLACES = ("", " on the table", " in the basket", " with the left arm", " with the right arm", " next to the window")
+TOKENIZER_SIZE = 448  # 4 control tokens, 256 bytes, the newline, and what the instructions above suggest
+
+
+def write_safetensors(
+    file: Path,
+    shapes: dict[str, tuple[int, ...]],
+    blocks: Callable[[str], Iterator[np.ndarray]],
+    dtype: str,
+    advance: Callable[[int], None],
+) -> None:
+    """Streams tensors into one safetensors file, holding one block of one tensor at a time.
+
+    `blocks(name)` yields float32 [rows, columns] from top to bottom; `advance(bytes)` is called after each block.
+    """
+    torch_dtype, safetensors_dtype = DTYPES[dtype]
+    sizes = [int(np.prod(shape, dtype=np.int64)) * torch_dtype.itemsize for shape in shapes.values()]
+    ends = list(itertools.accumulate(sizes))
+    header = {
+        name: {"dtype": safetensors_dtype, "shape": list(shape), "data_offsets": [end - size, end]}
+        for (name, shape), size, end in zip(shapes.items(), sizes, ends)
+    }
+    encoded = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(file, "wb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name in shapes:
+            for block in blocks(name):
+                advance(stream.write(torch.from_numpy(block).to(torch_dtype).view(torch.uint8).numpy().data))
+
+
+def write_json(file: Path, data: dict) -> None:
+    file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def dimensions(config: ModelConfig) -> dict:
+    """What config.json says of sizes that no openpi variant has, for the reader to check the tensors against."""
+    return {stack: dict(vars(getattr(config, stack))) for stack in ("vision", "llm", "expert")}
+
+
+def openpi_settings(config: ModelConfig, dtype: str, sizes: dict) -> dict:
+    return {"action_dim": config.action_dim, "action_horizon": config.action_horizon, **sizes, "precision": dtype}
+
+
+def lerobot_settings(config: ModelConfig, dtype: str, sizes: dict) -> dict:
+    mode = "QUANTILES" if config.pi05 else "MEAN_STD"
+    return {
+        "type": "pi05" if config.pi05 else "pi0",
+        **sizes,
+        "dtype": dtype,
+        "n_obs_steps": 1,
+        "chunk_size": config.action_horizon,
+        "n_action_steps": config.action_horizon,
+        "max_state_dim": config.action_dim,
+        "max_action_dim": config.action_dim,
+        "num_inference_steps": 10,
+        "image_resolution": [config.vision.image_size, config.vision.image_size],
+        "tokenizer_max_length": config.max_prompt_tokens,
+        "normalization_mapping": {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode},
+    }
+
+
+def norm_stats(robot: str, seed: int) -> dict:
+    """Plausible statistics: joints in radians around a rest pose, actions as small offsets, the last dimension a gripper."""
+    state_dims, action_dims, _ = ROBOTS[robot]
+    random = generator(seed, f"norm_stats/{robot}")
+
+    def entry(dims: int, mean_range: float, std_low: float, std_high: float) -> dict:
+        mean = np.append(random.uniform(-mean_range, mean_range, dims - 1), 0.5)
+        std = np.append(random.uniform(std_low, std_high, dims - 1), 0.3)
+        values = {"mean": mean, "std": std, "q01": mean - 2.3 * std, "q99": mean + 2.3 * std}
+        return {key: np.round(value, 6).tolist() for key, value in values.items()}
+
+    return {"state": entry(state_dims, 0.8, 0.1, 0.5), "actions": entry(action_dims, 0.02, 0.03, 0.2)}
+
+
+def write_openpi_stats(directory: Path, robot: str, seed: int) -> None:
+    assets = directory / "assets" / ROBOTS[robot][2]
+    assets.mkdir(parents=True)
+    write_json(assets / "norm_stats.json", {"norm_stats": norm_stats(robot, seed)})
+
+
+def write_lerobot_stats(directory: Path, robot: str, seed: int, settings: dict) -> None:
+    """policy_preprocessor.json, policy_postprocessor.json and the state files of their (un)normalisers."""
+    stats = norm_stats(robot, seed)
+    tensors = {
+        f"{feature}.{key}": torch.tensor(values)
+        for feature, entry in ((lerobot.STATE, stats["state"]), (lerobot.ACTION, stats["actions"]))
+        for key, values in entry.items()
+    }
+    for pipeline, step in (("policy_preprocessor", "normalizer_processor"), ("policy_postprocessor", "unnormalizer_processor")):
+        state_file = f"{pipeline}_step_0_{step}.safetensors"
+        config = {"eps": 1e-8, "norm_map": settings["normalization_mapping"]}
+        save_file(tensors, directory / state_file)
+        steps = [{"registry_name": step, "config": config, "state_file": state_file}]
+        write_json(directory / f"{pipeline}.json", {"name": pipeline, "steps": steps})
+
+
+def train_tokenizer() -> bytes:
+    """A small SentencePiece model built like PaliGemma's: BPE with byte fallback, digits apart, pad eos bos unk = 0..3."""
+    commands = [f"{verb} {thing}{place}" for verb, thing, place in itertools.product(VERBS, OBJECTS, PLACES)]
+    sentences = commands + [f"Task: {command}, State: 12 127 200;\nAction: " for command in commands]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=TOKENIZER_SIZE,
+        byte_fallback=True,
+        split_digits=True,
+        user_defined_symbols=["\n"],
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()

@@ -1,0 +1,84 @@
+"""Writes a pi0 or pi0.5 checkpoint of any size from a seed: `python -m tools.make_checkpoint --help`."""
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from compiler.checkpoint.synthetic import VARIANTS, make_checkpoint, make_config, weight_bytes
+from compiler.checkpoint.synthetic.files import DTYPES, ROBOTS
+from plugins.errors import DuqError
+
+Variant = Enum("Variant", {name: name for name in VARIANTS}, type=str)
+Layout = Enum("Layout", {"openpi": "openpi", "lerobot": "lerobot"}, type=str)
+Dtype = Enum("Dtype", {name: name for name in DTYPES}, type=str)
+Robot = Enum("Robot", {name: name for name in (*ROBOTS, "none")}, type=str)
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    out: Annotated[Path, typer.Option(help="Directory to create. It appears only when everything is written.")],
+    variant: Annotated[
+        Variant,
+        typer.Option(
+            help="tiny: 11 M weights, 1 s. small: 100 M. dummy: openpi's test Gemmas under the real SigLIP (0.9 GB). "
+            "full: gemma_2b + gemma_300m + So400m/14 (6.5 GB, about a minute)."
+        ),
+    ] = Variant.tiny,
+    pi05: Annotated[bool, typer.Option("--pi05", help="pi0.5 (adaptive norms, state in the prompt) instead of pi0.")] = False,
+    layout: Annotated[Layout, typer.Option(help="openpi's PyTorch directory or LeRobot's pretrained_model/.")] = Layout.openpi,
+    robot: Annotated[Robot, typer.Option(help="Whose normalisation statistics to add; none adds no statistics.")] = Robot.aloha,
+    seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal bytes.")] = 0,
+    dtype: Annotated[Dtype, typer.Option(help="How the weights are stored.")] = Dtype.bfloat16,
+    action_horizon: Annotated[int, typer.Option(min=1, help="Actions in a chunk.")] = 50,
+    depth: Annotated[int | None, typer.Option(min=1, help="Layers of the LLM and the action expert.")] = None,
+    vision_depth: Annotated[int | None, typer.Option(min=1, help="Layers of SigLIP.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(min=1, help="Rows of the token embedding.")] = None,
+) -> None:
+    """Make a checkpoint of the true pi0 / pi0.5 architecture, to try everything without a download.
+
+    The weights are random, but have what makes trained ones hard to quantise: a few residual channels 20 to 60 times
+    larger than the rest, spread norm gains, large MLP channels, and small weights where the input is large. Beside them
+    come config.json, normalisation statistics and a small SentencePiece tokenizer, so that prompts work.
+
+    [bold]Examples[/bold]
+
+      python -m tools.make_checkpoint --out /tmp/pi0
+
+      python -m tools.make_checkpoint --out /tmp/pi05 --variant small --pi05 --layout lerobot --robot libero
+
+      python -m tools.make_checkpoint --out /tmp/full --variant full --depth 4 --vocab-size 8192
+    """
+    sizes = dict(action_horizon=action_horizon, depth=depth, vision_depth=vision_depth, vocab_size=vocab_size)
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    total = weight_bytes(make_config(variant.value, pi05, **sizes), dtype.value)
+    try:
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task(f"writing {out.name}", total=total)
+            make_checkpoint(
+                out,
+                variant=variant.value,
+                pi05=pi05,
+                layout=layout.value,
+                seed=seed,
+                dtype=dtype.value,
+                robot=robot.value,
+                advance=lambda written: progress.advance(task, written),
+                **sizes,
+            )
+    except DuqError as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    Console().print(f"{out}: {'pi0.5' if pi05 else 'pi0'} {variant.value}, {total / 1e6:,.0f} MB of {dtype.value} weights")
+
+
+if __name__ == "__main__":
+    app()
