@@ -105,7 +105,7 @@ def test_any_entries_round_trip(tmp_path, entries, alignment):
     assert all(offset % alignment == 0 for offset in offsets.values())
 
 
-# --- damage ---------------------------------------------------------------------------------------------------------
+# --- damage ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ def test_unverified_open_skips_the_hashes(tmp_path, small):
     assert Plan(tmp_path / "p", verify=False).read("weights/w")[0] == 1
 
 
-# --- writing --------------------------------------------------------------------------------------------------------
+# --- writing ---------------------------------------------------------------------------------------------------------
 
 
 def test_failure_leaves_nothing_behind(tmp_path):
