@@ -21,7 +21,8 @@ def rotary_embedding(positions: Tensor, head_dim: int) -> KeyValue:
 def rotate(x: Tensor, rotary: KeyValue) -> Tensor:
     """Rotates the pairs (x[i], x[i + head_dim / 2]) of x [B, heads, T, head_dim]."""
     cos, sin = rotary
-    first, second = x.chunk(2, dim=-1)
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
@@ -46,7 +47,8 @@ class Attention(nn.Module):
             k = torch.cat((past[0], k), dim=2)
             v = torch.cat((past[1], v), dim=2)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).reshape(x.shape[0], -1, q.shape[1] * self.head_dim)), (k, v)
+        out = out.transpose(1, 2).contiguous().view(x.shape[0], -1, q.shape[1] * self.head_dim)
+        return self.o_proj(out), (k, v)
 
 
 class MLP(nn.Module):

@@ -47,6 +47,7 @@ class AdaptiveRMSNorm(nn.Module):
         self.dense = Linear(width, 3 * width)
 
     def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        scale, shift, gate = self.dense(condition).unsqueeze(1).chunk(3, dim=-1)
-        ones = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
+        modulation, width = self.dense(condition).unsqueeze(1), x.shape[-1]
+        scale, shift, gate = modulation[..., :width], modulation[..., width : 2 * width], modulation[..., 2 * width :]
+        ones = torch.ones(width, dtype=x.dtype, device=x.device)
         return F.rms_norm(x, ones.shape, ones, eps=1e-6) * (1.0 + scale) + shift, gate

@@ -6,8 +6,6 @@ at them: ten Euler steps of a flow from noise (t = 1) to actions (t = 0).
 """
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,10 +17,14 @@ from runtime.config import ModelConfig
 
 
 def time_embedding(time: Tensor, width: int) -> Tensor:
-    """sin and cos of time [B] at width / 2 periods from 4e-3 to 4, geometrically spaced: [B, width] float32."""
+    """sin and cos of 2 pi time / period, time [B], for width / 2 periods from 4e-3 to 4 in geometric steps.
+
+    Returns [B, width] float32. Angles reach 1600 rad, so they are formed in float64. The ONNX exporter rounds Python
+    floats to float32: 2 pi is therefore split in two (Cody-Waite), of which the first is exact.
+    """
     fraction = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64, device=time.device)
-    period = 4e-3 * (4.0 / 4e-3) ** fraction
-    angle = time.to(torch.float64)[:, None] * (2 * math.pi / period)
+    cycles = time.to(torch.float64)[:, None] * (250.0 / 1000.0**fraction)
+    angle = cycles * 6.28125 + cycles * 0.0019353071795864769
     return torch.cat((angle.sin(), angle.cos()), dim=-1).to(torch.float32)
 
 
@@ -68,7 +70,8 @@ class Pi0(nn.Module):
         Only keys are masked: a padded query computes something nobody reads, instead of a softmax over nothing.
         """
         x = torch.cat((image_tokens, self.llm.embed(tokens)), dim=1)
-        return self.llm(x, positions=mask.cumsum(dim=1) - 1, mask=mask[:, None, None, :])
+        valid_keys = mask[:, None, None, :].expand(-1, -1, mask.shape[1], -1)
+        return self.llm(x, positions=mask.cumsum(dim=1) - 1, mask=valid_keys)
 
     def embed_suffix(self, state: Tensor, x_t: Tensor, time: Tensor) -> tuple[Tensor, Tensor | None]:
         """state [B, A], x_t [B, H, A], time [B] -> (suffix tokens, adaRMS condition or None).

@@ -1,0 +1,143 @@
+"""The few graph operations the passes share, on top of onnx_ir."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+import onnxruntime
+from onnxscript import optimizer
+
+from compiler.errors import GraphError
+
+
+def simplify(model: ir.Model) -> None:
+    """Folds shape arithmetic, merges equal nodes and drops what no output needs. Weights are left alone by size."""
+    optimizer.fold_constants(model, input_size_limit=256, output_size_limit=4096)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.DeduplicateInitializersPass(size_limit=256)(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.IdentityEliminationPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+
+
+def constant(value: ir.Value | None) -> np.ndarray | None:
+    """The value as numpy if it is an initialiser (loads a lazy weight), else None."""
+    return value.const_value.numpy() if value is not None and value.const_value is not None else None
+
+
+def small_constant(value: ir.Value | None, limit: int = 4096) -> np.ndarray | None:
+    """Like `constant`, but never loads a weight: None if it has more than `limit` elements."""
+    if value is None or value.const_value is None or value.const_value.size > limit:
+        return None
+    return value.const_value.numpy()
+
+
+def is_weight(value: ir.Value | None, rank: int | None = None) -> bool:
+    """Whether the value is a floating-point initialiser (of the given rank)."""
+    return (
+        value is not None
+        and value.const_value is not None
+        and value.const_value.dtype.is_floating_point()
+        and rank in (None, len(value.const_value.shape))
+    )
+
+
+def initializer(graph: ir.Graph, name: str, array: np.ndarray | ir.TensorProtocol) -> ir.Value:
+    """Adds an initialiser, or returns the one of this name: a pass gives equal names only to equal contents."""
+    if name in graph.initializers:
+        return graph.initializers[name]
+    tensor = ir.tensor(array, name=name) if isinstance(array, np.ndarray) else array
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def lazy(
+    graph: ir.Graph,
+    name: str,
+    sources: Sequence[ir.Value],
+    shape: Sequence[int],
+    compute: Callable[..., np.ndarray],
+    dtype: ir.DataType = ir.DataType.FLOAT,
+) -> ir.Value:
+    """An initialiser computed from others only when it is written out: the policy's weights never lie in memory
+    together. `compute` gets the sources as numpy arrays."""
+    tensors = [source.const_value for source in sources]
+    tensor = ir.LazyTensor(
+        lambda: ir.tensor(np.ascontiguousarray(compute(*(t.numpy() for t in tensors))), dtype=dtype, name=name),
+        dtype=dtype,
+        shape=ir.Shape(shape),
+        name=name,
+    )
+    return initializer(graph, name, tensor)
+
+
+def insert_before(node: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], outputs: int = 1, **options) -> list[ir.Value]:
+    """A new node in front of `node`; returns its outputs. `options`: attributes, or domain= and overload=."""
+    attributes = {key: value for key, value in options.items() if key not in ("domain", "overload", "name")}
+    new = ir.node(
+        op_type,
+        list(inputs),
+        attributes=attributes,
+        num_outputs=outputs,
+        domain=options.get("domain", ""),
+        overload=options.get("overload", ""),
+        name=options.get("name"),
+    )
+    node.graph.insert_before(node, new)
+    return list(new.outputs)
+
+
+def replace(old: ir.Value, new: ir.Value) -> None:
+    """Makes every reader of `old` read `new`; a graph output keeps its name."""
+    if old.is_graph_output():
+        outputs = old.producer().graph.outputs if old.producer() else old.graph.outputs
+        new.name, old.name = old.name, f"{old.name}.replaced"
+        for index, output in enumerate(outputs):
+            if output is old:
+                outputs[index] = new
+    if new.shape is None:
+        new.shape, new.type = old.shape, old.type
+    old.replace_all_uses_with(new)
+
+
+def reader(value: ir.Value) -> ir.Node | None:
+    """The only node that reads the value, if there is exactly one (and it is no graph output)."""
+    uses = list(value.uses())
+    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+
+
+def ancestors(value: ir.Value) -> set[ir.Value]:
+    """Every value that `value` is computed from, itself included."""
+    seen, stack = set(), [value]
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.producer() is not None:
+            stack.extend(operand for operand in current.producer().inputs if operand is not None)
+    return seen
+
+
+def depends_on(value: ir.Value) -> set[str]:
+    """The names of the graph inputs the value is computed from."""
+    return {source.name for source in ancestors(value) if source.is_graph_input()}
+
+
+def evaluate(model: ir.Model, values: Sequence[ir.Value], feeds: Iterable[dict[str, np.ndarray]]) -> list[list[np.ndarray]]:
+    """Computes values inside the graph with ONNX Runtime, once for each dict of graph inputs."""
+    needed = sorted(set().union(*(depends_on(value) for value in values)))
+    inputs = [value for value in model.graph.inputs if value.name in needed]
+    part = ir.convenience.extract(model.graph, inputs, list(values))
+    proto = ir.to_proto(ir.Model(part, ir_version=10))
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return [session.run(names, {name: feed[name] for name in needed}) for feed in feeds]
+
+
+def expect(condition: bool, what: str) -> None:
+    if not condition:
+        raise GraphError(f"the exported graph is not of the form this pass knows: {what}. Was compiler/model changed?")

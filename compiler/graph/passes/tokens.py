@@ -1,0 +1,188 @@
+"""Rewrites of what is computed for which token: compaction, the hoisted state token, the dead tail."""
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from compiler.graph.edit import (
+    constant, depends_on, evaluate, expect, initializer, insert_before, replace, simplify, small_constant,
+)
+from compiler.graph.export import Graphs, key_value_names
+
+
+def compact_tokens(graphs: Graphs) -> Graphs:
+    """Absent cameras and prompt padding are left out of the inputs instead of being computed and masked.
+
+    Positions count valid tokens, so leaving out the others changes nothing for the rest. The mask inputs become
+    constants, all true: attention over the prefix needs no mask, and a position is the token's index.
+    """
+    graph = graphs.prefix.graph
+    first = next(iter(graph))
+    every_token = []
+    for mask, of in (("image_mask", "images"), ("token_mask", "tokens")):
+        (length,) = insert_before(first, "Shape", [_input(graph, of)], start=0, end=1)
+        every_token += insert_before(first, "Expand", [initializer(graph, "true", np.array(True)), length])
+        replace(_input(graph, mask), every_token[-1])
+    _forget_inputs(graph, "image_mask", "token_mask")
+
+    graph = graphs.step.graph
+    first = next(iter(graph))
+    (length,) = insert_before(first, "Shape", [_input(graph, "key.0")], start=2, end=3)
+    (all_true,) = insert_before(first, "Expand", [initializer(graph, "true", np.array(True)), length])
+    replace(_input(graph, "prefix_mask"), all_true)
+    _forget_inputs(graph, "prefix_mask")
+
+    for _, model in graphs.items():
+        _count_instead_of_summing(model.graph)
+        _drop_true_masks(model, graphs)
+        simplify(model)
+    return graphs
+
+
+def hoist_state_token(graphs: Graphs) -> Graphs:
+    """pi0's state token depends on neither time nor noise, and sees only the prefix and itself: its keys and values
+    are the same in every denoising step. They move to the end of the prefix's, and the loop is left with H rows.
+    """
+    if graphs.config.pi05:
+        return graphs
+    step, names = graphs.step, key_value_names(graphs.config.llm.depth)
+    _check_state_sees_prefix_and_itself(graphs)
+    state_only = step.clone()
+    _keep_suffix_rows(state_only.graph, state=True)
+    _keep_suffix_rows(step.graph, state=False)
+
+    # The state token's pass ends at its keys and values, appended to the prefix's.
+    attentions = [node for node in state_only.graph if node.op_type == "Attention"]
+    state_only.graph.outputs.clear()
+    state_only.graph.outputs.extend(value for node in attentions for value in node.inputs[1:3])
+    simplify(state_only)
+    _forget_inputs(state_only.graph, "x", "time")
+    _append(graphs.prefix.graph, state_only.graph, names)
+
+    (slice_node,) = [n for n in step.graph if n.op_type == "Slice" and small_constant(n.inputs[1]) == -graphs.config.action_horizon]
+    replace(slice_node.outputs[0], slice_node.inputs[0])  # the last H of H rows
+    for _, model in graphs.items():
+        simplify(model)
+    _forget_inputs(step.graph, "state")
+    return graphs
+
+
+def eliminate_dead_prefix_tail(graphs: Graphs) -> Graphs:
+    """Only keys and values leave the prefix, so its last layer needs no queries, attention, MLP or final norm."""
+    outputs = graphs.prefix.graph.outputs
+    outputs.remove(next(output for output in outputs if output.name == "hidden"))
+    simplify(graphs.prefix)
+    return graphs
+
+
+def _input(graph: ir.Graph, name: str) -> ir.Value:
+    return next(value for value in graph.inputs if value.name == name)
+
+
+def _forget_inputs(graph: ir.Graph, *names: str) -> None:
+    for value in list(graph.inputs):
+        if value.name in names:
+            expect(not value.uses(), f"input {value.name} is still read")
+            graph.inputs.remove(value)
+
+
+def _count_instead_of_summing(graph: ir.Graph) -> None:
+    """Over a mask that is all true, CumSum(mask) - 1 is 0, 1, 2, ... and ReduceSum(mask) is the mask's length."""
+    for node in list(graph):
+        if node.op_type not in ("CumSum", "ReduceSum") or node.inputs[0].dtype != ir.DataType.INT64:
+            continue
+        (length,) = insert_before(node, "Shape", [node.inputs[0]], start=1, end=2)
+        if node.op_type == "ReduceSum":  # [1, P] -> [1, 1]
+            (count,) = insert_before(node, "Unsqueeze", [length, initializer(graph, "axis0", np.array([0]))])
+        else:  # [1, P] -> [1, P]
+            zero, one = initializer(graph, "zero", np.array(0)), initializer(graph, "one", np.array(1))
+            (scalar,) = insert_before(node, "Squeeze", [length])
+            (index,) = insert_before(node, "Range", [zero, scalar, one])
+            (row,) = insert_before(node, "Unsqueeze", [index, initializer(graph, "axis0", np.array([0]))])
+            (count,) = insert_before(node, "Add", [row, one])
+        replace(node.outputs[0], count)
+
+
+def _drop_true_masks(model: ir.Model, graphs: Graphs) -> None:
+    """Removes the mask of every Attention for which it is true whatever the number of tokens (checked at two)."""
+    attentions = [node for node in model.graph if node.op_type == "Attention" and len(node.inputs) > 3]
+    masks = {node.inputs[3] for node in attentions}
+    always_true = {mask for mask in masks if all(np.all(value) for value in _mask_values(model, mask, graphs))}
+    for node in attentions:
+        if node.inputs[3] in always_true:
+            node.resize_inputs(3)
+
+
+def _mask_values(model: ir.Model, mask: ir.Value, graphs: Graphs) -> list[np.ndarray]:
+    config = graphs.config
+    sizes = [(1, 3), (2, 5)]  # cameras, prompt tokens
+    feeds = [
+        {
+            "images": np.zeros((cameras, 3, config.vision.image_size, config.vision.image_size), np.float32),
+            "tokens": np.zeros(prompt, np.int64),
+            "key.0": np.zeros((1, config.llm.kv_heads, cameras + prompt, config.llm.head_dim), np.float32),
+        }
+        for cameras, prompt in sizes
+    ]
+    expect(depends_on(mask) <= feeds[0].keys(), "an attention mask depends on more than the number of tokens")
+    return [values[0] for values in evaluate(model, [mask], feeds)]
+
+
+def _check_state_sees_prefix_and_itself(graphs: Graphs) -> None:
+    horizon = graphs.config.action_horizon
+    masks = {node.inputs[3] for node in graphs.step.graph if node.op_type == "Attention" and len(node.inputs) > 3}
+    expect(len(masks) == 1, "the suffix has one attention mask")
+    for value in _mask_values(graphs.step, masks.pop(), graphs):
+        prefix = value.shape[-1] - 1 - horizon
+        expect(value[0, 0, 0].tolist() == [True] * (prefix + 1) + [False] * horizon, "the state row sees prefix and itself")
+        expect(bool(value[0, 0, 1:].all()), "the action rows see everything")
+
+
+def _keep_suffix_rows(graph: ir.Graph, state: bool) -> None:
+    """Reduces a step graph to its state row (row 0) or its action rows (1..H): all else in it works row by row."""
+    (join,) = [
+        node for node in graph
+        if node.op_type == "Concat" and any(depends_on(operand) == {"state"} for operand in node.inputs)
+    ]
+    state_token, action_tokens = join.inputs
+    rows = action_tokens.shape[1] + 1
+    replace(join.outputs[0], state_token if state else action_tokens)
+    for value in list(graph.initializers.values()):  # a row's position is the number of past tokens + 0, 1, ..., H
+        offsets = small_constant(value)
+        if offsets is not None and offsets.shape == (rows,) and offsets.tolist() == list(range(rows)):
+            # Both start at 0 again: to the actions, the state token is now one of the past.
+            kept = offsets[: 1 if state else rows - 1]
+            value.replace_all_uses_with(initializer(graph, f"row_offsets_{len(kept)}", kept))
+    for node in graph:
+        if node.op_type == "Attention":
+            node.resize_inputs(3)  # checked above: what is left sees everything
+        for output in node.outputs:
+            output.shape = None  # row counts have changed
+
+
+def _append(graph: ir.Graph, tail: ir.Graph, names: list[str]) -> None:
+    """Moves the nodes of `tail` behind those of `graph`; `names` are outputs of `graph`, inputs and outputs of `tail`."""
+    before = {output.name: output for output in graph.outputs}
+    after = list(tail.outputs)
+    for value in list(tail.inputs):
+        if value.name in before:
+            value.replace_all_uses_with(before[value.name])
+        else:
+            tail.inputs.remove(value)
+            graph.inputs.append(value)
+    for value in list(tail.initializers.values()):
+        name = value.name if "." in value.name else f"state.{value.name}"  # weights have dotted names
+        value.replace_all_uses_with(initializer(graph, name, value.const_value))
+    nodes = list(tail)
+    tail.outputs.clear()
+    tail.remove(nodes)
+    for node in nodes:
+        node.name = f"state.{node.name}"
+        for output in node.outputs:
+            output.name = f"state.{output.name}"
+    graph.extend(nodes)
+    for index, output in enumerate(graph.outputs):
+        if output.name in names:
+            new = after[names.index(output.name)]
+            output.name, new.name = f"prefix_only.{output.name}", output.name
+            graph.outputs[index] = new

@@ -1,0 +1,197 @@
+"""The `duq::` operators. What an operator means is its ONNX function body below, and nothing else defines it.
+
+    RotateQuantize   float activations -> INT8 activations and their scale     (one per group of linears)
+    Rotate           the same without the quantiser, for linears with float activations
+    W4A8Linear       INT8 activations x INT4 weights -> float                  (one per linear or merged group)
+    W8A8Linear       INT8 activations x INT8 weights -> float
+    W4A16Linear      float activations x INT4 weights -> float; W8A16Linear likewise
+
+An operator has variants (with or without a permutation, a bias, ...). ONNX functions cannot branch on the presence
+of an input, so each variant is an *overload* of the operator, named after the stages it has: `RotateQuantize` with
+overload `permute+hadamard+per_token` takes x, permutation and hadamard. A node's overload thus states its inputs.
+
+With K inputs and N outputs of the linear, B the rotation's block size and Bo the output rotation's:
+
+    input_scale       float32 [K]            1 / balance factor
+    permutation       int64   [K]            x'[k] = x[permutation[k]]
+    hadamard          float32 [B, B]         H / sqrt(B), the same for every block
+    rotation          float32 [K/B, B, B]    one matrix a block, x'[block] = x[block] R
+    activation_scale  float32 []             per_tensor only
+    weight            int4 or int8 [K, N]    ONNX packs two INT4 a byte, the first in the low nibble
+    weight_scale      float32 [N]
+    output_rotation   float32 [N/Bo, Bo, Bo] y[block] = y'[block] R_out ("restore")
+    bias              float32 [N]
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx
+import onnx_ir as ir
+
+DOMAIN = "duq"
+VERSION = 1
+
+# Stage -> (its inputs, its lines of ONNX). Each stage reads `x` and writes `x`; _function numbers the assignments.
+_PROLOGUE = {
+    "scale": (["input_scale"], "x = Mul(x, input_scale)"),
+    "permute": (["permutation"], "x = Gather<axis = -1>(x, permutation)"),
+    "hadamard": (
+        ["hadamard"],
+        """whole = Shape(x)
+           block = Shape<start = 0, end = 1>(hadamard)
+           many = Constant<value_ints = [-1]>()
+           blocked = Concat<axis = 0>(many, block)
+           blocks = Reshape(x, blocked)
+           turned = MatMul(blocks, hadamard)
+           x = Reshape(turned, whole)""",
+    ),
+    "rotation": (
+        ["rotation"],
+        """whole = Shape(x)
+           counts = Shape<start = 0, end = 2>(rotation)
+           many = Constant<value_ints = [-1]>()
+           one = Constant<value_ints = [1]>()
+           count = Shape<start = 0, end = 1>(rotation)
+           block = Shape<start = 1, end = 2>(rotation)
+           blocked = Concat<axis = 0>(many, count, one, block)
+           blocks = Reshape(x, blocked)
+           turned = MatMul(blocks, rotation)
+           x = Reshape(turned, whole)""",
+    ),
+}
+
+# s = max(absmax, 1e-12) / 127 for each token; the tiny floor keeps an all-zero token from dividing by zero.
+_SCALE = {
+    "per_token": (
+        [],
+        """magnitude = Abs(x)
+           last = Constant<value_ints = [-1]>()
+           absmax = ReduceMax<keepdims = 1>(magnitude, last)
+           floor = Constant<value_float = 1e-12>()
+           positive = Max(absmax, floor)
+           levels = Constant<value_float = 127.0>()
+           x_scale = Div(positive, levels)""",
+    ),
+    "per_tensor": (["activation_scale"], "x_scale = Identity(activation_scale)"),
+}
+
+# x_q = clamp(round_half_even(x / s), -128, 127)
+_QUANTIZE = """
+    ratio = Div(x, x_scale)
+    whole_ratio = Round(ratio)
+    lowest = Constant<value_float = -128.0>()
+    highest = Constant<value_float = 127.0>()
+    clamped = Clip(whole_ratio, lowest, highest)
+    x_q = Cast<to = 3>(clamped)"""
+
+# acc = sum_k x_q[k] w_q[k, n] in int32, exact. MatMulInteger is asked for u8 x s8, the fast and everywhere exact
+# pair for INT4 weights: u8 = s8 + 128 with zero point 128 is the same sum.
+_INTEGER_MATMUL = """
+    wide = Cast<to = 6>(x_q)
+    offset = Constant<value = int32 {128}>()
+    shifted = Add(wide, offset)
+    x_u8 = Cast<to = 2>(shifted)
+    zero_point = Constant<value = uint8 {128}>()
+    weight_s8 = Cast<to = 3>(weight)
+    acc = MatMulInteger(x_u8, weight_s8, zero_point)
+    acc_float = Cast<to = 1>(acc)
+    scaled = Mul(acc_float, weight_scale)
+    y = Mul(scaled, x_scale)"""
+
+_FLOAT_MATMUL = """
+    weight_float = Cast<to = 1>(weight)
+    product = MatMul(x, weight_float)
+    y = Mul(product, weight_scale)"""
+
+_EPILOGUE = {
+    "output_rotation": (
+        ["output_rotation"],
+        """whole_y = Shape(y)
+           many_y = Constant<value_ints = [-1]>()
+           one_y = Constant<value_ints = [1]>()
+           count_y = Shape<start = 0, end = 1>(output_rotation)
+           block_y = Shape<start = 1, end = 2>(output_rotation)
+           blocked_y = Concat<axis = 0>(many_y, count_y, one_y, block_y)
+           blocks_y = Reshape(y, blocked_y)
+           restored = MatMul(blocks_y, output_rotation)
+           y = Reshape(restored, whole_y)""",
+    ),
+    "bias": (["bias"], "y = Add(y, bias)"),
+}
+
+QUANTIZED_LINEARS = {"W4A8Linear": (4, 8), "W8A8Linear": (8, 8), "W4A16Linear": (4, 16), "W8A16Linear": (8, 16)}
+"""Operator -> (weight bits, activation bits)."""
+
+
+def stages(overload: str) -> list[str]:
+    return [] if overload == "plain" else overload.split("+")
+
+
+def overload_name(names: Sequence[str]) -> str:
+    return "+".join(names) or "plain"
+
+
+def inputs_of(op_type: str, overload: str) -> list[str]:
+    """The names of a variant's inputs, in order."""
+    tables = _PROLOGUE | _SCALE | _EPILOGUE
+    extra = [name for stage in stages(overload) for name in tables[stage][0]]
+    if op_type in ("Rotate", "RotateQuantize"):
+        return ["x", *extra]
+    activations = ["x_q", "x_scale"] if op_type.endswith("A8Linear") else ["x"]
+    return [*activations, "weight", "weight_scale", *extra]
+
+
+def function(op_type: str, overload: str, opset: int) -> ir.Function:
+    """The body of one variant as a model-local function of standard operators of `opset`."""
+    chosen = stages(overload)
+    if op_type in ("Rotate", "RotateQuantize"):
+        body = [_PROLOGUE[stage][1] for stage in chosen if stage in _PROLOGUE]
+        body += [_SCALE[stage][1] for stage in chosen if stage in _SCALE]
+        body += [_QUANTIZE if op_type == "RotateQuantize" else "rotated = Identity(x)"]
+        outputs = ["x_q", "x_scale"] if op_type == "RotateQuantize" else ["rotated"]
+    else:
+        body = [_INTEGER_MATMUL if op_type.endswith("A8Linear") else _FLOAT_MATMUL]
+        body += [_EPILOGUE[stage][1] for stage in chosen]
+        outputs = ["y"]
+    return _parse(op_type, overload, inputs_of(op_type, overload), outputs, body, opset)
+
+
+def _parse(
+    op_type: str, overload: str, inputs: list[str], outputs: list[str], body: list[str], opset: int
+) -> ir.Function:
+    lines = _single_assignment([line.strip() for part in body for line in part.strip().splitlines()], inputs, outputs)
+    text = (
+        f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
+        f"{op_type} ({', '.join(inputs)}) => ({', '.join(outputs)}) {{\n" + "\n".join(lines) + "\n}"
+    )
+    proto = onnx.parser.parse_function(text)
+    proto.overload = overload
+    return ir.serde.deserialize_function(proto)
+
+
+def _single_assignment(lines: list[str], inputs: list[str], outputs: list[str]) -> list[str]:
+    """Renames `x = ...; x = ...` to fresh names, as ONNX asks; the last assignment of an output keeps its name."""
+    current = {name: name for name in inputs}
+    last = {line.split(" = ", 1)[0]: index for index, line in enumerate(lines)}
+    renamed = []
+    for index, line in enumerate(lines):
+        target, call = line.split(" = ", 1)
+        head, arguments = call.rsplit("(", 1)
+        names = [argument.strip() for argument in arguments.rstrip(")").split(",") if argument.strip()]
+        operands = ", ".join(current[name] for name in names)
+        final = target in outputs and last[target] == index
+        current[target] = target if final else f"{target}_{index}"
+        renamed.append(f"{current[target]} = {head}({operands})")
+    return renamed
+
+
+def add_functions(model: ir.Model) -> None:
+    """Adds to the model the function of every duq node in it, and the domain's opset import."""
+    opset = model.opset_imports[""]
+    for node in model.graph:
+        if node.domain == DOMAIN and node.op_identifier() not in model.functions:
+            body = function(node.op_type, node.overload, opset)
+            model.functions[body.identifier()] = body
+    if any(node.domain == DOMAIN for node in model.graph):
+        model.opset_imports[DOMAIN] = VERSION
