@@ -1,0 +1,144 @@
+"""``duq-inspect engine.plan``: what a plan holds. Opening it verifies every hash."""
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from runtime.cli_errors import one_line_errors
+from runtime.plan import Plan
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PLAN", help="An engine.plan")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON")] = False,
+    entries: Annotated[bool, typer.Option("--entries", help="List every weight, not their sum")] = False,
+) -> None:
+    """Print what a plan holds: policy, quantisation, ops and bytes per layer, inputs and outputs, entries, hashes."""
+    plan = Plan(path)
+    if as_json:
+        typer.echo(json.dumps({"path": str(path), "bytes": path.stat().st_size, **plan.manifest}, indent=1))
+        return
+    console = Console(markup=False, highlight=False)  # recipes hold regexes, which look like markup
+    console.print(f"{path}: {_size(path.stat().st_size)}, all {len(plan.names)} entries match their SHA-256")
+    for table in (
+        _policy_table(plan.manifest),
+        _quantization_table(plan.manifest.get("quantization") or {}),
+        _layer_table((plan.manifest.get("quantization") or {}).get("linears") or {}),
+        *(_graph_table(name, graph) for name, graph in (plan.manifest.get("graphs") or {}).items()),
+        _entry_table(plan.manifest["entries"], each_weight=entries),
+    ):
+        if table.row_count:
+            console.print(table)
+
+
+def main() -> None:
+    with one_line_errors():
+        app()
+
+
+def _policy_table(manifest: dict) -> Table:
+    """Everything in the manifest that is not a section with a table of its own."""
+    elsewhere = {"quantization", "graphs", "entries", "norm_stats"}
+    table = _table("Policy", "", "")
+    for key, value in manifest.items():
+        if key not in elsewhere:
+            table.add_row(key, _text(value))
+    stats = manifest.get("norm_stats") or {}
+    table.add_row("norm_stats", ", ".join(f"{key} [{len(value['mean'])}]" for key, value in stats.items()
+                                          if isinstance(value, dict) and value.get("mean")) or "none")  # fmt: skip
+    return table
+
+
+def _quantization_table(quantization: dict) -> Table:
+    table = _table("Quantisation", "", "")
+    for key, value in quantization.items():
+        if key != "linears":
+            table.add_row(key, _text(value))
+    return table
+
+
+def _layer_table(linears: dict[str, dict]) -> Table:
+    """A row for each layer and kind of linear in it: llm.layers.3 | op | W4A8 | q_proj, k_proj, ... | size | SQNR."""
+    rows: dict[tuple, list[tuple[str, dict]]] = {}
+    for name, linear in linears.items():
+        layer, rest = _split_layer(name)
+        kind = (layer, linear.get("op"), linear.get("weight_bits"), linear.get("activation_bits"))
+        rows.setdefault(kind, []).append((rest, linear))
+    table = _table("Quantised linears by layer", "layer", "op", "bits", "linears", "size", "worst SQNR")
+    for (layer, op, weight_bits, activation_bits), members in rows.items():
+        sqnr = [linear["sqnr_db"] for _, linear in members if linear.get("sqnr_db") is not None]
+        table.add_row(
+            layer,
+            str(op),
+            f"W{weight_bits}A{activation_bits or 16}",
+            ", ".join(rest for rest, _ in members),
+            _size(sum(linear.get("bytes", 0) for _, linear in members)),
+            f"{min(sqnr):.1f} dB" if sqnr else "-",
+        )
+    return table
+
+
+def _split_layer(name: str) -> tuple[str, str]:
+    """`llm.layers.3.mlp.up_proj` -> (`llm.layers.3`, `up_proj`); a linear of no layer stands for itself."""
+    match = re.match(r"(.*\.layers\.\d+)\.(?:.*\.)?(.+)$", name)
+    return (match[1], match[2]) if match else (name, "")
+
+
+def _graph_table(name: str, graph: Any) -> Table:
+    table = _table(f"Graph {name}", "", "")
+    for key, value in (graph if isinstance(graph, dict) else {"": graph}).items():
+        if key == "ops" and isinstance(value, dict):
+            value = ", ".join(f"{op} x{count}" for op, count in Counter(value).most_common())
+        table.add_row(key, _text(value))
+    return table
+
+
+def _entry_table(entries: dict[str, dict], each_weight: bool) -> Table:
+    table = _table("Entries", "name", "size", "offset", "SHA-256")
+    weights = [] if each_weight else [name for name in entries if name.startswith("weights/")]
+    for name, entry in entries.items():
+        if name not in weights:
+            table.add_row(name, _size(entry["bytes"]), str(entry["offset"]), entry["sha256"][:16])
+    if weights:
+        total = sum(entries[name]["bytes"] for name in weights)
+        table.add_row(f"weights/ ({len(weights)} tensors)", _size(total), "", "--entries lists them")
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", show_header=any(columns))
+    for column in columns:
+        table.add_column(column, justify="right" if column in ("size", "offset", "worst SQNR") else "left")
+    return table
+
+
+def _text(value: Any) -> str:
+    """Nested values as one line of `key value` pairs."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(inner)}" if not isinstance(inner, dict) else f"{key} ({_text(inner)})"
+                         for key, inner in value.items())  # fmt: skip
+    if isinstance(value, list):
+        return ", ".join(f"({_text(item)})" if isinstance(item, dict) else _text(item) for item in value)
+    return str(value)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+if __name__ == "__main__":
+    main()

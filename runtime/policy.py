@@ -1,0 +1,125 @@
+"""The policy: an opened plan that answers observations with actions."""
+from __future__ import annotations
+
+import importlib
+import os
+import threading
+import time
+from collections.abc import Mapping
+
+import numpy as np
+
+from runtime.config import IMAGE_SLOTS, ModelConfig
+from runtime.errors import ObservationError, PlanError
+from runtime.plan import Plan
+from runtime.preprocess import Preprocessor
+
+# target -> (module, class). Imported when a plan asks for it: each needs an engine library of its own.
+EXECUTORS = {"cpu": ("runtime.executors.cpu", "CpuExecutor")}
+
+
+class Policy:
+    """A compiled policy with the interface of openpi's: `infer` takes and returns the same dicts.
+
+    threads: CPU threads of the engine (None: all cores). verify: compare every hash of the plan while opening it.
+    seed: of the noise that `infer` draws when it is given none. Raises PlanError if the plan cannot be used.
+    One policy may be shared by threads; they take turns on the engine.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike, *, threads: int | None = None, verify: bool = True, seed: int | None = None
+    ):
+        plan = Plan(path, verify)
+        self._manifest = plan.manifest
+        try:
+            executor = EXECUTORS.get(self._manifest["target"])
+            self._config = ModelConfig.from_json(self._manifest["model"])
+            self._preprocessor = _preprocessor(plan, self._config)
+        except (KeyError, TypeError) as error:
+            raise PlanError(f"{plan.path}: its manifest is incomplete ({error}); compile it again") from error
+        if executor is None:
+            targets = ", ".join(EXECUTORS)
+            target = self._manifest["target"]
+            raise PlanError(f"{plan.path}: is made for target {target!r}, this runtime has {targets}; compile for that")
+        module, name = executor
+        self._executor = getattr(importlib.import_module(module), name)(plan, threads)
+        self._engine = threading.Lock()
+        self._noise = np.random.default_rng(seed)
+
+    @property
+    def metadata(self) -> dict:
+        """What a client may want to know of the policy, in plain JSON types."""
+        return {
+            "robot": self._manifest["robot"],
+            "model": "pi0.5" if self._config.pi05 else "pi0",
+            "target": self._manifest["target"],
+            "num_steps": self._manifest["num_steps"],
+            "cameras": self._preprocessor.cameras,
+            "action_horizon": self._config.action_horizon,
+            "action_dim": self._preprocessor.action_dim,
+            "model_action_dim": self._config.action_dim,
+            "max_prompt_tokens": self._config.max_prompt_tokens,
+            "checkpoint": self._manifest["checkpoint"]["fingerprint"],
+        }
+
+    def warmup(self) -> None:
+        """Does now what the first call would do once: page in the weights, allocate, import. Then no file is opened."""
+        self._preprocessor.model_inputs(_blank_observation())
+        with self._engine:
+            self._executor.warmup()
+
+    def infer(self, obs: Mapping, noise: np.ndarray | None = None) -> dict:
+        """An action chunk for one observation.
+
+        obs: the robot's observation dict or bare model inputs (see `runtime.preprocess.Preprocessor`).
+        noise: float32 [H, A], the start of the denoising; drawn if absent. The same noise gives the same actions.
+        Returns {"actions": float32 [H, robot dims], "policy_timing": milliseconds: "infer_ms" is the whole call,
+        "preprocess_ms", "prefix_ms", "denoise_ms" its parts}.
+        Raises ObservationError, before any work of the model, if the observation does not fit.
+        """
+        start = time.perf_counter()
+        inputs = self._preprocessor.model_inputs(obs)
+        noise = self._draw_noise() if noise is None else self._checked_noise(noise)
+        ready = time.perf_counter()
+        with self._engine:
+            actions, timing = self._executor.run(inputs, noise)
+        actions = self._preprocessor.robot_actions(actions, obs)
+        end = time.perf_counter()
+        timing = {"infer_ms": (end - start) * 1e3, "preprocess_ms": (ready - start) * 1e3, **timing}
+        return {"actions": actions, "policy_timing": timing}
+
+    def _draw_noise(self) -> np.ndarray:
+        return self._noise.standard_normal(self._noise_shape, np.float32)
+
+    def _checked_noise(self, noise: np.ndarray) -> np.ndarray:
+        noise = np.asarray(noise)
+        if noise.shape != self._noise_shape or noise.dtype != np.float32 or not np.isfinite(noise).all():
+            found = f"{noise.dtype} {list(noise.shape)}"
+            raise ObservationError(f"noise: is {found}, expected finite float32 {list(self._noise_shape)}")
+        return noise
+
+    @property
+    def _noise_shape(self) -> tuple[int, int]:
+        return self._config.action_horizon, self._config.action_dim
+
+
+def _preprocessor(plan: Plan, config: ModelConfig) -> Preprocessor:
+    manifest = plan.manifest
+    return Preprocessor(
+        config,
+        robot=manifest["robot"],
+        layout=manifest["checkpoint"]["layout"],
+        norm_stats=manifest["norm_stats"],
+        tokenizer=plan.read("tokenizer.model") if "tokenizer.model" in plan.names else None,
+        cameras=manifest["cameras"],
+        transforms=manifest.get("transforms"),
+    )
+
+
+def _blank_observation() -> dict:
+    return {
+        "image": {IMAGE_SLOTS[0]: np.zeros((32, 48, 3), np.uint8)},  # of a size that has to be resized
+        "state": np.zeros(1, np.float32),
+        "tokenized_prompt": np.zeros(1, np.int64),
+        "tokenized_prompt_mask": np.ones(1, bool),
+    }
