@@ -1,0 +1,38 @@
+"""The linears of a policy that can be quantised, and how they hang together."""
+from __future__ import annotations
+
+import re
+
+from compiler.quant.recipe import Recipe
+from runtime.config import ModelConfig
+
+GEMMA_LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+                 "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+VISION_LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
+
+
+def quantisable_linears(config: ModelConfig) -> list[str]:
+    """Canonical names in the order of execution.
+
+    Of the last prefix layer only the keys and values are ever read, so its other linears are not listed.
+    """
+    names = [f"vision.encoder.layers.{i}.{leaf}" for i in range(config.vision.depth) for leaf in VISION_LINEARS]
+    names.append("projector")
+    last = config.llm.depth - 1
+    names += [
+        f"llm.layers.{i}.{leaf}"
+        for i in range(config.llm.depth)
+        for leaf in (GEMMA_LINEARS if i < last else GEMMA_LINEARS[1:3])
+    ]
+    return names + [f"expert.layers.{i}.{leaf}" for i in range(config.expert.depth) for leaf in GEMMA_LINEARS]
+
+
+def select_linears(recipe: Recipe, config: ModelConfig) -> dict[str, int]:
+    """Canonical name -> weight bits (4 or 8) of the linears that the recipe quantises."""
+    bits = {name: recipe.bits(name) for name in quantisable_linears(config)}
+    return {name: b for name, b in bits.items() if b < 16}
+
+
+def input_group(name: str) -> str:
+    """One key for all linears that read the same tensor: q, k, v share their input, and so do gate and up."""
+    return re.sub(r"\.(gate|up)_proj$", ".gate_up", re.sub(r"\.[qkv]_proj$", ".qkv", name))

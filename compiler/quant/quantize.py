@@ -1,0 +1,219 @@
+"""The quantiser: a checkpoint, a recipe and calibration observations become packs."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from compiler.quant.calibrate import InputStatistics, calibrate
+from compiler.quant.fake import quantised_product
+from compiler.quant.folding import change_output, fold, input_transform, repeat_for_queries, sibling, value_transform
+from compiler.quant.linears import input_group, select_linears
+from compiler.quant.pack import LinearPack, pack_weight
+from compiler.quant.recipe import Recipe
+from compiler.quant.rounding import round_compensated, round_weights, search_scales
+from compiler.quant.transforms import LinearTransform, block_size_for, weight_rotation
+from runtime.config import ModelConfig
+from runtime.preprocess import ModelInputs
+
+
+@dataclass
+class Quantization:
+    """What quantisation changes of a policy; everything else stays as the checkpoint has it.
+
+    Attributes:
+        packs: by canonical module name, in the order of execution.
+        float_weights: canonical tensor name -> float32 tensor replacing the checkpoint's: linears that stay in float but
+            absorb a factor of a neighbour's transform, and biases of packed linears which do.
+        value_transforms: by layer, the change of basis that the outputs of v_proj of both Gemmas (and so the cached
+            values) are in: v' = transform.transform_input(v). o_proj undoes it.
+    """
+
+    recipe: Recipe
+    packs: dict[str, LinearPack] = field(default_factory=dict)
+    float_weights: dict[str, Tensor] = field(default_factory=dict)
+    value_transforms: dict[int, LinearTransform] = field(default_factory=dict)
+
+
+@dataclass
+class Placement:
+    """Where the transforms go: ``full`` and ``online`` by consumer, ``outputs`` by the linear that absorbs them."""
+
+    full: dict[str, LinearTransform] = field(default_factory=dict)
+    online: dict[str, LinearTransform] = field(default_factory=dict)
+    outputs: dict[str, LinearTransform] = field(default_factory=dict)
+    values: dict[int, LinearTransform] = field(default_factory=dict)
+
+
+def quantize(
+    model: nn.Module,
+    checkpoint,
+    recipe: Recipe,
+    inputs: Sequence[ModelInputs],
+    progress: Progress,
+    transforms: Mapping[str, LinearTransform] | None = None,
+) -> Quantization:
+    """Calibrates ``model`` (the reference model of ``checkpoint``) on ``inputs`` and quantises what the recipe selects.
+
+    Args:
+        transforms: for every selected linear the transform to use, from packs made elsewhere; by default the recipe's
+            scheme makes them.
+    Raises CalibrationError for unusable ``inputs``.
+    """
+    linears = select_linears(recipe, checkpoint.config)
+    if not linears:
+        return Quantization(recipe)
+    statistics = calibrate(model, checkpoint.config, linears, inputs, recipe.calibration_steps, progress)
+    return quantize_weights(checkpoint.weights, checkpoint.config, recipe, linears, statistics, progress, transforms)
+
+
+def quantize_weights(
+    weights: Mapping[str, Tensor],
+    config: ModelConfig,
+    recipe: Recipe,
+    linears: Mapping[str, int],
+    statistics: Mapping[str, InputStatistics],
+    progress: Progress,
+    transforms: Mapping[str, LinearTransform] | None = None,
+) -> Quantization:
+    """Quantises ``linears`` (canonical name -> weight bits), one at a time in float32.
+
+    Args:
+        weights: canonical tensor name -> tensor in any float type.
+        statistics: by input group, as :func:`~compiler.quant.calibrate.calibrate` returns them.
+    """
+
+    def weight(name: str) -> Tensor:
+        return weights[f"{name}.weight"].to(torch.float32)
+
+    if transforms is None:
+        placement = place_transforms(weight, config, recipe, linears, statistics, progress)
+    else:  # packs made elsewhere are taken as they are
+        placement = Placement(full=dict(transforms), online=dict(transforms))
+    quantization = Quantization(recipe, value_transforms=placement.values)
+    task = progress.add_task("Quantising", total=sum(weights[f"{name}.weight"].numel() for name in linears))
+    for name, bits in linears.items():
+        edited = _with_output_basis(weight(name), placement.outputs.get(name))
+        quantization.packs[name] = quantize_linear(
+            name, edited, placement.full[name], placement.online[name], statistics[input_group(name)], bits, recipe
+        )
+        progress.advance(task, edited.numel())
+    quantization.float_weights = _float_edits(weights, linears, placement)
+    return quantization
+
+
+def place_transforms(weight, config, recipe, linears, statistics, progress) -> Placement:
+    """Makes one transform for each input and sends its factors where they cost least (see compiler/quant/folding.py)."""
+    placement = Placement()
+    groups: dict[str, list[str]] = {}
+    for name in linears:
+        # The original scheme shares nothing between linears.
+        groups.setdefault(name if recipe.scheme == "reference" else input_group(name), []).append(name)
+    task = progress.add_task("Choosing transforms", total=len(groups))
+    for members in groups.values():
+        progress.advance(task)
+        if recipe.scheme == "balanced" and members[0].endswith(".o_proj"):
+            continue  # below: its factors concern both Gemmas
+        transform = input_transform(recipe, statistics[input_group(members[0])], [weight(name) for name in members])
+        for name in members:
+            placement.full[name] = placement.online[name] = transform
+            if recipe.scheme != "reference":
+                placement.online[name], outputs = fold(name, transform)
+                placement.outputs |= outputs
+    if recipe.scheme == "balanced":
+        for layer in range(config.llm.depth):
+            _place_value_transform(placement, layer, weight, config, linears, statistics)
+    return placement
+
+
+def _place_value_transform(placement, layer, weight, config, linears, statistics) -> None:
+    readers = {f"{stack}.layers.{layer}.self_attn.o_proj": gemma for stack, gemma in _gemmas(config)}
+    quantised = [(statistics[name], weight(name)) for name in readers if name in linears]
+    if not quantised:
+        return
+    heads = config.llm.kv_heads, config.llm.head_dim
+    transform = placement.values[layer] = value_transform(quantised, *heads)
+    for name, gemma in readers.items():
+        placement.outputs[sibling(name, "v_proj")] = transform
+        placement.full[name] = repeat_for_queries(transform, *heads, gemma.heads)
+        placement.online[name] = LinearTransform()
+
+
+def quantize_linear(
+    name: str,
+    weight: Tensor,
+    full: LinearTransform,
+    online: LinearTransform,
+    statistics: InputStatistics,
+    bits: int,
+    recipe: Recipe,
+) -> LinearPack:
+    """One pack from W [N, K] float32.
+
+    ``full`` leads from the inputs that ``statistics`` saw to x'; ``online`` is what of it remains to be done at run
+    time, when the linears before have absorbed their part.
+    """
+    if recipe.row_rotation == "restore" and full.output_rotation is None:
+        output_rotation = weight_rotation(weight.T, block_size_for(len(weight), recipe.block_size))
+        full, online = replace(full, output_rotation=output_rotation), replace(online, output_rotation=output_rotation)
+    weight = full.transform_weight(weight)
+    x = full.transform_input(statistics.fitting_rows)
+    scale = search_scales(weight, x.square().mean(0), bits)
+    if recipe.compensate:
+        integers = round_compensated(weight, scale, x, bits, recipe.damping)
+    else:
+        integers = round_weights(weight, scale, bits)
+    pack = LinearPack(
+        name=name,
+        weight_q=pack_weight(integers.numpy(), bits),
+        weight_bits=bits,
+        weight_scale=scale.numpy(),
+        activation_bits=recipe.activation_bits,
+        activation_scale=static_activation_scale(x, recipe),
+        **vars(online),
+    )
+    held_out = full.transform_input(statistics.held_out_rows)
+    pack.sqnr_db = sqnr_db(held_out @ weight.T, quantised_product(held_out, pack, integers))
+    return pack
+
+
+def static_activation_scale(x: Tensor, recipe: Recipe) -> np.ndarray | None:
+    """The calibrated activation scale for rows x' [M, K]: a scalar, [K] for ``per-channel``, None for dynamic ones."""
+    if recipe.activation_bits == 0 or recipe.activation_scale == "per-token":
+        return None
+    magnitudes = x.abs() if recipe.activation_scale == "per-channel" else x.abs().flatten()
+    rank = max(1, round(recipe.activation_percentile / 100 * len(magnitudes)))
+    return (magnitudes.kthvalue(rank, dim=0).values.clamp_min(1e-6) / 127).numpy()
+
+
+def sqnr_db(signal: Tensor, quantised: Tensor) -> float:
+    """10 log10(|signal|^2 / |signal - quantised|^2)."""
+    power, noise = (float(t.square().sum(dtype=torch.float64)) for t in (signal, signal - quantised))
+    return float(10 * np.log10(max(power, 1e-300) / max(noise, 1e-300)))
+
+
+def _float_edits(weights, linears, placement: Placement) -> dict[str, Tensor]:
+    edits = {}
+    for name in (*placement.outputs, *placement.full):
+        for kind in ("weight", "bias"):
+            key = f"{name}.{kind}"
+            if key not in weights or (kind == "weight" and name in linears):
+                continue
+            tensor = _with_output_basis(weights[key].to(torch.float32), placement.outputs.get(name))
+            if kind == "weight" and name in placement.full:
+                tensor = placement.full[name].transform_weight(tensor)
+            if kind == "weight" or name in placement.outputs:
+                edits[key] = tensor
+    return edits
+
+
+def _with_output_basis(tensor: Tensor, output: LinearTransform | None) -> Tensor:
+    return tensor if output is None else change_output(output, tensor)
+
+
+def _gemmas(config: ModelConfig):
+    return ("llm", config.llm), ("expert", config.expert)

@@ -1,0 +1,101 @@
+"""Weights to integers: a fine search for each row's scale, and error compensation.
+
+Everything happens in the transformed basis: W' [N, K], rows x' [M, K].
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# A step of the scale that clips the tails of a row buys finer steps for all other weights. Ratios of the scale to the
+# one that clips nothing: first every twentieth, then every hundredth around the best.
+COARSE = [0.40 + 0.05 * i for i in range(13)]
+FINE = [0.01 * i for i in range(-4, 5) if i]
+
+CHUNK = 1 << 17  # weights searched at a time: the temporaries stay in the cache
+SEGMENT = 4096  # columns whose errors compensate each other
+LAZY = 128  # columns after which the rest of the segment is brought up to date
+
+
+def integer_range(bits: int) -> tuple[int, int]:
+    """(-8, 7) or (-128, 127)."""
+    return -(1 << bits - 1), (1 << bits - 1) - 1
+
+
+def round_weights(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """clamp(round(W' / scale)): float32 [N, K] and [N] -> int8 [N, K]."""
+    return torch.round(weight / scale[:, None]).clamp_(*integer_range(bits)).to(torch.int8)
+
+
+def search_scales(weight: Tensor, energy: Tensor, bits: int) -> Tensor:
+    """The scale of every row with the least sum_k energy[k] (W'[n, k] - scale[n] q[n, k])^2: float32 [N].
+
+    Args:
+        weight: W', float32 [N, K].
+        energy: mean square of x' per channel, float32 [K].
+    """
+    return torch.cat([_search(rows, energy, bits) for rows in weight.split(max(1, CHUNK // weight.shape[1]))])
+
+
+def _search(rows: Tensor, energy: Tensor, bits: int) -> Tensor:
+    low, high = integer_range(bits)
+    # The integers reach one step further down than up: point the longer tail of the row there.
+    top, bottom = rows.amax(1), -rows.amin(1)
+    widest = torch.maximum(torch.maximum(top, bottom), torch.tensor(1e-30))
+    unclipped = torch.where(top > bottom, -widest, widest) / high
+    normalised = rows / unclipped[:, None]  # in steps of the unclipped scale
+    quantised = torch.empty_like(normalised)
+
+    def error(ratio: Tensor) -> Tensor:
+        torch.div(normalised, ratio[:, None], out=quantised).round_().clamp_(low, high).mul_(ratio[:, None])
+        return quantised.sub_(normalised).square_() @ energy
+
+    best_ratio = torch.ones(len(rows))
+    best_error = torch.full((len(rows),), torch.inf)
+    for ratios in (COARSE, FINE):
+        centre = best_ratio.clone() if ratios is FINE else torch.zeros(len(rows))
+        for ratio in ratios:
+            candidate = centre + ratio
+            e = error(candidate)
+            better = e < best_error
+            best_error = torch.where(better, e, best_error)
+            best_ratio = torch.where(better, candidate, best_ratio)
+    return best_ratio * unclipped
+
+
+def round_compensated(weight: Tensor, scale: Tensor, x: Tensor, bits: int, damping: float) -> Tensor:
+    """GPTQ (arXiv 2210.17323): each column's rounding error is made up for by the columns after it.
+
+    Minimises |x' (W' - scale q)^T|^2 + damping * mean_k |x'_k|^2 |W' - scale q|^2 greedily, column by column. Columns
+    compensate each other within segments of 4096, which bounds the Hessian of the widest linears to 64 MB.
+
+    Args:
+        weight: W', float32 [N, K]. scale: [N]. x: calibration rows x' [M, K].
+    Returns: int8 [N, K].
+    """
+    segments = zip(weight.split(SEGMENT, dim=1), x.split(SEGMENT, dim=1))
+    return torch.cat([_compensate(w, scale, rows, bits, damping) for w, rows in segments], dim=1)
+
+
+def _compensate(weight: Tensor, scale: Tensor, x: Tensor, bits: int, damping: float) -> Tensor:
+    low, high = integer_range(bits)
+    factor = _inverse_factor(x, damping)
+    columns = weight.T.contiguous()  # [K, N]: a column of W' is a contiguous row here
+    quantised = torch.empty(columns.shape, dtype=torch.int8)
+    for start in range(0, len(columns), LAZY):
+        end = min(start + LAZY, len(columns))
+        block, errors = columns[start:end], torch.empty(end - start, len(scale))
+        for i, k in enumerate(range(start, end)):
+            q = torch.round(block[i] / scale).clamp_(low, high)
+            quantised[k] = q.to(torch.int8)
+            errors[i] = (block[i] - q * scale) / factor[k, k]
+            block[i + 1 :].addr_(factor[k, k + 1 : end], errors[i], alpha=-1)
+        columns[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    return quantised.T.contiguous()
+
+
+def _inverse_factor(x: Tensor, damping: float) -> Tensor:
+    """The upper Cholesky factor of (x^T x / M + damping * mean(diag) I)^-1: [K, K]."""
+    hessian = x.T @ x / len(x)
+    hessian.diagonal().add_(damping * hessian.diagonal().mean() + 1e-30)
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
