@@ -99,6 +99,31 @@ _INTEGER_MATMUL = """
     scaled = Mul(acc_float, weight_scale)
     y = Mul(scaled, x_scale)"""
 
+# CPUs want the activations as unsigned bytes all the way. These two compute the same integers as the two above, with
+# x_q carried as x_q + 128 between them; QuantizeLinear rounds half to even and saturates.
+_QUANTIZE_UNSIGNED = """
+    whole_x = Shape(x)
+    many_x = Constant<value_ints = [-1]>()
+    channels = Shape<start = -1>(x)
+    flat_shape = Concat<axis = 0>(many_x, channels)
+    flat = Reshape(x, flat_shape)
+    token_scale = Reshape(x_scale, many_x)
+    tokens = Shape(token_scale)
+    zero = Constant<value = uint8 {128}>()
+    zeros = Expand(zero, tokens)
+    flat_q = QuantizeLinear<axis = 0>(flat, token_scale, zeros)
+    x_q = Reshape(flat_q, whole_x)"""
+_QUANTIZE_UNSIGNED_PER_TENSOR = """
+    zero = Constant<value = uint8 {128}>()
+    x_q = QuantizeLinear(x, x_scale, zero)"""
+_UNSIGNED_MATMUL = """
+    zero_point = Constant<value = uint8 {128}>()
+    weight_s8 = Cast<to = 3>(weight)
+    acc = MatMulInteger(x_q, weight_s8, zero_point)
+    acc_float = Cast<to = 1>(acc)
+    scaled = Mul(acc_float, weight_scale)
+    y = Mul(scaled, x_scale)"""
+
 _FLOAT_MATMUL = """
     weight_float = Cast<to = 1>(weight)
     product = MatMul(x, weight_float)
@@ -142,16 +167,22 @@ def inputs_of(op_type: str, overload: str) -> list[str]:
     return [*activations, "weight", "weight_scale", *extra]
 
 
-def function(op_type: str, overload: str, opset: int) -> ir.Function:
-    """The body of one variant as a model-local function of standard operators of `opset`."""
+def function(op_type: str, overload: str, opset: int, unsigned: bool = False) -> ir.Function:
+    """The body of one variant as a model-local function of standard operators of `opset`.
+
+    `unsigned` gives the equivalent body for CPUs, with activations as uint8 = int8 + 128 between the operators.
+    """
     chosen = stages(overload)
     if op_type in ("Rotate", "RotateQuantize"):
         body = [_PROLOGUE[stage][1] for stage in chosen if stage in _PROLOGUE]
         body += [_SCALE[stage][1] for stage in chosen if stage in _SCALE]
-        body += [_QUANTIZE if op_type == "RotateQuantize" else "rotated = Identity(x)"]
+        quantize = _QUANTIZE if not unsigned else _QUANTIZE_UNSIGNED
+        quantize = _QUANTIZE_UNSIGNED_PER_TENSOR if unsigned and "per_tensor" in chosen else quantize
+        body += [quantize if op_type == "RotateQuantize" else "rotated = Identity(x)"]
         outputs = ["x_q", "x_scale"] if op_type == "RotateQuantize" else ["rotated"]
     else:
-        body = [_INTEGER_MATMUL if op_type.endswith("A8Linear") else _FLOAT_MATMUL]
+        integer_matmul = _UNSIGNED_MATMUL if unsigned else _INTEGER_MATMUL
+        body = [integer_matmul if op_type.endswith("A8Linear") else _FLOAT_MATMUL]
         body += [_EPILOGUE[stage][1] for stage in chosen]
         outputs = ["y"]
     return _parse(op_type, overload, inputs_of(op_type, overload), outputs, body, opset)
@@ -186,12 +217,12 @@ def _single_assignment(lines: list[str], inputs: list[str], outputs: list[str]) 
     return renamed
 
 
-def add_functions(model: ir.Model) -> None:
-    """Adds to the model the function of every duq node in it, and the domain's opset import."""
+def add_functions(model: ir.Model, unsigned: bool = False) -> None:
+    """Gives the model the function of every duq node in it, and the domain's opset import."""
     opset = model.opset_imports[""]
+    model.functions.clear()
     for node in model.graph:
         if node.domain == DOMAIN and node.op_identifier() not in model.functions:
-            body = function(node.op_type, node.overload, opset)
-            model.functions[body.identifier()] = body
-    if any(node.domain == DOMAIN for node in model.graph):
+            model.functions[node.op_identifier()] = function(node.op_type, node.overload, opset, unsigned)
+    if model.functions:
         model.opset_imports[DOMAIN] = VERSION

@@ -71,7 +71,7 @@ class Step(nn.Module):
         past = list(zip(key_values[0::2], key_values[1::2]))
         state = None if state is None else state[None]
         velocity = self.model.velocity(state, x[None], time[None], prefix_mask[None], past)
-        return x + velocity[0] * (-1.0 / self.num_steps)
+        return x + (velocity * (-1.0 / self.num_steps))[0]
 
 
 def export(config: ModelConfig, weights: dict[str, Tensor], num_steps: int) -> Graphs:

@@ -1,14 +1,20 @@
 """Weights as MatMul reads them: y = x W with W [K, N], no Transpose or Gemm left around a weight."""
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
+import torch
+from torch import Tensor
 
-from compiler.graph.edit import insert_before, is_weight, lazy, replace, simplify
+from compiler.graph.edit import initializer, insert_before, is_weight, lazy, replace, simplify
 from compiler.graph.export import Graphs
 
 
 def weights_as_matmul_reads_them(graphs: Graphs) -> Graphs:
-    """PyTorch stores a linear's weight [N, K] and exports Transpose + MatMul, or Gemm for two-dimensional inputs."""
+    """PyTorch stores a linear's weight [N, K] and exports Transpose + MatMul, or Gemm for two-dimensional inputs.
+
+    The gain 1 + w of a Gemma norm becomes one initialiser as well.
+    """
     for _, model in graphs.items():
         simplify(model)
         for node in list(model.graph):
@@ -19,7 +25,31 @@ def weights_as_matmul_reads_them(graphs: Graphs) -> Graphs:
                 replace(node.outputs[0], y)
             elif node.op_type == "Transpose" and is_weight(node.inputs[0], rank=2):
                 replace(node.outputs[0], _transposed(model.graph, node.inputs[0]))
+            elif node.op_type == "RMSNormalization" and node.inputs[1].producer() is not None:
+                weight, one = node.inputs[1].producer().inputs
+                gain = lazy(model.graph, weight.name.replace(".weight", ".gain"), [weight, one], weight.shape, np.add)
+                node.replace_input_with(1, gain)
         simplify(model)
+    return graphs
+
+
+def keep_embedding_dtype(graphs: Graphs, weights: dict[str, Tensor]) -> Graphs:
+    """A bfloat16 embedding table stays bfloat16 (1 GB instead of 2 at full size): only the rows read are upcast."""
+    table = weights["llm.embed_tokens.weight"]
+    if table.dtype != torch.bfloat16:
+        return graphs
+    graph = graphs.prefix.graph
+    (node,) = [n for n in graph if n.op_type == "Gather" and n.inputs[0].name == "llm.embed_tokens.weight"]
+    tensor = ir.LazyTensor(
+        lambda: ir.tensor_adapters.TorchTensor(table, name="llm.embed_tokens.bfloat16"),
+        dtype=ir.DataType.BFLOAT16,
+        shape=ir.Shape(table.shape),
+        name="llm.embed_tokens.bfloat16",
+    )
+    (rows,) = insert_before(node, "Gather", [initializer(graph, tensor.name, tensor), node.inputs[1]])
+    (wide,) = insert_before(node, "Cast", [rows], to=ir.DataType.FLOAT)
+    replace(node.outputs[0], wide)
+    simplify(graphs.prefix)
     return graphs
 
 

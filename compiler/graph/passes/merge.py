@@ -1,0 +1,53 @@
+"""Linears that read the same input become one: q, k and v; gate and up. One large product instead of two or three."""
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+import onnx_ir as ir
+
+from compiler.graph.edit import initializer, insert_before, is_weight, lazy, replace, simplify
+from compiler.graph.export import Graphs
+from compiler.graph.passes.quantize import quantized_tensor
+from plugins import ops
+
+
+def merge_linears(graphs: Graphs) -> Graphs:
+    """[x W1, x W2] = x [W1, W2], for float products and for quantised linears of the same variant."""
+    for _, model in graphs.items():
+        groups = defaultdict(list)
+        for node in model.graph:
+            if node.op_type == "MatMul" and is_weight(node.inputs[1], rank=2):
+                groups[node.inputs[0], "MatMul"].append(node)
+            elif node.op_type in ops.QUANTIZED_LINEARS and "output_rotation" not in node.overload:
+                groups[node.inputs[0], node.op_identifier()].append(node)
+        for nodes in groups.values():
+            if len(nodes) > 1:
+                _merge(model.graph, nodes)
+        simplify(model)
+    return graphs
+
+
+def _merge(graph: ir.Graph, nodes: list[ir.Node]) -> None:
+    """Replaces the nodes by one of the concatenated weights, scales and biases, and a Split of its output."""
+    shared = 2 if nodes[0].op_type.endswith("A8Linear") else 1  # x_q and x_scale, or x
+    columns = [node.inputs[shared].shape[-1] for node in nodes]
+    operands = [_concatenate(graph, [node.inputs[i] for node in nodes]) for i in range(shared, len(nodes[0].inputs))]
+    inputs = [*nodes[0].inputs[:shared], *operands]
+    options = {"domain": nodes[0].domain, "overload": nodes[0].overload}
+    (y,) = insert_before(nodes[0], nodes[0].op_type, inputs, **options)
+    sizes = initializer(graph, "split_" + "_".join(map(str, columns)), np.array(columns, np.int64))
+    for node, part in zip(nodes, insert_before(nodes[0], "Split", [y, sizes], len(nodes), axis=-1)):
+        replace(node.outputs[0], part)
+
+
+def _concatenate(graph: ir.Graph, values: list[ir.Value]) -> ir.Value:
+    name = "+".join(value.name for value in values)
+    shape = [*values[0].shape.numpy()[:-1], sum(value.shape[-1] for value in values)]
+    dtype = values[0].dtype
+    if dtype.is_floating_point():
+        return lazy(graph, name, values, shape, lambda *arrays: np.concatenate(arrays, axis=-1))
+    tensors = [value.const_value for value in values]
+    bits = 4 if dtype == ir.DataType.INT4 else 8
+    merged = lambda: np.concatenate([t.numpy().astype(np.int8) for t in tensors], axis=-1)  # noqa: E731
+    return initializer(graph, name, quantized_tensor(name, merged, shape, bits))

@@ -1,0 +1,118 @@
+"""Float linears -> duq nodes, following the packs of the quantiser."""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from compiler.errors import GraphError
+from compiler.graph.edit import initializer, insert_before, is_weight, reader, replace, simplify
+from compiler.graph.export import Graphs
+from compiler.quant.pack import LinearPack
+from compiler.quant.transforms import hadamard
+from plugins import ops
+from plugins.layout import pack_int4
+
+
+def lower_quantized_linears(graphs: Graphs, packs: dict[str, LinearPack]) -> Graphs:
+    """Replaces the linear of every pack by its prologue (RotateQuantize or Rotate) and its duq linear.
+
+    Each linear gets a prologue of its own. Those of linears that share input and transforms are equal nodes, and
+    merging equal nodes leaves one; foreign packs with transforms that differ keep one each.
+    Raises GraphError if a pack names a linear that is in neither graph.
+    """
+    missing = set(packs)
+    for _, model in graphs.items():
+        for node in list(model.graph):
+            weight = node.inputs[1].name if node.op_type == "MatMul" and is_weight(node.inputs[1], rank=2) else ""
+            name = weight.removesuffix(".weight_kn")
+            if name in packs:
+                _lower(model.graph, node, packs[name])
+                missing.discard(name)
+        simplify(model)
+        ops.add_functions(model)
+    if missing:
+        raise GraphError(f"quantised linears that the policy never computes: {', '.join(sorted(missing))}")
+    return graphs
+
+
+def _lower(graph: ir.Graph, node: ir.Node, pack: LinearPack) -> None:
+    bias = reader(node.outputs[0])
+    has_bias = bias is not None and bias.op_type == "Add" and is_weight(bias.inputs[1], rank=1)
+    last = bias if has_bias else node
+
+    integer = pack.activation_bits == 8
+    if pack.weight_bits not in (4, 8):
+        raise GraphError(f"{pack.name}: {pack.weight_bits}-bit weights have no operator")
+    stage_values = _prologue(graph, pack)
+    if integer and pack.activation_scale is None:
+        stage_values["per_token"] = []
+    elif integer:
+        scale = np.array(pack.activation_scale, np.float32)
+        stage_values["per_tensor"] = [initializer(graph, f"{pack.name}.activation_scale", scale)]
+    activations = [node.inputs[0]]
+    if integer or stage_values:
+        operands = [operand for operands in stage_values.values() for operand in operands]
+        activations = insert_before(
+            last,
+            "RotateQuantize" if integer else "Rotate",
+            [node.inputs[0], *operands],
+            outputs=2 if integer else 1,
+            domain=ops.DOMAIN,
+            overload=ops.overload_name(list(stage_values)),
+        )
+
+    k, n = node.inputs[1].shape.numpy()
+    weight_name = f"{pack.name}.weight_q"
+    weight = initializer(graph, weight_name, quantized_tensor(weight_name, lambda: pack.weight().T, (k, n), pack.weight_bits))
+    inputs = [*activations, weight, initializer(graph, f"{pack.name}.weight_scale", np.asarray(pack.weight_scale, np.float32))]
+    overload = []
+    if pack.output_rotation is not None:
+        overload.append("output_rotation")
+        inputs.append(initializer(graph, f"{pack.name}.output_rotation", np.asarray(pack.output_rotation, np.float32)))
+    if has_bias:
+        overload.append("bias")
+        inputs.append(bias.inputs[1])
+    (y,) = insert_before(
+        last,
+        f"W{pack.weight_bits}A{8 if integer else 16}Linear",
+        inputs,
+        domain=ops.DOMAIN,
+        overload=ops.overload_name(overload),
+        name=pack.name,
+    )
+    replace(last.outputs[0], y)
+
+
+def _prologue(graph: ir.Graph, pack: LinearPack) -> dict[str, list[ir.Value]]:
+    """Stage -> its operands. Initialisers are named by content, so that equal transforms make equal nodes."""
+    found: dict[str, list[ir.Value]] = {}
+    if pack.input_scale is not None:
+        found["scale"] = [_by_content(graph, "input_scale", np.asarray(pack.input_scale, np.float32))]
+    if pack.permutation is not None:
+        found["permute"] = [_by_content(graph, "permutation", np.asarray(pack.permutation, np.int64))]
+    if isinstance(pack.rotation, str):
+        found["hadamard"] = [_by_content(graph, f"hadamard_{pack.block_size}", hadamard(pack.block_size).numpy())]
+    elif pack.rotation is not None:
+        found["rotation"] = [_by_content(graph, "rotation", np.asarray(pack.rotation, np.float32))]
+    return found
+
+
+def _by_content(graph: ir.Graph, kind: str, array: np.ndarray) -> ir.Value:
+    digest = hashlib.sha256(np.ascontiguousarray(array)).hexdigest()[:16]
+    return initializer(graph, f"{kind}.{digest}", array)
+
+
+def quantized_tensor(name: str, integers: Callable[[], np.ndarray], shape: Sequence[int], bits: int) -> ir.LazyTensor:
+    """A lazy INT4 (two a byte) or INT8 tensor of `integers()`, int8 values of the given shape."""
+    dtype = ir.DataType.INT4 if bits == 4 else ir.DataType.INT8
+
+    def load() -> ir.TensorProtocol:
+        values = np.ascontiguousarray(integers())
+        if bits == 8:
+            return ir.Tensor(values, name=name)
+        return ir.PackedTensor(pack_int4(values.reshape(-1)), dtype, shape=ir.Shape(shape), name=name)
+
+    return ir.LazyTensor(load, dtype=dtype, shape=ir.Shape(shape), name=name)

@@ -1,0 +1,69 @@
+"""Time is a constant: the timesteps are known when compiling, so what depends on time alone becomes tables."""
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from compiler.graph.edit import depends_on, evaluate, initializer, insert_before, is_weight, lazy, reader, replace, simplify
+from compiler.graph.export import Graphs
+from compiler.model.pi0 import timesteps
+
+
+def split_time_from_actions(graphs: Graphs) -> Graphs:
+    """W [a; t] + b = W_a a + (W_t t + b): pi0's action_time_mlp_in is separated into its action and its time half.
+
+    The time half is the same for every row, so it loses the Expand over rows and broadcasts in the sum.
+    """
+    graph = graphs.step.graph
+    for node in list(graph):
+        concat = node.inputs[0].producer() if node.op_type == "MatMul" and is_weight(node.inputs[1]) else None
+        if concat is None or concat.op_type != "Concat" or depends_on(concat.inputs[1]) != {"time"}:
+            continue
+        actions, time = concat.inputs
+        if time.producer().op_type == "Expand":
+            time = time.producer().inputs[0]
+        weight, bias = node.inputs[1], reader(node.outputs[0])
+        rows, columns = weight.shape.numpy()
+        split = rows // 2  # both halves have the expert's width
+        (of_actions,) = insert_before(node, "MatMul", [actions, _rows(graph, weight, "actions", 0, split, columns)])
+        (of_time,) = insert_before(bias, "MatMul", [time, _rows(graph, weight, "time", split, rows, columns)])
+        (offset,) = insert_before(bias, "Add", [of_time, bias.inputs[1]])
+        (y,) = insert_before(bias, "Add", [of_actions, offset])
+        replace(bias.outputs[0], y)
+    simplify(graphs.step)
+    return graphs
+
+
+def _rows(graph: ir.Graph, weight: ir.Value, part: str, start: int, stop: int, columns: int) -> ir.Value:
+    name = f"{weight.name.removesuffix('.weight_kn')}.{part}.weight_kn"
+    return lazy(graph, name, [weight], (stop - start, columns), lambda w: w[start:stop])
+
+
+def tabulate_time(graphs: Graphs) -> Graphs:
+    """Replaces every value that depends on time alone, and is read by something that does not, by table[step].
+
+    pi0: ten bias vectors. pi0.5: 1 + scale, shift and gate of every adaptive norm. The input `time` becomes `step`,
+    the index of the denoising step.
+    """
+    graph = graphs.step.graph
+    (time,) = [value for value in graph.inputs if value.name == "time"]
+    reach = {node: set().union(*(depends_on(operand) for operand in node.inputs if operand)) for node in graph}
+    frontier = {
+        operand: None  # a dict keeps the order
+        for node in graph
+        for operand in node.inputs
+        if operand is not None and reach[node] != {"time"} and reach.get(operand.producer()) == {"time"}
+    }
+    feeds = [{"time": np.array(t, np.float32)} for t in timesteps(graphs.num_steps)]
+    columns = zip(*evaluate(graphs.step, list(frontier), feeds))
+
+    step = ir.Value(name="step", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
+    graph.inputs.append(step)
+    first = next(iter(graph))
+    for value, column in zip(frontier, columns):
+        table = initializer(graph, f"time_table.{value.name}", np.stack(column))
+        (row,) = insert_before(first, "Gather", [table, step], axis=0)
+        replace(value, row)
+    simplify(graphs.step)
+    graph.inputs.remove(time)
+    return graphs

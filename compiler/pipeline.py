@@ -1,0 +1,147 @@
+"""The whole compiler: checkpoint -> model -> quantise -> export -> passes -> target -> plan."""
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import torch
+from rich.progress import Progress
+
+import compiler
+from compiler.checkpoint import Checkpoint, check_finite
+from compiler.graph.export import Graphs, export
+from compiler.graph.passes.fold import fold_linear_chains, fold_norm_gains, fold_output_scales
+from compiler.graph.passes.layout import keep_embedding_dtype, weights_as_matmul_reads_them
+from compiler.graph.passes.merge import merge_linears
+from compiler.graph.passes.quantize import lower_quantized_linears
+from compiler.graph.passes.time import split_time_from_actions, tabulate_time
+from compiler.graph.passes.tokens import compact_tokens, eliminate_dead_prefix_tail, hoist_state_token
+from compiler.model import build_model
+from compiler.quant import Quantization, Recipe, quantize
+from compiler.targets import cpu
+from plugins import ops
+from runtime.plan import PlanWriter
+from runtime.preprocess import ModelInputs
+
+TARGETS = {"cpu": cpu.emit}
+Pass = Callable[[Graphs], Graphs]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a plan is made for; the policy itself comes from the checkpoint."""
+
+    target: str = "cpu"
+    robot: str = "none"
+    num_steps: int = 10
+    cameras: int = 3
+
+
+def compile_policy(
+    checkpoint: Checkpoint,
+    quantization: Quantization,
+    out: Path,
+    options: Options,
+    progress: Progress,
+    keep_onnx: Path | None = None,
+) -> None:
+    """Writes the plan `out`. Nothing of it is left if anything fails. keep_onnx: directory for the graphs between passes."""
+    check_weights(checkpoint, progress)
+    weights = checkpoint.weights | quantization.float_weights
+    task = progress.add_task("Exporting", total=None)
+    graphs = export(checkpoint.config, weights, options.num_steps)
+    progress.update(task, total=1, completed=1)
+    _keep(graphs, keep_onnx, 0, "export")
+    phases = passes(quantization, weights)
+    for index, rewrite in enumerate(progress.track(phases, description="Rewriting the graphs"), start=1):
+        graphs = rewrite(graphs)
+        _keep(graphs, keep_onnx, index, getattr(rewrite, "func", rewrite).__name__)
+    with PlanWriter(out) as writer:
+        if checkpoint.tokenizer is not None:
+            writer.write("tokenizer.model", checkpoint.tokenizer.read_bytes())
+        sections = TARGETS[options.target](graphs, writer, progress)
+        writer.finish(_manifest(checkpoint, quantization, options) | {"graphs": sections})
+
+
+def passes(quantization: Quantization, weights: dict[str, torch.Tensor]) -> list[Pass]:
+    """The rewrites in order. Each is exact (quantisation aside), and most make the next one possible."""
+    return [
+        weights_as_matmul_reads_them,
+        partial(keep_embedding_dtype, weights=weights),
+        compact_tokens,
+        hoist_state_token,
+        partial(lower_quantized_linears, packs=quantization.packs),
+        eliminate_dead_prefix_tail,
+        split_time_from_actions,
+        fold_linear_chains,
+        tabulate_time,
+        fold_output_scales,
+        fold_norm_gains,
+        merge_linears,
+    ]
+
+
+def quantize_checkpoint(
+    checkpoint: Checkpoint, recipe: Recipe, inputs: Sequence[ModelInputs], progress: Progress, transforms=None
+) -> Quantization:
+    """Calibrates on `inputs` and quantises what the recipe selects."""
+    check_weights(checkpoint, progress)
+    return quantize(build_model(checkpoint), checkpoint, recipe, inputs, progress, transforms)
+
+
+def check_weights(checkpoint: Checkpoint, progress: Progress) -> None:
+    """Raises CheckpointError if a weight is NaN or infinite. Done once for a checkpoint, before any other work."""
+    if getattr(checkpoint, "_finite", False):
+        return
+    task = progress.add_task("Checking the weights", total=None)
+    check_finite(checkpoint.weights, lambda done, total: progress.update(task, completed=done, total=total))
+    checkpoint._finite = True
+
+
+def _manifest(checkpoint: Checkpoint, quantization: Quantization, options: Options) -> dict:
+    linears = {
+        name: {
+            "op": f"duq::W{pack.weight_bits}A{pack.activation_bits or 16}Linear",
+            "weight_bits": pack.weight_bits,
+            "activation_bits": pack.activation_bits,
+            "shape": list(pack.shape),
+            "bytes": pack.weight_q.nbytes + pack.weight_scale.nbytes,
+            "sqnr_db": round(float(pack.sqnr_db), 2),
+        }
+        for name, pack in quantization.packs.items()
+    }
+    return {
+        "created_by": {
+            "duq": compiler.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
+        },
+        "model": checkpoint.config.to_json(),
+        **asdict(options),
+        "quantization": {"recipe": quantization.recipe.to_json(), "linears": linears},
+        "norm_stats": checkpoint.norm_stats,
+        "checkpoint": {
+            "path": str(checkpoint.path),
+            "layout": checkpoint.layout,
+            "fingerprint": checkpoint.fingerprint,
+        },
+    }
+
+
+def _keep(graphs: Graphs, directory: Path | None, index: int, phase: str) -> None:
+    """Saves both graphs as they are after a phase; they pass onnx.checker and run in ONNX Runtime."""
+    if directory is None:
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, model in graphs.items():
+        ops.add_functions(model)
+        stem = f"{index:02d}-{phase}-{name}"
+        ir.save(model, directory / f"{stem}.onnx", external_data=f"{stem}.weights", size_threshold_bytes=1 << 20)

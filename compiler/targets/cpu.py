@@ -1,0 +1,65 @@
+"""The `cpu` target: both graphs for ONNX Runtime, every weight an entry of the plan.
+
+The graphs refer to their weights by offset into the plan file itself, so that ONNX Runtime maps them from there: a
+13 GB policy opens without reading 13 GB, and what prefix and step share is stored once.
+"""
+from __future__ import annotations
+
+from collections import Counter
+
+import onnx_ir as ir
+from rich.progress import Progress
+
+from compiler.graph.export import Graphs
+from plugins import ops
+from runtime.executors.cpu import PLAN_FILE
+from runtime.plan import PlanWriter
+
+INLINE_BYTES = 1024  # smaller initialisers (shapes, scalars) stay inside the graph
+
+
+def emit(graphs: Graphs, writer: PlanWriter, progress: Progress) -> dict:
+    """Writes weights and graphs into the plan; returns the manifest's section about the graphs."""
+    stored: dict[str, ir.ExternalTensor] = {}
+    task = progress.add_task("Writing the plan", total=sum(_weight_bytes(model) for _, model in graphs.items()))
+    for _, model in graphs.items():
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor.nbytes >= INLINE_BYTES:
+                if value.name not in stored:
+                    stored[value.name] = _store(writer, value.name, tensor)
+                value.const_value = stored[value.name]
+                progress.advance(task, tensor.nbytes)
+    section = {}
+    for name, model in graphs.items():
+        ops.add_functions(model, unsigned=True)
+        writer.write(f"graph/{name}.onnx", ir.to_proto(model).SerializeToString())
+        section[name] = _describe(model)
+    return section
+
+
+def _weight_bytes(model: ir.Model) -> int:
+    sizes = (value.const_value.nbytes for value in model.graph.initializers.values())
+    return sum(size for size in sizes if size >= INLINE_BYTES)
+
+
+def _store(writer: PlanWriter, name: str, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
+    packed = tensor.dtype == ir.DataType.INT4 or tensor.dtype == ir.DataType.BFLOAT16
+    offset = writer.write(f"weights/{name}", tensor.tobytes() if packed else tensor.numpy())
+    return ir.ExternalTensor(PLAN_FILE, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name, base_dir="")
+
+
+def _describe(model: ir.Model) -> dict:
+    def signature(values) -> dict:
+        return {v.name: {"dtype": v.dtype.name.lower() if v.dtype else "float", "shape": _shape(v)} for v in values}
+
+    return {
+        "inputs": signature(model.graph.inputs),
+        "outputs": signature(model.graph.outputs),
+        "ops": dict(Counter(f"{node.domain}::{node.op_type}".removeprefix("::") for node in model.graph).most_common()),
+        "weight_bytes": _weight_bytes(model),
+    }
+
+
+def _shape(value: ir.Value) -> list | None:
+    return None if value.shape is None else [dim if isinstance(dim, int) else str(dim) for dim in value.shape]
