@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 from rich.progress import Progress
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 from compiler.errors import CalibrationError
 from compiler.quant.linears import input_group
 from runtime.config import ModelConfig
-from runtime.preprocess import ModelInputs
+from runtime.errors import ObservationError
+from runtime.observations import load_observations
+from runtime.preprocess import ModelInputs, Preprocessor
 
 RESERVOIR_ROWS = 1024
-HELD_OUT_ROWS = RESERVOIR_ROWS // 4  # for measuring, never for fitting
 
 
 class InputStatistics:
@@ -55,13 +57,38 @@ class InputStatistics:
 
     @property
     def fitting_rows(self) -> Tensor:
-        """Sampled rows [<= 768, K] to fit scales and weights to."""
-        return self._sample[: len(self._sample) - len(self.held_out_rows)]
+        """Three quarters of the sample, [<= 768, K], to fit scales and weights to."""
+        return self._sample[len(self._sample) // 4 :]
 
     @property
     def held_out_rows(self) -> Tensor:
-        """Sampled rows [<= 256, K] to measure on: a quarter of the sample."""
-        return self._sample[-max(1, len(self._sample) // 4) :]
+        """The rest of the sample, [<= 256, K], to measure on."""
+        return self._sample[: len(self._sample) // 4]
+
+
+def calibration_inputs(path: Path, checkpoint, robot: str, tokenizer: Path | None, steps: int) -> list[ModelInputs]:
+    """Up to ``steps`` observations from a file or directory (see runtime/observations.py), spread over all it holds.
+
+    Raises CalibrationError when it cannot be read or an observation is not one of ``robot`` or of the bare model.
+    """
+    tokenizer = tokenizer or checkpoint.tokenizer
+    preprocessor = Preprocessor(
+        checkpoint.config,
+        robot=robot,
+        layout=checkpoint.layout,
+        norm_stats=checkpoint.norm_stats,
+        tokenizer=None if tokenizer is None else tokenizer.read_bytes(),
+    )
+    index = 0
+    try:
+        observations = load_observations(path)
+        chosen = torch.linspace(0, len(observations) - 1, min(steps, len(observations))).round().int().tolist()
+        inputs = []
+        for index in chosen:
+            inputs.append(preprocessor.model_inputs(observations[index]))
+        return inputs
+    except ObservationError as error:
+        raise CalibrationError(f"calibration data {path}, observation {index}: {error}") from error
 
 
 def calibrate(

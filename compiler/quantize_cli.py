@@ -1,0 +1,145 @@
+"""``duq-quantize``, and the recipe options that it shares with ``duq-compile``."""
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from compiler.checkpoint import Checkpoint, load_checkpoint
+from compiler.errors import CalibrationError
+from compiler.pipeline import quantize_checkpoint
+from compiler.quant import Quantization, Recipe, load_recipe, load_transforms, save_quantization
+from compiler.quant.calibrate import calibration_inputs
+from compiler.quant.recipe import PRESETS, SCHEMES
+from runtime.cli_errors import one_line_errors
+
+RECIPE_PANEL = "Recipe (override --quant)"
+LISTED_LINEARS = 10
+
+
+def _option(kind: Any, flag: str, description: str) -> Any:
+    return Annotated[Optional[kind], typer.Option(flag, help=description, rich_help_panel=RECIPE_PANEL)]
+
+
+# Recipe key -> flag. The values are checked by the recipe, which also reads them from files and the environment.
+RECIPE_OPTIONS = {
+    "scheme": _option(str, "--scheme", f"{', '.join(SCHEMES)}."),
+    "scope": _option(str, "--scope", "Quantise only linears whose name starts so (regular expression)."),
+    "include": _option(str, "--include", "Quantise only linears whose name contains this (regular expression)."),
+    "exclude": _option(str, "--exclude", "But not those whose name contains this (regular expression)."),
+    "weight_bits": _option(int, "--weight-bits", "4, 8, or 16 for float weights."),
+    "layer_bits": _option(list[str], "--layer-bits", "PATTERN:BITS, such as layers.0:8. Repeatable; the last match counts."),
+    "activation_bits": _option(int, "--activation-bits", "8, or 0 for float activations (W4A16)."),
+    "activation_scale": _option(str, "--activation-scale", "per-token (dynamic) or per-tensor (calibrated)."),
+    "block_size": _option(int, "--block-size", "Channels in a block of the input rotation: 16, 32, 64 or 128."),
+    "permute": _option(bool, "--permute/--no-permute", "Zigzag permutation of the input channels."),
+    "row_rotation": _option(str, "--row-rotation", "0, or restore: rotate the output channels and back."),
+    "activation_percentile": _option(float, "--activation-percentile", "Of |x|, for calibrated activation scales."),
+    "calibration_steps": _option(int, "--calibration-steps", "Observations to calibrate on."),
+    "compensate": _option(bool, "--compensate/--no-compensate", "GPTQ-style compensation of the rounding errors."),
+    "damping": _option(float, "--damping", "Of the compensation, relative to the mean activation energy."),
+}
+QuantOption = Annotated[
+    Optional[str], typer.Option("--quant", help=f"Preset ({', '.join(PRESETS)}) or recipe file (.yaml, .toml).")
+]
+PacksOption = Annotated[
+    Optional[Path],
+    typer.Option("--packs", envvar="OPENPI_DUQUANT_PACKDIR", help="Directory of DuQuant packs to take the transforms from."),
+]
+CalibrationOption = Annotated[
+    Optional[Path], typer.Option("--calibration", help="Observations: a .npz file, or a directory of them.")
+]
+RobotOption = Annotated[str, typer.Option("--robot", help="aloha, droid, libero or none: the form of the observations.")]
+TokenizerOption = Annotated[
+    Optional[Path], typer.Option("--tokenizer", help="SentencePiece model; by default the one in the checkpoint.")
+]
+
+
+def with_recipe_options(command: Callable) -> Callable:
+    """Gives a typer command the option ``--quant`` and one for each recipe key, and passes it the ``recipe``."""
+    own = inspect.signature(command, eval_str=True)
+    parameters = [parameter for parameter in own.parameters.values() if parameter.name != "recipe"]
+    options = {"quant": QuantOption, **RECIPE_OPTIONS}
+    parameters += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in options.items()
+    ]
+
+    @functools.wraps(command)
+    def with_recipe(**arguments):
+        overrides = {key: arguments.pop(key) for key in RECIPE_OPTIONS}
+        return command(recipe=load_recipe(arguments.pop("quant"), overrides), **arguments)
+
+    with_recipe.__signature__ = own.replace(parameters=parameters)
+    with_recipe.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return with_recipe
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+@app.command()
+@with_recipe_options
+def _quantize(
+    recipe: Recipe,
+    checkpoint: Annotated[Path, typer.Argument(help="openpi or LeRobot checkpoint directory.")],
+    out: Annotated[Path, typer.Option("--out", help="Directory of packs to write.")],
+    calibration: CalibrationOption = None,
+    packs: PacksOption = None,
+    robot: RobotOption = "none",
+    tokenizer: TokenizerOption = None,
+) -> None:
+    """Quantise a policy: calibrate it on observations and write the packs that [bold]duq-compile --packs[/bold] takes.
+
+    [bold]Examples[/bold]
+
+      duq-quantize checkpoints/pi0 --calibration observations.npz --out packs
+
+      duq-quantize checkpoints/pi0 --calibration observations/ --robot aloha --quant all --layer-bits layers.0:8 --out packs
+    """
+    if calibration is None:
+        raise CalibrationError("--calibration is missing: quantisation needs observations to measure activations on")
+    policy = load_checkpoint(checkpoint)
+    transforms = load_transforms(packs, policy, recipe) if use_packs(packs) else None
+    inputs = calibration_inputs(calibration, policy, robot, tokenizer, recipe.calibration_steps)
+    with progress_bar() as progress:
+        quantization = quantize_checkpoint(policy, recipe, inputs, progress, transforms)
+        save_quantization(quantization, out, policy.fingerprint, progress)
+    print_summary(quantization, policy, out)
+
+
+def use_packs(packs: Path | None) -> bool:
+    """Whether packs are given. The original scripts create the directory they name, so there it may not exist yet."""
+    by_variable = str(packs) == os.environ.get("OPENPI_DUQUANT_PACKDIR")
+    return packs is not None and (packs.is_dir() or not by_variable)
+
+
+def progress_bar() -> Progress:
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def print_summary(quantization: Quantization, checkpoint: Checkpoint, out: Path) -> None:
+    packs = sorted(quantization.packs.values(), key=lambda pack: pack.sqnr_db)
+    table = Table("linear", "weights", "SQNR dB", title=f"The {min(LISTED_LINEARS, len(packs))} worst linears")
+    for pack in packs[:LISTED_LINEARS]:
+        table.add_row(pack.name, f"INT{pack.weight_bits} {pack.shape[0]} x {pack.shape[1]}", f"{pack.sqnr_db:.1f}")
+    console = Console()
+    if packs:
+        console.print(table)
+    size = sum(pack.weight_q.nbytes + pack.weight_scale.nbytes for pack in packs) / 1e6
+    mean = sum(pack.sqnr_db for pack in packs) / max(1, len(packs))
+    console.print(f"{out}: {len(packs)} linears, {size:,.1f} MB of integer weights, mean SQNR {mean:.1f} dB", highlight=False)
+
+
+def quantize_main() -> None:
+    with one_line_errors():
+        app()
