@@ -13,8 +13,8 @@ from compiler.errors import GraphError
 
 
 def simplify(model: ir.Model) -> None:
-    """Folds shape arithmetic, merges equal nodes and drops what no output needs. Weights are left alone by size."""
-    optimizer.fold_constants(model, input_size_limit=256, output_size_limit=4096)
+    """Folds shape arithmetic, merges equal nodes and drops what no output needs. Weights are left to the passes."""
+    optimizer.fold_constants(model, should_fold=lambda node: False if any(map(has_weight_name, node.inputs)) else None)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.DeduplicateInitializersPass(size_limit=256)(model)
     common.CommonSubexpressionEliminationPass()(model)
@@ -22,13 +22,13 @@ def simplify(model: ir.Model) -> None:
     common.RemoveUnusedNodesPass()(model)
 
 
-def constant(value: ir.Value | None) -> np.ndarray | None:
-    """The value as numpy if it is an initialiser (loads a lazy weight), else None."""
-    return value.const_value.numpy() if value is not None and value.const_value is not None else None
+def has_weight_name(value: ir.Value | None) -> bool:
+    """Weights have dotted names, PyTorch's; the constants of a graph do not."""
+    return value is not None and value.is_initializer() and "." in value.name
 
 
 def small_constant(value: ir.Value | None, limit: int = 4096) -> np.ndarray | None:
-    """Like `constant`, but never loads a weight: None if it has more than `limit` elements."""
+    """The value as numpy if it is an initialiser of at most `limit` elements, else None: never loads a weight."""
     if value is None or value.const_value is None or value.const_value.size > limit:
         return None
     return value.const_value.numpy()

@@ -5,7 +5,7 @@ import numpy as np
 import onnx_ir as ir
 
 from compiler.graph.edit import (
-    constant, depends_on, evaluate, expect, initializer, insert_before, replace, simplify, small_constant,
+    depends_on, evaluate, expect, has_weight_name, initializer, insert_before, replace, simplify, small_constant,
 )
 from compiler.graph.export import Graphs, key_value_names
 
@@ -171,7 +171,7 @@ def _append(graph: ir.Graph, tail: ir.Graph, names: list[str]) -> None:
             tail.inputs.remove(value)
             graph.inputs.append(value)
     for value in list(tail.initializers.values()):
-        name = value.name if "." in value.name else f"state.{value.name}"  # weights have dotted names
+        name = value.name if has_weight_name(value) else f"state.{value.name}"
         value.replace_all_uses_with(initializer(graph, name, value.const_value))
     nodes = list(tail)
     tail.outputs.clear()
