@@ -102,6 +102,14 @@ def test_siglip_layer_by_layer(policy, paligemma):
     assert_close(policy.vision(images), peer.last_hidden_state)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-3])  # at 1e-3 the epsilons weigh as much as the variance
+def test_norms_of_small_activations(policy, paligemma, scale):
+    x = scale * random(4, VISION.width)
+    assert_close(policy.vision.post_layernorm(x), paligemma.vision_tower.post_layernorm(x))
+    x = scale * random(4, LLM.width)
+    assert_close(policy.llm.norm(x)[0], paligemma.language_model.norm(x))
+
+
 def test_image_and_prompt_tokens_enter_the_language_model_at_paligemmas_scale(policy, paligemma):
     images = random(1, 3, 3, 224, 224).clamp(-1, 1)
     features = paligemma.get_image_features(images[0]).pooler_output
