@@ -1,5 +1,5 @@
 """Errors of the compiler. The command lines print them as one line and exit with code 2."""
-from plugins.errors import DuqError
+from plugins.errors import DuqError as DuqError
 
 
 class CheckpointError(DuqError):

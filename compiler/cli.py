@@ -1,0 +1,139 @@
+"""`duq-compile`."""
+from __future__ import annotations
+
+import os
+import resource
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+
+from compiler.checkpoint import Checkpoint, load_checkpoint
+from compiler.errors import CalibrationError, CheckpointError, DuqError, RecipeError
+from compiler.pipeline import TARGETS, Options, compile_policy, quantize_checkpoint
+from compiler.quant import Quantization, Recipe, load_transforms
+from compiler.quant.calibrate import calibration_inputs
+from compiler.quant.linears import select_linears
+from compiler.quant.store import is_quantization, load_quantization
+from compiler.quantize_cli import (
+    CalibrationOption, PacksOption, RobotOption, TokenizerOption, progress_bar, use_packs, with_recipe_options,
+)
+from runtime.cli_errors import one_line_errors
+from runtime.preprocess import Preprocessor
+from runtime.robots import ROBOT_NAMES
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+@app.command()
+@with_recipe_options
+def _compile(
+    recipe: Recipe,
+    checkpoint: Annotated[Path, typer.Argument(help="openpi (PyTorch) or LeRobot checkpoint directory.")],
+    out: Annotated[Path, typer.Option("--out", help="The plan to write.")],
+    target: Annotated[str, typer.Option(help=f"What to compile for: {', '.join(TARGETS)}.")] = "cpu",
+    calibration: CalibrationOption = None,
+    packs: PacksOption = None,
+    robot: RobotOption = "none",
+    tokenizer: TokenizerOption = None,
+    num_steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 10,
+    action_horizon: Annotated[
+        Optional[int], typer.Option(min=1, help="Actions in a chunk; by default the checkpoint's.")
+    ] = None,
+    cameras: Annotated[int, typer.Option(min=1, max=3, help="The most cameras an observation will have.")] = 3,
+    asset_id: Annotated[
+        Optional[str], typer.Option(help="Which normalisation statistics, if the checkpoint has several.")
+    ] = None,
+    without_norm_stats: Annotated[
+        bool, typer.Option("--without-norm-stats", help="Make a robot's plan although the checkpoint has none.")
+    ] = False,
+    keep_onnx: Annotated[
+        Optional[Path], typer.Option(help="Directory for both graphs after each phase, weights included.")
+    ] = None,
+) -> None:
+    """Compile a pi0 or pi0.5 checkpoint into one [bold]engine.plan[/bold].
+
+    The default, --quant llm+expert-mlp, quantises the language model and the MLPs of the action expert to W4A8. That
+    takes observations to calibrate on (--calibration), or packs made by duq-quantize (--packs).
+
+    [bold]Examples[/bold]
+
+      duq-compile checkpoints/pi0_libero --robot libero --calibration observations.npz --out engine.plan
+
+      duq-compile checkpoints/pi0_libero --robot libero --packs packs --out engine.plan
+
+      duq-compile checkpoints/pi0_libero --robot libero --quant none --out float.plan
+    """
+    start = time.perf_counter()
+    _check_options(out, target, robot, recipe)
+    policy = load_checkpoint(checkpoint, asset_id)
+    if action_horizon is not None:
+        policy = replace(policy, config=replace(policy.config, action_horizon=action_horizon))
+    if tokenizer is not None:
+        policy = replace(policy, tokenizer=_existing(tokenizer))
+    _check_robot(policy, robot, without_norm_stats)
+    with progress_bar() as progress:
+        quantization = _quantization(policy, recipe, packs, calibration, robot, progress)
+        options = Options(target=target, robot=robot, num_steps=num_steps, cameras=cameras)
+        compile_policy(policy, quantization, out, options, progress, keep_onnx)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    Console().print(
+        f"{out}: {out.stat().st_size / 1e6:,.1f} MB, {len(quantization.packs)} quantised linears, compiled in "
+        f"{seconds:.0f} s with a peak of {peak:.1f} GB of memory",
+        highlight=False,
+    )
+
+
+def _check_options(out: Path, target: str, robot: str, recipe: Recipe) -> None:
+    if target not in TARGETS:
+        raise DuqError(f"--target {target}: unknown, this version compiles for {', '.join(TARGETS)}")
+    if robot not in ROBOT_NAMES:
+        raise DuqError(f"--robot {robot}: unknown, one of {', '.join(ROBOT_NAMES)}")
+    if recipe.scheme == "reference":
+        raise RecipeError("--scheme reference is a fake quantisation for studies, without integer arithmetic to compile")
+    if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
+        raise DuqError(f"--out {out}: must be a file in an existing directory that can be written to")
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise DuqError(f"--tokenizer {path}: no such file")
+    return path
+
+
+def _check_robot(checkpoint: Checkpoint, robot: str, without_norm_stats: bool) -> None:
+    """Finds out now, not on the robot, whether its observations can be converted."""
+    if robot != "none" and checkpoint.norm_stats is None and not without_norm_stats:
+        raise CheckpointError(
+            f"{checkpoint.path} has no normalisation statistics (assets/<asset_id>/norm_stats.json): a plan for {robot} "
+            "would move it wrongly. Copy them from the training run, or say --without-norm-stats"
+        )
+    tokenizer = None if checkpoint.tokenizer is None else checkpoint.tokenizer.read_bytes()
+    Preprocessor(
+        checkpoint.config, robot=robot, layout=checkpoint.layout, norm_stats=checkpoint.norm_stats, tokenizer=tokenizer
+    )
+
+
+def _quantization(checkpoint, recipe, packs, calibration, robot, progress) -> Quantization:
+    """From complete packs as they are, else by the quantiser, with the transforms of foreign packs if given."""
+    if use_packs(packs) and is_quantization(packs):
+        return load_quantization(packs, checkpoint)
+    if not select_linears(recipe, checkpoint.config):
+        return Quantization(recipe)
+    if calibration is None:
+        raise CalibrationError(
+            "quantisation measures activations: give observations of the robot with --calibration DATA, packs made by "
+            "duq-quantize with --packs DIR, or compile in float with --quant none"
+        )
+    transforms = load_transforms(packs, checkpoint, recipe) if use_packs(packs) else None
+    inputs = calibration_inputs(calibration, checkpoint, robot, None, recipe.calibration_steps)
+    return quantize_checkpoint(checkpoint, recipe, inputs, progress, transforms)
+
+
+def compile_main() -> None:
+    with one_line_errors():
+        app()
