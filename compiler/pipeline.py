@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
@@ -24,8 +25,10 @@ from compiler.graph.passes.time import split_time_from_actions, tabulate_time
 from compiler.graph.passes.tokens import compact_tokens, eliminate_dead_prefix_tail, hoist_state_token
 from compiler.model import build_model
 from compiler.quant import Quantization, Recipe, quantize
+from compiler.quant.transforms import LinearTransform
 from compiler.targets import cpu
 from plugins import ops
+from runtime.config import GemmaConfig
 from runtime.plan import PlanWriter
 from runtime.preprocess import ModelInputs
 
@@ -65,8 +68,18 @@ def compile_policy(
     with PlanWriter(out) as writer:
         if checkpoint.tokenizer is not None:
             writer.write("tokenizer.model", checkpoint.tokenizer.read_bytes())
+        for layer, transform in quantization.value_transforms.items():
+            writer.write(value_basis_entry(layer), _value_basis(transform, checkpoint.config.llm))
         sections = TARGETS[options.target](graphs, writer, progress)
         writer.finish(_manifest(checkpoint, quantization, options) | {"graphs": sections})
+
+
+def value_basis_entry(layer: int) -> str:
+    """The plan's entry with the basis M, float32 [channels, channels], that a layer's cached values are in: v = v' M.
+
+    Only there where the quantiser chose one; nothing but a comparison of the engine's values with the model's needs it.
+    """
+    return f"value_basis/{layer}"
 
 
 def passes(quantization: Quantization, weights: dict[str, torch.Tensor]) -> list[Pass]:
@@ -102,6 +115,10 @@ def check_weights(checkpoint: Checkpoint, progress: Progress) -> None:
     task = progress.add_task("Checking the weights", total=None)
     check_finite(checkpoint.weights, lambda done, total: progress.update(task, completed=done, total=total))
     checkpoint._finite = True
+
+
+def _value_basis(transform: LinearTransform, config: GemmaConfig) -> np.ndarray:
+    return transform.restore_input(torch.eye(config.kv_heads * config.head_dim)).numpy()
 
 
 def _manifest(checkpoint: Checkpoint, quantization: Quantization, options: Options) -> dict:

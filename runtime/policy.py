@@ -34,7 +34,7 @@ class Policy:
         try:
             executor = EXECUTORS.get(self._manifest["target"])
             self._config = ModelConfig.from_json(self._manifest["model"])
-            self._preprocessor = _preprocessor(plan, self._config)
+            self._preprocessor = preprocessor_of(plan, self._config)
         except (KeyError, TypeError) as error:
             raise PlanError(f"{plan.path}: its manifest is incomplete ({error}); compile it again") from error
         if executor is None:
@@ -103,7 +103,8 @@ class Policy:
         return self._config.action_horizon, self._config.action_dim
 
 
-def _preprocessor(plan: Plan, config: ModelConfig) -> Preprocessor:
+def preprocessor_of(plan: Plan, config: ModelConfig) -> Preprocessor:
+    """What the plan says about the conversion of observations, put to use."""
     manifest = plan.manifest
     return Preprocessor(
         config,

@@ -99,7 +99,7 @@ class Preprocessor:
         """Checks and converts an observation. ObservationError names the key, what it holds and what is expected."""
         if not isinstance(observation, Mapping):
             raise ObservationError(f"an observation is a dict, got {type(observation).__name__}")
-        if self._is_bare(observation):
+        if self.is_bare(observation):
             cameras, state = _bare_cameras(observation), self._bare_state(observation)
         else:
             cameras, state = self.robot.images(observation), self.robot.state(observation)
@@ -114,14 +114,15 @@ class Preprocessor:
 
         Un-normalised, made absolute with the observation's state and converted; unchanged if the inputs were bare.
         """
-        if self._is_bare(observation):
+        if self.is_bare(observation):
             return actions
         actions = actions[:, : self.robot.action_dim].astype(np.float64)
         if self._action_norm:
             actions = self._action_norm.unnormalize(actions)
         return self.robot.actions(actions, self.robot.state(observation)).astype(np.float32)
 
-    def _is_bare(self, observation: Mapping) -> bool:
+    def is_bare(self, observation: Mapping) -> bool:
+        """Whether these are bare model inputs and not an observation of the robot."""
         return self.robot is None or "image" in observation
 
     def _bare_state(self, observation: Mapping) -> np.ndarray:
