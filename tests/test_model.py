@@ -15,6 +15,15 @@ GEMMA = GemmaConfig(width=32, depth=2, mlp_width=48, heads=8, kv_heads=1, head_d
 PROMPT_SLOTS, HORIZON, ACTION_DIM, VOCAB_SIZE = 6, 5, 8, 64
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Operations this small spend their time waiting for the other threads, on a busy machine ten times over."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def make_policy(pi05: bool) -> Pi0:
     model = Pi0(
         ModelConfig(pi05, VISION, GEMMA, GEMMA, VOCAB_SIZE, ACTION_DIM, HORIZON, max_prompt_tokens=PROMPT_SLOTS)
