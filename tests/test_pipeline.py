@@ -1,0 +1,99 @@
+"""The compiler end to end, and each of its rewrites, against the PyTorch reference in float32."""
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from rich.progress import Progress
+
+from compiler.checkpoint import load_checkpoint
+from compiler.graph.export import export
+from compiler.model import build_model, timesteps
+from compiler.pipeline import Options, compile_policy, passes
+from compiler.quant import Quantization, load_recipe
+from runtime.executors.cpu import CpuExecutor
+from runtime.plan import Plan
+from runtime.preprocess import ModelInputs
+
+
+def make_inputs(config, cameras=(True, True, False), prompt=9, seed=0) -> ModelInputs:
+    rng = np.random.default_rng(seed)
+    slots = np.arange(config.max_prompt_tokens)
+    return ModelInputs(
+        images=rng.uniform(-1, 1, (3, 3, config.vision.image_size, config.vision.image_size)).astype(np.float32),
+        image_mask=np.array(cameras),
+        tokens=rng.integers(0, config.vocab_size, config.max_prompt_tokens),
+        token_mask=slots < prompt,
+        state=rng.standard_normal(config.action_dim).astype(np.float32),
+    )
+
+
+def reference(model, inputs: ModelInputs, noise: np.ndarray) -> np.ndarray:
+    fields = (inputs.images, inputs.image_mask, inputs.tokens, inputs.token_mask, inputs.state, noise)
+    return model.sample_actions(*(torch.from_numpy(field)[None] for field in fields))[0].numpy()
+
+
+def make_noise(config) -> np.ndarray:
+    return np.random.default_rng(7).standard_normal((config.action_horizon, config.action_dim), np.float32)
+
+
+def run_graphs(graphs, inputs: ModelInputs, noise: np.ndarray) -> np.ndarray:
+    """Runs both graphs whatever inputs they have at this point of the compiler."""
+    compacted = "image_mask" not in {value.name for value in graphs.prefix.graph.inputs}
+    image_mask, token_mask = inputs.image_mask, inputs.token_mask
+    feeds = {
+        "images": inputs.images[image_mask] if compacted else inputs.images,
+        "tokens": inputs.tokens[token_mask] if compacted else inputs.tokens,
+        "image_mask": image_mask,
+        "token_mask": token_mask,
+        "prefix_mask": np.concatenate([np.repeat(image_mask, graphs.config.vision.tokens), token_mask]),
+        "state": inputs.state,
+    }
+    prefix, step = (
+        onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString()) for _, model in graphs.items()
+    )
+    names = [output.name for output in prefix.get_outputs()]
+    feeds |= dict(zip(names, prefix.run(names, {value.name: feeds[value.name] for value in prefix.get_inputs()})))
+    x = noise
+    for index, time in enumerate(timesteps(graphs.num_steps)):
+        feeds |= {"x": x, "time": np.array(time, np.float32), "step": np.array(index)}
+        (x,) = step.run(["x_next"], {value.name: feeds[value.name] for value in step.get_inputs()})
+    return x
+
+
+@pytest.mark.parametrize("fixture", ["tiny_pi0", "tiny_pi05"])
+def test_every_rewrite_is_exact(fixture, request):
+    checkpoint = load_checkpoint(request.getfixturevalue(fixture))
+    inputs, noise = make_inputs(checkpoint.config), make_noise(checkpoint.config)
+    expected = reference(build_model(checkpoint), inputs, noise)
+    graphs = export(checkpoint.config, checkpoint.weights, num_steps=10)
+    np.testing.assert_allclose(run_graphs(graphs, inputs, noise), expected, atol=2e-5)
+    for rewrite in passes(Quantization(load_recipe("none", environment={})), checkpoint.weights):
+        graphs = rewrite(graphs)
+        name = getattr(rewrite, "func", rewrite).__name__
+        np.testing.assert_allclose(run_graphs(graphs, inputs, noise), expected, atol=2e-5, err_msg=name)
+    # What the rewrites are for: no masks, no state and no time in the loop.
+    assert {value.name for value in graphs.prefix.graph.inputs} <= {"images", "tokens", "state"}
+    step_inputs = {value.name for value in graphs.step.graph.inputs if not value.name.startswith(("key.", "value."))}
+    assert step_inputs == {"x", "step"}
+
+
+@pytest.mark.parametrize("fixture", ["tiny_pi0", "tiny_pi05"])
+def test_float_plan_equals_pytorch(fixture, request, tmp_path):
+    checkpoint = load_checkpoint(request.getfixturevalue(fixture))
+    model, noise = build_model(checkpoint), make_noise(checkpoint.config)
+    path = tmp_path / "a plan.of-any-name"
+    with Progress(disable=True) as progress:
+        quantization = Quantization(load_recipe("none", environment={}))
+        compile_policy(checkpoint, quantization, path, Options(), progress)
+    executor = CpuExecutor(Plan(path))
+    full = checkpoint.config.max_prompt_tokens
+    cases = [((True, False, False), 1), ((True, False, True), full), ((True, True, True), 5)]
+    for seed, (cameras, prompt) in enumerate(cases):
+        inputs = make_inputs(checkpoint.config, cameras, prompt, seed)
+        actions, _ = executor.run(inputs, noise)
+        np.testing.assert_allclose(actions, reference(model, inputs, noise), atol=1e-3)
+        again, _ = executor.run(inputs, noise)
+        np.testing.assert_array_equal(actions, again)
