@@ -22,3 +22,11 @@ test: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
+
+# Runs LeRobot's published pi0 and pi0.5 (Python 3.12, about 5 GB) and renews tests/data/lerobot_actions.npz.
+.PHONY: test-peers
+test-peers: .venv/installed
+	python3.12 -m venv build/peers
+	build/peers/bin/pip install --quiet -r tests/peers/requirements.txt
+	build/peers/bin/python tests/peers/lerobot_actions.py
+	$(BIN)/python -m pytest tests/test_model_lerobot.py

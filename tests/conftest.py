@@ -2,8 +2,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from compiler.checkpoint.synthetic import make_checkpoint
+
+
+torch.set_num_threads(1)  # the policies here are tiny: threads cost more than they save
 
 
 @pytest.fixture(scope="session")

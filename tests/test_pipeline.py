@@ -51,8 +51,10 @@ def run_graphs(graphs, inputs: ModelInputs, noise: np.ndarray) -> np.ndarray:
         "prefix_mask": np.concatenate([np.repeat(image_mask, graphs.config.vision.tokens), token_mask]),
         "state": inputs.state,
     }
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
     prefix, step = (
-        onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString()) for _, model in graphs.items()
+        onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options) for _, model in graphs.items()
     )
     names = [output.name for output in prefix.get_outputs()]
     feeds |= dict(zip(names, prefix.run(names, {value.name: feeds[value.name] for value in prefix.get_inputs()})))
@@ -88,7 +90,7 @@ def test_float_plan_equals_pytorch(fixture, request, tmp_path):
     with Progress(disable=True) as progress:
         quantization = Quantization(load_recipe("none", environment={}))
         compile_policy(checkpoint, quantization, path, Options(), progress)
-    executor = CpuExecutor(Plan(path))
+    executor = CpuExecutor(Plan(path), threads=1)
     full = checkpoint.config.max_prompt_tokens
     cases = [((True, False, False), 1), ((True, False, True), full), ((True, True, True), 5)]
     for seed, (cameras, prompt) in enumerate(cases):
