@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from compiler.checkpoint.synthetic import VARIANTS, make_checkpoint, make_config, weight_bytes
 from compiler.checkpoint.synthetic.files import DTYPES, ROBOTS
@@ -32,9 +32,15 @@ def main(
             "full: gemma_2b + gemma_300m + So400m/14 (6.5 GB, about a minute)."
         ),
     ] = Variant.tiny,
-    pi05: Annotated[bool, typer.Option("--pi05", help="pi0.5 (adaptive norms, state in the prompt) instead of pi0.")] = False,
-    layout: Annotated[Layout, typer.Option(help="openpi's PyTorch directory or LeRobot's pretrained_model/.")] = Layout.openpi,
-    robot: Annotated[Robot, typer.Option(help="Whose normalisation statistics to add; none adds no statistics.")] = Robot.aloha,
+    pi05: Annotated[
+        bool, typer.Option("--pi05", help="pi0.5 (adaptive norms, state in the prompt) instead of pi0.")
+    ] = False,
+    layout: Annotated[
+        Layout, typer.Option(help="openpi's PyTorch directory or LeRobot's pretrained_model/.")
+    ] = Layout.openpi,
+    robot: Annotated[
+        Robot, typer.Option(help="Whose normalisation statistics to add; none adds no statistics.")
+    ] = Robot.aloha,
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal bytes.")] = 0,
     dtype: Annotated[Dtype, typer.Option(help="How the weights are stored.")] = Dtype.bfloat16,
     action_horizon: Annotated[int, typer.Option(min=1, help="Actions in a chunk.")] = 50,
@@ -58,7 +64,7 @@ def main(
     """
     sizes = dict(action_horizon=action_horizon, depth=depth, vision_depth=vision_depth, vocab_size=vocab_size)
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     total = weight_bytes(make_config(variant.value, pi05, **sizes), dtype.value)
     try:
         with Progress(*columns, console=console, transient=True) as progress:
@@ -77,7 +83,8 @@ def main(
     except DuqError as error:
         console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    Console().print(f"{out}: {'pi0.5' if pi05 else 'pi0'} {variant.value}, {total / 1e6:,.0f} MB of {dtype.value} weights")
+    policy = "pi0.5" if pi05 else "pi0"
+    Console().print(f"{out}: {policy} {variant.value}, {total / 1e6:,.0f} MB of {dtype.value} weights", highlight=False)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from compiler.errors import CheckpointError
 from runtime.config import ModelConfig
 
 EMBEDDING = "llm.embed_tokens.weight"
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass
@@ -47,8 +48,8 @@ def load_checkpoint(path: str | Path, asset_id: str | None = None) -> Checkpoint
     """Opens a pi0 or pi0.5 checkpoint directory; weights stay on disk until they are used.
 
     `asset_id` chooses among the statistics of several robots in an openpi directory.
-    Raises CheckpointError: not a checkpoint, damaged files, tensors missing, extra or mis-shaped (all listed), config.json
-    contradicting the tensors, norm stats unusable or ambiguous.
+    Raises CheckpointError: not a checkpoint, damaged files, tensors missing, extra or mis-shaped (all listed),
+    config.json contradicting the tensors, norm stats unusable or ambiguous.
     """
     path = Path(path)
     tensors = {name: tensor for file in weight_files(path) for name, tensor in open_tensors(file).items()}
@@ -60,6 +61,8 @@ def load_checkpoint(path: str | Path, asset_id: str | None = None) -> Checkpoint
     weights = _resolve_heads({canonical_name(name): tensor for name, tensor in tensors.items()})
     config = _checked_config(weights, settings, lerobot if layout == "lerobot" else openpi)
     if layout == "lerobot":
+        if asset_id is not None:
+            raise CheckpointError(f'asset id "{asset_id}" given, but {path} is a LeRobot directory, which has none')
         norm_stats = lerobot.read_stats(path, settings)
     else:
         openpi.check_precision(settings, weights)
@@ -95,6 +98,10 @@ def _resolve_heads(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _checked_config(weights: dict[str, torch.Tensor], settings: dict, layout) -> ModelConfig:
+    wrong = [f"{name} is {tensor.dtype}" for name, tensor in weights.items() if tensor.dtype not in WEIGHT_DTYPES]
+    if wrong:
+        stored = ", ".join(map(str, WEIGHT_DTYPES))
+        raise CheckpointError(f"{len(wrong)} tensors are in none of the supported types ({stored}):\n{listing(wrong)}")
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     config = infer_config(
         shapes,

@@ -37,13 +37,15 @@ def claims(settings: dict) -> list[Claim]:
     """What config.json says about dimensions that the tensors have too. Raises CheckpointError for another policy."""
     policy = settings.get("type")
     if policy not in POLICY_TYPES:
-        raise CheckpointError(f'config.json: policy "type" is {policy!r}; only {" and ".join(POLICY_TYPES)} can be compiled')
+        known = " and ".join(POLICY_TYPES)
+        raise CheckpointError(f'config.json: policy "type" is {policy!r}; only {known} can be compiled')
     used = [key for key in UNSUPPORTED if settings.get(key)]
     if used:
-        raise CheckpointError(f"config.json: {', '.join(used)} cannot be compiled; it changes the policy's inputs or outputs")
+        raise CheckpointError(f"config.json: a policy with {', '.join(used)} cannot be compiled")
     found = [Claim(f"type {policy}", "pi05", POLICY_TYPES[policy])]
     found += [Claim(key, "action_dim", settings[key]) for key in ("max_action_dim", "max_state_dim") if key in settings]
-    found += [Claim("image_resolution", "vision.image_size", side) for side in set(settings.get("image_resolution", []))]
+    sides = settings.get("image_resolution", [])
+    found += [Claim("image_resolution", "vision.image_size", side) for side in dict.fromkeys(sides)]
     return (
         found
         + variant_claims("paligemma_variant", "llm", settings)
@@ -80,9 +82,10 @@ def _policy_form(file: Path, feature: str, mode: str, stored: dict, pi05: bool) 
 
     (x - mean) / std == (x - low) / (high - low) * 2 - 1   with low, high = mean -+ std
     """
-    own = {name.removeprefix(f"{feature}."): values for name, values in stored.items() if name.startswith(f"{feature}.")}
+    prefix = f"{feature}."
+    own = {name.removeprefix(prefix): values for name, values in stored.items() if name.startswith(prefix)}
     if mode not in MODES:
-        raise CheckpointError(f"{file}: normalisation {mode} of {feature} is not supported; known are {', '.join(MODES)}")
+        raise CheckpointError(f"{file}: normalisation {mode} of {feature} is unknown; known are {', '.join(MODES)}")
     absent = [name for name in MODES[mode] if name not in own]
     if absent:
         raise CheckpointError(f"{file}: {mode} normalisation of {feature} needs {' and '.join(absent)}")

@@ -30,7 +30,8 @@ def read_openpi_stats(directory: Path, asset_id: str | None) -> dict | None:
     if asset_id is None and len(files) > 1:
         raise CheckpointError(f"{assets} has statistics of several robots; choose an asset id: {', '.join(files)}")
     if asset_id is not None and asset_id not in files:
-        raise CheckpointError(f'{assets} has no statistics for asset id "{asset_id}"; found: {", ".join(files) or "none"}')
+        found = ", ".join(files) or "none"
+        raise CheckpointError(f'{assets} has no statistics for asset id "{asset_id}"; found: {found}')
     if not files:
         return None
     file = files[asset_id] if asset_id is not None else next(iter(files.values()))
@@ -40,7 +41,7 @@ def read_openpi_stats(directory: Path, asset_id: str | None) -> dict | None:
 
 
 def checked_stats(file: Path, state: dict | None, actions: dict | None, epsilon: float) -> dict:
-    """The canonical form. Raises CheckpointError that names `file` and the entry when one is absent, ragged or not finite."""
+    """The canonical form. Raises CheckpointError (naming file and entry) when one is absent, ragged or not finite."""
     stats: dict = {"epsilon": epsilon}
     for name, entry in (("state", state), ("actions", actions)):
         if not isinstance(entry, dict) or entry.get("mean") is None or entry.get("std") is None:

@@ -43,6 +43,5 @@ def check_precision(settings: dict, tensors: dict[str, torch.Tensor]) -> None:
         raise CheckpointError(f'config.json: "precision" is {precision!r}, known are {", ".join(PRECISIONS)}')
     stored = {tensor.dtype for tensor in tensors.values()}
     if PRECISIONS[precision] not in stored:
-        raise CheckpointError(
-            f'config.json: "precision" is {precision}, but the tensors are stored in {", ".join(sorted(map(str, stored)))}'
-        )
+        found = ", ".join(sorted(map(str, stored)))
+        raise CheckpointError(f'config.json: "precision" is {precision}, but the tensors are stored in {found}')

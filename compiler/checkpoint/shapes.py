@@ -83,7 +83,9 @@ def _gemma_shapes(stack: str, gemma: GemmaConfig, adaptive_norm: bool) -> Shapes
     return shapes | norm(f"{stack}.norm")
 
 
-def infer_config(shapes: Shapes, vision_heads: int | None, action_horizon: int, max_prompt_tokens: int | None) -> ModelConfig:
+def infer_config(
+    shapes: Shapes, vision_heads: int | None, action_horizon: int, max_prompt_tokens: int | None
+) -> ModelConfig:
     """The dimensions of the policy these tensors (canonical name -> shape) belong to.
 
     What tensors cannot tell is passed in: the heads of a SigLIP whose width is no multiple of 72, the action
@@ -142,15 +144,16 @@ def _typical(shapes: Shapes, pattern: str, rank: int) -> tuple[int, ...]:
 
 
 def _depth(shapes: Shapes, prefix: str) -> int:
+    """How many layers there are, whatever their numbers: a gap shows up as missing and extra tensors."""
     numbers = (re.match(re.escape(prefix) + r"(\d+)\.", name) for name in shapes)
-    return 1 + max(int(number[1]) for number in numbers if number)
+    return len({number[1] for number in numbers if number})
 
 
 def _vision_heads(width: int, explicit: int | None) -> int:
     heads = explicit or (width // VISION_HEAD_DIM if width % VISION_HEAD_DIM == 0 else None)
     if heads is None:
         raise CheckpointError(
-            f"the heads of a SigLIP of width {width} cannot be inferred (the width is no multiple of {VISION_HEAD_DIM}); "
+            f"the heads of a SigLIP of width {width} cannot be inferred (it is no multiple of {VISION_HEAD_DIM}); "
             'add "vision": {"heads": N} to config.json'
         )
     if width % heads:

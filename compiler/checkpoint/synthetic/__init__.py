@@ -22,10 +22,30 @@ SO400M = VisionConfig(width=1152, depth=27, mlp_width=4304, heads=16)
 # Vision, LLM, action expert, vocabulary. All Gemmas but the dummy's have the 8 query heads and 1 key/value head of
 # 256 that pi0 has. Tiny's vision MLP, like So400m's, is divisible by no power of two beyond 16.
 VARIANTS = {
-    "tiny": (VisionConfig(144, 2, 528, 2), GemmaConfig(256, 3, 2048, 8, 1, 256), GemmaConfig(128, 3, 512, 8, 1, 256), 512),
-    "small": (VisionConfig(288, 6, 1072, 4), GemmaConfig(768, 5, 6144, 8, 1, 256), GemmaConfig(384, 5, 1536, 8, 1, 256), 2048),
-    "dummy": (SO400M, GemmaConfig(64, 4, 128, 8, 1, 16), GemmaConfig(64, 4, 128, 8, 1, 16), 257152),
-    "full": (SO400M, GemmaConfig(2048, 18, 16384, 8, 1, 256), GemmaConfig(1024, 18, 4096, 8, 1, 256), 257152),
+    "tiny": (
+        VisionConfig(width=144, depth=2, mlp_width=528, heads=2),
+        GemmaConfig(width=256, depth=3, mlp_width=2048, heads=8, kv_heads=1, head_dim=256),
+        GemmaConfig(width=128, depth=3, mlp_width=512, heads=8, kv_heads=1, head_dim=256),
+        512,
+    ),
+    "small": (
+        VisionConfig(width=288, depth=6, mlp_width=1072, heads=4),
+        GemmaConfig(width=768, depth=5, mlp_width=6144, heads=8, kv_heads=1, head_dim=256),
+        GemmaConfig(width=384, depth=5, mlp_width=1536, heads=8, kv_heads=1, head_dim=256),
+        2048,
+    ),
+    "dummy": (
+        SO400M,
+        GemmaConfig(width=64, depth=4, mlp_width=128, heads=8, kv_heads=1, head_dim=16),
+        GemmaConfig(width=64, depth=4, mlp_width=128, heads=8, kv_heads=1, head_dim=16),
+        257152,
+    ),
+    "full": (
+        SO400M,
+        GemmaConfig(width=2048, depth=18, mlp_width=16384, heads=8, kv_heads=1, head_dim=256),
+        GemmaConfig(width=1024, depth=18, mlp_width=4096, heads=8, kv_heads=1, head_dim=256),
+        257152,
+    ),
 }
 # The names that openpi's own config.json gives these sizes.
 OPENPI_VARIANTS = {"dummy": ("dummy", "dummy"), "full": ("gemma_2b", "gemma_300m")}
@@ -84,7 +104,7 @@ def make_checkpoint(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} already exists; choose another directory or remove it")
     if config.vocab_size < files.TOKENIZER_SIZE:
-        raise CheckpointError(f"a vocabulary of {config.vocab_size} is smaller than the tokenizer's {files.TOKENIZER_SIZE}")
+        raise CheckpointError(f"a vocabulary of {config.vocab_size} cannot hold the tokenizer's {files.TOKENIZER_SIZE}")
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:

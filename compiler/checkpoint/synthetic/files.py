@@ -26,7 +26,7 @@ ROBOTS = {
 }
 
 VERBS = ("pick up", "put down", "push", "open", "close", "reach for", "stack", "hand over", "wipe", "turn")
-OBJECTS = ("the red block", "the blue bowl", "the drawer", "the door", "the coffee mug", "the button", "a towel", "the plate")
+OBJECTS = ("the red block", "the blue bowl", "the drawer", "the door", "the coffee mug", "the button", "a towel")
 PLACES = ("", " on the table", " in the basket", " with the left arm", " with the right arm", " next to the window")
 TOKENIZER_SIZE = 448  # 4 control tokens, 256 bytes, the newline, and what the instructions above suggest
 
@@ -90,7 +90,7 @@ def lerobot_settings(config: ModelConfig, dtype: str, sizes: dict) -> dict:
 
 
 def norm_stats(robot: str, seed: int) -> dict:
-    """Plausible statistics: joints in radians around a rest pose, actions as small offsets, the last dimension a gripper."""
+    """Plausible statistics: joints in radians around a rest pose, actions as small offsets, last a gripper."""
     state_dims, action_dims, _ = ROBOTS[robot]
     random = generator(seed, f"norm_stats/{robot}")
 
@@ -117,7 +117,10 @@ def write_lerobot_stats(directory: Path, robot: str, seed: int, settings: dict) 
         for feature, entry in ((lerobot.STATE, stats["state"]), (lerobot.ACTION, stats["actions"]))
         for key, values in entry.items()
     }
-    for pipeline, step in (("policy_preprocessor", "normalizer_processor"), ("policy_postprocessor", "unnormalizer_processor")):
+    for pipeline, step in (
+        ("policy_preprocessor", "normalizer_processor"),
+        ("policy_postprocessor", "unnormalizer_processor"),
+    ):
         state_file = f"{pipeline}_step_0_{step}.safetensors"
         config = {"eps": 1e-8, "norm_map": settings["normalization_mapping"]}
         save_file(tensors, directory / state_file)
@@ -126,7 +129,7 @@ def write_lerobot_stats(directory: Path, robot: str, seed: int, settings: dict) 
 
 
 def train_tokenizer() -> bytes:
-    """A small SentencePiece model built like PaliGemma's: BPE with byte fallback, digits apart, pad eos bos unk = 0..3."""
+    """A small SentencePiece model built like PaliGemma's: BPE, byte fallback, single digits, pad eos bos unk = 0..3."""
     commands = [f"{verb} {thing}{place}" for verb, thing, place in itertools.product(VERBS, OBJECTS, PLACES)]
     sentences = commands + [f"Task: {command}, State: 12 127 200;\nAction: " for command in commands]
     model = io.BytesIO()

@@ -27,7 +27,7 @@ OUTLIER_NOISE = 0.1  # an outlier channel is nearly constant over tokens; this s
 PROMPT_CONSTANT, STATE_CONSTANT = 0.7, 0.4
 BLOCK_UPDATE = 0.3  # standard deviation that attention and MLP each add to a residual of about 1
 GELU_RMS, SILU_RMS = 0.65, 0.6  # of N(0, 1)
-CONTRACTION = 1.5  # of the flow: v = CONTRACTION * x_t + f(x_t, observation), so that the noise decays as it does when trained
+CONTRACTION = 1.5  # v = CONTRACTION * x_t + f(x_t, observation): the noise decays along the flow, as when trained
 BLOCK_VALUES = 1 << 22  # drawn at a time
 
 
