@@ -1,7 +1,7 @@
 """INT4 packing against ONNX's own and against plain arithmetic."""
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -12,6 +12,7 @@ even_shapes = hnp.array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=9).m
 int4_arrays = even_shapes.flatmap(lambda s: hnp.arrays(np.int8, s, elements=st.integers(-8, 7)))
 
 
+@settings(deadline=None)
 @given(int4_arrays)
 def test_round_trip(values):
     packed = pack_int4(values)
@@ -25,6 +26,7 @@ def test_every_pair_lands_in_its_nibble():
     np.testing.assert_array_equal(pack_int4(pairs)[:, 0], expected)
 
 
+@settings(deadline=None)
 @given(int4_arrays)
 def test_equals_the_raw_data_of_onnx(values):
     onnx = pytest.importorskip("onnx")

@@ -29,7 +29,7 @@ def main(
         Variant,
         typer.Option(
             help="tiny: 11 M weights, 1 s. small: 100 M. dummy: openpi's test Gemmas under the real SigLIP (0.9 GB). "
-            "full: gemma_2b + gemma_300m + So400m/14 (6.5 GB, about a minute)."
+            "full: gemma_2b + gemma_300m + So400m/14 (6.5 GB, about two minutes)."
         ),
     ] = Variant.tiny,
     pi05: Annotated[

@@ -163,6 +163,8 @@ def _block_diagonal(
         raise PackError(f"{index_key} with blocks of {size} does not divide {channels} channels")
     blocks = np.tile(np.eye(size, dtype=np.float32), (channels // size, 1, 1))
     for index in indices:
+        if f"{prefix}{index}" not in arrays:
+            raise PackError(f"{prefix}{index} is missing, but {index_key} lists it")
         blocks[index] = _checked(arrays, f"{prefix}{index}", (size, size))
     error = np.abs(blocks @ blocks.swapaxes(1, 2) - np.eye(size)).max()
     if not error < 1e-3:

@@ -97,12 +97,12 @@ def quantize_weights(
     quantization = Quantization(recipe, value_transforms=placement.values)
     task = progress.add_task("Quantising", total=sum(weights[f"{name}.weight"].numel() for name in linears))
     for name, bits in linears.items():
-        edited = _with_output_basis(weight(name), placement.outputs.get(name))
+        edited = in_output_basis(weight(name), placement.outputs.get(name))
         quantization.packs[name] = quantize_linear(
             name, edited, placement.full[name], placement.online[name], statistics[input_group(name)], bits, recipe
         )
         progress.advance(task, edited.numel())
-    quantization.float_weights = _float_edits(weights, linears, placement)
+    quantization.float_weights = float_edits(weights, linears, placement)
     return quantization
 
 
@@ -174,7 +174,7 @@ def quantize_linear(
         weight_scale=scale.numpy(),
         activation_bits=recipe.activation_bits,
         activation_scale=static_activation_scale(x, recipe),
-        **vars(online),
+        **online.parts(),
     )
     held_out = full.transform_input(statistics.held_out_rows)
     pack.sqnr_db = sqnr_db(held_out @ weight.T, quantised_product(held_out, pack, integers))
@@ -196,14 +196,15 @@ def sqnr_db(signal: Tensor, quantised: Tensor) -> float:
     return float(10 * np.log10(max(power, 1e-300) / max(noise, 1e-300)))
 
 
-def _float_edits(weights, linears, placement: Placement) -> dict[str, Tensor]:
+def float_edits(weights, linears, placement: Placement) -> dict[str, Tensor]:
+    """:attr:`Quantization.float_weights`: what absorbs a factor, or undoes one, and is not packed."""
     edits = {}
     for name in (*placement.outputs, *placement.full):
         for kind in ("weight", "bias"):
             key = f"{name}.{kind}"
             if key not in weights or (kind == "weight" and name in linears):
                 continue
-            tensor = _with_output_basis(weights[key].to(torch.float32), placement.outputs.get(name))
+            tensor = in_output_basis(weights[key].to(torch.float32), placement.outputs.get(name))
             if kind == "weight" and name in placement.full:
                 tensor = placement.full[name].transform_weight(tensor)
             if kind == "weight" or name in placement.outputs:
@@ -211,7 +212,8 @@ def _float_edits(weights, linears, placement: Placement) -> dict[str, Tensor]:
     return edits
 
 
-def _with_output_basis(tensor: Tensor, output: LinearTransform | None) -> Tensor:
+def in_output_basis(tensor: Tensor, output: LinearTransform | None) -> Tensor:
+    """A weight [N, K] or bias [N] with the factors its linear absorbs into its output."""
     return tensor if output is None else change_output(output, tensor)
 
 

@@ -97,9 +97,8 @@ def load_transforms(directory: Path, checkpoint, recipe: Recipe) -> dict[str, Li
     transforms = {}
     for name in select_linears(recipe, checkpoint.config):
         pack = load_pack(directory, name, _shape(checkpoint, name))
-        keep = {key: getattr(pack, key) for key in ("input_scale", "permutation", "rotation", "block_size")}
         output_rotation = pack.output_rotation if recipe.row_rotation == "restore" else None
-        transforms[name] = LinearTransform(**keep, output_rotation=output_rotation)
+        transforms[name] = LinearTransform(**pack.parts() | {"output_rotation": output_rotation})
     return transforms
 
 

@@ -5,8 +5,8 @@ R_out orthogonal and block-diagonal, so that x' W'^T R_out = x W^T. docs/quantiz
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,6 +33,10 @@ class LinearTransform:
     rotation: np.ndarray | Literal["hadamard"] | None = None
     block_size: int = 0
     output_rotation: np.ndarray | None = None
+
+    def parts(self) -> dict[str, Any]:
+        """The attributes of the transform alone, where this is a pack."""
+        return {field.name: getattr(self, field.name) for field in fields(LinearTransform)}
 
     def transform_input(self, x: Tensor) -> Tensor:
         """x [..., K] -> x' [..., K]."""

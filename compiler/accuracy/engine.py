@@ -1,0 +1,30 @@
+"""The engine's side: `python -m compiler.accuracy.engine DIRECTORY COUNT THREADS PLAN`. Imports what a robot would."""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from compiler.accuracy.worker import resident_bytes, work
+from runtime.cli_errors import one_line_errors
+from runtime.executors.cpu import CpuExecutor
+from runtime.plan import Plan
+
+
+def main(directory: str, count: str, threads: str, plan: str) -> None:
+    opened = resident_bytes()
+    executor = CpuExecutor(Plan(plan, verify=False), int(threads))  # the parent has verified it
+
+    def run(inputs, noise):
+        return executor.run(inputs, noise)[0]
+
+    def trace(index, inputs, noise):
+        stages: dict = {}
+        executor.run(inputs, noise, stages)
+        return stages
+
+    work(Path(directory), int(count), opened, run, trace, "engine")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(*sys.argv[1:])

@@ -1,0 +1,64 @@
+"""The policy's stages from the images to the actions, each with what the engine gets wrong in it."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from compiler.accuracy.metrics import Difference
+from compiler.accuracy.worker import Arrays
+from compiler.model import timesteps
+
+
+class Stages:
+    """Collects the differences of all stages, observation by observation.
+
+    value_bases: by layer, the matrix that leads from the engine's values to the reference's, or None.
+    """
+
+    def __init__(self, num_steps: int, value_bases: Sequence[np.ndarray | None]):
+        self.num_steps, self.value_bases = num_steps, value_bases
+        self.features, self.actions = Difference(), Difference()
+        self.keys, self.values = ([Difference() for _ in value_bases] for _ in range(2))
+        self.velocities, self.at_engine_x = ([Difference() for _ in range(num_steps)] for _ in range(2))
+        self.reference_actions: list[np.ndarray] = []
+        self.engine_actions: list[np.ndarray] = []
+
+    def add(self, reference: Arrays, engine: Arrays) -> None:
+        self.features.add(reference["image_features"], engine["image_features"])
+        for layer, basis in enumerate(self.value_bases):
+            values = engine[f"value.{layer}"]
+            self.keys[layer].add(reference[f"key.{layer}"], engine[f"key.{layer}"])
+            self.values[layer].add(reference[f"value.{layer}"], values if basis is None else _in_basis(values, basis))
+        velocities = (engine["x"][:-1] - engine["x"][1:]) * self.num_steps  # x <- x - v / num_steps
+        for step, velocity in enumerate(velocities):
+            self.velocities[step].add(reference["v"][step], velocity)
+            self.at_engine_x[step].add(reference["v_at_engine_x"][step], velocity)
+        self.actions.add(reference["actions"], engine["actions"])
+        self.reference_actions.append(reference["actions"])
+        self.engine_actions.append(engine["actions"])
+
+    def to_json(self) -> dict:
+        stages = {
+            "image_features": self.features,
+            "keys": Difference.sum(self.keys),
+            "values": Difference.sum(self.values),
+            "velocity_at_engine_x": Difference.sum(self.at_engine_x),
+            "velocity": Difference.sum(self.velocities),
+            "actions": self.actions,
+        }
+        return {
+            "stages": {name: found.to_json() for name, found in stages.items()},
+            "layers": [{"key": k.to_json(), "value": v.to_json()} for k, v in zip(self.keys, self.values)],
+            "steps": [
+                {"time": time, "velocity": free.to_json(), "velocity_at_engine_x": forced.to_json()}
+                for time, free, forced in zip(timesteps(self.num_steps), self.velocities, self.at_engine_x)
+            ],
+        }
+
+
+def _in_basis(values: np.ndarray, basis: np.ndarray) -> np.ndarray:
+    """values [1, kv_heads, P, head_dim] times the matrix over all kv_heads * head_dim channels."""
+    _, heads, tokens, dim = values.shape
+    rows = values.transpose(0, 2, 1, 3).reshape(tokens, heads * dim) @ basis
+    return rows.reshape(1, tokens, heads, dim).transpose(0, 2, 1, 3)

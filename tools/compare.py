@@ -1,0 +1,167 @@
+"""How far an engine is from its checkpoint: `python -m tools.compare --help`."""
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from compiler.accuracy.compare import Comparison, check_match, compare
+from compiler.accuracy.report import STAGES, WORST_LINEARS, decibels, megabytes, number, to_json, write_report
+from compiler.accuracy.synthetic import synthetic_observations
+from compiler.accuracy.thresholds import Thresholds
+from compiler.checkpoint import load_checkpoint
+from compiler.quantize_cli import progress_bar
+from plugins.errors import DuqError
+from runtime.cli_errors import one_line_errors
+from runtime.observations import load_observations
+from runtime.plan import Plan
+
+SYNTHETIC = "synthetic"
+PAST_THRESHOLDS = 1  # exit code; 2 is bad input
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+@app.command()
+def _compare(
+    checkpoint: Annotated[Path, typer.Argument(help="openpi (PyTorch) or LeRobot checkpoint directory.")],
+    plan: Annotated[Path, typer.Argument(help="The engine.plan compiled from it.")],
+    observations: Annotated[
+        str,
+        typer.Option(help="A .npz file of observations, a directory of them, or 'synthetic' for four made-up ones, "
+                     "which show that the path works but not how well the policy does."),
+    ],  # fmt: skip
+    as_json: Annotated[bool, typer.Option("--json", help="Print the measures as JSON.")] = False,
+    report: Annotated[Optional[Path], typer.Option(help="HTML page to write, self-contained, with plots.")] = None,
+    min_cosine: Annotated[Optional[float], typer.Option(help="Fail if an observation's actions are below.")] = None,
+    max_error: Annotated[Optional[float], typer.Option(help="Fail if an action (normalised) is further off.")] = None,
+    min_sqnr: Annotated[Optional[float], typer.Option(help="Fail if an observation's actions are below, in dB.")] = None,
+    threads: Annotated[Optional[int], typer.Option(min=1, help="Of either side; by default one a core.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise, equal on both sides.")] = 0,
+    any_checkpoint: Annotated[
+        bool, typer.Option("--any-checkpoint", help="Compare although the plan was made from other weights.")
+    ] = False,
+    asset_id: Annotated[
+        Optional[str], typer.Option(help="Which normalisation statistics, if the checkpoint has several.")
+    ] = None,
+) -> None:
+    """Run the same observations and noise through PyTorch fp32 and through the engine, and report the differences.
+
+    Exit code 1: past a threshold, or actions that are not finite. 2: bad input.
+
+    [bold]Examples[/bold]
+
+      python -m tools.compare checkpoints/pi0 engine.plan --observations observations.npz --report report.html
+
+      python -m tools.compare checkpoints/pi0 engine.plan --observations synthetic --min-sqnr 20 --json
+    """
+    if report is not None and (report.is_dir() or not report.parent.is_dir()):
+        raise DuqError(f"--report {report}: must be a file in an existing directory")
+    engine = Plan(plan)
+    policy = load_checkpoint(checkpoint, asset_id)
+    check_match(policy, engine, any_checkpoint)
+    if observations == SYNTHETIC:
+        found = synthetic_observations(policy.config, engine.manifest["cameras"])
+    else:
+        found = load_observations(observations)
+    with progress_bar() as progress:
+        comparison = compare(policy, engine, found, progress, threads=threads, seed=seed, asset_id=asset_id)
+    thresholds = Thresholds(min_cosine, max_error, min_sqnr)
+    set_thresholds = {name: bound for name, bound in asdict(thresholds).items() if bound is not None}
+    source = "made up (synthetic images, states and prompts)" if observations == SYNTHETIC else f"from {observations}"
+    comparison = replace(comparison, summary={"source": source, "thresholds": set_thresholds, **comparison.summary})
+    failures = thresholds.failures(comparison.summary["observations"])
+    if report is not None:
+        write_report(comparison, failures, report)
+    if as_json:
+        typer.echo(to_json(comparison, failures))
+    else:
+        _print(comparison, report)
+    for line in failures:
+        typer.echo(f"failed: {line}", err=True)
+    if failures:
+        raise typer.Exit(PAST_THRESHOLDS)
+
+
+def _print(comparison: Comparison, report: Path | None) -> None:
+    console, summary = Console(highlight=False, markup=False), comparison.summary
+    count = len(summary["observations"])
+    console.print(f"{summary['plan']['path']} on {count} observations {summary['source']}")
+    for table in (_stage_table(summary), _linear_table(summary), _jerk_table(summary), _cost_table(summary)):
+        if table.row_count:
+            console.print(table)
+    if report is not None:
+        console.print(f"{report}: the report, with plots")
+
+
+def _stage_table(summary: dict) -> Table:
+    table = _table("Engine against PyTorch fp32", "stage", "cosine", "max error", "SQNR", "worst of")
+    for name in STAGES:
+        if name in summary["stages"]:
+            found = summary["stages"][name]
+            row = f"{found['cosine']:.6f}", number(found["max_error"]), decibels(found["sqnr_db"])
+            table.add_row(name.replace("_", " "), *row, _worst(name, summary))
+    return table
+
+
+def _worst(stage: str, summary: dict) -> str:
+    """Where a stage of several layers, steps or observations is worst."""
+    parts, key, kind = {
+        "keys": (summary["layers"], "key", "layer"),
+        "values": (summary["layers"], "value", "layer"),
+        "velocity_at_engine_x": (summary["steps"], "velocity_at_engine_x", "step"),
+        "velocity": (summary["steps"], "velocity", "step"),
+        "actions": (summary["observations"], "actions", "observation"),
+    }.get(stage, ([], "", ""))
+    if not parts:
+        return ""
+    worst, found = min(enumerate(part[key]["sqnr_db"] for part in parts), key=lambda pair: pair[1])
+    return f"{kind} {worst}: {decibels(found)}"
+
+
+def _linear_table(summary: dict) -> Table:
+    worst = list(summary["linears"]["sqnr"].items())[:WORST_LINEARS]
+    table = _table(f"The {len(worst)} worst linears, {summary['linears']['measured']}", "linear", "bits", "shape", "SQNR")
+    for name, linear in worst:
+        bits = f"W{linear['weight_bits']}A{linear['activation_bits'] or 16}"
+        table.add_row(name, bits, " x ".join(map(str, linear["shape"])), decibels(linear["sqnr_db"]))
+    return table
+
+
+def _jerk_table(summary: dict) -> Table:
+    table = _table("Jerk: mean squared third difference along the chunk", "units", "PyTorch", "engine")
+    for units, found in (("normalised", summary["jerk"]["model"]), (summary["plan"]["robot"], summary["jerk"]["robot"])):
+        if found:
+            table.add_row(units, number(found["reference"]), number(found["engine"]))
+    return table
+
+
+def _cost_table(summary: dict) -> Table:
+    title = f"Cost, {summary['threads']} threads, each side in a process of its own"
+    table = _table(title, "", "time (median)", "peak memory", "of which libraries")
+    for name, side in (("PyTorch eager fp32", "reference"), ("engine", "engine")):
+        cost = summary["cost"][side]
+        memory = megabytes(cost["peak_bytes"]), megabytes(cost["libraries_bytes"])
+        table.add_row(name, f"{cost['median_ms']:.1f} ms", *memory)
+    return table
+
+
+def _table(title: str, first: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(first)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def main() -> None:
+    with one_line_errors():
+        app()
+
+
+if __name__ == "__main__":
+    main()
