@@ -1,4 +1,4 @@
-"""INT4 packing against ONNX's own and against plain arithmetic."""
+"""INT4 packing against ONNX's own and plain arithmetic; fragments against the documented tensor core operands."""
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from plugins.errors import LayoutError
-from plugins.layout import pack_int4, unpack_int4
+from plugins.layout import pack_fragments, pack_int4, unpack_fragments, unpack_int4
 
 even_shapes = hnp.array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=9).map(lambda s: (*s[:-1], 2 * s[-1]))
 int4_arrays = even_shapes.flatmap(lambda s: hnp.arrays(np.int8, s, elements=st.integers(-8, 7)))
@@ -55,3 +55,80 @@ def test_refuses_what_does_not_fit(values):
 def test_refuses_a_shape_that_does_not_match(shape):
     with pytest.raises(LayoutError):
         unpack_int4(np.zeros(2, np.uint8), shape)
+
+
+weights = st.tuples(st.integers(1, 3), st.integers(1, 3), st.sampled_from([4, 8])).flatmap(
+    lambda s: st.tuples(
+        hnp.arrays(np.int8, (16 * s[0], 64 * s[1]), elements=st.integers(-(2 ** (s[2] - 1)), 2 ** (s[2] - 1) - 1)),
+        st.just(s[2]),
+    )
+)
+k_orders = pytest.mark.parametrize("k_order", ["direct", "wgmma"])
+
+
+@settings(deadline=None, max_examples=30)
+@given(weights, st.sampled_from(["direct", "wgmma"]))
+def test_fragments_round_trip(weight, k_order):
+    values, bits = weight
+    packed = pack_fragments(values, bits, k_order)
+    assert packed.dtype == np.uint8 and packed.nbytes * 8 == values.size * bits
+    np.testing.assert_array_equal(unpack_fragments(packed, values.shape, bits, k_order), values)
+
+
+def registers(packed, bits, tile, chunk, step, lane):
+    """What a lane holds for one instruction, times 16 for INT4: a0..a3 as int8 [4, 4], by the kernels' bit tricks."""
+    if bits == 8:
+        return packed[tile, chunk, step, lane].view(np.int8).reshape(4, 4)
+    words = packed[tile, chunk, lane].view(np.uint32)[2 * step : 2 * step + 2]
+    halves = np.concatenate([(words << 4) & 0xF0F0F0F0, words & 0xF0F0F0F0]).astype(np.uint32)
+    return halves.view(np.int8).reshape(4, 4)
+
+
+def activations_of(x, chunk, step, lane, k_order):
+    """The bytes of one token that a lane feeds to one instruction, as [2 registers, 4]."""
+    t = lane % 4
+    chunk_of = x[64 * chunk : 64 * chunk + 64]
+    if k_order == "direct":  # one 16-byte load
+        return chunk_of[16 * t : 16 * t + 16].reshape(2, 2, 4)[step]
+    return chunk_of[32 * step : 32 * step + 32].reshape(2, 4, 4)[:, t]  # the operand as the PTX manual lays it out
+
+
+@k_orders
+@pytest.mark.parametrize("bits", [4, 8])
+def test_fragments_multiply_as_the_tensor_cores_do(bits, k_order):
+    """Emulates the data movement: every lane's registers, summed over the four lanes of a row as the instruction does."""
+    random = np.random.default_rng(0)
+    low = -(2 ** (bits - 1))
+    weight = random.integers(low, -low, (32, 128)).astype(np.int8)
+    weight[0, :5] = low
+    x = random.integers(-128, 128, 128).astype(np.int8)
+    packed = pack_fragments(weight, bits, k_order)
+    y = np.zeros(32, np.int64)
+    for tile, chunk, step, lane in np.ndindex(2, 2, 2, 32):
+        a = registers(packed, bits, tile, chunk, step, lane).astype(np.int64)
+        b = activations_of(x, chunk, step, lane, k_order).astype(np.int64)
+        y[16 * tile + lane // 4] += (a[0] * b[0]).sum() + (a[2] * b[1]).sum()
+        y[16 * tile + lane // 4 + 8] += (a[1] * b[0]).sum() + (a[3] * b[1]).sum()
+    np.testing.assert_array_equal(y, weight.astype(np.int64) @ x * (16 if bits == 4 else 1))
+
+
+@pytest.mark.parametrize(
+    ("values", "bits", "k_order"),
+    [
+        (np.zeros((16, 64), np.int16), 4, "direct"),
+        (np.zeros((8, 64), np.int8), 4, "direct"),
+        (np.zeros((16, 32), np.int8), 4, "direct"),
+        (np.zeros((16, 64), np.int8), 2, "direct"),
+        (np.zeros((16, 64), np.int8), 4, "natural"),
+        (np.full((16, 64), 8, np.int8), 4, "wgmma"),
+        (np.zeros(64, np.int8), 4, "direct"),
+    ],
+)
+def test_refuses_fragments_that_do_not_fit(values, bits, k_order):
+    with pytest.raises(LayoutError):
+        pack_fragments(values, bits, k_order)
+
+
+def test_refuses_fragments_of_another_size():
+    with pytest.raises(LayoutError):
+        unpack_fragments(np.zeros(511, np.uint8), (16, 64), 4)
