@@ -76,12 +76,21 @@ class Step(nn.Module):
 
 def export(config: ModelConfig, weights: dict[str, Tensor], num_steps: int) -> Graphs:
     """Traces the model and binds `weights` (canonical names, any float dtype, on disk) to the graphs' initialisers."""
+    graphs = trace(config, num_steps)
+    for _, model in graphs.items():
+        for name, value in model.graph.initializers.items():
+            value.const_value = _lazy_float32(name, weights[name])
+    return graphs
+
+
+def trace(config: ModelConfig, num_steps: int) -> Graphs:
+    """The graphs of a model of these dimensions, their initialisers without values."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = Pi0(config).eval().requires_grad_(False)
-        return Graphs(_export_prefix(model, weights), _export_step(model, weights, num_steps), config, num_steps)
+        return Graphs(_export_prefix(model), _export_step(model, num_steps), config, num_steps)
 
 
-def _export_prefix(model: Pi0, weights: dict[str, Tensor]) -> ir.Model:
+def _export_prefix(model: Pi0) -> ir.Model:
     config, cameras, prompt = model.config, 2, 7  # example sizes of the dynamic dimensions
     inputs = {
         "images": torch.zeros(cameras, 3, config.vision.image_size, config.vision.image_size),
@@ -91,10 +100,10 @@ def _export_prefix(model: Pi0, weights: dict[str, Tensor]) -> ir.Model:
     }
     outputs = ["image_features", "hidden", *key_value_names(config.llm.depth)]
     dynamic = ({0: "cameras"}, {0: "cameras"}, {0: "prompt"}, {0: "prompt"})
-    return _to_onnx(Prefix(model), inputs, outputs, dynamic, weights)
+    return _to_onnx(Prefix(model), inputs, outputs, dynamic)
 
 
-def _export_step(model: Pi0, weights: dict[str, Tensor], num_steps: int) -> ir.Model:
+def _export_step(model: Pi0, num_steps: int) -> ir.Model:
     config, prefix = model.config, 11
     key_values = [torch.zeros(1, config.llm.kv_heads, prefix, config.llm.head_dim) for _ in range(2 * config.llm.depth)]
     inputs = {
@@ -106,10 +115,10 @@ def _export_step(model: Pi0, weights: dict[str, Tensor], num_steps: int) -> ir.M
     }
     past = tuple({2: "prefix"} for _ in key_values)
     dynamic = ({}, {}, None if config.pi05 else {}, {0: "prefix"}, past)
-    return _to_onnx(Step(model, num_steps), inputs, ["x_next"], dynamic, weights)
+    return _to_onnx(Step(model, num_steps), inputs, ["x_next"], dynamic)
 
 
-def _to_onnx(module: nn.Module, inputs: dict, outputs: list[str], dynamic: tuple, weights: dict[str, Tensor]) -> ir.Model:
+def _to_onnx(module: nn.Module, inputs: dict, outputs: list[str], dynamic: tuple) -> ir.Model:
     with _quiet_exporter():
         program = torch.onnx.export(
             module,
@@ -125,7 +134,7 @@ def _to_onnx(module: nn.Module, inputs: dict, outputs: list[str], dynamic: tuple
     model = program.model
     for name, value in list(model.graph.initializers.items()):
         value.name = name.removeprefix("model.")
-        value.const_value = _lazy_float32(value.name, weights[value.name])
+        value.const_value = None
     model.graph.name = type(module).__name__.lower()
     return model
 

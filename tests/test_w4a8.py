@@ -1,0 +1,125 @@
+"""The CPU engine against the quantiser's own integer arithmetic, for every kind of recipe."""
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from rich.progress import Progress
+
+from compiler.model import build_model
+from compiler.pipeline import Options, compile_policy, quantize_checkpoint
+from compiler.quant import fake_quantise, load_recipe
+from compiler.quant.quantize import sqnr_db
+from runtime.executors.cpu import CpuExecutor
+from runtime.plan import Plan
+from tests.quant_policy import observation, sample_actions, tiny_checkpoint
+from tests.replay import replay, run_recorded
+
+NUM_STEPS = 2
+SILENT = Progress(disable=True)
+RECIPES = {
+    "default": {},
+    "llm": {"preset": "llm"},
+    "all": {"preset": "all"},
+    "all, per-tensor": {"preset": "all", "activation_scale": "per-tensor"},
+    "all, permuted": {"preset": "all", "permute": True, "block_size": 16},
+    "duquant": {"scheme": "duquant"},
+    "duquant, all, row rotation off": {"scheme": "duquant", "preset": "all", "row_rotation": "0"},
+    "W8A8, compensated": {"weight_bits": 8, "compensate": True},
+    "mixed bits": {"preset": "all", "layer_bits": {"layers.1": 8, "vision": 16}},
+}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["pi0", "pi05"])
+def policy(request):
+    """A checkpoint of a few thousand weights, calibration inputs, and one input without padding."""
+    checkpoint = tiny_checkpoint(request.param)
+    checkpoint = SimpleNamespace(
+        **vars(checkpoint), layout="openpi", norm_stats=None, tokenizer=None, _finite=True
+    )
+    config = checkpoint.config
+    full = observation(config, 5)
+    prompt = np.arange(1, config.max_prompt_tokens + 1)
+    full = replace(full, tokens=prompt, token_mask=np.ones_like(prompt, bool))
+    return checkpoint, [observation(config, seed, cameras=3 - seed % 2) for seed in range(3)], full
+
+
+def compiled(policy, path, settings, transforms=None):
+    checkpoint, calibration, _ = policy
+    settings = dict(settings)
+    recipe = load_recipe(settings.pop("preset", None), settings, {})
+    quantization = quantize_checkpoint(checkpoint, recipe, calibration, SILENT, transforms)
+    compile_policy(checkpoint, quantization, path, Options(num_steps=NUM_STEPS), SILENT)
+    return quantization
+
+
+def noise_of(policy) -> np.ndarray:
+    config = policy[0].config
+    return np.random.default_rng(7).standard_normal((config.action_horizon, config.action_dim), np.float32)
+
+
+def check_replay(policy, path, quantization) -> None:
+    checkpoint, _, inputs = policy
+    noise = noise_of(policy)
+    actions, calls = run_recorded(path, inputs, noise)
+    assert set(calls) == set(quantization.packs)  # every pack runs as integers, and nothing else does
+    expected, flipped = replay(build_model(checkpoint), quantization, calls, inputs, noise, NUM_STEPS)
+    np.testing.assert_allclose(actions, expected, atol=1e-4)
+    roundings = sum(x_q.size for runs in calls.values() for x_q, _ in runs)
+    assert flipped < 1e-3 * roundings
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_engine_computes_the_quantisers_integers(policy, tmp_path, name):
+    quantization = compiled(policy, tmp_path / "engine.plan", RECIPES[name])
+    check_replay(policy, tmp_path / "engine.plan", quantization)
+
+
+def test_foreign_packs_that_share_nothing(policy, tmp_path):
+    """Every linear with a permutation and rotations of its own: a prologue each, and nothing to merge."""
+    checkpoint, calibration, _ = policy
+    reference = load_recipe("llm", {"scheme": "reference"}, {})
+    transforms = quantize_checkpoint(checkpoint, reference, calibration, SILENT).packs
+    path = tmp_path / "engine.plan"
+    quantization = compiled(policy, path, {"preset": "llm", "scheme": "duquant"}, transforms)
+    check_replay(policy, path, quantization)
+    found = Plan(path).manifest["graphs"]["prefix"]["ops"]
+    assert found["duq::RotateQuantize"] == found["duq::W4A8Linear"] == len(transforms)
+
+
+def test_shared_transforms_leave_one_prologue_a_group(policy, tmp_path):
+    compiled(policy, tmp_path / "engine.plan", {})
+    graphs, depth = Plan(tmp_path / "engine.plan").manifest["graphs"], policy[0].config.llm.depth
+    # qkv, o, gate-up, down in every layer but the last, of which only k and v run; pi0's state runs through the expert's
+    # MLPs up to its last layer.
+    prefix = 4 * (depth - 1) + 1 + (0 if policy[0].config.pi05 else 2 * (depth - 1))
+    for op_type in ("RotateQuantize", "W4A8Linear"):
+        assert graphs["prefix"]["ops"][f"duq::{op_type}"] == prefix
+        assert graphs["step"]["ops"][f"duq::{op_type}"] == 2 * depth
+
+
+@pytest.mark.parametrize("settings", [{"preset": "all"}, {"scheme": "duquant"}, {"weight_bits": 8}], ids=str)
+def test_float_activations(policy, tmp_path, settings):
+    """W4A16 and W8A16 round no activation, so that engine and oracle agree without a replay."""
+    checkpoint, _, inputs = policy
+    quantization = compiled(policy, tmp_path / "engine.plan", {**settings, "activation_bits": 0})
+    noise = noise_of(policy)
+    actions, _ = CpuExecutor(Plan(tmp_path / "engine.plan"), threads=1).run(inputs, noise)
+    fake = fake_quantise(build_model(checkpoint), quantization)
+    fields = (inputs.images, inputs.image_mask, inputs.tokens, inputs.token_mask, inputs.state, noise)
+    expected = fake.sample_actions(*(torch.from_numpy(field)[None] for field in fields), num_steps=NUM_STEPS)[0]
+    np.testing.assert_allclose(actions, expected, atol=1e-4)
+
+
+def test_padding_and_absent_cameras_do_not_change_the_integers(policy, tmp_path):
+    """What is compacted away here is masked in PyTorch: the policy is the same, to the noise of 8-bit activations."""
+    checkpoint, _, _ = policy
+    quantization = compiled(policy, tmp_path / "engine.plan", {"weight_bits": 8})
+    inputs = observation(checkpoint.config, 11, cameras=2)
+    noise = torch.randn(1, checkpoint.config.action_horizon, checkpoint.config.action_dim, generator=torch.Generator().manual_seed(9))
+    expected = sample_actions(fake_quantise(build_model(checkpoint), quantization), inputs)
+    actions, _ = CpuExecutor(Plan(tmp_path / "engine.plan"), threads=1).run(inputs, noise[0].numpy())
+    assert sqnr_db(expected[0], torch.from_numpy(actions)) > 35
