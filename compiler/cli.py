@@ -1,7 +1,6 @@
 """`duq-compile`."""
 from __future__ import annotations
 
-import os
 import resource
 import time
 from dataclasses import replace
@@ -11,7 +10,7 @@ from typing import Annotated, Optional
 import typer
 from rich.console import Console
 
-from compiler.checkpoint import Checkpoint, load_checkpoint
+from compiler.checkpoint import Checkpoint
 from compiler.errors import CalibrationError, CheckpointError, DuqError, RecipeError
 from compiler.pipeline import TARGETS, Options, compile_policy, quantize_checkpoint
 from compiler.quant import Quantization, Recipe, load_transforms
@@ -19,9 +18,10 @@ from compiler.quant.calibrate import calibration_inputs
 from compiler.quant.linears import select_linears
 from compiler.quant.store import is_quantization, load_quantization
 from compiler.quantize_cli import (
-    CalibrationOption, PacksOption, RobotOption, TokenizerOption, progress_bar, use_packs, with_recipe_options,
+    AssetOption, CalibrationOption, PacksOption, RobotOption, TokenizerOption, open_checkpoint, progress_bar, use_packs,
+    with_recipe_options,
 )
-from runtime.cli_errors import one_line_errors
+from runtime.cli_errors import check_output_directory, check_output_file, one_line_errors
 from runtime.preprocess import Preprocessor
 from runtime.robots import ROBOT_NAMES
 
@@ -44,9 +44,7 @@ def _compile(
         Optional[int], typer.Option(min=1, help="Actions in a chunk; by default the checkpoint's.")
     ] = None,
     cameras: Annotated[int, typer.Option(min=1, max=3, help="The most cameras an observation will have.")] = 3,
-    asset_id: Annotated[
-        Optional[str], typer.Option(help="Which normalisation statistics, if the checkpoint has several.")
-    ] = None,
+    asset_id: AssetOption = None,
     without_norm_stats: Annotated[
         bool, typer.Option("--without-norm-stats", help="Make a robot's plan although the checkpoint has none.")
     ] = False,
@@ -68,12 +66,13 @@ def _compile(
       duq-compile checkpoints/pi0_libero --robot libero --quant none --out float.plan
     """
     start = time.perf_counter()
-    _check_options(out, target, robot, recipe)
-    policy = load_checkpoint(checkpoint, asset_id)
+    _check_options(target, robot, recipe)
+    check_output_file("--out", out)
+    if keep_onnx is not None:
+        check_output_directory("--keep-onnx", keep_onnx)
+    policy = open_checkpoint(checkpoint, asset_id, tokenizer)
     if action_horizon is not None:
         policy = replace(policy, config=replace(policy.config, action_horizon=action_horizon))
-    if tokenizer is not None:
-        policy = replace(policy, tokenizer=_existing(tokenizer))
     _check_robot(policy, robot, without_norm_stats)
     with progress_bar() as progress:
         quantization = _quantization(policy, recipe, packs, calibration, robot, progress)
@@ -85,24 +84,17 @@ def _compile(
         f"{out}: {out.stat().st_size / 1e6:,.1f} MB, {len(quantization.packs)} quantised linears, compiled in "
         f"{seconds:.0f} s with a peak of {peak:.1f} GB of memory",
         highlight=False,
+        soft_wrap=True,
     )
 
 
-def _check_options(out: Path, target: str, robot: str, recipe: Recipe) -> None:
+def _check_options(target: str, robot: str, recipe: Recipe) -> None:
     if target not in TARGETS:
         raise DuqError(f"--target {target}: unknown, this version compiles for {', '.join(TARGETS)}")
     if robot not in ROBOT_NAMES:
         raise DuqError(f"--robot {robot}: unknown, one of {', '.join(ROBOT_NAMES)}")
     if recipe.scheme == "reference":
         raise RecipeError("--scheme reference is a fake quantisation for studies, without integer arithmetic to compile")
-    if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
-        raise DuqError(f"--out {out}: must be a file in an existing directory that can be written to")
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise DuqError(f"--tokenizer {path}: no such file")
-    return path
 
 
 def _check_robot(checkpoint: Checkpoint, robot: str, without_norm_stats: bool) -> None:
@@ -130,7 +122,7 @@ def _quantization(checkpoint, recipe, packs, calibration, robot, progress) -> Qu
             "duq-quantize with --packs DIR, or compile in float with --quant none"
         )
     transforms = load_transforms(packs, checkpoint, recipe) if use_packs(packs) else None
-    inputs = calibration_inputs(calibration, checkpoint, robot, None, recipe.calibration_steps)
+    inputs = calibration_inputs(calibration, checkpoint, robot, recipe.calibration_steps)
     return quantize_checkpoint(checkpoint, recipe, inputs, progress, transforms)
 
 

@@ -5,6 +5,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -14,12 +15,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from compiler.checkpoint import Checkpoint, load_checkpoint
-from compiler.errors import CalibrationError
+from compiler.errors import CalibrationError, CheckpointError
 from compiler.pipeline import quantize_checkpoint
 from compiler.quant import Quantization, Recipe, load_recipe, load_transforms, save_quantization
 from compiler.quant.calibrate import calibration_inputs
 from compiler.quant.recipe import PRESETS, SCHEMES
-from runtime.cli_errors import one_line_errors
+from compiler.quant.store import check_destination
+from runtime.cli_errors import check_output_directory, one_line_errors
 
 RECIPE_PANEL = "Recipe (override --quant)"
 LISTED_LINEARS = 10
@@ -61,6 +63,9 @@ RobotOption = Annotated[str, typer.Option("--robot", help="aloha, droid, libero 
 TokenizerOption = Annotated[
     Optional[Path], typer.Option("--tokenizer", help="SentencePiece model; by default the one in the checkpoint.")
 ]
+AssetOption = Annotated[
+    Optional[str], typer.Option("--asset-id", help="Which normalisation statistics, if the checkpoint has several.")
+]
 
 
 def with_recipe_options(command: Callable) -> Callable:
@@ -96,6 +101,7 @@ def _quantize(
     packs: PacksOption = None,
     robot: RobotOption = "none",
     tokenizer: TokenizerOption = None,
+    asset_id: AssetOption = None,
 ) -> None:
     """Quantise a policy: calibrate it on observations and write the packs that [bold]duq-compile --packs[/bold] takes.
 
@@ -107,13 +113,25 @@ def _quantize(
     """
     if calibration is None:
         raise CalibrationError("--calibration is missing: quantisation needs observations to measure activations on")
-    policy = load_checkpoint(checkpoint)
+    check_output_directory("--out", out)
+    check_destination(out)
+    policy = open_checkpoint(checkpoint, asset_id, tokenizer)
     transforms = load_transforms(packs, policy, recipe) if use_packs(packs) else None
-    inputs = calibration_inputs(calibration, policy, robot, tokenizer, recipe.calibration_steps)
+    inputs = calibration_inputs(calibration, policy, robot, recipe.calibration_steps)
     with progress_bar() as progress:
         quantization = quantize_checkpoint(policy, recipe, inputs, progress, transforms)
         save_quantization(quantization, out, policy.fingerprint, progress)
     print_summary(quantization, policy, out)
+
+
+def open_checkpoint(path: Path, asset_id: str | None, tokenizer: Path | None) -> Checkpoint:
+    """The checkpoint, with `tokenizer` in place of its own if given."""
+    checkpoint = load_checkpoint(path, asset_id)
+    if tokenizer is None:
+        return checkpoint
+    if not tokenizer.is_file():
+        raise CheckpointError(f"--tokenizer {tokenizer}: no such file; give a SentencePiece model")
+    return replace(checkpoint, tokenizer=tokenizer)
 
 
 def use_packs(packs: Path | None) -> bool:

@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from plugins.errors import DuqError
 
@@ -21,3 +23,25 @@ def one_line_errors() -> Iterator[None]:
     except (DuqError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def check_output_file(flag: str, file: Path) -> None:
+    """Raises DuqError, before the work whose result goes there, if `file` cannot be written. flag: what named it."""
+    if file.is_dir() or not file.parent.is_dir():
+        raise DuqError(f"{flag} {file}: must be a file in an existing directory")
+    _check_writable(flag, file.parent)
+
+
+def check_output_directory(flag: str, directory: Path) -> None:
+    """The same for a directory that is there already or can be made, with those above it."""
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise DuqError(f"{flag} {directory}: {existing} is a file; name a directory")
+    _check_writable(flag, existing)
+
+
+def _check_writable(flag: str, directory: Path) -> None:
+    try:  # an anonymous file tells the truth also to root and on read-only file systems, where access() may not
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise DuqError(f"{flag}: nothing can be written to {directory} ({error.strerror}); name another place") from error

@@ -2,12 +2,21 @@
 from __future__ import annotations
 
 import functools
+import sys
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+from rich.progress import Progress
 
+from compiler.accuracy.synthetic import synthetic_observations
+from compiler.checkpoint import load_checkpoint
 from compiler.checkpoint.synthetic import make_checkpoint
 from compiler.graph import export
+from compiler.pipeline import Options, compile_policy, quantize_checkpoint
+from compiler.quant import Quantization, load_recipe
+from runtime.preprocess import Preprocessor
 
 
 torch.set_num_threads(1)  # the policies here are tiny: threads cost more than they save
@@ -38,3 +47,57 @@ def trace_once():
     export.trace = trace
     yield
     export.trace = original
+
+
+class Compiled(NamedTuple):
+    checkpoint: Path
+    plan: Path
+
+
+@pytest.fixture(scope="session")
+def tiny_plans(tmp_path_factory, trace_once):
+    """("pi0" or "pi05", preset) -> Compiled: a LIBERO policy of two layers, 8 actions and 4 steps. Read only.
+
+    Each is compiled when it is first asked for.
+    """
+    directory = tmp_path_factory.mktemp("plans")
+
+    @functools.cache
+    def checkpoint(policy: str) -> Path:
+        sizes = dict(depth=2, vision_depth=1, action_horizon=8)
+        return make_checkpoint(directory / policy, pi05=policy == "pi05", robot="libero", **sizes)
+
+    @functools.cache
+    def compiled(policy: str, quant: str) -> Compiled:
+        source, recipe = load_checkpoint(checkpoint(policy)), load_recipe(quant, environment={})
+        preprocessor, plan = Preprocessor(source.config), directory / f"{policy}.{quant}.plan"
+        inputs = [preprocessor.model_inputs(each) for each in synthetic_observations(source.config, cameras=3, count=2)]
+        with Progress(disable=True) as progress:
+            integers = Quantization(recipe) if quant == "none" else quantize_checkpoint(source, recipe, inputs, progress)
+            compile_policy(source, integers, plan, Options(robot="libero", num_steps=4), progress)
+        return Compiled(source.path, plan)
+
+    return compiled
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command_line(monkeypatch, capsys):
+    """(main, *arguments) -> Ran: what a program does when it is called with these arguments."""
+
+    def run(main, *arguments) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        return Ran(code, *capsys.readouterr())
+
+    return run

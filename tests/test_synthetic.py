@@ -5,13 +5,12 @@ import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from compiler.checkpoint import load_checkpoint
 from compiler.checkpoint.synthetic import make_checkpoint, make_config, weight_bytes
 from compiler.errors import CheckpointError
 from compiler.model import build_model
-from tools.make_checkpoint import app
+from tools.make_checkpoint import main
 
 SMALLEST = {"depth": 1, "vision_depth": 1}
 
@@ -67,15 +66,15 @@ def test_tokenizer_is_built_like_paligemmas(tiny_pi0):
     assert len(tokenizer.encode("\n")) == 1 and len(tokenizer.encode("pick up the red block")) <= 6
 
 
-def test_command_line(tmp_path):
+def test_command_line(tmp_path, command_line):
     out = tmp_path / "policy"
     arguments = ["--out", str(out), "--pi05", "--layout", "lerobot", "--robot", "none", "--depth", "1", "--vision-depth", "1"]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0 and "pi0.5 tiny" in result.output
+    result = command_line(main, *arguments)
+    assert result.code == 0 and "pi0.5 tiny" in result.out
     checkpoint = load_checkpoint(out)
     assert (checkpoint.layout, checkpoint.config.pi05, checkpoint.norm_stats) == ("lerobot", True, None)
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 2 and "already exists" in result.output
+    result = command_line(main, *arguments)
+    assert result.code == 2 and "already exists" in result.err
 
 
 @pytest.fixture(scope="module", params=["tiny_pi0", "tiny_pi05"])

@@ -1,9 +1,13 @@
-"""How far an engine is from its checkpoint: `python -m tools.compare --help`."""
+"""How far an engine is from its checkpoint: `python tools/compare.py --help`."""
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Optional
+
+if __name__ == "__main__":  # import from the repository: in tools/, profile.py would pass for the standard library's
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import typer
 from rich.console import Console
@@ -15,12 +19,10 @@ from compiler.accuracy.synthetic import synthetic_observations
 from compiler.accuracy.thresholds import Thresholds
 from compiler.checkpoint import load_checkpoint
 from compiler.quantize_cli import progress_bar
-from plugins.errors import DuqError
-from runtime.cli_errors import one_line_errors
+from runtime.cli_errors import check_output_file, one_line_errors
 from runtime.observations import load_observations
 from runtime.plan import Plan
 
-SYNTHETIC = "synthetic"
 PAST_THRESHOLDS = 1  # exit code; 2 is bad input
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -31,10 +33,10 @@ def _compare(
     checkpoint: Annotated[Path, typer.Argument(help="openpi (PyTorch) or LeRobot checkpoint directory.")],
     plan: Annotated[Path, typer.Argument(help="The engine.plan compiled from it.")],
     observations: Annotated[
-        str,
-        typer.Option(help="A .npz file of observations, a directory of them, or 'synthetic' for four made-up ones, "
-                     "which show that the path works but not how well the policy does."),
-    ],  # fmt: skip
+        Optional[Path],
+        typer.Option(help="Your robot's: a .npz file, or a directory of them. Without, four are made up, which show "
+                     "that the path works but not how well the policy does."),
+    ] = None,  # fmt: skip
     as_json: Annotated[bool, typer.Option("--json", help="Print the measures as JSON.")] = False,
     report: Annotated[Optional[Path], typer.Option(help="HTML page to write, self-contained, with plots.")] = None,
     min_cosine: Annotated[Optional[float], typer.Option(help="Fail if an observation's actions are below.")] = None,
@@ -55,24 +57,23 @@ def _compare(
 
     [bold]Examples[/bold]
 
-      python -m tools.compare checkpoints/pi0 engine.plan --observations observations.npz --report report.html
+      python tools/compare.py checkpoints/pi0 engine.plan --observations observations.npz --report report.html
 
-      python -m tools.compare checkpoints/pi0 engine.plan --observations synthetic --min-sqnr 20 --json
+      python tools/compare.py checkpoints/pi0 engine.plan --min-sqnr 20 --json
     """
-    if report is not None and (report.is_dir() or not report.parent.is_dir()):
-        raise DuqError(f"--report {report}: must be a file in an existing directory")
+    if report is not None:
+        check_output_file("--report", report)
+    found = None if observations is None else load_observations(observations)
     engine = Plan(plan)
     policy = load_checkpoint(checkpoint, asset_id)
     check_match(policy, engine, any_checkpoint)
-    if observations == SYNTHETIC:
+    if found is None:
         found = synthetic_observations(policy.config, engine.manifest["cameras"])
-    else:
-        found = load_observations(observations)
     with progress_bar() as progress:
         comparison = compare(policy, engine, found, progress, threads=threads, seed=seed, asset_id=asset_id)
     thresholds = Thresholds(min_cosine, max_error, min_sqnr)
     set_thresholds = {name: bound for name, bound in asdict(thresholds).items() if bound is not None}
-    source = "made up (synthetic images, states and prompts)" if observations == SYNTHETIC else f"from {observations}"
+    source = "made up, not a robot's (--observations gives those)" if observations is None else f"from {observations}"
     comparison = replace(comparison, summary={"source": source, "thresholds": set_thresholds, **comparison.summary})
     failures = thresholds.failures(comparison.summary["observations"])
     if report is not None:
@@ -90,16 +91,16 @@ def _compare(
 def _print(comparison: Comparison, report: Path | None) -> None:
     console, summary = Console(highlight=False, markup=False), comparison.summary
     count = len(summary["observations"])
-    console.print(f"{summary['plan']['path']} on {count} observations {summary['source']}")
+    console.print(f"{summary['plan']['path']} on {count} observations, {summary['source']}", soft_wrap=True)
     for table in (_stage_table(summary), _linear_table(summary), _jerk_table(summary), _cost_table(summary)):
         if table.row_count:
             console.print(table)
     if report is not None:
-        console.print(f"{report}: the report, with plots")
+        console.print(f"{report}: the report, with plots", soft_wrap=True)
 
 
 def _stage_table(summary: dict) -> Table:
-    table = _table("Engine against PyTorch fp32", "stage", "cosine", "max error", "SQNR", "worst of")
+    table = _table("Engine against PyTorch fp32", "stage", "cosine", "max error", "SQNR", "worst")
     for name in STAGES:
         if name in summary["stages"]:
             found = summary["stages"][name]
@@ -115,17 +116,18 @@ def _worst(stage: str, summary: dict) -> str:
         "values": (summary["layers"], "value", "layer"),
         "velocity_at_engine_x": (summary["steps"], "velocity_at_engine_x", "step"),
         "velocity": (summary["steps"], "velocity", "step"),
-        "actions": (summary["observations"], "actions", "observation"),
+        "actions": (summary["observations"], "actions", "obs."),
     }.get(stage, ([], "", ""))
     if not parts:
         return ""
     worst, found = min(enumerate(part[key]["sqnr_db"] for part in parts), key=lambda pair: pair[1])
-    return f"{kind} {worst}: {decibels(found)}"
+    return f"{decibels(found)} ({kind} {worst})"
 
 
 def _linear_table(summary: dict) -> Table:
     worst = list(summary["linears"]["sqnr"].items())[:WORST_LINEARS]
-    table = _table(f"The {len(worst)} worst linears, {summary['linears']['measured']}", "linear", "bits", "shape", "SQNR")
+    title = f"The {len(worst)} worst linears, {summary['linears']['measured']}"
+    table = _table(title, "linear", "bits", "shape", "SQNR")
     for name, linear in worst:
         bits = f"W{linear['weight_bits']}A{linear['activation_bits'] or 16}"
         table.add_row(name, bits, " x ".join(map(str, linear["shape"])), decibels(linear["sqnr_db"]))
@@ -141,7 +143,7 @@ def _jerk_table(summary: dict) -> Table:
 
 
 def _cost_table(summary: dict) -> Table:
-    title = f"Cost, {summary['threads']} threads, each side in a process of its own"
+    title = f"Cost, each side in a process of its own, threads: {summary['threads']}"
     table = _table(title, "", "time (median)", "peak memory", "of which libraries")
     for name, side in (("PyTorch eager fp32", "reference"), ("engine", "engine")):
         cost = summary["cost"][side]

@@ -1,4 +1,4 @@
-"""Writes a pi0 or pi0.5 checkpoint of any size from a seed: `python -m tools.make_checkpoint --help`."""
+"""Writes a pi0 or pi0.5 checkpoint of any size from a seed: `python tools/make_checkpoint.py --help`."""
 from __future__ import annotations
 
 import sys
@@ -6,13 +6,16 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
+if __name__ == "__main__":  # import from the repository: in tools/, profile.py would pass for the standard library's
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from compiler.checkpoint.synthetic import VARIANTS, make_checkpoint, make_config, weight_bytes
 from compiler.checkpoint.synthetic.files import DTYPES, ROBOTS
-from plugins.errors import DuqError
+from runtime.cli_errors import one_line_errors
 
 Variant = Enum("Variant", {name: name for name in VARIANTS}, type=str)
 Layout = Enum("Layout", {"openpi": "openpi", "lerobot": "lerobot"}, type=str)
@@ -23,7 +26,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptio
 
 
 @app.command()
-def main(
+def _make(
     out: Annotated[Path, typer.Option(help="Directory to create. It appears only when everything is written.")],
     variant: Annotated[
         Variant,
@@ -56,36 +59,36 @@ def main(
 
     [bold]Examples[/bold]
 
-      python -m tools.make_checkpoint --out /tmp/pi0
+      python tools/make_checkpoint.py --out /tmp/pi0
 
-      python -m tools.make_checkpoint --out /tmp/pi05 --variant small --pi05 --layout lerobot --robot libero
+      python tools/make_checkpoint.py --out /tmp/pi05 --variant small --pi05 --layout lerobot --robot libero
 
-      python -m tools.make_checkpoint --out /tmp/full --variant full --depth 4 --vocab-size 8192
+      python tools/make_checkpoint.py --out /tmp/full --variant full --depth 4 --vocab-size 8192
     """
     sizes = dict(action_horizon=action_horizon, depth=depth, vision_depth=vision_depth, vocab_size=vocab_size)
-    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     total = weight_bytes(make_config(variant.value, pi05, **sizes), dtype.value)
-    try:
-        with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task(f"writing {out.name}", total=total)
-            make_checkpoint(
-                out,
-                variant=variant.value,
-                pi05=pi05,
-                layout=layout.value,
-                seed=seed,
-                dtype=dtype.value,
-                robot=robot.value,
-                advance=lambda written: progress.advance(task, written),
-                **sizes,
-            )
-    except DuqError as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"writing {out.name}", total=total)
+        make_checkpoint(
+            out,
+            variant=variant.value,
+            pi05=pi05,
+            layout=layout.value,
+            seed=seed,
+            dtype=dtype.value,
+            robot=robot.value,
+            advance=lambda written: progress.advance(task, written),
+            **sizes,
+        )
     policy = "pi0.5" if pi05 else "pi0"
     Console().print(f"{out}: {policy} {variant.value}, {total / 1e6:,.0f} MB of {dtype.value} weights", highlight=False)
 
 
+def main() -> None:
+    with one_line_errors():
+        app()
+
+
 if __name__ == "__main__":
-    app()
+    main()

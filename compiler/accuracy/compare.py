@@ -16,7 +16,7 @@ from rich.progress import Progress
 from compiler.accuracy.metrics import Difference, difference, jerk
 from compiler.accuracy.stages import Stages
 from compiler.accuracy.worker import passes, read_arrays, run_worker, write_inputs
-from compiler.checkpoint import Checkpoint
+from compiler.checkpoint import Checkpoint, check_finite
 from compiler.errors import CheckpointError
 from compiler.pipeline import value_basis_entry
 from runtime.config import ModelConfig
@@ -42,7 +42,7 @@ def check_match(checkpoint: Checkpoint, plan: Plan, any_checkpoint: bool) -> Non
 
     any_checkpoint: other weights of the same dimensions are welcome (the effect of fine-tuning, say).
     """
-    compiled, found = plan.manifest["model"], checkpoint.config.to_json()
+    compiled, found = _dimensions(plan.manifest["model"]), _dimensions(checkpoint.config.to_json())
     differing = [key for key in found if key != "action_horizon" and found[key] != compiled.get(key)]
     if differing:
         key = differing[0]
@@ -50,11 +50,21 @@ def check_match(checkpoint: Checkpoint, plan: Plan, any_checkpoint: bool) -> Non
             f"{checkpoint.path} has {key} {found[key]}, but {plan.path} was compiled for {compiled.get(key)}; "
             f"give its checkpoint, {plan.manifest['checkpoint']['path']}"
         )
-    if not any_checkpoint and checkpoint.fingerprint != plan.manifest["checkpoint"]["fingerprint"]:
+    if any_checkpoint:
+        check_finite(checkpoint.weights)
+    elif checkpoint.fingerprint != plan.manifest["checkpoint"]["fingerprint"]:
         raise CheckpointError(
             f"{checkpoint.path} has other weights than those that {plan.path} was compiled from "
             f"({plan.manifest['checkpoint']['path']}); to compare them all the same, say --any-checkpoint"
         )
+
+
+def _dimensions(config: dict) -> dict:
+    """{"llm": {"width": 256}} as {"llm.width": 256}."""
+    flat = {}
+    for key, value in config.items():
+        flat |= {f"{key}.{inner}": found for inner, found in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
 
 
 def model_inputs(preprocessor: Preprocessor, observations: Sequence[Mapping]) -> list[ModelInputs]:
@@ -99,8 +109,8 @@ def compare(
         job = [directory, count, threads]
         asset = [] if asset_id is None else [asset_id]
         cost = {
-            "engine": _run("engine", [*job, plan.path], count, progress),
-            "reference": _run("reference", [*job, checkpoint.path, num_steps, *asset], count, progress),
+            "engine": _run("engine", [*job, plan.path.resolve()], count, progress),
+            "reference": _run("reference", [*job, checkpoint.path.resolve(), num_steps, *asset], count, progress),
         }
         stages = Stages(num_steps, [_value_basis(plan, layer) for layer in range(config.llm.depth)])
         for index in range(count):

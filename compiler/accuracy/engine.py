@@ -4,8 +4,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from compiler.accuracy.worker import resident_bytes, work
-from runtime.cli_errors import one_line_errors
+from compiler.accuracy.worker import errors_to_parent, resident_bytes, work
 from runtime.executors.cpu import CpuExecutor
 from runtime.plan import Plan
 
@@ -26,5 +25,5 @@ def main(directory: str, count: str, threads: str, plan: str) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with errors_to_parent():
         main(*sys.argv[1:])

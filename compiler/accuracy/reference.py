@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compiler.accuracy.worker import Arrays, read_arrays, resident_bytes, work
+from compiler.accuracy.worker import Arrays, errors_to_parent, read_arrays, resident_bytes, work
 from compiler.checkpoint import load_checkpoint
 from compiler.model import Pi0, build_model, timesteps
-from runtime.cli_errors import one_line_errors
 from runtime.preprocess import ModelInputs
 
 
@@ -85,5 +84,5 @@ def main(directory: str, count: str, threads: str, checkpoint: str, steps: str, 
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with errors_to_parent():
         main(*sys.argv[1:])

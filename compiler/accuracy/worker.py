@@ -10,7 +10,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from plugins.errors import DuqError
 from runtime.preprocess import ModelInputs
 
 Arrays = dict[str, np.ndarray]
+PACKAGES = Path(__file__).resolve().parents[2]
 
 
 def write_inputs(directory: Path, index: int, inputs: ModelInputs, noise: np.ndarray) -> None:
@@ -44,19 +46,32 @@ def passes(count: int) -> int:
 def run_worker(module: str, arguments: list, advance: Callable[[], None]) -> dict:
     """Runs `python -m module arguments` and returns its cost; `advance` is called after every pass.
 
-    A fresh interpreter and not a fork or a spawn of multiprocessing, which would bring this process's modules along.
+    A fresh interpreter and not a fork or a spawn of multiprocessing, which would bring this process's modules along; in
+    the directory of our packages, so that it finds these and not what lies in the user's. Paths have to be absolute.
+    Raises DuqError with the worker's own message, or with how it died.
     """
     command = [sys.executable, "-m", module, *map(str, arguments)]
-    cost = None
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    message: dict = {}
+    with subprocess.Popen(command, cwd=PACKAGES, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             message = json.loads(line)
-            cost = message.get("cost")
+            if "error" in message:
+                raise DuqError(message["error"])
             advance()
-    if process.returncode or cost is None:
+    if process.returncode or "cost" not in message:
         died = f"died of signal {-process.returncode}" if process.returncode < 0 else f"failed ({process.returncode})"
         raise DuqError(f"{module} {died}; out of memory, or see the message above")
-    return cost
+    return message["cost"]
+
+
+@contextmanager
+def errors_to_parent() -> Iterator[None]:
+    """Around a worker's main: what the user can act on goes to the parent, which reports it as its own."""
+    try:
+        yield
+    except (DuqError, OSError) as error:
+        _report(error=str(error))
+        raise SystemExit(2) from None
 
 
 def work(

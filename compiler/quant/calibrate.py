@@ -66,18 +66,17 @@ class InputStatistics:
         return self._sample[: len(self._sample) // 4]
 
 
-def calibration_inputs(path: Path, checkpoint, robot: str, tokenizer: Path | None, steps: int) -> list[ModelInputs]:
+def calibration_inputs(path: Path, checkpoint, robot: str, steps: int) -> list[ModelInputs]:
     """Up to ``steps`` observations from a file or directory (see runtime/observations.py), spread over all it holds.
 
     Raises CalibrationError when it cannot be read or an observation is not one of ``robot`` or of the bare model.
     """
-    tokenizer = tokenizer or checkpoint.tokenizer
     preprocessor = Preprocessor(
         checkpoint.config,
         robot=robot,
         layout=checkpoint.layout,
         norm_stats=checkpoint.norm_stats,
-        tokenizer=None if tokenizer is None else tokenizer.read_bytes(),
+        tokenizer=None if checkpoint.tokenizer is None else checkpoint.tokenizer.read_bytes(),
     )
     index = 0
     try:

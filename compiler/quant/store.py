@@ -26,14 +26,19 @@ FORMAT_VERSION = 1
 RECIPE, FLOAT_WEIGHTS, VALUE_SCALES = "recipe.json", "float_weights.safetensors", "value_scales.safetensors"
 
 
+def check_destination(directory: Path) -> None:
+    """Raises PackError unless packs may be written there: nothing is there, or packs written here before."""
+    if directory.exists() and not (is_quantization(directory) or (directory.is_dir() and not any(directory.iterdir()))):
+        raise PackError(f"{directory} exists and is not a directory of packs; choose another --out")
+
+
 def save_quantization(quantization: Quantization, directory: Path, fingerprint: str, progress: Progress) -> None:
     """Writes ``directory``, which appears whole or not at all and may replace packs written here before.
 
     ``fingerprint`` is that of the checkpoint the integers were made from. Raises PackError when the directory exists
     and holds something else.
     """
-    if directory.exists() and not (is_quantization(directory) or (directory.is_dir() and not any(directory.iterdir()))):
-        raise PackError(f"{directory} exists and is not a directory of packs; choose another --out")
+    check_destination(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
