@@ -11,3 +11,7 @@ class DuqError(Exception):
 
 class LayoutError(DuqError, ValueError):
     """Values that do not fit the storage asked for, such as an INT4 weight outside -8..7."""
+
+
+class KernelError(DuqError, RuntimeError):
+    """A CUDA kernel that cannot be compiled, loaded or launched: a missing wheel, an unknown SM, a driver's error."""

@@ -101,3 +101,22 @@ def _check_fragments(shape: tuple[int, ...], bits: int, k_order: str) -> tuple[i
     if len(shape) != 2 or shape[0] % TILE_N or shape[1] % CHUNK_K or 0 in shape:
         raise LayoutError(f"a weight of shape {tuple(shape)} does not divide into tiles of {TILE_N} x {CHUNK_K}")
     return shape
+
+
+SLAB_K = 128
+
+
+def activation_slabs(x_q: np.ndarray, block_tokens: int) -> np.ndarray:
+    """Activations int8 [M, K] as the wgmma GEMM reads them: int8 [K/128, M', 128], M' = M padded to `block_tokens`.
+
+    Within a slab, 16-byte piece p of token m stands at piece p ^ (m % 8) (the 128-byte swizzle of SM 90), so that the
+    tokens of a thread block are one contiguous piece of memory. Padding is zero here; the kernel accepts anything.
+    """
+    m, k = x_q.shape
+    if k % SLAB_K or block_tokens % 8:
+        raise LayoutError(f"slabs need K in multiples of {SLAB_K} and tokens of 8, got {k} and {block_tokens}")
+    padded = -(-m // block_tokens) * block_tokens
+    pieces = np.zeros((k // SLAB_K, padded, 8, 16), np.int8)
+    token = np.arange(m)[:, None]
+    pieces[:, token, np.arange(8)[None] ^ (token % 8)] = x_q.reshape(m, -1, 8, 16).transpose(1, 0, 2, 3)
+    return pieces.reshape(-1, padded, SLAB_K)

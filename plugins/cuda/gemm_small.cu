@@ -1,0 +1,163 @@
+// y[M, N] = x_q[M, K] (INT8) w[N, K]^T (INT4 or INT8) for few tokens, M up to about 64: bound by the weights' bytes and by latency.
+//
+// Everything stays in registers until the end: a warp owns 16 ROWS16 rows of W, 8 TOKENS8 tokens and a share of K, and
+// both operands are loaded from memory straight into the tensor cores' layout, 16 bytes a lane (weights are packed so,
+// "direct" order; of the activations a lane takes 16 consecutive bytes of one token). Nothing is shared between warps,
+// so there is no barrier in the loop; STAGES chunks of K = 64 a warp are in flight.
+//
+// The WARPS of a block hold different parts of K and add their sums in shared memory. When N / (16 ROWS16) blocks are too
+// few for the GPU, gridDim.y blocks split K further: on SM 90 they form a cluster and add through distributed shared
+// memory; on older GPUs they add into `workspace` with integer atomics (exact in any order) and the last one finishes.
+//
+// grid (N / (16 ROWS16), split, ceil(M / (8 TOKENS8))), block 32 WARPS, cluster (1, split, 1) on SM 90,
+// shared memory WARPS * 8 TOKENS8 * pitch(16 ROWS16) * 4 bytes.
+#include "common.cuh"
+
+#if __CUDA_ARCH__ >= 900 && !defined(NO_CLUSTER)
+#define CLUSTER 1
+#endif
+
+// Reads written-by-others data past L1, which an overlapped launch may find stale.
+__device__ inline uint4 load_activations(const signed char* from) {
+  uint4 v;
+  asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+  return v;
+}
+
+// Weights are read once and never change.
+__device__ inline uint4 load_weights(const unsigned char* from) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+  return v;
+}
+
+__device__ inline int4 operator+(int4 a, int4 b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
+
+#if CLUSTER
+__device__ inline void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// Reads the shared memory of block `rank` of the cluster at the address that `local` has in one's own.
+__device__ inline int4 load_remote(const int* local, int rank) {
+  int4 v;
+  asm volatile("{.reg .u32 remote;\nmapa.shared::cluster.u32 remote, %4, %5;\n"
+               "ld.shared::cluster.v4.u32 {%0,%1,%2,%3}, [remote];}"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(unsigned(__cvta_generic_to_shared(local))), "r"(rank));
+  return v;
+}
+#endif
+
+template <int BITS, int ROWS16, int TOKENS8, int WARPS, int STAGES, class Out>
+__global__ void __launch_bounds__(32 * WARPS)
+gemm_small(const signed char* x_q, const float* x_scale, const unsigned char* weight, const float* weight_scale,
+           const float* bias, const Out* residual, Out* y, int* workspace, int tokens, int rows, int depth) {
+  constexpr int ROWS = 16 * ROWS16, TOKENS = 8 * TOKENS8, PITCH = pitch(ROWS), QUADS = ROWS / 4;
+  extern __shared__ __align__(16) int partial[];  // [WARPS][TOKENS][PITCH]
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int split = gridDim.y, rank = blockIdx.y;
+  const int chunks = depth / 64;
+  const int begin = chunks * rank / split + warp, end = chunks * (rank + 1) / split;  // every WARPS-th of them
+  const int first_token = blockIdx.z * TOKENS;
+
+  const unsigned char* const weights = weight + size_t(blockIdx.x) * ROWS16 * chunks * Fragment<BITS>::bytes() + lane * 16;
+  const signed char* const activations = x_q + size_t(first_token + lane / 4) * depth + lane % 4 * 16;
+
+  Fragment<BITS> w[STAGES][ROWS16];
+  uint4 x[STAGES][TOKENS8];
+  int acc[ROWS16][TOKENS8][4] = {};
+
+  auto fetch_weights = [&](int stage, int chunk) {
+    if (chunk >= end) return;
+#pragma unroll
+    for (int i = 0; i < ROWS16; ++i)
+#pragma unroll
+      for (int part = 0; part < BITS / 4; ++part)
+        w[stage][i].raw[part] = load_weights(weights + (size_t(i) * chunks + chunk) * Fragment<BITS>::bytes() + part * 512);
+  };
+  auto fetch_activations = [&](int stage, int chunk) {
+    if (chunk >= end) return;
+#pragma unroll
+    for (int j = 0; j < TOKENS8; ++j) {
+      const bool valid = first_token + 8 * j + lane / 4 < tokens;
+      x[stage][j] = valid ? load_activations(activations + size_t(8 * j) * depth + chunk * 64) : uint4{0, 0, 0, 0};
+    }
+  };
+
+#pragma unroll
+  for (int stage = 0; stage < STAGES; ++stage) fetch_weights(stage, begin + stage * WARPS);
+  let_next_kernel_start();
+  wait_for_inputs();
+#pragma unroll
+  for (int stage = 0; stage < STAGES; ++stage) fetch_activations(stage, begin + stage * WARPS);
+
+  for (int base = begin; base < end; base += STAGES * WARPS)
+#pragma unroll
+    for (int stage = 0; stage < STAGES; ++stage) {
+      const int chunk = base + stage * WARPS;
+      if (chunk >= end) break;
+      multiply_chunk<BITS>(acc, w[stage], x[stage]);
+      fetch_weights(stage, chunk + STAGES * WARPS);
+      fetch_activations(stage, chunk + STAGES * WARPS);
+    }
+
+#pragma unroll
+  for (int j = 0; j < TOKENS8; ++j)
+#pragma unroll
+    for (int i = 0; i < ROWS16; ++i) stage_fragment<ROWS16>(partial + (warp * TOKENS + 8 * j) * PITCH, i, acc[i][j]);
+  __syncthreads();
+
+  const Epilogue<BITS, Out> epilogue = {x_scale, weight_scale, bias, residual, y, tokens, rows};
+  const int first_row = blockIdx.x * ROWS;
+  const int quads = min(TOKENS, tokens - first_token) * QUADS;
+  auto sum_of_warps = [&](int quad) {
+    const int* const at = partial + quad / QUADS * PITCH + quad % QUADS * 4;
+    int4 sum = *reinterpret_cast<const int4*>(at);
+#pragma unroll
+    for (int other = 1; other < WARPS; ++other) sum = sum + *reinterpret_cast<const int4*>(at + other * TOKENS * PITCH);
+    return sum;
+  };
+
+  if (split == 1) {
+    for (int quad = threadIdx.x; quad < quads; quad += 32 * WARPS)
+      epilogue.store(first_token + quad / QUADS, first_row + quad % QUADS * 4, sum_of_warps(quad));
+    return;
+  }
+
+#if CLUSTER
+  for (int quad = threadIdx.x; quad < quads; quad += 32 * WARPS)  // in place: this thread alone reads these words
+    *reinterpret_cast<int4*>(partial + quad / QUADS * PITCH + quad % QUADS * 4) = sum_of_warps(quad);
+  cluster_barrier();
+  for (int quad = rank * 32 * WARPS + threadIdx.x; quad < quads; quad += split * 32 * WARPS) {
+    const int* const at = partial + quad / QUADS * PITCH + quad % QUADS * 4;
+    int4 sum = load_remote(at, 0);
+    for (int other = 1; other < split; ++other) sum = sum + load_remote(at, other);
+    epilogue.store(first_token + quad / QUADS, first_row + quad % QUADS * 4, sum);
+  }
+  cluster_barrier();  // no block leaves while its shared memory is being read
+#else
+  // workspace: int32 [M, N] sums, then one counter a tile; all zero before and after.
+  int* const sums = workspace + size_t(first_token) * rows + first_row;
+  int* const counter = workspace + size_t(tokens) * rows + blockIdx.z * gridDim.x + blockIdx.x;
+  for (int quad = threadIdx.x; quad < quads; quad += 32 * WARPS) {
+    const int4 sum = sum_of_warps(quad);
+    int* const at = sums + size_t(quad / QUADS) * rows + quad % QUADS * 4;
+    atomicAdd(at, sum.x), atomicAdd(at + 1, sum.y), atomicAdd(at + 2, sum.z), atomicAdd(at + 3, sum.w);
+  }
+  __threadfence();
+  __syncthreads();
+  __shared__ bool last;
+  if (threadIdx.x == 0) last = atomicAdd(counter, 1) == split - 1;
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  for (int quad = threadIdx.x; quad < quads; quad += 32 * WARPS) {
+    int4* const at = reinterpret_cast<int4*>(sums + size_t(quad / QUADS) * rows + quad % QUADS * 4);
+    epilogue.store(first_token + quad / QUADS, first_row + quad % QUADS * 4, __ldcg(at));
+    *at = {0, 0, 0, 0};
+  }
+  if (threadIdx.x == 0) *counter = 0;
+#endif
+}

@@ -1,0 +1,124 @@
+"""A thin layer over the CUDA driver API (cuda-bindings): load a cubin, launch its kernels, time them.
+
+Memory is whoever's: arguments are device addresses. Works in the device's primary context, as every library does.
+"""
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from plugins.errors import KernelError
+from plugins.kernels import Cubin
+
+
+def _driver():
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise KernelError(f"CUDA needs cuda-bindings ({error}): pip install 'duq[cuda]'") from error
+    return driver
+
+
+def _call(name: str, *arguments):
+    """One driver call; its results without the status. Raises KernelError with the driver's words."""
+    driver = _driver()
+    try:
+        status, *values = getattr(driver, name)(*arguments)
+    except RuntimeError as error:  # the bindings found no libcuda.so.1, or one without this function
+        raise KernelError(f"no usable NVIDIA driver on this machine ({error})") from error
+    if status != driver.CUresult.CUDA_SUCCESS:
+        text = driver.cuGetErrorString(status)[1]
+        raise KernelError(f"{name}: {text.decode() if text else status!r}")
+    return values[0] if len(values) == 1 else values
+
+
+def open_device(ordinal: int = 0) -> int:
+    """Makes the device's primary context current in this thread and returns its compute capability, e.g. 90.
+
+    Raises KernelError where there is no driver or no such device.
+    """
+    driver = _driver()
+    _call("cuInit", 0)
+    device = _call("cuDeviceGet", ordinal)
+    _call("cuCtxSetCurrent", _call("cuDevicePrimaryCtxRetain", device))
+    attribute = driver.CUdevice_attribute
+    major = _call("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
+    minor = _call("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
+    return 10 * major + minor
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a kernel is launched: thread blocks, threads a block, dynamic shared memory, blocks a cluster (SM 90)."""
+
+    grid: tuple[int, int, int]
+    threads: int
+    shared_bytes: int = 0
+    cluster: tuple[int, int, int] = (1, 1, 1)
+
+
+class Kernel:
+    """One kernel of a loaded cubin. The module stays loaded as long as the process."""
+
+    def __init__(self, module: object, symbol: str):
+        self._function = _call("cuModuleGetFunction", module, symbol.encode())
+        self._shared_bytes = 0
+
+    def launch(self, shape: Shape, arguments: Sequence, stream: int = 0, overlap: bool = False) -> None:
+        """Enqueues the kernel; capturable in a CUDA graph.
+
+        `arguments` are device addresses or integers as ctypes scalars (`c_void_p`, `c_int`, `c_float`).
+        With `overlap` (SM 90) it may start before the kernel ahead of it in the stream has ended; the kernels wait
+        for that end themselves before they touch its results (programmatic dependent launch).
+        """
+        driver = _driver()
+        if shape.shared_bytes > max(self._shared_bytes, 48 * 1024):  # above 48 KB has to be asked for, once
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _call("cuFuncSetAttribute", self._function, attribute, shape.shared_bytes)
+            self._shared_bytes = shape.shared_bytes
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = shape.grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = shape.threads, 1, 1
+        config.sharedMemBytes = shape.shared_bytes
+        config.hStream = stream
+        config.attrs = _attributes(driver, shape.cluster, overlap)
+        config.numAttrs = len(config.attrs)
+        addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
+        _call("cuLaunchKernelEx", config, self._function, ctypes.addressof(addresses), 0)
+
+
+def _attributes(driver, cluster: tuple[int, int, int], overlap: bool) -> list:
+    attributes = []
+    if cluster != (1, 1, 1):
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = cluster
+        attributes.append(attribute)
+    if overlap:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        attributes.append(attribute)
+    return attributes
+
+
+def load(cubin: Cubin) -> dict[str, Kernel]:
+    """Loads a cubin into the current context: its kernels by the expressions they were compiled from."""
+    module = _call("cuModuleLoadData", cubin.image)
+    return {expression: Kernel(module, symbol) for expression, symbol in cubin.symbols.items()}
+
+
+class Stopwatch:
+    """Device time between `start` and `stop` in a stream, in microseconds."""
+
+    def __init__(self):
+        self._begin, self._end = (_call("cuEventCreate", 0) for _ in range(2))
+
+    def start(self, stream: int = 0) -> None:
+        _call("cuEventRecord", self._begin, stream)
+
+    def stop(self, stream: int = 0) -> float:
+        _call("cuEventRecord", self._end, stream)
+        _call("cuEventSynchronize", self._end)
+        return 1000.0 * _call("cuEventElapsedTime", self._begin, self._end)

@@ -1,0 +1,138 @@
+"""CUDA source -> cubin, with NVRTC from its pip wheel: needs no GPU, no driver and no CUDA installation.
+
+The kernels in plugins/cuda are templates; `compile_cubin` instantiates the ones asked for. The headers beside them are
+handed to the compiler in memory and no system header is used. Cubins are kept on disk by the hash of all that went in.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from plugins.errors import KernelError
+
+SOURCES = Path(__file__).parent / "cuda"
+ARCHITECTURES = {80: "sm_80", 86: "sm_86", 89: "sm_89", 90: "sm_90a"}  # "a": wgmma is not part of plain sm_90
+OPTIONS = ("--std=c++17",)
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """Machine code for one SM, and for every kernel asked for (a C++ expression such as ``gemm<4, 2>``) its symbol."""
+
+    image: bytes
+    symbols: Mapping[str, str]
+
+
+def compile_cubin(
+    source: str,
+    sm: int,
+    kernels: Sequence[str],
+    headers: Mapping[str, str] | None = None,
+    options: Sequence[str] = (),
+    cache: Path | None = None,
+) -> Cubin:
+    """Instantiates `kernels` (template expressions) of ``plugins/cuda/<source>`` for compute capability `sm` (e.g. 86).
+
+    `headers` are generated headers (name -> text), `options` further NVRTC options such as ``-DNAME=1``. The result is
+    cached under `cache`, by default $DUQ_CACHE or ~/.cache/duq.
+    Raises KernelError for an unknown SM, a missing wheel, or source that does not compile (with the compiler's log).
+    """
+    if sm not in ARCHITECTURES:
+        known = ", ".join(map(str, ARCHITECTURES))
+        raise KernelError(f"no kernels for SM {sm}; known are {known}")
+    nvrtc = _nvrtc()
+    version = _checked(nvrtc, nvrtc.nvrtcVersion(), source)
+    texts = {path.name: path.read_text() for path in sorted(SOURCES.glob("*.cuh"))} | dict(headers or {})
+    text = (SOURCES / source).read_text()
+    arguments = [f"--gpu-architecture={ARCHITECTURES[sm]}", *OPTIONS, *options]
+    key = hashlib.sha256(json.dumps([version, text, texts, arguments, list(kernels)]).encode()).hexdigest()
+    entry = (cache or _default_cache()) / f"{key}.cubin"
+    cubin = _read_entry(entry)
+    if cubin is None:
+        cubin = _compile(nvrtc, source, text, texts, arguments, kernels)
+        _write_entry(entry, cubin)
+    return cubin
+
+
+def _compile(nvrtc, source, text, headers, arguments, kernels) -> Cubin:
+    encoded = [value.encode() for value in headers.values()], [name.encode() for name in headers]
+    program = _checked(
+        nvrtc, nvrtc.nvrtcCreateProgram(text.encode(), source.encode(), len(headers), *encoded), source
+    )
+    try:
+        for kernel in kernels:
+            _checked(nvrtc, nvrtc.nvrtcAddNameExpression(program, kernel.encode()), source)
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(arguments), [item.encode() for item in arguments])
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            log = bytearray(_checked(nvrtc, nvrtc.nvrtcGetProgramLogSize(program), source))
+            nvrtc.nvrtcGetProgramLog(program, log)
+            raise KernelError(f"{source} does not compile for {arguments[0]}:\n{bytes(log).decode().rstrip(chr(0))}")
+        symbols = {
+            kernel: _checked(nvrtc, nvrtc.nvrtcGetLoweredName(program, kernel.encode()), source).decode()
+            for kernel in kernels
+        }
+        image = bytearray(_checked(nvrtc, nvrtc.nvrtcGetCUBINSize(program), source))
+        _checked(nvrtc, nvrtc.nvrtcGetCUBIN(program, image), source)
+        return Cubin(bytes(image), symbols)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _nvrtc():
+    """The bindings of a loaded NVRTC library."""
+    try:
+        from cuda.bindings import nvrtc
+    except ImportError as error:
+        raise KernelError(f"compiling CUDA kernels needs cuda-bindings ({error}): pip install 'duq[cuda]'") from error
+    try:
+        nvrtc.nvrtcVersion()
+    except RuntimeError as error:  # the bindings load the library at the first call
+        raise KernelError("compiling CUDA kernels needs nvidia-cuda-nvrtc: pip install 'duq[cuda]'") from error
+    return nvrtc
+
+
+def _checked(nvrtc, result: tuple, source: str):
+    """The values an NVRTC call returned behind its status."""
+    status, *values = result
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise KernelError(f"{source}: NVRTC says {nvrtc.nvrtcGetErrorString(status)[1].decode()}")
+    return values[0] if len(values) == 1 else values
+
+
+# A cache entry: the sha256 of the rest, one line of JSON with the symbols, the cubin.
+
+
+def _default_cache() -> Path:
+    return Path(os.environ.get("DUQ_CACHE") or Path.home() / ".cache" / "duq")
+
+
+def _read_entry(path: Path) -> Cubin | None:
+    """The cached cubin; None when there is none or it is damaged, so that it is built again."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    digest, body = content[:32], content[32:]
+    if hashlib.sha256(body).digest() != digest:
+        return None
+    symbols, image = body.split(b"\n", 1)
+    return Cubin(image, json.loads(symbols))
+
+
+def _write_entry(path: Path, cubin: Cubin) -> None:
+    """Writes beside the entry and renames, so that a process reading at the same time sees all of it or nothing."""
+    body = json.dumps(dict(cubin.symbols)).encode() + b"\n" + cubin.image
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(hashlib.sha256(body).digest() + body)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,183 @@
+"""The tile shapes of the CUDA GEMMs, and which of them suit a problem: which kernel for which (M, N, K, bits, SM).
+
+All GEMM kernels take the same arguments and compute the same integers; a tactic is one of them with its template
+parameters. The best is found by timing (tools/bench_kernels.py); `candidates` lists what is worth timing.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from plugins.driver import Shape
+from plugins.errors import KernelError
+
+MAX_SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+
+
+def _pitch(rows: int) -> int:
+    return rows + 4  # common.cuh, pitch
+
+
+@dataclass(frozen=True)
+class Small:
+    """gemm_small.cu: few tokens; `split` thread blocks share K."""
+
+    rows16: int
+    tokens8: int
+    warps: int
+    stages: int
+    split: int = 1
+
+    source: ClassVar[str] = "gemm_small.cu"
+    k_order: ClassVar[str] = "direct"
+    slab_tokens: ClassVar[int] = 0
+
+    def expression(self, bits: int, out: str) -> str:
+        return f"gemm_small<{bits}, {self.rows16}, {self.tokens8}, {self.warps}, {self.stages}, {out}>"
+
+    def headers(self) -> Mapping[str, str]:
+        return {}
+
+    def shape(self, m: int, n: int, bits: int) -> Shape:
+        grid = (n // (16 * self.rows16), self.split, -(-m // (8 * self.tokens8)))
+        shared = self.warps * 8 * self.tokens8 * _pitch(16 * self.rows16) * 4
+        return Shape(grid, 32 * self.warps, shared, (1, self.split, 1))
+
+    def fits(self, m: int, n: int, k: int, bits: int, sm: int) -> bool:
+        return (
+            n % (16 * self.rows16) == 0
+            and k % 64 == 0
+            and k // 64 >= self.split * self.warps
+            and self.shape(m, n, bits).shared_bytes <= MAX_SHARED_BYTES[sm]
+        )
+
+
+@dataclass(frozen=True)
+class Large:
+    """gemm_large.cu: many tokens, mma.sync."""
+
+    rows16: int
+    tokens8: int
+    warps_n: int
+    warps_m: int
+    stages: int
+
+    source: ClassVar[str] = "gemm_large.cu"
+    k_order: ClassVar[str] = "direct"
+    slab_tokens: ClassVar[int] = 0
+
+    def expression(self, bits: int, out: str) -> str:
+        return (
+            f"gemm_large<{bits}, {self.rows16}, {self.tokens8}, {self.warps_n}, {self.warps_m}, {self.stages}, {out}>"
+        )
+
+    def headers(self) -> Mapping[str, str]:
+        return {}
+
+    def shape(self, m: int, n: int, bits: int) -> Shape:
+        tokens, rows = 8 * self.tokens8 * self.warps_m, 16 * self.rows16 * self.warps_n
+        ring = self.stages * (tokens * 128 + rows * 16 * bits)
+        staging = self.warps_n * self.warps_m * 8 * _pitch(16 * self.rows16) * 4
+        return Shape((-(-m // tokens), n // rows, 1), 32 * self.warps_n * self.warps_m, max(ring, staging))
+
+    def fits(self, m: int, n: int, k: int, bits: int, sm: int) -> bool:
+        rows = 16 * self.rows16 * self.warps_n
+        return n % rows == 0 and k % 128 == 0 and self.shape(m, n, bits).shared_bytes <= MAX_SHARED_BYTES[sm]
+
+
+@dataclass(frozen=True)
+class Wgmma:
+    """gemm_wgmma.cu: many tokens on SM 90; `cluster` thread blocks share their activations."""
+
+    groups: int
+    tokens8: int
+    stages: int
+    cluster: int
+
+    source: ClassVar[str] = "gemm_wgmma.cu"
+    k_order: ClassVar[str] = "wgmma"
+
+    @property
+    def slab_tokens(self) -> int:
+        """The tokens of a thread block: the activations' slabs are padded to a multiple of it."""
+        return 8 * self.tokens8
+
+    def expression(self, bits: int, out: str) -> str:
+        return f"gemm_wgmma<{bits}, {self.groups}, {self.tokens8}, {self.stages}, {out}>"
+
+    def headers(self) -> Mapping[str, str]:
+        return {"wgmma.cuh": wgmma_header(self.tokens8)}
+
+    def shape(self, m: int, n: int, bits: int) -> Shape:
+        tokens, rows = 8 * self.tokens8, 64 * self.groups
+        shared = self.stages * (tokens * 128 + rows * 16 * bits) + 4 * self.groups * 8 * _pitch(16) * 4
+        return Shape((-(-m // tokens), n // rows, 1), 128 * self.groups + 32, shared, (1, self.cluster, 1))
+
+    def fits(self, m: int, n: int, k: int, bits: int, sm: int) -> bool:
+        return (
+            sm == 90
+            and n % (64 * self.groups * self.cluster) == 0
+            and k % 128 == 0
+            and self.shape(m, n, bits).shared_bytes <= MAX_SHARED_BYTES[sm]
+        )
+
+
+Tactic = Small | Large | Wgmma
+
+
+def wgmma_header(tokens8: int) -> str:
+    """The wgmma of 64 rows x 8 `tokens8` tokens: one assembler operand an accumulator, which no template can spell."""
+    count = 4 * tokens8
+    accumulators = ", ".join(f"%{index}" for index in range(count))
+    operands = ", ".join(f'"+r"(d[{index // 4}][{index % 4}])' for index in range(count))
+    a = ", ".join(f"%{count + index}" for index in range(4))
+    return f"""#pragma once
+__device__ inline void wgmma(int (&d)[{tokens8}][4], const unsigned (&a)[4], unsigned long long b) {{
+  asm volatile("{{.reg .pred add;\\nsetp.eq.u32 add, 0, 0;\\n"
+               "wgmma.mma_async.sync.aligned.m64n{8 * tokens8}k32.s32.s8.s8 {{{accumulators}}}, {{{a}}}, %{count + 4}, add;}}"
+               : {operands}
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}}
+"""
+
+
+_SMALL = [
+    Small(rows16, tokens8, warps, stages, split)
+    for rows16, warps, stages in [(1, 4, 4), (1, 8, 2), (1, 8, 4), (2, 4, 2), (2, 4, 4), (2, 8, 1), (2, 8, 2), (4, 4, 2), (4, 8, 1)]
+    for tokens8 in (7, 8)
+    for split in (1, 2, 4, 8)
+]
+_LARGE = [
+    Large(rows16, tokens8, warps_n, warps_m, stages)
+    for rows16, tokens8, warps_n, warps_m in [(4, 8, 4, 2), (2, 13, 4, 2), (4, 8, 2, 2), (2, 10, 4, 2), (2, 13, 2, 2), (2, 8, 4, 2)]
+    for stages in (3, 4)
+]
+_WGMMA = [
+    Wgmma(groups, tokens8, stages, cluster)
+    for groups, tokens8, stages in [(2, 26, 5), (2, 32, 4), (2, 20, 5), (2, 24, 5), (2, 18, 5), (1, 26, 3), (1, 26, 6), (1, 20, 4), (1, 24, 3), (2, 16, 6)]
+    for cluster in (1, 2, 4)
+]
+
+
+def candidates(m: int, n: int, k: int, bits: int, sm: int) -> list[Tactic]:
+    """The tactics worth timing for y[m, n] = x[m, k] w[n, k]^T on an SM, without those whose tiles mostly overhang."""
+    chosen: list[Tactic] = _SMALL if m <= 64 else [*_LARGE, *_WGMMA]
+    fitting = [tactic for tactic in chosen if tactic.fits(m, n, k, bits, sm)]
+    if m <= 64:
+        return [t for t in fitting if t.tokens8 == (7 if m <= 56 else 8) and 64 <= t.shape(m, n, bits).grid[0] * t.split <= 288]
+    waste = {tactic: tactic.shape(m, n, bits).grid[0] * _block_tokens(tactic) / m for tactic in fitting}
+    least = min(waste.values(), default=1)
+    return [tactic for tactic in fitting if waste[tactic] <= 1.12 * least]
+
+
+def _block_tokens(tactic: Large | Wgmma) -> int:
+    return 8 * tactic.tokens8 * (tactic.warps_m if isinstance(tactic, Large) else 1)
+
+
+def best(m: int, n: int, k: int, bits: int, sm: int) -> Tactic:
+    """The tactic to use where none was timed. Raises KernelError when no tactic fits."""
+    fitting = candidates(m, n, k, bits, sm)
+    if not fitting:
+        raise KernelError(f"no GEMM kernel for M, N, K = {m}, {n}, {k} at {bits} bits on SM {sm}")
+    return fitting[0]

@@ -1,0 +1,153 @@
+"""Times every candidate tactic of the policy's GEMMs, checks each, and prints the best beside torch's GEMMs.
+
+    python tests/gpu/bench_kernels.py [--only expert|prefix] [--bits 4 8] [--json results.json]
+
+Weights are rotated through more memory than L2 holds and launches are replayed from a CUDA graph. Every tactic's bf16
+output is compared bit for bit with the definition; the best one's int32 output with the exact sums.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+
+from plugins.kernels import compile_cubin
+from plugins.tactics import candidates
+from tests.gpu import launch
+
+EXPERT = {"qkv": (2560, 1024), "o": (1024, 2048), "gate-up": (8192, 1024), "down": (1024, 4096)}
+PREFIX = {"qkv": (2560, 2048), "o": (2048, 2048), "gate-up": (32768, 2048), "down": (2048, 16384)}
+ROTATED_BYTES = 256 << 20  # five times the L2 of an H100
+
+
+def problems(only: str | None) -> list[tuple[str, int, int, int]]:
+    chosen = []
+    if only != "prefix":
+        chosen += [(f"expert {name}", m, *shape) for name, shape in EXPERT.items() for m in (50, 51)]
+    if only != "expert":
+        chosen += [(f"prefix {name}", m, *shape) for name, shape in PREFIX.items() for m in (306, 562, 816)]
+    return chosen
+
+
+def copies_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    count = max(2, ROTATED_BYTES // tensor.nbytes)
+    return list(tensor.expand(count, *tensor.shape).contiguous())
+
+
+def time_us(call, weights: list) -> float:
+    """Median time of one call, each on the next copy of the weights."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call(weights[0])
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for weight in weights:
+                call(weight)
+        times = []
+        for _ in range(9):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            stop.record()
+            stop.synchronize()
+            times.append(1000 * start.elapsed_time(stop) / len(weights))
+    return statistics.median(times[2:])
+
+
+def bench(name: str, m: int, n: int, k: int, bits: int) -> dict:
+    generator = torch.Generator("cuda").manual_seed(0)
+    low = -(2 ** (bits - 1))
+    x_q = torch.randint(-128, 128, (m, k), dtype=torch.int8, device="cuda", generator=generator)
+    weight = torch.randint(low, -low, (n, k), dtype=torch.int8, device="cuda", generator=generator)
+    x_q[0], weight[0] = -128, low
+    x_scale = torch.rand(m, device="cuda", generator=generator) * 1e-2
+    weight_scale = torch.rand(n, device="cuda", generator=generator) * 1e-2
+    exact = x_q.double() @ weight.double().T
+    expected = ((exact.float() * weight_scale) * x_scale[:, None]).bfloat16()
+
+    packed = {}
+    timed = []
+    for tactic in candidates(m, n, k, bits, launch.compute_capability()):
+        if tactic.k_order not in packed:
+            packed[tactic.k_order] = copies_of(launch.pack_weight(weight, tactic, bits))
+        x = launch.arrange_activations(x_q, tactic)
+        y = torch.full((m, n), float("nan"), dtype=torch.bfloat16, device="cuda")
+
+        def call(w, overlap=False):
+            launch.gemm(tactic, bits, x, x_scale, w, weight_scale, None, None, y, n=n, k=k, overlap=overlap)
+
+        us = time_us(call, packed[tactic.k_order])
+        assert torch.equal(y, expected), f"{tactic} is wrong at {m} x {n} x {k}"
+        timed.append((us, tactic, x))
+    timed.sort(key=lambda entry: entry[0])
+    us, tactic, x = timed[0]
+    sums = torch.full((m, n), 0x7FFFFFFF, dtype=torch.int32, device="cuda")
+    launch.gemm(tactic, bits, x, x_scale, packed[tactic.k_order][0], weight_scale, None, None, sums, n=n, k=k)
+    overlapped = time_us(
+        lambda w: launch.gemm(
+            tactic, bits, x, x_scale, w, weight_scale, None, None, y, n=n, k=k, overlap=True
+        ),
+        packed[tactic.k_order],
+    )
+    packed.clear()
+
+    x_bf16 = torch.randn(m, k, device="cuda", generator=generator).bfloat16()
+    w_bf16 = copies_of(torch.randn(n, k, device="cuda", generator=generator).bfloat16())
+    bf16 = time_us(lambda w: torch.nn.functional.linear(x_bf16, w), w_bf16)
+    del w_bf16
+    int8 = time_us(lambda w: torch._int_mm(x_q, w.T), copies_of(weight))
+    return {
+        "name": name, "m": m, "n": n, "k": k, "bits": bits, "tactic": repr(tactic), "us": us, "overlapped_us": overlapped,
+        "exact": bool(torch.equal(sums.double(), exact)), "bf16_us": bf16, "int_mm_us": int8,
+        "tops": 2e-6 * m * n * k / us, "gb_s": 1e-3 * (n * k * bits / 8 + m * k + 2 * m * n) / us,
+        "all": [(round(time, 2), repr(other)) for time, other, _ in timed],
+    }  # fmt: skip
+
+
+def compile_all(chosen: list, bits: list[int]) -> None:
+    """Fills the cache of cubins on all cores."""
+    sm = launch.compute_capability()
+    wanted = {
+        (tactic.source, tactic.expression(width, out), tuple(tactic.headers().items()))
+        for _, m, n, k in chosen
+        for width in bits
+        for tactic in candidates(m, n, k, width, sm)
+        for out in ("Bf16",)
+    }
+    with ProcessPoolExecutor() as pool:
+        for job in [pool.submit(compile_cubin, s, sm, [e], dict(h)) for s, e, h in wanted]:
+            job.result()
+    print(f"{len(wanted)} kernels compiled")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["expert", "prefix"])
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 8], choices=[4, 8])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    chosen = problems(options.only)
+    compile_all(chosen, options.bits)
+    print(torch.cuda.get_device_name(), "torch", torch.__version__, "CUDA", torch.version.cuda)
+    print(f"{'GEMM':15s} {'M x N x K':>17s} bits {'us':>7s} {'overlap':>7s} {'TOPS':>6s} {'GB/s':>6s} exact {'bf16 us':>8s} {'_int_mm':>8s} {'vs bf16':>7s}  tactic")
+    results = []
+    for name, m, n, k in chosen:
+        for bits in options.bits:
+            r = bench(name, m, n, k, bits)
+            results.append(r)
+            print(
+                f"{name:15s} {f'{m}x{n}x{k}':>17s} {bits:4d} {r['us']:7.2f} {r['overlapped_us']:7.2f} {r['tops']:6.0f} "
+                f"{r['gb_s']:6.0f} {'yes' if r['exact'] else 'NO':>5s} {r['bf16_us']:8.2f} {r['int_mm_us']:8.2f} "
+                f"{r['bf16_us'] / r['us']:6.2f}x  {r['tactic']}",
+                flush=True,
+            )
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

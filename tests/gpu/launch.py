@@ -1,0 +1,77 @@
+"""Runs the kernels on torch tensors: what the tests and the benchmark of the kernels share."""
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from plugins import driver
+from plugins.kernels import compile_cubin
+from plugins.layout import activation_slabs, pack_fragments
+from plugins.tactics import Tactic
+
+TYPES = {torch.bfloat16: "Bf16", torch.float16: "Half", torch.float32: "float", torch.int32: "int"}
+
+
+@functools.cache
+def compute_capability() -> int:
+    torch.cuda.init()
+    return driver.open_device()
+
+
+@functools.cache
+def kernel(source: str, expression: str, headers: tuple = (), options: tuple = ()) -> driver.Kernel:
+    cubin = compile_cubin(source, compute_capability(), [expression], dict(headers), options)
+    return driver.load(cubin)[expression]
+
+
+def arguments(values: Iterable) -> list:
+    """Tensors (None: null) and numbers as the scalars that a launch takes."""
+    scalars = []
+    for value in values:
+        if value is None or isinstance(value, torch.Tensor):
+            scalars.append(ctypes.c_void_p(0 if value is None else value.data_ptr()))
+        else:
+            scalars.append(ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int(value))
+    return scalars
+
+
+def pack_weight(weight: torch.Tensor, tactic: Tactic, bits: int) -> torch.Tensor:
+    return torch.from_numpy(pack_fragments(weight.cpu().numpy(), bits, tactic.k_order)).cuda()
+
+
+def arrange_activations(x_q: torch.Tensor, tactic: Tactic) -> torch.Tensor:
+    if not tactic.slab_tokens:
+        return x_q
+    return torch.from_numpy(activation_slabs(np.ascontiguousarray(x_q.cpu().numpy()), tactic.slab_tokens)).cuda()
+
+
+def gemm(tactic: Tactic, bits: int, x, x_scale, weight, weight_scale, bias, residual, y, workspace=None, *,
+         n: int, k: int, options: tuple = (), overlap: bool = False) -> None:  # fmt: skip
+    """One launch on arranged operands; M is the number of scales."""
+    m = x_scale.numel()
+    shape = tactic.shape(m, n, bits)
+    if "-DNO_CLUSTER" in options:
+        shape = driver.Shape(shape.grid, shape.threads, shape.shared_bytes)
+    function = kernel(tactic.source, tactic.expression(bits, TYPES[y.dtype]), tuple(tactic.headers().items()), options)
+    values = (x, x_scale, weight, weight_scale, bias, residual, y, workspace, m, n, k)
+    function.launch(shape, arguments(values), torch.cuda.current_stream().cuda_stream, overlap)
+
+
+def rotate_quantize(x, x_q, x_scale, *, source="PLAIN", hadamard=0, gain=None, shift=None, input_scale=None,
+                    permutation=None, rotation=None, activation_scale=None, slab_tokens=0, epsilon=1e-6,
+                    overlap: bool = False) -> None:  # fmt: skip
+    """One launch on x [M, K] (GEGLU: [M, 2 K]); `hadamard` is the block size, `rotation` [K/B, B, B] a dense one."""
+    m, stride = x.shape
+    k = stride // 2 if source == "GEGLU" else stride
+    vectors = -(-k // (8 * 512))
+    threads = 32 * -(-k // (8 * 32 * vectors))
+    block = "DENSE" if rotation is not None else (hadamard or "NONE")
+    function = kernel("rotate_quantize.cu", f"rotate_quantize<{TYPES[x.dtype]}, {source}, {block}, {vectors}>")
+    values = (x, gain, shift, input_scale, permutation, rotation, activation_scale, x_q, x_scale, k, stride,
+              rotation.shape[-1] if rotation is not None else 0, slab_tokens, epsilon)  # fmt: skip
+    shape = driver.Shape((m, 1, 1), threads, 4 * k if rotation is not None else 0)
+    function.launch(shape, arguments(values), torch.cuda.current_stream().cuda_stream, overlap)

@@ -1,0 +1,215 @@
+"""The CUDA kernels against the operators' definitions: the GEMMs bit for bit, the prologue up to rounding ties."""
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from plugins.layout import activation_slabs
+from plugins.tactics import Large, Small, Wgmma, best
+from tests.gpu import launch
+
+TACTICS = [
+    Small(1, 7, 4, 4),
+    Small(1, 8, 8, 2, split=2),
+    Small(2, 7, 4, 2),
+    Small(2, 7, 8, 1, split=4),
+    Small(4, 8, 4, 2),
+    Large(4, 8, 4, 2, 3),
+    Large(2, 13, 2, 2, 3),
+    Large(2, 10, 4, 2, 3),
+    Wgmma(2, 26, 3, 1),
+    Wgmma(2, 32, 3, 2),
+    Wgmma(1, 20, 4, 4),
+]
+GUARD = 8  # rows of y past the last token, which must stay as they are
+
+
+def operands(m: int, n: int, k: int, bits: int):
+    """Values over the whole range, the extremes included, and the exact sums."""
+    generator = torch.Generator("cuda").manual_seed(m * n + k + bits)
+    low = -(2 ** (bits - 1))
+    x_q = torch.randint(-128, 128, (m, k), dtype=torch.int8, device="cuda", generator=generator)
+    weight = torch.randint(low, -low, (n, k), dtype=torch.int8, device="cuda", generator=generator)
+    x_q[0], weight[0], weight[1] = -128, low, -low - 1  # the largest sums
+    exact = x_q.double() @ weight.double().T  # below 2^53, hence exact
+    return x_q, weight, exact
+
+
+def poisoned(m: int, n: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full((m + GUARD, n), 0x7FFFFFFF if dtype == torch.int32 else math.nan, dtype=dtype, device="cuda")
+
+
+def run(tactic, bits: int, x_q, weight, y, scales=None, bias=None, residual=None, options=(), workspace=None):
+    (m, k), n = x_q.shape, weight.shape[0]
+    x_scale, weight_scale = scales or (torch.ones(m, device="cuda"), torch.ones(n, device="cuda"))
+    packed, x = launch.pack_weight(weight, tactic, bits), launch.arrange_activations(x_q, tactic)
+    launch.gemm(tactic, bits, x, x_scale, packed, weight_scale, bias, residual, y, workspace, n=n, k=k, options=options)
+    torch.cuda.synchronize()
+
+
+def fits(tactic, m: int, n: int, k: int, bits: int) -> bool:
+    return tactic.fits(m, n, k, bits, launch.compute_capability())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("m", [1, 50, 131])
+@pytest.mark.parametrize("tactic", TACTICS, ids=str)
+def test_integer_sums_are_exact(tactic, m, bits):
+    n, k = 512, 2304  # an odd number of K steps
+    if not fits(tactic, m, n, k, bits):
+        pytest.skip("the tactic does not fit this GPU")
+    x_q, weight, exact = operands(m, n, k, bits)
+    y = poisoned(m, n, torch.int32)
+    run(tactic, bits, x_q, weight, y)
+    torch.testing.assert_close(y[:m].double(), exact, rtol=0, atol=0)
+    assert (y[m:] == 0x7FFFFFFF).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("extras", ["", "bias", "residual", "bias residual", "in place"])
+@pytest.mark.parametrize("tactic", [Small(2, 7, 4, 2), Small(1, 7, 4, 2, split=4), Large(4, 8, 4, 2, 3), Wgmma(2, 26, 3, 2)], ids=str)
+def test_epilogue_is_the_definition_in_float32(tactic, extras, dtype):
+    m, n, k = 51, 256, 1024
+    if not fits(tactic, m, n, k, 4):
+        pytest.skip("the tactic does not fit this GPU")
+    x_q, weight, exact = operands(m, n, k, 4)
+    x_scale, weight_scale = torch.rand(m, device="cuda") * 1e-2, torch.rand(n, device="cuda") * 1e-2
+    bias = torch.randn(n, device="cuda") if "bias" in extras else None
+    y = poisoned(m, n, dtype)
+    residual = None
+    if "residual" in extras:
+        residual = torch.randn(m, n, device="cuda").to(dtype)
+    elif "in place" in extras:
+        y[:m] = torch.randn(m, n, device="cuda").to(dtype)
+        residual = y[:m].clone()
+    expected = (exact.float() * weight_scale) * x_scale[:, None]
+    expected = expected if bias is None else expected + bias
+    expected = expected if residual is None else expected + residual.float()
+    run(tactic, 4, x_q, weight, y, (x_scale, weight_scale), bias, y if "in place" in extras else residual)
+    torch.testing.assert_close(y[:m], expected.to(dtype), rtol=0, atol=0)
+    assert y[m:].isnan().all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_split_k_without_clusters(bits):
+    """The path of SM 80, 86 and 89: integer atomics in a workspace, which is left zero for the next launch."""
+    m, n, k, tactic = 50, 256, 2048, Small(2, 7, 4, 2, split=4)
+    x_q, weight, exact = operands(m, n, k, bits)
+    workspace = torch.zeros(m * n + n, dtype=torch.int32, device="cuda")
+    for _ in range(3):
+        y = poisoned(m, n, torch.int32)
+        run(tactic, bits, x_q, weight, y, options=("-DNO_CLUSTER",), workspace=workspace)
+        torch.testing.assert_close(y[:m].double(), exact, rtol=0, atol=0)
+        assert not workspace.any()
+
+
+EXPERT = [(2560, 1024), (1024, 2048), (8192, 1024), (1024, 4096)]
+PREFIX = [(2560, 2048), (2048, 2048), (32768, 2048), (2048, 16384)]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [(m, *shape) for m in (50, 51) for shape in EXPERT] + [(m, *shape) for m in (306, 562, 816, 818) for shape in PREFIX],
+)
+def test_best_tactic_is_exact_at_full_size(m, n, k, bits):
+    x_q, weight, exact = operands(m, n, k, bits)
+    y = poisoned(m, n, torch.int32)
+    run(best(m, n, k, bits, launch.compute_capability()), bits, x_q, weight, y)
+    assert torch.equal(y[:m].double(), exact)
+    assert (y[m:] == 0x7FFFFFFF).all()
+
+
+# The prologue
+
+
+def hadamard_matrix(size: int) -> torch.Tensor:
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
+    return matrix.cuda() / math.sqrt(size)
+
+
+def definition(x, source, hadamard, gain, shift, input_scale, permutation, rotation):
+    """x' of the RotateQuantize operator, behind its source, in float64."""
+    x = x.double()
+    if source == "RMS_NORM":
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    elif source == "GEGLU":
+        gate, up = x.chunk(2, -1)
+        x = torch.nn.functional.gelu(gate, approximate="tanh") * up
+    x = x if gain is None else x * gain
+    x = x if shift is None else x + shift
+    x = x if input_scale is None else x * input_scale
+    x = x if permutation is None else x[:, permutation.long()]
+    if hadamard:
+        x = (x.unflatten(-1, (-1, hadamard)) @ hadamard_matrix(hadamard)).flatten(-2)
+    if rotation is not None:
+        x = torch.einsum("mbi,bij->mbj", x.unflatten(-1, rotation.shape[:2]), rotation.double()).flatten(-2)
+    return x
+
+
+def check_quantised(x_q, ratio):
+    """x_q is ratio rounded; off by one at most, and only within 1e-3 of a tie."""
+    expected = ratio.round().clamp(-128, 127)
+    wrong = x_q.double() != expected
+    tie = ((ratio - ratio.floor()) - 0.5).abs() < 1e-3
+    assert ((x_q.double() - expected).abs() <= 1).all() and (tie | ~wrong).all(), f"{int(wrong.sum())} differ"
+    assert wrong.float().mean() < 1e-3
+
+
+FEATURES = ["", "gain", "gain shift", "input_scale", "permutation", "gain shift input_scale permutation", "static"]
+
+
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("rotate", [0, 16, 32, 64, 128, "dense"])
+@pytest.mark.parametrize("source", ["PLAIN", "RMS_NORM", "GEGLU"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_rotate_quantize(dtype, source, rotate, features):
+    generator = torch.Generator("cuda").manual_seed(1)
+    randn = lambda *shape: torch.randn(shape, device="cuda", generator=generator)  # noqa: E731
+    m, k = 51, 1152
+    x = (randn(m, 2 * k if source == "GEGLU" else k) * 3).to(dtype)
+    x[:, 7] *= 40  # an outlier channel
+    stages = {
+        "gain": 1 + 0.3 * randn(k) if "gain" in features else None,
+        "shift": randn(k) if "shift" in features else None,
+        "input_scale": randn(k).exp() if "input_scale" in features else None,
+        "permutation": torch.randperm(k, device="cuda", generator=generator).int() if "permutation" in features else None,
+        "rotation": torch.linalg.qr(randn(k // 32, 32, 32))[0].contiguous() if rotate == "dense" else None,
+    }
+    hadamard = 0 if rotate == "dense" else rotate
+    x_prime = definition(x, source, hadamard, **stages)
+    scale = x_prime.abs().amax(-1).clamp(min=1e-12) / 127
+    static = (scale.mean() / 2).float() if "static" in features else None
+    x_q, x_scale = torch.full((m + GUARD, k), 85, dtype=torch.int8, device="cuda"), torch.full((m,), math.nan, device="cuda")
+    launch.rotate_quantize(x, x_q, x_scale, source=source, hadamard=hadamard, activation_scale=static, **stages)
+    torch.testing.assert_close(x_scale.double(), scale if static is None else static.double().expand(m), rtol=2e-6, atol=0)
+    check_quantised(x_q[:m], x_prime / (scale[:, None] if static is None else static.double()))
+    assert (x_q[m:] == 85).all()
+
+
+@pytest.mark.parametrize("k", [1024, 2048, 4096, 16384])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_plain_quantisation_is_exact(dtype, k):
+    """With no reduction but the maximum, the same float32 arithmetic gives the same integers."""
+    x = torch.randn(50, k, device="cuda", generator=torch.Generator("cuda").manual_seed(2)).to(dtype)
+    x[3] = 0
+    x_q, x_scale = torch.empty(50, k, dtype=torch.int8, device="cuda"), torch.empty(50, device="cuda")
+    launch.rotate_quantize(x, x_q, x_scale)
+    scale = x.float().abs().amax(-1).clamp(min=1e-12) / 127
+    assert torch.equal(x_scale, scale)
+    assert torch.equal(x_q, (x.float() / scale[:, None]).round().clamp(-128, 127).to(torch.int8))
+
+
+def test_slabs():
+    """The same integers, in the order that the wgmma kernel reads; rows of padding are not written."""
+    m, k, block = 51, 2048, 104
+    x = torch.randn(m, k, device="cuda", generator=torch.Generator("cuda").manual_seed(3)).bfloat16()
+    rows, scale = torch.empty(m, k, dtype=torch.int8, device="cuda"), torch.empty(m, device="cuda")
+    slabs = torch.zeros(k // 128, block, 128, dtype=torch.int8, device="cuda")
+    launch.rotate_quantize(x, rows, scale, hadamard=64, source="RMS_NORM")
+    launch.rotate_quantize(x, slabs, scale, hadamard=64, source="RMS_NORM", slab_tokens=block)
+    assert torch.equal(slabs.cpu(), torch.from_numpy(activation_slabs(rows.cpu().numpy(), block)))
