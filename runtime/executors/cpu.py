@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as onnxruntime_errors
 
+from runtime.config import IMAGE_SLOTS
 from runtime.errors import PlanError
 from runtime.plan import Plan
 from runtime.preprocess import ModelInputs
@@ -34,14 +35,15 @@ class CpuExecutor:
         self._steps = [onnxruntime.OrtValue.ortvalue_from_numpy(np.array(i, np.int64)) for i in range(self._num_steps)]
 
     def warmup(self) -> None:
-        """Creates the sessions (ONNX Runtime unpacks the weights for its kernels) and runs once."""
-        config = self._plan.manifest["model"]
-        size = config["vision"]["image_size"]
+        """Creates the sessions (ONNX Runtime unpacks the weights for its kernels) and runs once, at the largest size:
+        what that allocates serves every smaller observation."""
+        config, cameras = self._plan.manifest["model"], self._plan.manifest["cameras"]
+        size, prompt = config["vision"]["image_size"], config["max_prompt_tokens"]
         inputs = ModelInputs(
-            images=np.zeros((3, 3, size, size), np.float32),
-            image_mask=np.array([True, False, False]),
-            tokens=np.zeros(1, np.int64),
-            token_mask=np.ones(1, bool),
+            images=np.zeros((len(IMAGE_SLOTS), 3, size, size), np.float32),
+            image_mask=np.arange(len(IMAGE_SLOTS)) < cameras,
+            tokens=np.zeros(prompt, np.int64),
+            token_mask=np.ones(prompt, bool),
             state=np.zeros(config["action_dim"], np.float32),
         )
         self.run(inputs, np.zeros((config["action_horizon"], config["action_dim"]), np.float32))
@@ -90,6 +92,7 @@ class CpuExecutor:
         graph = bytes(self._plan.read(f"graph/{name}.onnx")).replace(PLAN_FILE.encode(), _padded(path.name))
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        options.enable_mem_pattern = False  # it would keep memory for every combination of cameras and prompt length
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))

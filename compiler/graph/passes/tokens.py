@@ -157,7 +157,8 @@ def _keep_suffix_rows(graph: ir.Graph, state: bool) -> None:
         if node.op_type == "Attention":
             node.resize_inputs(3)  # checked above: what is left sees everything
         for output in node.outputs:
-            output.shape = None  # row counts have changed
+            if not output.is_graph_output():
+                output.shape = None  # row counts have changed
 
 
 def _append(graph: ir.Graph, tail: ir.Graph, names: list[str]) -> None:
@@ -185,4 +186,5 @@ def _append(graph: ir.Graph, tail: ir.Graph, names: list[str]) -> None:
         if output.name in names:
             new = after[names.index(output.name)]
             output.name, new.name = f"prefix_only.{output.name}", output.name
+            new.shape = ir.Shape([*output.shape[:2], "past", output.shape[3]])  # the prefix and the state token
             graph.outputs[index] = new

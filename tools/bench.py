@@ -1,0 +1,158 @@
+"""How fast the CPU engine is, against PyTorch on the same machine, threads and inputs: `python tools/bench.py --help`."""
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Optional
+
+if __name__ == "__main__":  # import from the repository: in tools/, profile.py would pass for the standard library's
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import onnxruntime
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from compiler.checkpoint import load_checkpoint
+from compiler.checkpoint.synthetic import VARIANTS, make_checkpoint
+from compiler.model import build_model
+from compiler.pipeline import Options, compile_policy, quantize_checkpoint
+from compiler.quant import load_recipe
+from compiler.quantize_cli import progress_bar
+from plugins.errors import DuqError
+from runtime.cli_errors import one_line_errors
+from runtime.config import IMAGE_SLOTS, ModelConfig
+from runtime.executors.cpu import CpuExecutor
+from runtime.plan import Plan
+from runtime.preprocess import ModelInputs
+
+EAGER = "PyTorch eager fp32"
+PAUSE = 0.02  # seconds between two contenders: ONNX Runtime's threads spin for a while when they run out of work
+
+Infer = Callable[[ModelInputs, np.ndarray], object]
+app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+@app.command()
+def _bench(
+    variant: Annotated[list[str], typer.Option(help=f"Made checkpoints to measure: {', '.join(VARIANTS)}.")] = ["tiny", "small"],
+    checkpoint: Annotated[Optional[Path], typer.Option(help="Measure this checkpoint instead.")] = None,
+    pi05: Annotated[bool, typer.Option("--pi05", help="pi0.5 instead of pi0.")] = False,
+    quant: Annotated[list[str], typer.Option(help="Presets or recipe files to compile.")] = ["none", "llm+expert-mlp", "all"],
+    cameras: Annotated[int, typer.Option(min=1, max=3, help="In the observation.")] = 3,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="In the observation.")] = 48,
+    threads: Annotated[Optional[int], typer.Option(min=1, help="Of every contender; by default one a core.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Each round runs every contender once.")] = 20,
+    torch_compile: Annotated[
+        bool, typer.Option("--torch-compile/--no-torch-compile", help="Inductor needs a C++ compiler and minutes.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all times as JSON.")] = False,
+) -> None:
+    """Measure whole policy calls: engine plans of several recipes, PyTorch eager and torch.compile, in turn.
+
+    The contenders take turns in one process, so that whatever else the machine does concerns them all; the figures to
+    trust are the ratios.
+
+    [bold]Examples[/bold]
+
+      python tools/bench.py
+
+      python tools/bench.py --checkpoint checkpoints/pi0 --quant llm+expert-mlp --no-torch-compile --rounds 5
+    """
+    if checkpoint is None and (unknown := [name for name in variant if name not in VARIANTS]):
+        raise DuqError(f"--variant {unknown[0]}: unknown, one of {', '.join(VARIANTS)}")
+    recipes = {name: load_recipe(name, environment={}) for name in quant}
+    threads = threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    results = []
+    with tempfile.TemporaryDirectory(prefix="duq-bench-") as name, progress_bar() as progress:
+        for index, each in enumerate([checkpoint] if checkpoint else variant):
+            directory = Path(name) / str(index)
+            directory.mkdir()
+            path = checkpoint or make_checkpoint(directory / "checkpoint", variant=each, pi05=pi05)
+            times = _measure(path, recipes, directory, cameras, prompt_tokens, threads, rounds, torch_compile, progress)
+            results.append({"policy": str(each), "cameras": cameras, "threads": threads, "milliseconds": times})
+    if as_json:
+        versions = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
+        typer.echo(json.dumps({"versions": versions, "results": results}, indent=1))
+        return
+    for result in results:
+        Console().print(_table(result))
+
+
+def _measure(path, recipes, directory, cameras, prompt_tokens, threads, rounds, torch_compile, progress) -> dict[str, list[float]]:
+    """Milliseconds of every call, by contender."""
+    policy = load_checkpoint(path)
+    inputs, noise = _inputs(policy.config, cameras, prompt_tokens)
+    contenders: dict[str, Infer] = {EAGER: _pytorch(build_model(policy))}
+    if torch_compile:
+        contenders["torch.compile fp32"] = _pytorch(_inductor(build_model(policy)))
+    for name, recipe in recipes.items():
+        plan = directory / f"{len(contenders)}.plan"
+        compile_policy(policy, quantize_checkpoint(policy, recipe, [inputs], progress), plan, Options(), progress)
+        contenders[f"engine, --quant {name}"] = CpuExecutor(Plan(plan), threads).run
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    task = progress.add_task("Measuring", total=rounds + 1)
+    for round_index in range(rounds + 1):
+        for name, infer in contenders.items():
+            time.sleep(PAUSE)
+            start = time.perf_counter()
+            infer(inputs, noise)
+            if round_index:  # the first round compiles, unpacks and allocates
+                times[name].append((time.perf_counter() - start) * 1e3)
+        progress.advance(task)
+    return times
+
+
+def _inputs(config: ModelConfig, cameras: int, prompt_tokens: int) -> tuple[ModelInputs, np.ndarray]:
+    """One observation and its noise. Times depend on the sizes alone, so the contents are random."""
+    random, size = np.random.default_rng(0), config.vision.image_size
+    inputs = ModelInputs(
+        images=random.uniform(-1, 1, (len(IMAGE_SLOTS), 3, size, size)).astype(np.float32),
+        image_mask=np.arange(len(IMAGE_SLOTS)) < cameras,
+        tokens=random.integers(0, config.vocab_size, config.max_prompt_tokens),
+        token_mask=np.arange(config.max_prompt_tokens) < prompt_tokens,
+        state=random.standard_normal(config.action_dim).astype(np.float32),
+    )
+    return inputs, random.standard_normal((config.action_horizon, config.action_dim), np.float32)
+
+
+def _pytorch(model: torch.nn.Module) -> Infer:
+    def infer(inputs: ModelInputs, noise: np.ndarray) -> torch.Tensor:
+        fields = (inputs.images, inputs.image_mask, inputs.tokens, inputs.token_mask, inputs.state, noise)
+        return model.sample_actions(*(torch.from_numpy(field)[None] for field in fields))
+
+    return infer
+
+
+def _inductor(model: torch.nn.Module) -> torch.nn.Module:
+    """The three parts of a call, each compiled; compiling the whole unrolled loop takes an hour and gains nothing here."""
+    for part in ("embed_images", "prefix", "velocity"):
+        setattr(model, part, torch.compile(getattr(model, part), dynamic=False))
+    return model
+
+
+def _table(result: dict) -> Table:
+    title = f"{result['policy']}: {result['cameras']} cameras, {result['threads']} threads"
+    table = Table("", "p50 ms", "p99 ms", "against eager", title=title, title_justify="left")
+    eager = np.median(result["milliseconds"][EAGER])
+    for name, times in result["milliseconds"].items():
+        p50, p99 = np.percentile(times, [50, 99])
+        table.add_row(name, f"{p50:.1f}", f"{p99:.1f}", f"{eager / p50:.2f} x")
+    return table
+
+
+def main() -> None:
+    with one_line_errors():
+        app()
+
+
+if __name__ == "__main__":
+    main()
