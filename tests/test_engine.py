@@ -63,7 +63,7 @@ def test_calls_after_warm_up_open_nothing_and_take_no_memory(tiny_plans, monkeyp
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     weights = Plan(tiny_plans("pi0", DEFAULT_PRESET).plan).manifest["graphs"]["prefix"]["weight_bytes"]
-    assert _peak_bytes() - before < 0.2 * weights
+    assert _peak_bytes() - before < 0.5 * weights
 
 
 def _peak_bytes() -> int:
