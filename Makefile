@@ -7,12 +7,13 @@ WORK ?= build/demo
 
 .PHONY: demo test
 demo: .venv/installed
-	mkdir -p $(WORK)
+	rm -rf $(WORK)/checkpoint && mkdir -p $(WORK)
 	$(BIN)/python tools/make_checkpoint.py --variant tiny --robot libero --out $(WORK)/checkpoint
 	$(BIN)/python tools/demo.py observations $(WORK)/observations.npz
 	$(BIN)/duq-compile $(WORK)/checkpoint --robot libero --calibration $(WORK)/observations.npz --out $(WORK)/engine.plan
 	$(BIN)/duq-inspect $(WORK)/engine.plan
-	$(BIN)/python tools/demo.py run $(WORK)/checkpoint $(WORK)/engine.plan $(WORK)/observations.npz
+	$(BIN)/python tools/demo.py run $(WORK)/engine.plan $(WORK)/observations.npz
+	$(BIN)/python tools/compare.py $(WORK)/checkpoint $(WORK)/engine.plan --observations $(WORK)/observations.npz --report $(WORK)/report.html
 
 test: .venv/installed
 	$(BIN)/python -m pytest

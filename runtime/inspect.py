@@ -68,19 +68,17 @@ def _quantization_table(quantization: dict) -> Table:
 
 
 def _layer_table(linears: dict[str, dict]) -> Table:
-    """A row for each layer and kind of linear in it: llm.layers.3 | op | W4A8 | q_proj, k_proj, ... | size | SQNR."""
+    """A row for each layer and op in it: llm.layers.3 | duq::W4A8Linear | q_proj, k_proj, ... | size | SQNR."""
     rows: dict[tuple, list[tuple[str, dict]]] = {}
     for name, linear in linears.items():
         layer, rest = _split_layer(name)
-        kind = (layer, linear.get("op"), linear.get("weight_bits"), linear.get("activation_bits"))
-        rows.setdefault(kind, []).append((rest, linear))
-    table = _table("Quantised linears by layer", "layer", "op", "bits", "linears", "size", "worst SQNR")
-    for (layer, op, weight_bits, activation_bits), members in rows.items():
+        rows.setdefault((layer, linear.get("op")), []).append((rest, linear))
+    table = _table("Quantised linears by layer", "layer", "op", "linears", "size", "worst SQNR")
+    for (layer, op), members in rows.items():
         sqnr = [linear["sqnr_db"] for _, linear in members if linear.get("sqnr_db") is not None]
         table.add_row(
             layer,
             str(op),
-            f"W{weight_bits}A{activation_bits or 16}",
             ", ".join(rest for rest, _ in members),
             _size(sum(linear.get("bytes", 0) for _, linear in members)),
             f"{min(sqnr):.1f} dB" if sqnr else "-",
@@ -118,7 +116,8 @@ def _entry_table(entries: dict[str, dict], each_weight: bool) -> Table:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", show_header=any(columns))
     for column in columns:
-        table.add_column(column, justify="right" if column in ("size", "offset", "worst SQNR") else "left")
+        justify = "right" if column in ("size", "offset", "worst SQNR") else "left"
+        table.add_column(column, justify=justify, no_wrap=column in ("layer", "op"))
     return table
 
 
