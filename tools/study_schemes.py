@@ -1,0 +1,296 @@
+"""All quantisation schemes on real weights: `python tools/study_schemes.py --help`."""
+from __future__ import annotations
+
+import json
+import math
+import platform
+import pydoc_data.topics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any, Optional
+
+if __name__ == "__main__":  # import from the repository: in tools/, profile.py would pass for the standard library's
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+
+import compiler
+from compiler.accuracy.plots import ENGINE, REFERENCE, STYLE
+from compiler.quant import LinearPack, LinearTransform, Quantization, fake_quantise, load_recipe
+from compiler.quant.calibrate import InputStatistics
+from compiler.quant.linears import GEMMA_LINEARS, input_group
+from compiler.quant.quantize import quantize_weights
+from compiler.quantize_cli import progress_bar
+from plugins.errors import DuqError
+from runtime.cli_errors import check_output_file, one_line_errors
+
+try:
+    from tools import gemma3
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"error: {missing}; `pip install -e '.[study]'` brings what this study needs") from None
+
+Packs = dict[str, LinearPack]
+Transforms = dict[str, LinearTransform]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Recipe settings; and the transforms made from the packs of the original scheme, where it is not the recipe's to."""
+
+    title: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    transforms: Callable[[Packs], Transforms] | None = None
+
+
+@dataclass
+class Quality:
+    """What is left of the model on the evaluation text."""
+
+    perplexity: float
+    kl: float = 0.0  # mean over the tokens of KL(fp32 || quantised), nats
+    top1: float = 1.0  # share of the tokens for which both predict the same next one
+    sqnr_db: float = math.inf  # mean over the linears, on calibration rows which the weights were not fitted to
+    seconds: float = 0.0  # to quantise
+
+
+class FoldedScale(LinearTransform):
+    """x' / s_a and W' s_a: the exact integer form of a static activation scale for each channel. ``rotation`` is R / s_a."""
+
+    def transform_weight(self, weight: Tensor) -> Tensor:
+        inverse_squares = torch.from_numpy(self.rotation).square().sum(1).flatten()  # the columns of R have length 1
+        return super().transform_weight(weight) / inverse_squares
+
+
+def no_transforms(packs: Packs) -> Transforms:
+    return {name: LinearTransform() for name in packs}
+
+
+def same_transforms(packs: Packs) -> Transforms:
+    return {name: LinearTransform(**pack.parts()) for name, pack in packs.items()}
+
+
+def folded_scales(packs: Packs) -> Transforms:
+    def folded(pack: LinearPack) -> LinearTransform:
+        scale = pack.activation_scale.reshape(-1, 1, pack.block_size)
+        return FoldedScale(**pack.parts() | {"rotation": pack.rotation / scale})
+
+    return {name: folded(pack) for name, pack in packs.items()}
+
+
+PER_TENSOR = {"activation_scale": "per-tensor"}
+DUQUANT = {"scheme": "duquant"}
+SCHEMES = {
+    "reference": Scheme("original fake quantisation", {"scheme": "reference"}),
+    "reference-folded": Scheme("- its scales folded into W", DUQUANT | PER_TENSOR, folded_scales),
+    "reference-per-tensor": Scheme("- its transforms, per tensor", DUQUANT | PER_TENSOR, same_transforms),
+    "reference-per-token": Scheme("- its transforms, per token", DUQUANT, same_transforms),
+    "bare": Scheme("no transform", DUQUANT | {"row_rotation": "0"}, no_transforms),
+    "duquant-per-tensor": Scheme("duquant, per tensor", DUQUANT | PER_TENSOR),
+    "duquant": Scheme("duquant", DUQUANT),
+    "duquant-64": Scheme("duquant, block 64", DUQUANT | {"block_size": 64}),
+    "balanced-per-tensor": Scheme("balanced, per tensor", PER_TENSOR),
+    "balanced": Scheme("balanced (default)"),
+    "balanced-16": Scheme("- block 16", {"block_size": 16}),
+    "balanced-128": Scheme("- block 128", {"block_size": 128}),
+    "balanced-permuted": Scheme("- permuted", {"permute": True}),
+    "balanced-compensated": Scheme("- compensated", {"compensate": True}),
+    "balanced-w4a16": Scheme("- W4A16", {"activation_bits": 0}),
+    "balanced-w8a8": Scheme("- W8A8", {"weight_bits": 8}),
+}
+
+
+class Study:
+    """Gemma 3 270M in fp32, calibrated, with what it makes of the evaluation text."""
+
+    def __init__(self, calibration_tokens: int, evaluation_tokens: int, progress: Progress):
+        self.progress = progress
+        task = progress.add_task("Reading the model", total=3)
+        peer, file = gemma3.load_peer()
+        self.model = gemma3.Gemma3(peer)
+        progress.advance(task)
+        tokenizer = gemma3.load_tokenizer(file)
+        progress.advance(task)
+        calibration, self.evaluation = texts(tokenizer, self.model.context, calibration_tokens, evaluation_tokens)
+        verify(self.model, peer, self.evaluation[0])
+        progress.advance(task)
+        self.linears = [f"llm.layers.{i}.{leaf}" for i in range(self.model.config.depth) for leaf in GEMMA_LINEARS]
+        self.statistics = calibrate(self.model, self.linears, progress.track(calibration, description="Calibrating"))
+        self.hidden = [self.model(window) for window in progress.track(self.evaluation, description="Running fp32")]
+
+    def quantise(self, scheme: Scheme) -> Quantization:
+        """All linears of all layers."""
+        recipe = load_recipe("all", scheme.settings, environment={})
+        transforms = scheme.transforms and scheme.transforms(self.reference_packs)
+        weights = {f"{name}.weight": self.model.get_submodule(name).weight for name in self.linears}
+        bits = dict.fromkeys(self.linears, recipe.weight_bits)
+        config = SimpleNamespace(llm=self.model.config, expert=self.model.config)  # no expert, that is: one with no weights
+        return quantize_weights(weights, config, recipe, bits, self.statistics, self.progress, transforms)
+
+    @cached_property
+    def reference_packs(self) -> Packs:
+        return self.quantise(SCHEMES["reference"]).packs
+
+    def measure(self, scheme: Scheme) -> Quality:
+        started = time.perf_counter()
+        quantization = self.quantise(scheme)
+        seconds = time.perf_counter() - started
+        sqnr_db = sum(pack.sqnr_db for pack in quantization.packs.values()) / len(quantization.packs)
+        return self.compare(fake_quantise(self.model, quantization), sqnr_db=sqnr_db, seconds=seconds)
+
+    def compare(self, quantised: nn.Module, **known: float) -> Quality:
+        """The quality of ``quantised``, to which ``known`` measures are added."""
+        sums = torch.zeros(3, dtype=torch.float64)  # of -log p(next token), KL, and agreement
+        windows = list(zip(self.evaluation, self.hidden))
+        for window, hidden in self.progress.track(windows, description="Evaluating"):
+            parts = (window[0, 1:], hidden[0, :-1], quantised(window)[0, :-1])
+            for following, reference, found in zip(*(part.split(gemma3.LOGIT_ROWS) for part in parts)):
+                reference, found = (self.model.logits(h).log_softmax(-1) for h in (reference, found))
+                divergence = F.kl_div(found, reference, reduction="sum", log_target=True)
+                agreement = (found.argmax(-1) == reference.argmax(-1)).sum()
+                sums += torch.stack((F.nll_loss(found, following, reduction="sum"), divergence, agreement))
+        loss, kl, top1 = (sums / sum(len(window[0]) - 1 for window in self.evaluation)).tolist()
+        return Quality(math.exp(loss), kl, top1, **known)
+
+
+def texts(tokenizer, context: int, *tokens: int) -> list[list[Tensor]]:
+    """Disjoint samples of about so many ``tokens`` each, in windows [1, context], of the Python reference manual's prose."""
+    manual = "\n".join(pydoc_data.topics.topics[topic] for topic in sorted(pydoc_data.topics.topics))
+    pieces = torch.tensor(tokenizer.encode(manual)).unfold(0, context - 1, context - 1)
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0))
+    counts = [max(1, count // context) for count in tokens]
+    if sum(counts) > len(pieces):
+        raise DuqError(f"the text has {pieces.numel()} tokens; ask for fewer than {sum(tokens)}")
+    windows = [F.pad(pieces[index], (1, 0), value=gemma3.BOS)[None] for index in order[: sum(counts)]]
+    return [[windows.pop() for _ in range(count)] for count in counts]
+
+
+def verify(model: gemma3.Gemma3, peer: nn.Module, window: Tensor) -> None:
+    """Raises DuqError unless ``model`` is transformers' model: logits of some hundred tokens equal to 1e-4 of the largest."""
+    expected = peer(window).logits
+    error = (model.logits(model(window)) - expected).abs().max() / expected.abs().max()
+    if not error < 1e-4:
+        raise DuqError(f"tools/gemma3.py is not the Gemma 3 of transformers: logits differ by {error:.1e} of the largest")
+
+
+def calibrate(model: nn.Module, linears: list[str], windows: Iterable[Tensor]) -> dict[str, InputStatistics]:
+    """Statistics of the inputs of ``linears`` by input group, as compiler.quant.calibrate collects them from a policy."""
+    statistics: dict[str, InputStatistics] = {}
+
+    def observer(group: str) -> Callable:
+        def observe(module: nn.Module, inputs: tuple[Tensor]) -> None:
+            channels = inputs[0].shape[-1]
+            statistics.setdefault(group, InputStatistics(channels, seed=len(statistics))).observe(inputs[0].view(-1, channels))
+
+        return observe
+
+    first_of_group = {input_group(name): name for name in reversed(linears)}
+    handles = [model.get_submodule(n).register_forward_pre_hook(observer(g)) for g, n in first_of_group.items()]
+    for window in windows:
+        model(window)
+    for handle in handles:
+        handle.remove()
+    return statistics
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+@app.command()
+@torch.no_grad()
+def _study(
+    schemes: Annotated[Optional[list[str]], typer.Argument(help=f"By default all: {', '.join(SCHEMES)}.")] = None,
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="To calibrate on.")] = 2048,
+    evaluation_tokens: Annotated[int, typer.Option(min=1, help="To measure on.")] = 4096,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the measures as JSON.")] = False,
+    plot: Annotated[Optional[Path], typer.Option(help="Figure to write (.svg, .png, .pdf).")] = None,
+) -> None:
+    """Quantise all 126 linears of Gemma 3 270M with each scheme and measure what is left of its predictions.
+
+    The text, to calibrate on and, elsewhere in it, to measure on, is the Python reference manual as CPython ships it. The
+    fp32 model is checked against transformers' first. About a minute and a half a scheme on one core; set OMP_NUM_THREADS to
+    the cores to use.
+
+    [bold]Examples[/bold]
+
+      python tools/study_schemes.py
+
+      python tools/study_schemes.py balanced balanced-compensated --evaluation-tokens 2048 --json
+    """
+    chosen = schemes or list(SCHEMES)
+    for key in chosen:
+        if key not in SCHEMES:
+            raise DuqError(f"there is no scheme {key!r}; choose from {', '.join(SCHEMES)}")
+    if plot is not None:
+        check_output_file("--plot", plot)
+    with progress_bar() as progress:
+        overall = progress.add_task("Schemes", total=len(chosen))
+        study = Study(calibration_tokens, evaluation_tokens, progress)
+        found = {"fp32": study.compare(study.model)}
+        for key in chosen:
+            for task in set(progress.task_ids) - {overall}:
+                progress.remove_task(task)
+            found[key] = study.measure(SCHEMES[key])
+            progress.advance(overall)
+    if plot is not None:
+        draw(found, plot)
+    typer.echo(to_json(found)) if as_json else Console().print(table(found))
+
+
+def table(found: dict[str, Quality]) -> Table:
+    numeric = ("perplexity", "KL to fp32", "top-1 agreement", "SQNR dB", "seconds")
+    shown = Table("scheme", "", title="Gemma 3 270M, all 126 linears quantised", title_justify="left")
+    for column in numeric:
+        shown.add_column(column, justify="right")
+    for key, q in found.items():
+        numbers = f"{q.perplexity:.2f}", f"{q.kl:.3f}", f"{100 * q.top1:.1f} %", f"{q.sqnr_db:.1f}", f"{q.seconds:.0f}"
+        shown.add_row(key, title(key), *numbers)
+    return shown
+
+
+def title(key: str) -> str:
+    return SCHEMES[key].title if key in SCHEMES else ""
+
+
+def to_json(found: dict[str, Quality]) -> str:
+    versions = {"duq": compiler.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    schemes = {key: {"title": title(key), **asdict(quality)} for key, quality in found.items()}
+    return json.dumps({"created_by": versions, "schemes": schemes}, indent=2).replace("Infinity", "null")
+
+
+def draw(found: dict[str, Quality], file: Path) -> None:
+    """KL to fp32 by scheme, on a logarithmic axis."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    bars = {key: quality for key, quality in found.items() if key != "fp32"}
+    with matplotlib.rc_context(STYLE):
+        canvas = Figure(figsize=(7.2, 0.8 + 0.24 * len(bars)), layout="constrained")
+        axes = canvas.subplots()
+        colours = [ENGINE if key.startswith("balanced") else REFERENCE for key in bars]
+        drawn = axes.barh(list(bars), [quality.kl for quality in bars.values()], color=colours)
+        axes.bar_label(drawn, [f"{q.kl:.3f}  (perplexity {q.perplexity:.1f})" for q in bars.values()], padding=3)
+        axes.set(xscale="log", xlabel="mean KL divergence from fp32 (nats per token), logarithmic")
+        axes.margins(x=0.4)
+        axes.grid(axis="y", visible=False)
+        axes.invert_yaxis()
+        canvas.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+
+
+def main() -> None:
+    with one_line_errors():
+        app()
+
+
+if __name__ == "__main__":
+    main()
