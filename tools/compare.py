@@ -34,7 +34,7 @@ def _compare(
     plan: Annotated[Path, typer.Argument(help="The engine.plan compiled from it.")],
     observations: Annotated[
         Optional[Path],
-        typer.Option(help="Your robot's: a .npz file, or a directory of them. Without, four are made up, which show "
+        typer.Option(help="Your robot's: a .npz file, or a directory of them. Without, three are made up, which show "
                      "that the path works but not how well the policy does."),
     ] = None,  # fmt: skip
     as_json: Annotated[bool, typer.Option("--json", help="Print the measures as JSON.")] = False,

@@ -7,7 +7,7 @@ from PIL import Image
 from runtime.config import IMAGE_SLOTS, ModelConfig
 
 
-def synthetic_observations(config: ModelConfig, cameras: int, count: int = 4, seed: int = 0) -> list[dict]:
+def synthetic_observations(config: ModelConfig, cameras: int, count: int = 3, seed: int = 0) -> list[dict]:
     """Bare model inputs with 1 to `cameras` blurred random images, N(0, 1) states and prompts from short to full."""
     random = np.random.default_rng(seed)
     lengths = np.linspace(config.max_prompt_tokens, 1, count).astype(int)
