@@ -31,6 +31,7 @@ import onnx_ir as ir
 
 DOMAIN = "duq"
 VERSION = 1
+CPU_OPERATORS = {"com.microsoft": 1}  # of ONNX Runtime, in the bodies for CPUs
 
 # Stage -> (its inputs, its lines of ONNX). Each stage reads `x` and writes `x`; _function numbers the assignments.
 _PROLOGUE = {
@@ -99,8 +100,19 @@ _INTEGER_MATMUL = """
     scaled = Mul(acc_float, weight_scale)
     y = Mul(scaled, x_scale)"""
 
-# CPUs want the activations as unsigned bytes all the way. These two compute the same integers as the two above, with
-# x_q carried as x_q + 128 between them; QuantizeLinear rounds half to even and saturates.
+# CPUs want the activations as unsigned bytes all the way. These compute the same integers as the two above, with x_q
+# carried as x_q + 128 between them; QuantizeLinear rounds half to even and saturates. ONNX Runtime's own
+# MatMulIntegerToFloat multiplies by the weight scale while the accumulators are in registers, and by an activation scale,
+# 1 here: the rounding of (acc * weight_scale) * x_scale is part of the definition.
+_SCALE_PER_TOKEN_UNSIGNED = """
+    last = Constant<value_ints = [-1]>()
+    largest = ReduceMax<keepdims = 1>(x, last)
+    smallest = ReduceMin<keepdims = 1>(x, last)
+    below = Neg(smallest)
+    floor = Constant<value_float = 1e-12>()
+    positive = Max(largest, below, floor)
+    levels = Constant<value_float = 127.0>()
+    x_scale = Div(positive, levels)"""
 _QUANTIZE_UNSIGNED = """
     whole_x = Shape(x)
     many_x = Constant<value_ints = [-1]>()
@@ -118,10 +130,9 @@ _QUANTIZE_UNSIGNED_PER_TENSOR = """
     x_q = QuantizeLinear(x, x_scale, zero)"""
 _UNSIGNED_MATMUL = """
     zero_point = Constant<value = uint8 {128}>()
+    one = Constant<value_float = 1.0>()
     weight_s8 = Cast<to = 3>(weight)
-    acc = MatMulInteger(x_q, weight_s8, zero_point)
-    acc_float = Cast<to = 1>(acc)
-    scaled = Mul(acc_float, weight_scale)
+    scaled = com.microsoft.MatMulIntegerToFloat(x_q, weight_s8, one, weight_scale, zero_point)
     y = Mul(scaled, x_scale)"""
 
 _FLOAT_MATMUL = """
@@ -175,7 +186,8 @@ def function(op_type: str, overload: str, opset: int, unsigned: bool = False) ->
     chosen = stages(overload)
     if op_type in ("Rotate", "RotateQuantize"):
         body = [_PROLOGUE[stage][1] for stage in chosen if stage in _PROLOGUE]
-        body += [_SCALE[stage][1] for stage in chosen if stage in _SCALE]
+        scale = _SCALE | ({"per_token": ([], _SCALE_PER_TOKEN_UNSIGNED)} if unsigned else {})
+        body += [scale[stage][1] for stage in chosen if stage in scale]
         quantize = _QUANTIZE if not unsigned else _QUANTIZE_UNSIGNED
         quantize = _QUANTIZE_UNSIGNED_PER_TENSOR if unsigned and "per_tensor" in chosen else quantize
         body += [quantize if op_type == "RotateQuantize" else "rotated = Identity(x)"]
@@ -185,15 +197,17 @@ def function(op_type: str, overload: str, opset: int, unsigned: bool = False) ->
         body = [integer_matmul if op_type.endswith("A8Linear") else _FLOAT_MATMUL]
         body += [_EPILOGUE[stage][1] for stage in chosen]
         outputs = ["y"]
-    return _parse(op_type, overload, inputs_of(op_type, overload), outputs, body, opset)
+    imports = {"": opset} | (CPU_OPERATORS if unsigned else {})
+    return _parse(op_type, overload, inputs_of(op_type, overload), outputs, body, imports)
 
 
 def _parse(
-    op_type: str, overload: str, inputs: list[str], outputs: list[str], body: list[str], opset: int
+    op_type: str, overload: str, inputs: list[str], outputs: list[str], body: list[str], imports: dict[str, int]
 ) -> ir.Function:
+    domains = ", ".join(f'"{domain}" : {version}' for domain, version in imports.items())
     lines = _single_assignment([line.strip() for part in body for line in part.strip().splitlines()], inputs, outputs)
     text = (
-        f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
+        f'<domain: "{DOMAIN}", opset_import: [{domains}]>\n'
         f"{op_type} ({', '.join(inputs)}) => ({', '.join(outputs)}) {{\n" + "\n".join(lines) + "\n}"
     )
     proto = onnx.parser.parse_function(text)
@@ -226,3 +240,4 @@ def add_functions(model: ir.Model, unsigned: bool = False) -> None:
             model.functions[node.op_identifier()] = function(node.op_type, node.overload, opset, unsigned)
     if model.functions:
         model.opset_imports[DOMAIN] = VERSION
+        model.opset_imports.update(CPU_OPERATORS if unsigned else {})

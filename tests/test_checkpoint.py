@@ -133,7 +133,7 @@ def test_tied_head(tiny_pi0, edit, kept):
             weights[LLM + "embed_tokens.weight"] = head.clone()
         if kept == "embedding":
             del weights[HEAD]
-        weights[EXPERT_HEAD] = torch.zeros(512, 128, dtype=torch.bfloat16)  # in every real checkpoint, never used
+        weights[EXPERT_HEAD] = torch.zeros(512, 256, dtype=torch.bfloat16)  # in every real checkpoint, never used
 
     weights = load_checkpoint(edit(tiny_pi0, tensors)).weights
     assert weights.keys() == load_checkpoint(tiny_pi0).weights.keys()
@@ -209,8 +209,8 @@ def test_missing_extra_and_mis_shaped_tensors_are_all_listed(tiny_pi0, edit):
     fails(
         edit(tiny_pi0, tensors),
         "3 tensors do not fit",
-        r"missing +llm\.layers\.2\.self_attn\.v_proj\.weight \[256, 256\]",
-        r"mis-shaped llm\.layers\.1\.mlp\.down_proj\.weight is \[256, 2040\], expected \[256, 2048\]",
+        r"missing +llm\.layers\.2\.self_attn\.v_proj\.weight \[256, 512\]",
+        r"mis-shaped llm\.layers\.1\.mlp\.down_proj\.weight is \[512, 4088\], expected \[512, 4096\]",
         r"extra +lora_A\.weight \[2, 3\]",
     )
 
@@ -220,7 +220,7 @@ def test_one_bad_layer_does_not_blame_the_others(tiny_pi0, edit):
         name = LLM + "layers.0.mlp.gate_proj.weight"
         weights[name] = weights[name][:-8].clone()
 
-    fails(edit(tiny_pi0, tensors), r"1 tensors do not fit.*\n.*layers\.0\.mlp\.gate_proj.*2040.*2048")
+    fails(edit(tiny_pi0, tensors), r"1 tensors do not fit.*\n.*layers\.0\.mlp\.gate_proj.*4088.*4096")
 
 
 def test_long_lists_are_cut(tiny_pi0, edit):
@@ -248,7 +248,7 @@ def test_weights_that_are_not_finite(tiny_pi0, edit, value):
         weights[DOWN][3, 5:7] = value
 
     seen = []
-    with pytest.raises(CheckpointError, match=r"1 tensors.*\n *llm\.layers\.1\.mlp\.down_proj\.weight: 2 of 524288"):
+    with pytest.raises(CheckpointError, match=r"1 tensors.*\n *llm\.layers\.1\.mlp\.down_proj\.weight: 2 of 2097152"):
         check_finite(load_checkpoint(edit(tiny_pi0, tensors)).weights, lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] and len(seen) == len(expected_shapes(make_config("tiny")))
     check_finite(load_checkpoint(tiny_pi0).weights)
@@ -301,8 +301,8 @@ def test_contradictions_are_all_listed(tiny_pi0, edit):
         edit(tiny_pi0, config=config),
         "action_dim: action_dim 24, but the tensors have 32",
         "vision.width: vision.width 72, but the tensors have 144",
-        "paligemma_variant gemma_2b: llm.width 2048, but the tensors have 256",
-        "paligemma_variant gemma_2b: llm.mlp_width 16384, but the tensors have 2048",
+        "paligemma_variant gemma_2b: llm.width 2048, but the tensors have 512",
+        "paligemma_variant gemma_2b: llm.mlp_width 16384, but the tensors have 4096",
     )
 
 

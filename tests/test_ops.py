@@ -61,7 +61,8 @@ def run(operands: dict[str, np.ndarray], bits: int, *variants: tuple[str, str], 
         [helper.make_value_info(name, onnx.TypeProto()) for name in outputs],
         [_initializer(name, operands[name], bits) for name in sorted(given_inputs - {"x"})],
     )
-    imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(ops.DOMAIN, ops.VERSION)]
+    domains = {"": OPSET, ops.DOMAIN: ops.VERSION, **(ops.CPU_OPERATORS if unsigned else {})}
+    imports = [helper.make_opsetid(domain, version) for domain, version in domains.items()]
     model = helper.make_model(graph, functions=functions, opset_imports=imports, ir_version=10)
     for function in functions:
         onnx.checker.check_function(function)

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from compiler.checkpoint.synthetic import VARIANTS, make_checkpoint, make_config, weight_bytes
 from compiler.checkpoint.synthetic.files import DTYPES, ROBOTS
-from runtime.cli_errors import one_line_errors
+from runtime.cli_errors import check_output_directory, one_line_errors
 
 Variant = Enum("Variant", {name: name for name in VARIANTS}, type=str)
 Layout = Enum("Layout", {"openpi": "openpi", "lerobot": "lerobot"}, type=str)
@@ -31,7 +31,7 @@ def _make(
     variant: Annotated[
         Variant,
         typer.Option(
-            help="tiny: 11 M weights, 1 s. small: 100 M. dummy: openpi's test Gemmas under the real SigLIP (0.9 GB). "
+            help="tiny: 26 M weights, 1 s. small: 200 M. dummy: openpi's test Gemmas under the real SigLIP (0.9 GB). "
             "full: gemma_2b + gemma_300m + So400m/14 (6.5 GB, about two minutes)."
         ),
     ] = Variant.tiny,
@@ -65,6 +65,7 @@ def _make(
 
       python tools/make_checkpoint.py --out /tmp/full --variant full --depth 4 --vocab-size 8192
     """
+    check_output_directory("--out", out)
     sizes = dict(action_horizon=action_horizon, depth=depth, vision_depth=vision_depth, vocab_size=vocab_size)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     total = weight_bytes(make_config(variant.value, pi05, **sizes), dtype.value)

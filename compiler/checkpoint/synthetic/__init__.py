@@ -19,19 +19,20 @@ from runtime.config import GemmaConfig, ModelConfig, VisionConfig
 
 SO400M = VisionConfig(width=1152, depth=27, mlp_width=4304, heads=16)
 
-# Vision, LLM, action expert, vocabulary. All Gemmas but the dummy's have the 8 query heads and 1 key/value head of
-# 256 that pi0 has. Tiny's vision MLP, like So400m's, is divisible by no power of two beyond 16.
+# Vision, LLM, action expert, vocabulary. Heads of 256 and one key/value head throughout (but for openpi's own dummy), and
+# the proportions of the full size: as many query channels as the LLM is wide, half that width for the expert, MLPs of 8
+# and 4 widths. Tiny's vision MLP, like So400m's, is divisible by no power of two beyond 16.
 VARIANTS = {
     "tiny": (
         VisionConfig(width=144, depth=2, mlp_width=528, heads=2),
-        GemmaConfig(width=256, depth=3, mlp_width=2048, heads=8, kv_heads=1, head_dim=256),
-        GemmaConfig(width=128, depth=3, mlp_width=512, heads=8, kv_heads=1, head_dim=256),
+        GemmaConfig(width=512, depth=3, mlp_width=4096, heads=2, kv_heads=1, head_dim=256),
+        GemmaConfig(width=256, depth=3, mlp_width=1024, heads=2, kv_heads=1, head_dim=256),
         512,
     ),
     "small": (
         VisionConfig(width=288, depth=6, mlp_width=1072, heads=4),
-        GemmaConfig(width=768, depth=5, mlp_width=6144, heads=8, kv_heads=1, head_dim=256),
-        GemmaConfig(width=384, depth=5, mlp_width=1536, heads=8, kv_heads=1, head_dim=256),
+        GemmaConfig(width=1024, depth=5, mlp_width=8192, heads=4, kv_heads=1, head_dim=256),
+        GemmaConfig(width=512, depth=5, mlp_width=2048, heads=4, kv_heads=1, head_dim=256),
         2048,
     ),
     "dummy": (
