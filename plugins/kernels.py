@@ -17,7 +17,7 @@ from plugins.errors import KernelError
 
 SOURCES = Path(__file__).parent / "cuda"
 ARCHITECTURES = {80: "sm_80", 86: "sm_86", 89: "sm_89", 90: "sm_90a"}  # "a": wgmma is not part of plain sm_90
-OPTIONS = ("--std=c++17",)
+OPTIONS = ("--std=c++17", "--device-as-default-execution-space")  # the latter for lambdas
 
 
 @dataclass(frozen=True)

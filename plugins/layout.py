@@ -46,61 +46,88 @@ def unpack_int4(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 # The tensor core instructions mma.m16n8k32 and wgmma.m64nXk32 take a 16 x 32 INT8 tile of W as four 32-bit registers
 # a0..a3 a lane. With lane = 4 g + t (g < 8, t < 4), byte i of register a[u + 2 h] is row 8 u + g and column 16 h + 4 t + i
-# of the tile. A chunk of K = 64 feeds two instructions s = 0, 1. Any bijection between the 64 columns of W and the
-# (s, h, t, i) serves as long as the activations are read by the same one:
-#   "direct"   k = 16 t + 8 s + 4 h + i   a lane's activations are 16 consecutive bytes: one load from memory, no shuffle
-#   "wgmma"    k = 32 s + 16 h + 4 t + i  the order in which wgmma reads activations from shared memory
+# of the tile. Two instructions s = 0, 1 make a tile of 16 x 64. Any bijection between its 64 columns and (s, h, t, i)
+# serves as long as the activations are read by the same one. There are two layouts:
+#   "direct"  k = 16 t + 8 s + 4 h + i: a lane's activations are 16 consecutive bytes, one load from memory, no shuffle.
+#             Tiles are stored [N/16, K/64].
+#   "wgmma"   k = 32 s + 16 h + 4 t + i: the order in which wgmma reads activations from shared memory.
+#             Tiles are stored [N/64, K/128, 4, 2]: what a warpgroup needs for a step of K = 128 is one piece of memory.
 _K_AXES = {"direct": "tshi", "wgmma": "shti"}
 _K_SIZES = {"t": 4, "s": 2, "h": 2, "i": 4}
+_BLOCKS = {"direct": (1, 1), "wgmma": (4, 2)}
 CHUNK_K = 64
 TILE_N = 16
 
 
-def pack_fragments(values: np.ndarray, bits: int, k_order: str = "direct") -> np.ndarray:
-    """Packs a weight int8 [N, K] for the CUDA GEMMs; N a multiple of 16, K of 64.
+def pack_fragments(values: np.ndarray, bits: int, layout: str = "direct") -> np.ndarray:
+    """Packs a weight int8 [N, K] for the CUDA GEMMs as uint8 [N/16 x K/64 tiles in the layout's order, tile].
 
-    With n = 16 j + 8 u + g, k = 64 c + (the ``k_order`` above) and lane = 4 g + t:
-      bits 4: uint8 [N/16, K/64, 32 lanes, 16]; byte 8 s + 4 u + i of a lane holds w[h = 0] in its low and w[h = 1] in
-        its high nibble, so one 16-byte load a lane is the operand of two instructions, and `word << 4` and `word`,
-        both masked with 0xF0F0F0F0, are 16 times registers h = 0 and h = 1;
-      bits 8: uint8 [N/16, K/64, 2 steps s, 32 lanes, 16]; byte 8 h + 4 u + i is w itself.
+    "direct" needs N a multiple of 16 and K of 64, "wgmma" of 64 and 128. With row 8 u + g and column k(s, h, t, i) of a
+    tile as above and lane = 4 g + t, a tile is
+      bits 4: [32 lanes, 16]; byte 8 s + 4 u + i of a lane holds w[h = 0] in its low and w[h = 1] in its high nibble, so
+        one 16-byte load a lane is the operand of two instructions, and `word << 4` and `word`, both masked with
+        0xF0F0F0F0, are 16 times registers h = 0 and h = 1;
+      bits 8: [2 steps s, 32 lanes, 16]; byte 8 h + 4 u + i is w itself.
     Raises LayoutError when the shape does not divide or an INT4 value is outside -8..7.
     """
-    n, k = _check_fragments(values.shape, bits, k_order)
+    n, k = _check_fragments(values.shape, bits, layout)
     if values.dtype != np.int8:
         raise LayoutError(f"fragments are packed from int8 values, got {values.dtype}")
     if bits == 4 and values.size and (values.min() < -8 or values.max() > 7):
         raise LayoutError(f"INT4 holds -8..7, got values in {values.min()}..{values.max()}")
-    axes = "jugc" + _K_AXES[k_order]
-    split = values.reshape(n // TILE_N, 2, 8, k // CHUNK_K, *(_K_SIZES[axis] for axis in _K_AXES[k_order]))
+    split = values.reshape(_split_shape(n, k, layout))
     if bits == 8:
-        lanes = np.einsum(f"{axes}->jcsgthui", split)
-        return np.ascontiguousarray(lanes).view(np.uint8).reshape(n // TILE_N, k // CHUNK_K, 2, 32, 16)
-    nibbles = np.einsum(f"{axes}->hjcgtsui", split).view(np.uint8)
-    return ((nibbles[0] & 0x0F) | (nibbles[1] << 4)).reshape(n // TILE_N, k // CHUNK_K, 32, 16)
+        tiles = np.einsum(f"{_axes(layout)}->njcmsgthui", split)
+        return np.ascontiguousarray(tiles).view(np.uint8).reshape(-1, 16 * CHUNK_K)
+    nibbles = np.einsum(f"{_axes(layout)}->hnjcmgtsui", split).view(np.uint8)
+    return ((nibbles[0] & 0x0F) | (nibbles[1] << 4)).reshape(-1, 8 * CHUNK_K)
 
 
-def unpack_fragments(packed: np.ndarray, shape: tuple[int, int], bits: int, k_order: str = "direct") -> np.ndarray:
+def unpack_fragments(packed: np.ndarray, shape: tuple[int, int], bits: int, layout: str = "direct") -> np.ndarray:
     """The inverse of :func:`pack_fragments`: uint8 (any shape, C order) -> int8 ``shape`` = [N, K]."""
-    n, k = _check_fragments(shape, bits, k_order)
+    n, k = _check_fragments(shape, bits, layout)
     if packed.dtype != np.uint8 or packed.size * 8 != n * k * bits:
         raise LayoutError(f"{packed.size} elements of {packed.dtype} are no {n} x {k} weight of {bits} bits")
-    axes = "jugc" + _K_AXES[k_order]
-    lead = (n // TILE_N, k // CHUNK_K)
+    rows, columns = _BLOCKS[layout]
+    tiles = (n // (TILE_N * rows), k // (CHUNK_K * columns), rows, columns)
     if bits == 8:
-        lanes = packed.view(np.int8).reshape(*lead, 2, 8, 4, 2, 2, 4)
-        return np.einsum(f"jcsgthui->{axes}", lanes).reshape(n, k)
-    lanes = packed.view(np.int8).reshape(*lead, 8, 4, 2, 2, 4)
-    nibbles = np.stack([(lanes << 4) >> 4, lanes >> 4])  # arithmetic shifts extend the sign
-    return np.einsum(f"hjcgtsui->{axes}", nibbles).reshape(n, k)
+        values = packed.view(np.int8).reshape(*tiles, 2, 8, 4, 2, 2, 4)
+        return np.einsum(f"njcmsgthui->{_axes(layout)}", values).reshape(n, k)
+    values = packed.view(np.int8).reshape(*tiles, 8, 4, 2, 2, 4)
+    nibbles = np.stack([(values << 4) >> 4, values >> 4])  # arithmetic shifts extend the sign
+    return np.einsum(f"hnjcmgtsui->{_axes(layout)}", nibbles).reshape(n, k)
 
 
-def _check_fragments(shape: tuple[int, ...], bits: int, k_order: str) -> tuple[int, int]:
-    if bits not in (4, 8) or k_order not in _K_AXES:
-        raise LayoutError(f"fragments hold 4 or 8 bits in the order {' or '.join(_K_AXES)}, not {bits} in {k_order!r}")
-    if len(shape) != 2 or shape[0] % TILE_N or shape[1] % CHUNK_K or 0 in shape:
-        raise LayoutError(f"a weight of shape {tuple(shape)} does not divide into tiles of {TILE_N} x {CHUNK_K}")
+def _axes(layout: str) -> str:
+    """The axes of W split as below: block n, its tile c, row u g; block j, its tile m, column."""
+    return "ncugjm" + _K_AXES[layout]
+
+
+def _split_shape(n: int, k: int, layout: str) -> tuple[int, ...]:
+    rows, columns = _BLOCKS[layout]
+    column = (_K_SIZES[axis] for axis in _K_AXES[layout])
+    return (n // (TILE_N * rows), rows, 2, 8, k // (CHUNK_K * columns), columns, *column)
+
+
+def _check_fragments(shape: tuple[int, ...], bits: int, layout: str) -> tuple[int, int]:
+    if bits not in (4, 8) or layout not in _K_AXES:
+        raise LayoutError(f"fragments hold 4 or 8 bits, laid out {' or '.join(_K_AXES)}; not {bits}, {layout!r}")
+    rows, columns = TILE_N * _BLOCKS[layout][0], CHUNK_K * _BLOCKS[layout][1]
+    if len(shape) != 2 or shape[0] % rows or shape[1] % columns or 0 in shape:
+        raise LayoutError(f"a weight of shape {tuple(shape)} does not divide into blocks of {rows} x {columns}")
     return shape
+
+
+def interleave_gate_up(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """Rows of gate and up (each [H, ...]) as the GEMMs' GeGLU epilogue wants them: 8 of gate, their 8 of up, ... [2 H, ...].
+
+    Goes over the weights before they are packed and over their scales and biases. Raises LayoutError unless the shapes
+    are equal and H a multiple of 8.
+    """
+    if gate.shape != up.shape or gate.shape[0] % 8:
+        raise LayoutError(f"gate {gate.shape} and up {up.shape} must be equal with rows in multiples of 8")
+    pairs = np.stack([part.reshape(-1, 8, *part.shape[1:]) for part in (gate, up)], axis=1)
+    return pairs.reshape(-1, *gate.shape[1:])
 
 
 SLAB_K = 128

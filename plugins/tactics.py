@@ -19,6 +19,10 @@ def _pitch(rows: int) -> int:
     return rows + 4  # common.cuh, pitch
 
 
+def _staging_bytes(rows16: int) -> int:
+    return max(1, 4 // rows16) * 8 * _pitch(16 * rows16) * 4  # common.cuh, staging_words
+
+
 @dataclass(frozen=True)
 class Small:
     """gemm_small.cu: few tokens; `split` thread blocks share K."""
@@ -30,11 +34,11 @@ class Small:
     split: int = 1
 
     source: ClassVar[str] = "gemm_small.cu"
-    k_order: ClassVar[str] = "direct"
+    layout: ClassVar[str] = "direct"
     slab_tokens: ClassVar[int] = 0
 
-    def expression(self, bits: int, out: str) -> str:
-        return f"gemm_small<{bits}, {self.rows16}, {self.tokens8}, {self.warps}, {self.stages}, {out}>"
+    def expression(self, bits: int, out: str, geglu: bool = False) -> str:
+        return f"gemm_small<{bits}, {self.rows16}, {self.tokens8}, {self.warps}, {self.stages}, {str(geglu).lower()}, {out}>"
 
     def headers(self) -> Mapping[str, str]:
         return {}
@@ -64,12 +68,12 @@ class Large:
     stages: int
 
     source: ClassVar[str] = "gemm_large.cu"
-    k_order: ClassVar[str] = "direct"
+    layout: ClassVar[str] = "direct"
     slab_tokens: ClassVar[int] = 0
 
-    def expression(self, bits: int, out: str) -> str:
+    def expression(self, bits: int, out: str, geglu: bool = False) -> str:
         return (
-            f"gemm_large<{bits}, {self.rows16}, {self.tokens8}, {self.warps_n}, {self.warps_m}, {self.stages}, {out}>"
+            f"gemm_large<{bits}, {self.rows16}, {self.tokens8}, {self.warps_n}, {self.warps_m}, {self.stages}, {str(geglu).lower()}, {out}>"
         )
 
     def headers(self) -> Mapping[str, str]:
@@ -78,7 +82,7 @@ class Large:
     def shape(self, m: int, n: int, bits: int) -> Shape:
         tokens, rows = 8 * self.tokens8 * self.warps_m, 16 * self.rows16 * self.warps_n
         ring = self.stages * (tokens * 128 + rows * 16 * bits)
-        staging = self.warps_n * self.warps_m * 8 * _pitch(16 * self.rows16) * 4
+        staging = self.warps_n * self.warps_m * _staging_bytes(self.rows16)
         return Shape((-(-m // tokens), n // rows, 1), 32 * self.warps_n * self.warps_m, max(ring, staging))
 
     def fits(self, m: int, n: int, k: int, bits: int, sm: int) -> bool:
@@ -96,22 +100,22 @@ class Wgmma:
     cluster: int
 
     source: ClassVar[str] = "gemm_wgmma.cu"
-    k_order: ClassVar[str] = "wgmma"
+    layout: ClassVar[str] = "wgmma"
 
     @property
     def slab_tokens(self) -> int:
         """The tokens of a thread block: the activations' slabs are padded to a multiple of it."""
         return 8 * self.tokens8
 
-    def expression(self, bits: int, out: str) -> str:
-        return f"gemm_wgmma<{bits}, {self.groups}, {self.tokens8}, {self.stages}, {out}>"
+    def expression(self, bits: int, out: str, geglu: bool = False) -> str:
+        return f"gemm_wgmma<{bits}, {self.groups}, {self.tokens8}, {self.stages}, {str(geglu).lower()}, {out}>"
 
     def headers(self) -> Mapping[str, str]:
         return {"wgmma.cuh": wgmma_header(self.tokens8)}
 
     def shape(self, m: int, n: int, bits: int) -> Shape:
         tokens, rows = 8 * self.tokens8, 64 * self.groups
-        shared = self.stages * (tokens * 128 + rows * 16 * bits) + 4 * self.groups * 8 * _pitch(16) * 4
+        shared = self.stages * (tokens * 128 + rows * 16 * bits) + 4 * self.groups * _staging_bytes(1)
         return Shape((-(-m // tokens), n // rows, 1), 128 * self.groups + 32, shared, (1, self.cluster, 1))
 
     def fits(self, m: int, n: int, k: int, bits: int, sm: int) -> bool:
@@ -155,9 +159,12 @@ _LARGE = [
 ]
 _WGMMA = [
     Wgmma(groups, tokens8, stages, cluster)
-    for groups, tokens8, stages in [(2, 26, 5), (2, 32, 4), (2, 20, 5), (2, 24, 5), (2, 18, 5), (1, 26, 3), (1, 26, 6), (1, 20, 4), (1, 24, 3), (2, 16, 6)]
-    for cluster in (1, 2, 4)
+    for groups, tokens8, stages in [(2, 26, 5), (2, 20, 6), (2, 24, 5), (2, 18, 6), (1, 26, 3), (1, 26, 4), (1, 26, 6), (1, 20, 4), (1, 20, 8), (1, 24, 3), (1, 24, 6), (2, 16, 6)]
+    for cluster in (1, 2)
 ]
+
+
+_SMALL_WGMMA = [Wgmma(1, 8, stages, cluster) for stages in (4, 8) for cluster in (1, 2)]
 
 
 def candidates(m: int, n: int, k: int, bits: int, sm: int) -> list[Tactic]:
@@ -165,7 +172,8 @@ def candidates(m: int, n: int, k: int, bits: int, sm: int) -> list[Tactic]:
     chosen: list[Tactic] = _SMALL if m <= 64 else [*_LARGE, *_WGMMA]
     fitting = [tactic for tactic in chosen if tactic.fits(m, n, k, bits, sm)]
     if m <= 64:
-        return [t for t in fitting if t.tokens8 == (7 if m <= 56 else 8) and 64 <= t.shape(m, n, bits).grid[0] * t.split <= 288]
+        few = [t for t in fitting if t.tokens8 == (7 if m <= 56 else 8) and 64 <= t.shape(m, n, bits).grid[0] * t.split <= 288]
+        return few + [t for t in _SMALL_WGMMA if t.fits(m, n, k, bits, sm)]
     waste = {tactic: tactic.shape(m, n, bits).grid[0] * _block_tokens(tactic) / m for tactic in fitting}
     least = min(waste.values(), default=1)
     return [tactic for tactic in fitting if waste[tactic] <= 1.12 * least]

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from plugins.errors import LayoutError
-from plugins.layout import pack_fragments, pack_int4, unpack_fragments, unpack_int4
+from plugins.layout import activation_slabs, interleave_gate_up, pack_fragments, pack_int4, unpack_fragments, unpack_int4
 
 even_shapes = hnp.array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=9).map(lambda s: (*s[:-1], 2 * s[-1]))
 int4_arrays = even_shapes.flatmap(lambda s: hnp.arrays(np.int8, s, elements=st.integers(-8, 7)))
@@ -57,78 +57,115 @@ def test_refuses_a_shape_that_does_not_match(shape):
         unpack_int4(np.zeros(2, np.uint8), shape)
 
 
-weights = st.tuples(st.integers(1, 3), st.integers(1, 3), st.sampled_from([4, 8])).flatmap(
-    lambda s: st.tuples(
-        hnp.arrays(np.int8, (16 * s[0], 64 * s[1]), elements=st.integers(-(2 ** (s[2] - 1)), 2 ** (s[2] - 1) - 1)),
-        st.just(s[2]),
-    )
-)
-k_orders = pytest.mark.parametrize("k_order", ["direct", "wgmma"])
+weights = st.tuples(st.integers(1, 3), st.integers(1, 3), st.sampled_from([4, 8]), st.sampled_from(["direct", "wgmma"]))
 
 
 @settings(deadline=None, max_examples=30)
-@given(weights, st.sampled_from(["direct", "wgmma"]))
-def test_fragments_round_trip(weight, k_order):
-    values, bits = weight
-    packed = pack_fragments(values, bits, k_order)
+@given(weights.flatmap(lambda w: st.tuples(st.just(w), st.integers(0, 2**32 - 1))))
+def test_fragments_round_trip(case):
+    (rows, columns, bits, layout), seed = case
+    block = (16, 64) if layout == "direct" else (64, 128)
+    low = -(2 ** (bits - 1))
+    shape = (rows * block[0], columns * block[1])
+    values = np.random.default_rng(seed).integers(low, -low, shape).astype(np.int8)
+    packed = pack_fragments(values, bits, layout)
     assert packed.dtype == np.uint8 and packed.nbytes * 8 == values.size * bits
-    np.testing.assert_array_equal(unpack_fragments(packed, values.shape, bits, k_order), values)
+    np.testing.assert_array_equal(unpack_fragments(packed, values.shape, bits, layout), values)
 
 
-def registers(packed, bits, tile, chunk, step, lane):
+def registers(tile, bits, step, lane):
     """What a lane holds for one instruction, times 16 for INT4: a0..a3 as int8 [4, 4], by the kernels' bit tricks."""
     if bits == 8:
-        return packed[tile, chunk, step, lane].view(np.int8).reshape(4, 4)
-    words = packed[tile, chunk, lane].view(np.uint32)[2 * step : 2 * step + 2]
+        return tile.reshape(2, 32, 16)[step, lane].view(np.int8).reshape(4, 4)
+    words = tile.reshape(32, 16)[lane].view(np.uint32)[2 * step : 2 * step + 2]
     halves = np.concatenate([(words << 4) & 0xF0F0F0F0, words & 0xF0F0F0F0]).astype(np.uint32)
     return halves.view(np.int8).reshape(4, 4)
 
 
-def activations_of(x, chunk, step, lane, k_order):
+def activations_of(x, column, step, lane, layout):
     """The bytes of one token that a lane feeds to one instruction, as [2 registers, 4]."""
     t = lane % 4
-    chunk_of = x[64 * chunk : 64 * chunk + 64]
-    if k_order == "direct":  # one 16-byte load
-        return chunk_of[16 * t : 16 * t + 16].reshape(2, 2, 4)[step]
-    return chunk_of[32 * step : 32 * step + 32].reshape(2, 4, 4)[:, t]  # the operand as the PTX manual lays it out
+    chunk = x[64 * column : 64 * column + 64]
+    if layout == "direct":  # one 16-byte load
+        return chunk[16 * t : 16 * t + 16].reshape(2, 2, 4)[step]
+    return chunk[32 * step : 32 * step + 32].reshape(2, 4, 4)[:, t]  # the operand as the PTX manual lays it out
 
 
-@k_orders
+def tile_index(row, column, columns, layout):
+    """Where the kernels find the tile of 16 rows and 64 columns."""
+    if layout == "direct":
+        return row * columns + column
+    return ((row // 4 * columns // 2 + column // 2) * 4 + row % 4) * 2 + column % 2
+
+
+@pytest.mark.parametrize("layout", ["direct", "wgmma"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_fragments_multiply_as_the_tensor_cores_do(bits, k_order):
+def test_fragments_multiply_as_the_tensor_cores_do(bits, layout):
     """Emulates the data movement: every lane's registers, summed over the four lanes of a row as the instruction does."""
     random = np.random.default_rng(0)
     low = -(2 ** (bits - 1))
-    weight = random.integers(low, -low, (32, 128)).astype(np.int8)
+    weight = random.integers(low, -low, (64, 256)).astype(np.int8)
     weight[0, :5] = low
-    x = random.integers(-128, 128, 128).astype(np.int8)
-    packed = pack_fragments(weight, bits, k_order)
-    y = np.zeros(32, np.int64)
-    for tile, chunk, step, lane in np.ndindex(2, 2, 2, 32):
-        a = registers(packed, bits, tile, chunk, step, lane).astype(np.int64)
-        b = activations_of(x, chunk, step, lane, k_order).astype(np.int64)
-        y[16 * tile + lane // 4] += (a[0] * b[0]).sum() + (a[2] * b[1]).sum()
-        y[16 * tile + lane // 4 + 8] += (a[1] * b[0]).sum() + (a[3] * b[1]).sum()
+    x = random.integers(-128, 128, 256).astype(np.int8)
+    packed = pack_fragments(weight, bits, layout)
+    y = np.zeros(64, np.int64)
+    for row, column, step, lane in np.ndindex(4, 4, 2, 32):
+        a = registers(packed[tile_index(row, column, 4, layout)], bits, step, lane).astype(np.int64)
+        b = activations_of(x, column, step, lane, layout).astype(np.int64)
+        y[16 * row + lane // 4] += (a[0] * b[0]).sum() + (a[2] * b[1]).sum()
+        y[16 * row + lane // 4 + 8] += (a[1] * b[0]).sum() + (a[3] * b[1]).sum()
     np.testing.assert_array_equal(y, weight.astype(np.int64) @ x * (16 if bits == 4 else 1))
 
 
 @pytest.mark.parametrize(
-    ("values", "bits", "k_order"),
+    ("values", "bits", "layout"),
     [
         (np.zeros((16, 64), np.int16), 4, "direct"),
         (np.zeros((8, 64), np.int8), 4, "direct"),
         (np.zeros((16, 32), np.int8), 4, "direct"),
         (np.zeros((16, 64), np.int8), 2, "direct"),
-        (np.zeros((16, 64), np.int8), 4, "natural"),
-        (np.full((16, 64), 8, np.int8), 4, "wgmma"),
+        (np.zeros((16, 64), np.int8), 4, "rows"),
+        (np.full((64, 128), 8, np.int8), 4, "wgmma"),
+        (np.zeros((16, 64), np.int8), 4, "wgmma"),
         (np.zeros(64, np.int8), 4, "direct"),
     ],
 )
-def test_refuses_fragments_that_do_not_fit(values, bits, k_order):
+def test_refuses_fragments_that_do_not_fit(values, bits, layout):
     with pytest.raises(LayoutError):
-        pack_fragments(values, bits, k_order)
+        pack_fragments(values, bits, layout)
 
 
 def test_refuses_fragments_of_another_size():
     with pytest.raises(LayoutError):
         unpack_fragments(np.zeros(511, np.uint8), (16, 64), 4)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 40), st.integers(1, 3), st.sampled_from([8, 16, 24]))
+def test_slabs_hold_every_piece_where_the_swizzle_puts_it(tokens, slabs, block):
+    x = np.random.default_rng(tokens).integers(-128, 128, (tokens, 128 * slabs)).astype(np.int8)
+    packed = activation_slabs(x, block)
+    assert packed.shape == (slabs, -(-tokens // block) * block, 128)
+    for token in range(tokens):
+        for slab in range(slabs):
+            for piece in range(8):
+                at = 16 * (piece ^ (token % 8))
+                expected = x[token, 128 * slab + 16 * piece :][:16]
+                np.testing.assert_array_equal(packed[slab, token, at : at + 16], expected)
+    assert not packed[:, tokens:].any()
+
+
+@pytest.mark.parametrize(("k", "block"), [(64, 8), (128, 12)])
+def test_refuses_slabs_that_do_not_divide(k, block):
+    with pytest.raises(LayoutError):
+        activation_slabs(np.zeros((3, k), np.int8), block)
+
+
+def test_gate_and_up_alternate_every_8_rows():
+    gate, up = np.arange(48).reshape(24, 2), 100 + np.arange(48).reshape(24, 2)
+    rows = interleave_gate_up(gate, up)
+    for row in range(48):
+        source = (gate, up)[row // 8 % 2]
+        np.testing.assert_array_equal(rows[row], source[row // 16 * 8 + row % 8])
+    with pytest.raises(LayoutError):
+        interleave_gate_up(gate[:12], up[:12])

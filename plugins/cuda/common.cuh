@@ -30,7 +30,9 @@ template <> __device__ inline unsigned pack2<Half>(float low, float high) {
 }
 
 // Kernels launched with overlap (programmatic dependent launch, SM 90) start while their predecessor still runs. Weights
-// may be read at once; everything another kernel writes only after wait_for_inputs(). No-ops in an ordinary launch.
+// may be read at once; everything another kernel writes only after wait_for_inputs(). A GEMM lets the next kernel start
+// when its own loads are over, the short prologues at once, so that the GEMM behind them loads weights meanwhile.
+// No-ops in an ordinary launch.
 __device__ inline void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -87,9 +89,21 @@ __device__ inline void multiply_chunk(int (&acc)[ROWS16][TOKENS8][4], const Frag
     }
 }
 
+// 0.5 g (1 + tanh(u)) = g / (1 + exp(-2 u)), u = sqrt(2 / pi) (g + 0.044715 g^3): one exponential, no cancellation.
+__device__ inline float gelu_tanh(float g) {
+  const float u = 0.7978845608028654f * (g + 0.044715f * g * g * g);
+  return __fdividef(g, 1.0f + __expf(fminf(-2.0f * u, 80.0f)));  // 80: the quotient stays finite and below 1e-34 g
+}
+
 // y = (float(acc) * weight_scale[n]) * x_scale[m] (+ bias[n]) (+ residual[m, n]), float32 in this order, one rounding at
 // the end. bias and residual may be null; residual may be y itself. Out = int stores acc.
-template <int BITS, class Out> struct Epilogue {
+//
+// With GEGLU the rows of every 16 are 8 of the gate and the 8 of up that belong to them, and what is stored is
+// gelu_tanh(gate) * up [M, N / 2]; no residual then.
+//
+// A thread stores 4 consecutive channels of a token: a quad, whose first row (of gate) is n. Everything but the sums is
+// loaded ahead: `columns` even before wait_for_inputs, `inputs` after it.
+template <int BITS, bool GEGLU, class Out> struct Epilogue {
   const float* x_scale;
   const float* weight_scale;
   const float* bias;
@@ -97,27 +111,60 @@ template <int BITS, class Out> struct Epilogue {
   Out* y;
   int tokens, rows;  // M, N
 
-  // Four consecutive rows n..n+3 of one token.
-  __device__ void store(int token, int n, int4 sum) const {
-    if (token >= tokens) return;
-    if (BITS == 4) sum = {sum.x >> 4, sum.y >> 4, sum.z >> 4, sum.w >> 4};
-    Out* const target = y + size_t(token) * rows + n;
-    if constexpr (is_same<Out, int>) {
-      *reinterpret_cast<int4*>(target) = sum;
-    } else {
-      const float4 scale = *reinterpret_cast<const float4*>(weight_scale + n);
-      const float token_scale = x_scale[token];
-      float v[4] = {__fmul_rn(__fmul_rn(sum.x, scale.x), token_scale), __fmul_rn(__fmul_rn(sum.y, scale.y), token_scale),
-                    __fmul_rn(__fmul_rn(sum.z, scale.z), token_scale), __fmul_rn(__fmul_rn(sum.w, scale.w), token_scale)};
-      if (bias)
-        for (int i = 0; i < 4; ++i) v[i] = __fadd_rn(v[i], bias[n + i]);
-      if (residual)
-        for (int i = 0; i < 4; ++i) v[i] = __fadd_rn(v[i], to_float(residual[size_t(token) * rows + n + i]));
-      if constexpr (is_same<Out, float>)
-        *reinterpret_cast<float4*>(target) = {v[0], v[1], v[2], v[3]};
-      else
-        *reinterpret_cast<uint2*>(target) = {pack2<Out>(v[0], v[1]), pack2<Out>(v[2], v[3])};
+  static constexpr int PARTS = GEGLU ? 2 : 1;       // gate and up
+  static constexpr int QUADS = 4 / PARTS;           // of 16 rows
+  __device__ static int first_row(int quad) { return quad / QUADS * 16 + quad % QUADS * 4; }
+
+  struct Columns { float4 scale[PARTS], bias[PARTS]; };
+  struct Inputs { float scale, residual[4]; };
+
+  __device__ Columns columns(int n) const {
+    Columns c = {};
+    if constexpr (is_same<Out, int>) return c;
+    for (int part = 0; part < PARTS; ++part) {
+      c.scale[part] = *reinterpret_cast<const float4*>(weight_scale + n + 8 * part);
+      if (bias) c.bias[part] = *reinterpret_cast<const float4*>(bias + n + 8 * part);
     }
+    return c;
+  }
+
+  __device__ Inputs inputs(int token, int n) const {
+    Inputs in = {};
+    if (is_same<Out, int> || token >= tokens) return in;
+    in.scale = x_scale[token];
+    if (residual)
+      for (int i = 0; i < 4; ++i) in.residual[i] = to_float(residual[size_t(token) * rows + n + i]);
+    return in;
+  }
+
+  // sum(offset) gives the sums of rows n + offset .. + 3.
+  template <class Sum> __device__ void store(int token, int n, const Columns& c, const Inputs& in, Sum sum) const {
+    if (token >= tokens) return;
+    Out* const target = y + (size_t(token) * rows + n / 16 * 16) / PARTS + n % 16;
+    if constexpr (is_same<Out, int>) {
+      const int4 acc = sum(0);
+      constexpr int SHIFT = BITS == 4 ? 4 : 0;  // INT4 weights come times 16
+      *reinterpret_cast<int4*>(target) = {acc.x >> SHIFT, acc.y >> SHIFT, acc.z >> SHIFT, acc.w >> SHIFT};
+    } else {
+      float v[PARTS][4];
+      for (int part = 0; part < PARTS; ++part) {
+        const int4 acc = sum(8 * part);
+        const float4 scale = c.scale[part], add = c.bias[part];
+        v[part][0] = dequantise(acc.x, scale.x, in.scale, add.x), v[part][1] = dequantise(acc.y, scale.y, in.scale, add.y);
+        v[part][2] = dequantise(acc.z, scale.z, in.scale, add.z), v[part][3] = dequantise(acc.w, scale.w, in.scale, add.w);
+      }
+      for (int i = 0; i < 4; ++i)
+        v[0][i] = GEGLU ? gelu_tanh(v[0][i]) * v[PARTS - 1][i] : residual ? __fadd_rn(v[0][i], in.residual[i]) : v[0][i];
+      if constexpr (is_same<Out, float>)
+        *reinterpret_cast<float4*>(target) = {v[0][0], v[0][1], v[0][2], v[0][3]};
+      else
+        *reinterpret_cast<uint2*>(target) = {pack2<Out>(v[0][0], v[0][1]), pack2<Out>(v[0][2], v[0][3])};
+    }
+  }
+
+  __device__ float dequantise(int acc, float scale, float token_scale, float add) const {
+    const float value = __fmul_rn(__fmul_rn(BITS == 4 ? acc >> 4 : acc, scale), token_scale);
+    return bias ? __fadd_rn(value, add) : value;
   }
 };
 
@@ -135,20 +182,44 @@ __device__ inline void stage_fragment(int* staging, int row16, const int (&d)[4]
   staging[(token + 1) * P + row + 8] = d[3];
 }
 
-// Writes a warp's tile: rows first_row.., tokens first_token.., 8 tokens at a time through pitch(16 ROWS16) * 8 words.
-template <int ROWS16, int TOKENS8, int BITS, class Out>
+// Words of shared memory that store_warp_tile wants for each warp: ROWS16 * batch tiles of 16 rows x 8 tokens.
+__host__ __device__ constexpr int batch_of(int rows16) { return rows16 >= 4 ? 1 : 4 / rows16; }
+__host__ __device__ constexpr int staging_words(int rows16) { return batch_of(rows16) * 8 * pitch(16 * rows16); }
+
+// Writes a warp's tile: rows first_row.., tokens first_token... In batches of 8 or more tokens; the loads of a batch are
+// under way while the one before it is written.
+template <int ROWS16, int TOKENS8, class Epilogue>
 __device__ inline void store_warp_tile(const int (&acc)[ROWS16][TOKENS8][4], int* staging, int first_token,
-                                       int first_row, const Epilogue<BITS, Out>& epilogue) {
+                                       int first_row, const Epilogue& epilogue) {
+  constexpr int BATCH = batch_of(ROWS16), QUADS = Epilogue::QUADS * ROWS16, COUNT = BATCH * 8 * QUADS / 32;
+  static_assert(32 % QUADS == 0);  // so a lane's rows are the same in every batch
+  const int lane = threadIdx.x % 32, row = Epilogue::first_row(lane % QUADS), n = first_row + row;
+  const typename Epilogue::Columns columns = epilogue.columns(n);
+  typename Epilogue::Inputs now[COUNT], next[COUNT];
+  auto token_of = [&](int base, int i) { return 8 * base + (lane + 32 * i) / QUADS; };
+
 #pragma unroll
-  for (int j = 0; j < TOKENS8; ++j) {
+  for (int i = 0; i < COUNT; ++i) next[i] = epilogue.inputs(first_token + token_of(0, i), n);
 #pragma unroll
-    for (int i = 0; i < ROWS16; ++i) stage_fragment<ROWS16>(staging, i, acc[i][j]);
+  for (int base = 0; base < TOKENS8; base += BATCH) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) now[i] = next[i];
+    if (base + BATCH < TOKENS8)
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) next[i] = epilogue.inputs(first_token + token_of(base + BATCH, i), n);
+#pragma unroll
+    for (int j = 0; j < BATCH && base + j < TOKENS8; ++j)
+#pragma unroll
+      for (int i = 0; i < ROWS16; ++i)
+        stage_fragment<ROWS16>(staging + j * 8 * pitch(16 * ROWS16), i, acc[i][base + j]);
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < ROWS16; ++i) {
-      const int quad = threadIdx.x % 32 + 32 * i, token = quad / (4 * ROWS16), n = quad % (4 * ROWS16) * 4;
-      const int4 sum = *reinterpret_cast<const int4*>(staging + token * pitch(16 * ROWS16) + n);
-      epilogue.store(first_token + 8 * j + token, first_row + n, sum);
+    for (int i = 0; i < COUNT; ++i) {
+      const int token = token_of(0, i);
+      const int* const at = staging + token * pitch(16 * ROWS16) + row;
+      if (8 * base + token < 8 * TOKENS8)  // the last batch may be short
+        epilogue.store(first_token + 8 * base + token, n, columns, now[i],
+                       [at](int offset) { return *reinterpret_cast<const int4*>(at + offset); });
     }
     __syncwarp();
   }

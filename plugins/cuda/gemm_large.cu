@@ -4,7 +4,7 @@
 // shared-memory stages of K = 128 filled with cp.async. A stage is
 //   x: [2 chunks][tokens of the block][64 bytes]        w: [2 chunks][row tiles of the block][one packed 16 x 64 tile]
 // A lane reads 16 bytes at 16 * lane of 8 consecutive tokens, or of a tile: every read and every write of shared memory
-// is linear in the lane and free of bank conflicts with no swizzle. That is what the "direct" order of K is for.
+// is linear in the lane and free of bank conflicts with no swizzle. That is what the "direct" layout of the weights is for.
 //
 // grid (ceil(M / tokens of a block), N / rows of a block): blocks that share weights run together.
 // shared memory STAGES * stage_bytes, or the epilogue's staging where that is more.
@@ -14,7 +14,7 @@ __device__ inline void copy_async(unsigned to, const void* from, bool valid) {  
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0));
 }
 
-template <int BITS, int ROWS16, int TOKENS8, int WARPS_N, int WARPS_M, int STAGES, class Out>
+template <int BITS, int ROWS16, int TOKENS8, int WARPS_N, int WARPS_M, int STAGES, bool GEGLU, class Out>
 __global__ void __launch_bounds__(32 * WARPS_N * WARPS_M)
 gemm_large(const signed char* x_q, const float* x_scale, const unsigned char* weight, const float* weight_scale,
            const float* bias, const Out* residual, Out* y, int* workspace, int tokens, int rows, int depth) {
@@ -52,7 +52,6 @@ gemm_large(const signed char* x_q, const float* x_scale, const unsigned char* we
     asm volatile("cp.async.commit_group;" ::: "memory");
   };
 
-  let_next_kernel_start();
   wait_for_inputs();
   for (int step = 0; step < STAGES - 1; ++step) fetch(step);
 
@@ -79,9 +78,10 @@ gemm_large(const signed char* x_q, const float* x_scale, const unsigned char* we
     }
   }
 
+  let_next_kernel_start();
   asm volatile("cp.async.wait_group 0;" ::: "memory");
   __syncthreads();
-  int* const staging = reinterpret_cast<int*>(shared) + warp * 8 * pitch(16 * ROWS16);
+  int* const staging = reinterpret_cast<int*>(shared) + warp * staging_words(ROWS16);
   store_warp_tile(acc, staging, first_token + warp_m * 8 * TOKENS8, 16 * (first_tile + warp_n * ROWS16),
-                  Epilogue<BITS, Out>{x_scale, weight_scale, bias, residual, y, tokens, rows});
+                  Epilogue<BITS, GEGLU, Out>{x_scale, weight_scale, bias, residual, y, tokens, rows});
 }

@@ -2,7 +2,7 @@
 //
 // Everything stays in registers until the end: a warp owns 16 ROWS16 rows of W, 8 TOKENS8 tokens and a share of K, and
 // both operands are loaded from memory straight into the tensor cores' layout, 16 bytes a lane (weights are packed so,
-// "direct" order; of the activations a lane takes 16 consecutive bytes of one token). Nothing is shared between warps,
+// "direct" layout; of the activations a lane takes 16 consecutive bytes of one token). Nothing is shared between warps,
 // so there is no barrier in the loop; STAGES chunks of K = 64 a warp are in flight.
 //
 // The WARPS of a block hold different parts of K and add their sums in shared memory. When N / (16 ROWS16) blocks are too
@@ -49,11 +49,12 @@ __device__ inline int4 load_remote(const int* local, int rank) {
 }
 #endif
 
-template <int BITS, int ROWS16, int TOKENS8, int WARPS, int STAGES, class Out>
+template <int BITS, int ROWS16, int TOKENS8, int WARPS, int STAGES, bool GEGLU, class Out>
 __global__ void __launch_bounds__(32 * WARPS)
 gemm_small(const signed char* x_q, const float* x_scale, const unsigned char* weight, const float* weight_scale,
            const float* bias, const Out* residual, Out* y, int* workspace, int tokens, int rows, int depth) {
-  constexpr int ROWS = 16 * ROWS16, TOKENS = 8 * TOKENS8, PITCH = pitch(ROWS), QUADS = ROWS / 4;
+  using E = Epilogue<BITS, GEGLU, Out>;
+  constexpr int ROWS = 16 * ROWS16, TOKENS = 8 * TOKENS8, PITCH = pitch(ROWS), THREADS = 32 * WARPS;
   extern __shared__ __align__(16) int partial[];  // [WARPS][TOKENS][PITCH]
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -86,12 +87,23 @@ gemm_small(const signed char* x_q, const float* x_scale, const unsigned char* we
     }
   };
 
+  // This thread's share of the tile: quads rank * THREADS + thread, every split * THREADS, all in the same rows.
+  constexpr int QUADS = E::QUADS * ROWS16, COUNT = (TOKENS * QUADS + THREADS - 1) / THREADS;
+  static_assert(THREADS % QUADS == 0);
+  const E epilogue = {x_scale, weight_scale, bias, residual, y, tokens, rows};
+  const int row = E::first_row(threadIdx.x % QUADS), n = blockIdx.x * ROWS + row;
+  auto token_of = [&](int i) { return ((i * split + rank) * THREADS + int(threadIdx.x)) / QUADS; };
+
 #pragma unroll
   for (int stage = 0; stage < STAGES; ++stage) fetch_weights(stage, begin + stage * WARPS);
-  let_next_kernel_start();
+  const typename E::Columns columns = epilogue.columns(n);
   wait_for_inputs();
 #pragma unroll
   for (int stage = 0; stage < STAGES; ++stage) fetch_activations(stage, begin + stage * WARPS);
+  typename E::Inputs inputs[COUNT];
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i)
+    if (token_of(i) < TOKENS) inputs[i] = epilogue.inputs(first_token + token_of(i), n);
 
   for (int base = begin; base < end; base += STAGES * WARPS)
 #pragma unroll
@@ -103,47 +115,55 @@ gemm_small(const signed char* x_q, const float* x_scale, const unsigned char* we
       fetch_activations(stage, chunk + STAGES * WARPS);
     }
 
+  let_next_kernel_start();
 #pragma unroll
   for (int j = 0; j < TOKENS8; ++j)
 #pragma unroll
     for (int i = 0; i < ROWS16; ++i) stage_fragment<ROWS16>(partial + (warp * TOKENS + 8 * j) * PITCH, i, acc[i][j]);
   __syncthreads();
 
-  const Epilogue<BITS, Out> epilogue = {x_scale, weight_scale, bias, residual, y, tokens, rows};
-  const int first_row = blockIdx.x * ROWS;
-  const int quads = min(TOKENS, tokens - first_token) * QUADS;
-  auto sum_of_warps = [&](int quad) {
-    const int* const at = partial + quad / QUADS * PITCH + quad % QUADS * 4;
+  auto sum_of_warps = [&](int token, int row) {
+    const int* const at = partial + token * PITCH + row;
     int4 sum = *reinterpret_cast<const int4*>(at);
 #pragma unroll
     for (int other = 1; other < WARPS; ++other) sum = sum + *reinterpret_cast<const int4*>(at + other * TOKENS * PITCH);
     return sum;
   };
+  auto store_share = [&](auto sum_of) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      const int token = token_of(i);
+      if (token < TOKENS)
+        epilogue.store(first_token + token, n, columns, inputs[i], [&](int offset) { return sum_of(token, row + offset); });
+    }
+  };
 
   if (split == 1) {
-    for (int quad = threadIdx.x; quad < quads; quad += 32 * WARPS)
-      epilogue.store(first_token + quad / QUADS, first_row + quad % QUADS * 4, sum_of_warps(quad));
+    store_share(sum_of_warps);
     return;
   }
 
+  constexpr int ALL = TOKENS * ROWS / 4;
 #if CLUSTER
-  for (int quad = threadIdx.x; quad < quads; quad += 32 * WARPS)  // in place: this thread alone reads these words
-    *reinterpret_cast<int4*>(partial + quad / QUADS * PITCH + quad % QUADS * 4) = sum_of_warps(quad);
+  for (int quad = threadIdx.x; quad < ALL; quad += THREADS)  // in place: this thread alone reads these words
+    *reinterpret_cast<int4*>(partial + quad / (ROWS / 4) * PITCH + quad % (ROWS / 4) * 4) =
+        sum_of_warps(quad / (ROWS / 4), quad % (ROWS / 4) * 4);
   cluster_barrier();
-  for (int quad = rank * 32 * WARPS + threadIdx.x; quad < quads; quad += split * 32 * WARPS) {
-    const int* const at = partial + quad / QUADS * PITCH + quad % QUADS * 4;
-    int4 sum = load_remote(at, 0);
-    for (int other = 1; other < split; ++other) sum = sum + load_remote(at, other);
-    epilogue.store(first_token + quad / QUADS, first_row + quad % QUADS * 4, sum);
-  }
-  cluster_barrier();  // no block leaves while its shared memory is being read
+  store_share([&](int token, int row) {
+    int4 sum = load_remote(partial + token * PITCH + row, 0);
+    for (int other = 1; other < split; ++other) sum = sum + load_remote(partial + token * PITCH + row, other);
+    return sum;
+  });
+  // No block leaves while its shared memory is being read; a full barrier would also wait for the stores above.
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 #else
-  // workspace: int32 [M, N] sums, then one counter a tile; all zero before and after.
-  int* const sums = workspace + size_t(first_token) * rows + first_row;
-  int* const counter = workspace + size_t(tokens) * rows + blockIdx.z * gridDim.x + blockIdx.x;
-  for (int quad = threadIdx.x; quad < quads; quad += 32 * WARPS) {
-    const int4 sum = sum_of_warps(quad);
-    int* const at = sums + size_t(quad / QUADS) * rows + quad % QUADS * 4;
+  // workspace: int32 [M padded, N] sums, then one counter a tile; all zero before and after.
+  int* const sums = workspace + size_t(first_token) * rows + blockIdx.x * ROWS;
+  int* const counter = workspace + size_t(gridDim.z) * TOKENS * rows + blockIdx.z * gridDim.x + blockIdx.x;
+  for (int quad = threadIdx.x; quad < ALL; quad += THREADS) {
+    const int token = quad / (ROWS / 4), first = quad % (ROWS / 4) * 4;
+    const int4 sum = sum_of_warps(token, first);
+    int* const at = sums + size_t(token) * rows + first;
     atomicAdd(at, sum.x), atomicAdd(at + 1, sum.y), atomicAdd(at + 2, sum.z), atomicAdd(at + 3, sum.w);
   }
   __threadfence();
@@ -153,10 +173,15 @@ gemm_small(const signed char* x_q, const float* x_scale, const unsigned char* we
   __syncthreads();
   if (!last) return;
   __threadfence();
-  for (int quad = threadIdx.x; quad < quads; quad += 32 * WARPS) {
-    int4* const at = reinterpret_cast<int4*>(sums + size_t(quad / QUADS) * rows + quad % QUADS * 4);
-    epilogue.store(first_token + quad / QUADS, first_row + quad % QUADS * 4, __ldcg(at));
-    *at = {0, 0, 0, 0};
+  for (int quad = threadIdx.x; quad < TOKENS * QUADS; quad += THREADS) {
+    const int token = quad / QUADS;
+    const typename E::Inputs in = epilogue.inputs(first_token + token, n);
+    epilogue.store(first_token + token, n, columns, in, [&](int offset) {
+      int4* const at = reinterpret_cast<int4*>(sums + size_t(token) * rows + row + offset);
+      const int4 sum = __ldcg(at);
+      *at = {0, 0, 0, 0};
+      return sum;
+    });
   }
   if (threadIdx.x == 0) *counter = 0;
 #endif

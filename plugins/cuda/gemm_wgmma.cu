@@ -1,7 +1,7 @@
 // y[M, N] = x_q[M, K] (INT8) w[N, K]^T (INT4 or INT8) for many tokens on SM 90, whose tensor cores reach full rate only
 // through wgmma: D[64 rows of W, 8 TOKENS8 tokens] += A[64, 32] B[32, tokens], A in registers, B in shared memory.
 //
-// The weights are A: a warp's 16 rows are one packed tile ("wgmma" order), decoded in registers while the previous
+// The weights are A: a warp's 16 rows are one packed tile ("wgmma" layout), decoded in registers while the previous
 // instructions run. The activations are B, in slabs of K = 128 (plugins/layout.py, activation_slabs): the tokens of a
 // block are one contiguous piece, already in the 128-byte swizzle that the instruction reads, so one bulk copy brings
 // them. A warp of its own keeps a ring of STAGES stages filled; GROUPS warpgroups consume them.
@@ -10,7 +10,8 @@
 // about 25), so the blocks of a cluster, which have different rows and the same tokens, each fetch a part of the
 // activations and multicast it to all.
 //
-// grid (token blocks, N / (64 GROUPS)), block 128 GROUPS + 32, cluster (1, any, 1), shared memory: see `Stage` below.
+// grid (token blocks, N / (64 GROUPS)), block 128 GROUPS + 32, cluster (1, any, 1); shared memory STAGES * sizeof(Stage)
+// + 4 GROUPS * staging_words(1) * 4.
 #include "common.cuh"
 #include "wgmma.cuh"  // generated: void wgmma(int (&d)[TOKENS8][4], const unsigned (&a)[4], unsigned long long b)
 
@@ -22,16 +23,18 @@ __device__ inline void init_barrier(unsigned barrier, int arrivals) {
 __device__ inline void arrive_expecting(unsigned barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
+// Default (block) scope here and in `wait`: only shared memory that has been read is handed over, and the semantics of
+// cluster scope would cost a full memory barrier a step (measured: 1,200 clocks).
 __device__ inline void arrive_in(unsigned barrier, int rank) {  // at the same barrier of block `rank` of the cluster
   asm volatile("{.reg .u32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-               "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];}" ::"r"(barrier), "r"(rank) : "memory");
+               "mbarrier.arrive.shared::cluster.b64 _, [remote];}" ::"r"(barrier), "r"(rank) : "memory");
 }
 __device__ inline void wait(unsigned barrier, int parity) {
-  asm volatile("{.reg .pred done;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+  asm volatile("{.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
                "@!done bra again;}" ::"r"(barrier), "r"(parity) : "memory");
 }
-__device__ inline void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
+__device__ inline void cluster_barrier() {  // of execution; orders no memory
+  asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
 }
 
 // Bulk copies that announce their bytes at `barrier`; the second one in every block of the cluster.
@@ -49,19 +52,19 @@ __device__ inline unsigned long long descriptor(unsigned address) {
   return (address >> 4 & 0x3FFF) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
 
-template <int BITS, int GROUPS, int TOKENS8, int STAGES, class Out>
+template <int BITS, int GROUPS, int TOKENS8, int STAGES, bool GEGLU, class Out>
 __global__ void __launch_bounds__(128 * GROUPS + 32, 1)
 gemm_wgmma(const signed char* x_slabs, const float* x_scale, const unsigned char* weight, const float* weight_scale,
            const float* bias, const Out* residual, Out* y, int* workspace, int tokens, int rows, int depth) {
   constexpr int TOKENS = 8 * TOKENS8, TILES = 4 * GROUPS, TILE_BYTES = Fragment<BITS>::bytes();
   struct Stage {
-    unsigned char x[TOKENS * 128];           // swizzled; 1024-byte aligned
-    unsigned char w[TILES][2 * TILE_BYTES];  // two chunks of K = 64
+    unsigned char x[TOKENS * 128];                // swizzled; 1024-byte aligned
+    unsigned char w[GROUPS][4][2][TILE_BYTES];  // of a warp: two tiles of K = 64
   };
   static_assert(sizeof(Stage) % 1024 == 0);
   extern __shared__ __align__(1024) unsigned char shared[];
   Stage* const stages = reinterpret_cast<Stage*>(shared);
-  int* const staging = reinterpret_cast<int*>(stages + STAGES);  // 8 pitch(16) words a warp
+  int* const staging = reinterpret_cast<int*>(stages + STAGES);
   __shared__ __align__(8) unsigned long long barriers[2 * STAGES];
   const unsigned full = address_of(barriers), empty = full + 8 * STAGES;
 
@@ -79,7 +82,6 @@ gemm_wgmma(const signed char* x_slabs, const float* x_scale, const unsigned char
   }
   __syncthreads();
   cluster_barrier();
-  let_next_kernel_start();
 
   if (warp == TILES) {
     if (lane == 0) {
@@ -88,9 +90,9 @@ gemm_wgmma(const signed char* x_slabs, const float* x_scale, const unsigned char
       auto fetch_weights = [&](int step) {
         const int stage = step % STAGES;
         arrive_expecting(full + 8 * stage, sizeof(Stage));
-        for (int tile = 0; tile < TILES; ++tile)
-          copy(address_of(stages[stage].w[tile]), weight + (size_t(first_tile + tile) * depth / 64 + 2 * step) * TILE_BYTES,
-               2 * TILE_BYTES, full + 8 * stage);
+        for (int group = 0; group < GROUPS; ++group)  // few copies: one costs its thread about 100 clocks
+          copy(address_of(stages[stage].w[group]), weight + (size_t(first_tile / 4 + group) * steps + step) * 8 * TILE_BYTES,
+               8 * TILE_BYTES, full + 8 * stage);
       };
       auto fetch_activations = [&](int step) {
         const int stage = step % STAGES;
@@ -108,6 +110,7 @@ gemm_wgmma(const signed char* x_slabs, const float* x_scale, const unsigned char
       }
     }
     __syncwarp();
+    let_next_kernel_start();
   } else {
     int acc[1][TOKENS8][4] = {};
     auto release = [&](int step) {
@@ -121,7 +124,7 @@ gemm_wgmma(const signed char* x_slabs, const float* x_scale, const unsigned char
         Fragment<BITS> w;
 #pragma unroll
         for (int part = 0; part < BITS / 4; ++part)
-          w.raw[part] = *reinterpret_cast<const uint4*>(stages[stage].w[warp] + chunk * TILE_BYTES + part * 512 + lane * 16);
+          w.raw[part] = *reinterpret_cast<const uint4*>(stages[stage].w[warp / 4][warp % 4][chunk] + part * 512 + lane * 16);
         w.operand(0, a[2 * chunk]);
         w.operand(1, a[2 * chunk + 1]);
       }
@@ -142,9 +145,10 @@ gemm_wgmma(const signed char* x_slabs, const float* x_scale, const unsigned char
     }
     if (step < steps) consume(step, even);
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-    wait_for_inputs();  // the epilogue may read a residual
-    store_warp_tile(acc, staging + warp * 8 * pitch(16), blockIdx.x * TOKENS, 16 * (first_tile + warp),
-                    Epilogue<BITS, Out>{x_scale, weight_scale, bias, residual, y, tokens, rows});
+    let_next_kernel_start();
+    wait_for_inputs();  // the epilogue reads the tokens' scales
+    store_warp_tile(acc, staging + warp * staging_words(1), blockIdx.x * TOKENS, 16 * (first_tile + warp),
+                    Epilogue<BITS, GEGLU, Out>{x_scale, weight_scale, bias, residual, y, tokens, rows});
   }
   cluster_barrier();  // no block leaves while others may still arrive at its barriers
 }

@@ -8,6 +8,7 @@ output is compared bit for bit with the definition; the best one's int32 output 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 from concurrent.futures import ProcessPoolExecutor
@@ -72,26 +73,26 @@ def bench(name: str, m: int, n: int, k: int, bits: int) -> dict:
     packed = {}
     timed = []
     for tactic in candidates(m, n, k, bits, launch.compute_capability()):
-        if tactic.k_order not in packed:
-            packed[tactic.k_order] = copies_of(launch.pack_weight(weight, tactic, bits))
+        if tactic.layout not in packed:
+            packed[tactic.layout] = copies_of(launch.pack_weight(weight, tactic, bits))
         x = launch.arrange_activations(x_q, tactic)
         y = torch.full((m, n), float("nan"), dtype=torch.bfloat16, device="cuda")
 
         def call(w, overlap=False):
             launch.gemm(tactic, bits, x, x_scale, w, weight_scale, None, None, y, n=n, k=k, overlap=overlap)
 
-        us = time_us(call, packed[tactic.k_order])
+        us = time_us(call, packed[tactic.layout])
         assert torch.equal(y, expected), f"{tactic} is wrong at {m} x {n} x {k}"
         timed.append((us, tactic, x))
     timed.sort(key=lambda entry: entry[0])
     us, tactic, x = timed[0]
     sums = torch.full((m, n), 0x7FFFFFFF, dtype=torch.int32, device="cuda")
-    launch.gemm(tactic, bits, x, x_scale, packed[tactic.k_order][0], weight_scale, None, None, sums, n=n, k=k)
+    launch.gemm(tactic, bits, x, x_scale, packed[tactic.layout][0], weight_scale, None, None, sums, n=n, k=k)
     overlapped = time_us(
         lambda w: launch.gemm(
             tactic, bits, x, x_scale, w, weight_scale, None, None, y, n=n, k=k, overlap=True
         ),
-        packed[tactic.k_order],
+        packed[tactic.layout],
     )
     packed.clear()
 
@@ -101,11 +102,59 @@ def bench(name: str, m: int, n: int, k: int, bits: int) -> dict:
     del w_bf16
     int8 = time_us(lambda w: torch._int_mm(x_q, w.T), copies_of(weight))
     return {
-        "name": name, "m": m, "n": n, "k": k, "bits": bits, "tactic": repr(tactic), "us": us, "overlapped_us": overlapped,
+        "name": name, "m": m, "n": n, "k": k, "bits": bits, "best": tactic, "tactic": repr(tactic), "us": us, "overlapped_us": overlapped,
         "exact": bool(torch.equal(sums.double(), exact)), "bf16_us": bf16, "int_mm_us": int8,
         "tops": 2e-6 * m * n * k / us, "gb_s": 1e-3 * (n * k * bits / 8 + m * k + 2 * m * n) / us,
         "all": [(round(time, 2), repr(other)) for time, other, _ in timed],
     }  # fmt: skip
+
+
+def bench_mlp(m: int, width: int, hidden: int, gate_up, down) -> dict:
+    """A whole MLP: norm + quantise, gate-up + GeGLU, quantise, down + residual; with and without overlapped launches."""
+    bits, weights = 4, []
+    for _ in range(max(2, ROTATED_BYTES // (3 * width * hidden * bits // 8))):
+        first, second = torch.randint(0, 256, (2, 3 * width * hidden * bits // 8), dtype=torch.uint8, device="cuda")
+        weights.append((first[: width * hidden * bits // 4], second[: width * hidden * bits // 8]))
+    x = torch.randn(m, width, device="cuda").bfloat16()
+    h = torch.empty(m, hidden, dtype=torch.bfloat16, device="cuda")
+    scales = {n: torch.rand(n, device="cuda") * 1e-3 for n in (2 * hidden, width)}
+    x_scale = torch.empty(m, device="cuda")
+
+    def quantised(k, tactic):
+        padded = -(-m // (tactic.slab_tokens or 1)) * (tactic.slab_tokens or 1)
+        return torch.empty(padded * k, dtype=torch.int8, device="cuda"), padded if tactic.slab_tokens else 0
+
+    (x_q, x_slab), (h_q, h_slab) = quantised(width, gate_up), quantised(hidden, down)
+    norm = functools.partial(launch.rotate_quantize, x, x_q, x_scale, source="RMS_NORM", hadamard=64, slab_tokens=x_slab)
+    middle = functools.partial(launch.rotate_quantize, h, h_q, x_scale, hadamard=64, slab_tokens=h_slab)
+
+    def first(weight, overlap=False):
+        launch.gemm(gate_up, bits, x_q, x_scale, weight[0], scales[2 * hidden], None, None, h, n=2 * hidden, k=width, geglu=True, overlap=overlap)
+
+    def call(weight, overlap):
+        norm(overlap=overlap)
+        first(weight, overlap)
+        middle(overlap=overlap)
+        launch.gemm(down, bits, h_q, x_scale, weight[1], scales[width], None, x, x, n=width, k=hidden, overlap=overlap)
+
+    result = {"m": m, "width": width, "hidden": hidden}
+    for name, overlap in (("us", False), ("overlapped_us", True)):
+        x.normal_()
+        result[name] = time_us(lambda weight: call(weight, overlap), weights)
+    result["norm_us"] = time_us(lambda _: norm(), weights)
+    result["gate_up_geglu_us"] = time_us(first, weights)
+    result["quantise_us"] = time_us(lambda _: middle(), weights)
+    del weights
+
+    dense = copies_of(torch.randn(3 * hidden, width, device="cuda").bfloat16() / 32)
+
+    def reference(weight):
+        gate, up = (torch.nn.functional.rms_norm(x, (width,)) @ weight[: 2 * hidden].T).chunk(2, -1)
+        return x + (torch.nn.functional.gelu(gate, approximate="tanh") * up) @ weight[2 * hidden :]
+
+    x.normal_()
+    result["torch_bf16_us"] = time_us(reference, dense)
+    return result
 
 
 def compile_all(chosen: list, bits: list[int]) -> None:
@@ -145,6 +194,13 @@ def main() -> None:
                 f"{r['bf16_us'] / r['us']:6.2f}x  {r['tactic']}",
                 flush=True,
             )
+    for name, m, width, hidden in (("expert", 50, 1024, 4096), ("prefix", 816, 2048, 16384)):
+        of = {r["name"]: r["best"] for r in results if r["m"] == m and r["bits"] == 4 and r["name"].startswith(name)}
+        if f"{name} down" in of:
+            r = bench_mlp(m, width, hidden, of[f"{name} gate-up"], of[f"{name} down"])
+            print(f"{name} MLP, W4A8:", ", ".join(f"{key} {value:.1f}" for key, value in r.items() if key.endswith("us")))
+    for r in results:
+        del r["best"]
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
 

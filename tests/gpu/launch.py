@@ -40,7 +40,7 @@ def arguments(values: Iterable) -> list:
 
 
 def pack_weight(weight: torch.Tensor, tactic: Tactic, bits: int) -> torch.Tensor:
-    return torch.from_numpy(pack_fragments(weight.cpu().numpy(), bits, tactic.k_order)).cuda()
+    return torch.from_numpy(pack_fragments(weight.cpu().numpy(), bits, tactic.layout)).cuda()
 
 
 def arrange_activations(x_q: torch.Tensor, tactic: Tactic) -> torch.Tensor:
@@ -50,13 +50,14 @@ def arrange_activations(x_q: torch.Tensor, tactic: Tactic) -> torch.Tensor:
 
 
 def gemm(tactic: Tactic, bits: int, x, x_scale, weight, weight_scale, bias, residual, y, workspace=None, *,
-         n: int, k: int, options: tuple = (), overlap: bool = False) -> None:  # fmt: skip
+         n: int, k: int, geglu: bool = False, options: tuple = (), overlap: bool = False) -> None:  # fmt: skip
     """One launch on arranged operands; M is the number of scales."""
     m = x_scale.numel()
     shape = tactic.shape(m, n, bits)
     if "-DNO_CLUSTER" in options:
         shape = driver.Shape(shape.grid, shape.threads, shape.shared_bytes)
-    function = kernel(tactic.source, tactic.expression(bits, TYPES[y.dtype]), tuple(tactic.headers().items()), options)
+    expression = tactic.expression(bits, TYPES[y.dtype], geglu)
+    function = kernel(tactic.source, expression, tuple(tactic.headers().items()), options)
     values = (x, x_scale, weight, weight_scale, bias, residual, y, workspace, m, n, k)
     function.launch(shape, arguments(values), torch.cuda.current_stream().cuda_stream, overlap)
 

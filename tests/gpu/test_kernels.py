@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from plugins.layout import activation_slabs
+from plugins.layout import activation_slabs, interleave_gate_up
 from plugins.tactics import Large, Small, Wgmma, best
 from tests.gpu import launch
 
@@ -20,7 +20,8 @@ TACTICS = [
     Large(2, 13, 2, 2, 3),
     Large(2, 10, 4, 2, 3),
     Wgmma(2, 26, 3, 1),
-    Wgmma(2, 32, 3, 2),
+    Wgmma(2, 24, 3, 2),
+    Wgmma(1, 8, 8, 2),
     Wgmma(1, 20, 4, 4),
 ]
 GUARD = 8  # rows of y past the last token, which must stay as they are
@@ -41,11 +42,11 @@ def poisoned(m: int, n: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.full((m + GUARD, n), 0x7FFFFFFF if dtype == torch.int32 else math.nan, dtype=dtype, device="cuda")
 
 
-def run(tactic, bits: int, x_q, weight, y, scales=None, bias=None, residual=None, options=(), workspace=None):
+def run(tactic, bits: int, x_q, weight, y, scales=None, bias=None, residual=None, options=(), workspace=None, geglu=False):
     (m, k), n = x_q.shape, weight.shape[0]
     x_scale, weight_scale = scales or (torch.ones(m, device="cuda"), torch.ones(n, device="cuda"))
     packed, x = launch.pack_weight(weight, tactic, bits), launch.arrange_activations(x_q, tactic)
-    launch.gemm(tactic, bits, x, x_scale, packed, weight_scale, bias, residual, y, workspace, n=n, k=k, options=options)
+    launch.gemm(tactic, bits, x, x_scale, packed, weight_scale, bias, residual, y, workspace, n=n, k=k, geglu=geglu, options=options)
     torch.cuda.synchronize()
 
 
@@ -92,12 +93,31 @@ def test_epilogue_is_the_definition_in_float32(tactic, extras, dtype):
     assert y[m:].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("m", [50, 209])
+@pytest.mark.parametrize("tactic", [Small(2, 7, 4, 2), Small(1, 8, 8, 2, split=2), Large(4, 8, 4, 2, 3), Large(2, 13, 2, 2, 3), Wgmma(2, 26, 3, 1)], ids=str)
+def test_geglu_epilogue(tactic, m, dtype):
+    n, k = 512, 1024
+    if not fits(tactic, m, n, k, 4):
+        pytest.skip("the tactic does not fit this GPU")
+    x_q, weight, exact = operands(m, n, k, 4)
+    x_scale, weight_scale = torch.rand(m, device="cuda") * 1e-2, torch.rand(n, device="cuda") * 1e-2
+    gate, up = ((exact.float() * weight_scale) * x_scale[:, None]).double().chunk(2, -1)
+    expected = torch.nn.functional.gelu(gate, approximate="tanh") * up
+    weight, weight_scale = (torch.from_numpy(interleave_gate_up(*v.cpu().numpy().reshape(2, n // 2, -1))).cuda() for v in (weight, weight_scale))
+    y = poisoned(m, n // 2, dtype)
+    run(tactic, 4, x_q, weight, y, (x_scale, weight_scale.flatten()), geglu=True)
+    tolerance = 2e-6 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(y[:m].double(), expected, rtol=tolerance, atol=1e-12)
+    assert y[m:].isnan().all()
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_split_k_without_clusters(bits):
     """The path of SM 80, 86 and 89: integer atomics in a workspace, which is left zero for the next launch."""
     m, n, k, tactic = 50, 256, 2048, Small(2, 7, 4, 2, split=4)
     x_q, weight, exact = operands(m, n, k, bits)
-    workspace = torch.zeros(m * n + n, dtype=torch.int32, device="cuda")
+    workspace = torch.zeros((8 * tactic.tokens8 + 1) * n, dtype=torch.int32, device="cuda")
     for _ in range(3):
         y = poisoned(m, n, torch.int32)
         run(tactic, bits, x_q, weight, y, options=("-DNO_CLUSTER",), workspace=workspace)
@@ -199,9 +219,10 @@ def test_plain_quantisation_is_exact(dtype, k):
     x[3] = 0
     x_q, x_scale = torch.empty(50, k, dtype=torch.int8, device="cuda"), torch.empty(50, device="cuda")
     launch.rotate_quantize(x, x_q, x_scale)
-    scale = x.float().abs().amax(-1).clamp(min=1e-12) / 127
-    assert torch.equal(x_scale, scale)
-    assert torch.equal(x_q, (x.float() / scale[:, None]).round().clamp(-128, 127).to(torch.int8))
+    x = x.cpu().float()  # torch on the GPU multiplies by 1 / 127 instead
+    scale = x.abs().amax(-1).clamp(min=1e-12) / 127
+    assert torch.equal(x_scale.cpu(), scale)
+    assert torch.equal(x_q.cpu(), (x / scale[:, None]).round().clamp(-128, 127).to(torch.int8))
 
 
 def test_slabs():
