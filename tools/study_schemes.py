@@ -113,7 +113,8 @@ SCHEMES = {
 class Study:
     """Gemma 3 270M in fp32, calibrated, with what it makes of the evaluation text."""
 
-    def __init__(self, calibration_tokens: int, evaluation_tokens: int, progress: Progress):
+    def __init__(self, tokens: tuple[int, int], other_text: Path | None, progress: Progress):
+        """tokens: to calibrate on and to evaluate on. other_text: to evaluate on, in place of the manual."""
         self.progress = progress
         task = progress.add_task("Reading the model", total=3)
         peer, file = gemma3.load_peer()
@@ -121,7 +122,9 @@ class Study:
         progress.advance(task)
         tokenizer = gemma3.load_tokenizer(file)
         progress.advance(task)
-        calibration, self.evaluation = texts(tokenizer, self.model.context, calibration_tokens, evaluation_tokens)
+        calibration, self.evaluation = samples(tokenizer, manual(), self.model.context, *tokens)
+        if other_text is not None:
+            (self.evaluation,) = samples(tokenizer, other_text.read_text(), self.model.context, tokens[1])
         verify(self.model, peer, self.evaluation[0])
         progress.advance(task)
         self.linears = [f"llm.layers.{i}.{leaf}" for i in range(self.model.config.depth) for leaf in GEMMA_LINEARS]
@@ -163,16 +166,19 @@ class Study:
         return Quality(math.exp(loss), kl, top1, **known)
 
 
-def texts(tokenizer, context: int, *tokens: int) -> list[list[Tensor]]:
-    """Disjoint samples of about so many ``tokens`` each, in windows [1, context], of the Python reference manual's prose."""
-    manual = "\n".join(pydoc_data.topics.topics[topic] for topic in sorted(pydoc_data.topics.topics))
-    pieces = torch.tensor(tokenizer.encode(manual)).unfold(0, context - 1, context - 1)
-    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0))
+def manual() -> str:
+    """The Python reference manual as CPython ships it, for pydoc: some 100,000 tokens of English prose."""
+    return "\n".join(pydoc_data.topics.topics[topic] for topic in sorted(pydoc_data.topics.topics))
+
+
+def samples(tokenizer, text: str, context: int, *tokens: int) -> list[list[Tensor]]:
+    """Disjoint samples of ``text``, of about so many ``tokens`` each, in windows [1, context] from all over it."""
+    pieces = torch.tensor(tokenizer.encode(text)).unfold(0, context - 1, context - 1)
     counts = [max(1, count // context) for count in tokens]
     if sum(counts) > len(pieces):
         raise DuqError(f"the text has {pieces.numel()} tokens; ask for fewer than {sum(tokens)}")
-    windows = [F.pad(pieces[index], (1, 0), value=gemma3.BOS)[None] for index in order[: sum(counts)]]
-    return [[windows.pop() for _ in range(count)] for count in counts]
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0))[: sum(counts)]
+    return [[F.pad(pieces[i], (1, 0), value=gemma3.BOS)[None] for i in part] for part in order.split(counts)]
 
 
 def verify(model: gemma3.Gemma3, peer: nn.Module, window: Tensor) -> None:
@@ -212,14 +218,15 @@ def _study(
     schemes: Annotated[Optional[list[str]], typer.Argument(help=f"By default all: {', '.join(SCHEMES)}.")] = None,
     calibration_tokens: Annotated[int, typer.Option(min=1, help="To calibrate on.")] = 2048,
     evaluation_tokens: Annotated[int, typer.Option(min=1, help="To measure on.")] = 4096,
+    evaluation_text: Annotated[Optional[Path], typer.Option(help="To measure on in place of the manual.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measures as JSON.")] = False,
     plot: Annotated[Optional[Path], typer.Option(help="Figure to write (.svg, .png, .pdf).")] = None,
 ) -> None:
     """Quantise all 126 linears of Gemma 3 270M with each scheme and measure what is left of its predictions.
 
-    The text, to calibrate on and, elsewhere in it, to measure on, is the Python reference manual as CPython ships it. The
-    fp32 model is checked against transformers' first. About a minute and a half a scheme on one core; set OMP_NUM_THREADS to
-    the cores to use.
+    The text to calibrate on and, elsewhere in it, to measure on is the Python reference manual that CPython ships.
+    The fp32 model is checked against that of transformers first.
+    A scheme takes a minute or two on one core; the variable OMP_NUM_THREADS sets the number of threads.
 
     [bold]Examples[/bold]
 
@@ -233,9 +240,11 @@ def _study(
             raise DuqError(f"there is no scheme {key!r}; choose from {', '.join(SCHEMES)}")
     if plot is not None:
         check_output_file("--plot", plot)
+    if evaluation_text is not None and not evaluation_text.is_file():
+        raise DuqError(f"--evaluation-text {evaluation_text}: no such file")
     with progress_bar() as progress:
         overall = progress.add_task("Schemes", total=len(chosen))
-        study = Study(calibration_tokens, evaluation_tokens, progress)
+        study = Study((calibration_tokens, evaluation_tokens), evaluation_text, progress)
         found = {"fp32": study.compare(study.model)}
         for key in chosen:
             for task in set(progress.task_ids) - {overall}:
@@ -248,12 +257,11 @@ def _study(
 
 
 def table(found: dict[str, Quality]) -> Table:
-    numeric = ("perplexity", "KL to fp32", "top-1 agreement", "SQNR dB", "seconds")
     shown = Table("scheme", "", title="Gemma 3 270M, all 126 linears quantised", title_justify="left")
-    for column in numeric:
-        shown.add_column(column, justify="right")
+    for column in ("perplexity", "KL", "top-1 %", "SQNR dB", "seconds"):
+        shown.add_column(column, justify="right", no_wrap=True)
     for key, q in found.items():
-        numbers = f"{q.perplexity:.2f}", f"{q.kl:.3f}", f"{100 * q.top1:.1f} %", f"{q.sqnr_db:.1f}", f"{q.seconds:.0f}"
+        numbers = f"{q.perplexity:.2f}", f"{q.kl:.3f}", f"{100 * q.top1:.1f}", f"{q.sqnr_db:.1f}", f"{q.seconds:.0f}"
         shown.add_row(key, title(key), *numbers)
     return shown
 
