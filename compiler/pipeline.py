@@ -16,6 +16,7 @@ from rich.progress import Progress
 
 import compiler
 from compiler.checkpoint import Checkpoint, check_finite
+from compiler.errors import CheckpointError
 from compiler.graph.export import Graphs, export
 from compiler.graph.passes.fold import fold_linear_chains, fold_norm_gains, fold_output_scales
 from compiler.graph.passes.layout import keep_embedding_dtype, weights_as_matmul_reads_them
@@ -113,7 +114,10 @@ def check_weights(checkpoint: Checkpoint, progress: Progress) -> None:
     if getattr(checkpoint, "_finite", False):
         return
     task = progress.add_task("Checking the weights", total=None)
-    check_finite(checkpoint.weights, lambda done, total: progress.update(task, completed=done, total=total))
+    try:
+        check_finite(checkpoint.weights, lambda done, total: progress.update(task, completed=done, total=total))
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
     checkpoint._finite = True
 
 

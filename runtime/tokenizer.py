@@ -17,7 +17,7 @@ class Tokenizer:
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=bytes(model))
         except RuntimeError as error:
-            raise PlanError(f"tokenizer.model: is not a SentencePiece model ({error})") from error
+            raise PlanError("tokenizer.model: is not a SentencePiece model; give one with --tokenizer FILE") from error
 
     def encode(self, prompt: str, state: np.ndarray | None = None) -> list[int]:
         """Token ids of an instruction.

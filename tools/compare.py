@@ -18,6 +18,7 @@ from compiler.accuracy.report import STAGES, WORST_LINEARS, decibels, megabytes,
 from compiler.accuracy.synthetic import synthetic_observations
 from compiler.accuracy.thresholds import Thresholds
 from compiler.checkpoint import load_checkpoint
+from compiler.pipeline import check_weights
 from compiler.quantize_cli import progress_bar
 from runtime.cli_errors import check_output_file, one_line_errors
 from runtime.observations import load_observations
@@ -70,6 +71,7 @@ def _compare(
     if found is None:
         found = synthetic_observations(policy.config, engine.manifest["cameras"])
     with progress_bar() as progress:
+        check_weights(policy, progress)
         comparison = compare(policy, engine, found, progress, threads=threads, seed=seed, asset_id=asset_id)
     thresholds = Thresholds(min_cosine, max_error, min_sqnr)
     set_thresholds = {name: bound for name, bound in asdict(thresholds).items() if bound is not None}

@@ -59,7 +59,10 @@ def load_checkpoint(path: str | Path, asset_id: str | None = None) -> Checkpoint
     if layout == "lerobot":
         tensors = {name.removeprefix(lerobot.PREFIX): tensor for name, tensor in tensors.items()}
     weights = _resolve_heads({canonical_name(name): tensor for name, tensor in tensors.items()})
-    config = _checked_config(weights, settings, lerobot if layout == "lerobot" else openpi)
+    try:
+        config = _checked_config(weights, settings, lerobot if layout == "lerobot" else openpi)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     if layout == "lerobot":
         if asset_id is not None:
             raise CheckpointError(f'asset id "{asset_id}" given, but {path} is a LeRobot directory, which has none')

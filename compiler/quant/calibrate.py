@@ -78,16 +78,17 @@ def calibration_inputs(path: Path, checkpoint, robot: str, steps: int) -> list[M
         norm_stats=checkpoint.norm_stats,
         tokenizer=None if checkpoint.tokenizer is None else checkpoint.tokenizer.read_bytes(),
     )
-    index = 0
     try:
         observations = load_observations(path)
-        chosen = torch.linspace(0, len(observations) - 1, min(steps, len(observations))).round().int().tolist()
-        inputs = []
-        for index in chosen:
-            inputs.append(preprocessor.model_inputs(observations[index]))
-        return inputs
     except ObservationError as error:
-        raise CalibrationError(f"calibration data {path}, observation {index}: {error}") from error
+        raise CalibrationError(f"calibration data {error}") from error
+    inputs = []
+    for index in torch.linspace(0, len(observations) - 1, min(steps, len(observations))).round().int().tolist():
+        try:
+            inputs.append(preprocessor.model_inputs(observations[index]))
+        except ObservationError as error:
+            raise CalibrationError(f"calibration data {path}, observation {index}: {error}") from error
+    return inputs
 
 
 def calibrate(

@@ -98,7 +98,7 @@ def load_transforms(directory: Path, checkpoint, recipe: Recipe) -> dict[str, Li
     missing, damaged, or does not fit its linear.
     """
     if not directory.is_dir():
-        raise PackError(f"{directory} is not a directory of packs")
+        raise PackError(f"{directory} is not a directory of packs; duq-quantize writes one")
     transforms = {}
     for name in select_linears(recipe, checkpoint.config):
         pack = load_pack(directory, name, _shape(checkpoint, name))
