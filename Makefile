@@ -9,8 +9,9 @@ WORK ?= build/demo
 demo: .venv/installed
 	rm -rf $(WORK)/checkpoint && mkdir -p $(WORK)
 	$(BIN)/python tools/make_checkpoint.py --variant tiny --robot libero --out $(WORK)/checkpoint
-	$(BIN)/python tools/demo.py observations $(WORK)/observations.npz
-	$(BIN)/duq-compile $(WORK)/checkpoint --robot libero --calibration $(WORK)/observations.npz --out $(WORK)/engine.plan
+	$(BIN)/python tools/demo.py observations $(WORK)/calibration.npz --count 8 --seed 0
+	$(BIN)/python tools/demo.py observations $(WORK)/observations.npz --count 4 --seed 1
+	$(BIN)/duq-compile $(WORK)/checkpoint --robot libero --calibration $(WORK)/calibration.npz --out $(WORK)/engine.plan
 	$(BIN)/duq-inspect $(WORK)/engine.plan
 	$(BIN)/python tools/demo.py run $(WORK)/engine.plan $(WORK)/observations.npz
 	$(BIN)/python tools/compare.py $(WORK)/checkpoint $(WORK)/engine.plan --observations $(WORK)/observations.npz --report $(WORK)/report.html
@@ -22,6 +23,7 @@ test: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps openpi-client==0.1.2
 	touch $@
 
 # Runs LeRobot's published pi0 and pi0.5 (Python 3.12, about 5 GB) and renews tests/data/lerobot_actions.npz.

@@ -8,3 +8,7 @@ class PlanError(DuqError):
 
 class ObservationError(DuqError, ValueError):
     """An observation does not fit the plan: the key, what was found and what is expected are named."""
+
+
+class MessageError(DuqError, ValueError):
+    """A message to the server is not msgpack, or holds an array whose dtype, shape and bytes do not fit together."""
