@@ -22,6 +22,7 @@ from compiler.graph.passes.fold import fold_linear_chains, fold_norm_gains, fold
 from compiler.graph.passes.layout import keep_embedding_dtype, weights_as_matmul_reads_them
 from compiler.graph.passes.merge import merge_linears
 from compiler.graph.passes.quantize import lower_quantized_linears
+from compiler.graph.passes.rotary import tabulate_rotary_embeddings
 from compiler.graph.passes.time import split_time_from_actions, tabulate_time
 from compiler.graph.passes.tokens import compact_tokens, eliminate_dead_prefix_tail, hoist_state_token
 from compiler.model import build_model
@@ -89,6 +90,7 @@ def passes(quantization: Quantization, weights: dict[str, torch.Tensor]) -> list
         weights_as_matmul_reads_them,
         partial(keep_embedding_dtype, weights=weights),
         compact_tokens,
+        tabulate_rotary_embeddings,
         hoist_state_token,
         partial(lower_quantized_linears, packs=quantization.packs),
         eliminate_dead_prefix_tail,

@@ -123,11 +123,11 @@ _QUANTIZE_UNSIGNED = """
     tokens = Shape(token_scale)
     zero = Constant<value = uint8 {128}>()
     zeros = Expand(zero, tokens)
-    flat_q = QuantizeLinear<axis = 0>(flat, token_scale, zeros)
+    flat_q = com.microsoft.QuantizeLinear<axis = 0>(flat, token_scale, zeros)
     x_q = Reshape(flat_q, whole_x)"""
 _QUANTIZE_UNSIGNED_PER_TENSOR = """
     zero = Constant<value = uint8 {128}>()
-    x_q = QuantizeLinear(x, x_scale, zero)"""
+    x_q = com.microsoft.QuantizeLinear(x, x_scale, zero)"""
 _UNSIGNED_MATMUL = """
     zero_point = Constant<value = uint8 {128}>()
     one = Constant<value_float = 1.0>()
