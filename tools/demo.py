@@ -22,7 +22,7 @@ PROMPTS = ("pick up the cup", "open the drawer", "push the button")
 
 
 @app.command()
-def observations(out: Path, count: int = 6, seed: int = 0) -> None:
+def observations(out: Path, count: Annotated[int, typer.Option()], seed: Annotated[int, typer.Option()]) -> None:
     """Writes LIBERO observations whose cameras see crops of photographs that scikit-image ships."""
     rng = np.random.default_rng(seed)
     photographs = [photograph() for photograph in PHOTOGRAPHS]
