@@ -1,0 +1,35 @@
+"""What the server counts and times, in Prometheus' terms."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+
+ERROR_KINDS = ("observation", "malformed", "oversized", "unauthorized", "disconnected", "internal")
+_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
+
+
+class Metrics:
+    """One server's metrics, in a registry of their own together with the process' memory, CPU time and open files."""
+
+    def __init__(self):
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.clients = Gauge("duq_clients", "Connected clients", registry=self.registry)
+        self.queue_depth = Gauge("duq_queue_depth", "Requests that wait for the engine or run on it", registry=self.registry)
+        self.requests = Counter("duq_requests", "Requests answered with actions", registry=self.registry)
+        self._errors = Counter("duq_errors", "Requests and connections that failed", ["kind"], registry=self.registry)
+        self._stages = Histogram(
+            "duq_stage_seconds", "Time of a request by stage", ["stage"], registry=self.registry, buckets=_SECONDS
+        )
+        for kind in ERROR_KINDS:  # so that each is there, as zero, before it first happens
+            self._errors.labels(kind)
+
+    def error(self, kind: str) -> None:
+        """Counts a failure of one of ERROR_KINDS."""
+        self._errors.labels(kind).inc()
+
+    def times(self, milliseconds: Mapping[str, float]) -> None:
+        """Adds the stages of a call: {"prefix_ms": ..} counts as stage "prefix"."""
+        for name, value in milliseconds.items():
+            self._stages.labels(name.removesuffix("_ms")).observe(value / 1e3)
