@@ -232,12 +232,20 @@ def _single_assignment(lines: list[str], inputs: list[str], outputs: list[str]) 
 
 
 def add_functions(model: ir.Model, unsigned: bool = False) -> None:
-    """Gives the model the function of every duq node in it, and the domain's opset import."""
+    """Gives the model the function of every duq node in it, and the domain's opset import.
+
+    `unsigned`: the bodies for CPUs. Each variant then becomes an operator of its own name, `W4A8Linear.bias`: ONNX
+    Runtime looks overloads up correctly only from 1.24 on, which Python 3.10 does not have.
+    """
     opset = model.opset_imports[""]
     model.functions.clear()
     for node in model.graph:
-        if node.domain == DOMAIN and node.op_identifier() not in model.functions:
-            model.functions[node.op_identifier()] = function(node.op_type, node.overload, opset, unsigned)
+        if node.domain == DOMAIN:
+            body = function(node.op_type, node.overload, opset, unsigned)
+            if unsigned:
+                node.op_type, node.overload = f"{node.op_type}.{node.overload}", ""
+                body.name, body.overload = node.op_type, ""
+            model.functions.setdefault(node.op_identifier(), body)
     if model.functions:
         model.opset_imports[DOMAIN] = VERSION
         model.opset_imports.update(CPU_OPERATORS if unsigned else {})

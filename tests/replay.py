@@ -37,7 +37,7 @@ class Recorded(Plan):
             return data
         model, found = onnx.load_from_string(bytes(data)), {}
         for node in model.graph.node:
-            if node.op_type in ops.QUANTIZED_LINEARS and node.op_type.endswith("A8Linear"):
+            if node.domain == ops.DOMAIN and node.op_type.split(".")[0].endswith("A8Linear"):
                 for weight in node.input[2].split("+"):  # a merged linear's weight is named after all its parts
                     found[weight.removesuffix(".weight_q")] = (node.input[0], node.input[1])
         outputs = {output: kind for pair in found.values() for output, kind in zip(pair, ("x_q", "scale"))}

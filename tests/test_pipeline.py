@@ -65,6 +65,7 @@ def run_graphs(graphs, inputs: ModelInputs, noise: np.ndarray) -> np.ndarray:
     return x
 
 
+@pytest.mark.skipif(onnxruntime.__version__ < "1.24", reason="Python 3.10's ONNX Runtime has no Cos of opset 22")
 @pytest.mark.parametrize("policy", ["pi0", "pi05"])
 def test_every_rewrite_is_exact(policy, tiny_plans):
     checkpoint = load_checkpoint(tiny_plans(policy, "none").checkpoint)

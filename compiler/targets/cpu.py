@@ -32,9 +32,9 @@ def emit(graphs: Graphs, writer: PlanWriter, progress: Progress) -> dict:
                 progress.advance(task, tensor.nbytes)
     section = {}
     for name, model in graphs.items():
+        section[name] = _describe(model)
         ops.add_functions(model, unsigned=True)
         writer.write(f"graph/{name}.onnx", ir.to_proto(model).SerializeToString())
-        section[name] = _describe(model)
     return section
 
 
