@@ -12,6 +12,7 @@ from typing import ClassVar
 from plugins.driver import Shape
 from plugins.errors import KernelError
 
+MULTIPROCESSORS = 132  # of an H100 or H200; more thread blocks than run at once, or fewer, are slower but right
 MAX_SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
 
@@ -92,38 +93,47 @@ class Large:
 
 @dataclass(frozen=True)
 class Wgmma:
-    """gemm_wgmma.cu: many tokens on SM 90; `cluster` thread blocks share their activations."""
+    """gemm_wgmma.cu: SM 90; persistent thread blocks, or `split` of them for each tile."""
 
     groups: int
     tokens8: int
     stages: int
-    cluster: int
+    split: int = 1
 
     source: ClassVar[str] = "gemm_wgmma.cu"
     layout: ClassVar[str] = "wgmma"
 
     @property
     def slab_tokens(self) -> int:
-        """The tokens of a thread block: the activations' slabs are padded to a multiple of it."""
+        """The tokens of a tile: the activations' slabs are padded to a multiple of it."""
         return 8 * self.tokens8
 
     def expression(self, bits: int, out: str, geglu: bool = False) -> str:
-        return f"gemm_wgmma<{bits}, {self.groups}, {self.tokens8}, {self.stages}, {str(geglu).lower()}, {out}>"
+        shape = f"{self.groups}, {self.tokens8}, {self.stages}, {self.split}"
+        return f"gemm_wgmma<{bits}, {shape}, {str(geglu).lower()}, {out}>"
 
     def headers(self) -> Mapping[str, str]:
         return {"wgmma.cuh": wgmma_header(self.tokens8)}
 
     def shape(self, m: int, n: int, bits: int) -> Shape:
-        tokens, rows = 8 * self.tokens8, 64 * self.groups
-        shared = self.stages * (tokens * 128 + rows * 16 * bits) + 4 * self.groups * _staging_bytes(1)
-        return Shape((-(-m // tokens), n // rows, 1), 128 * self.groups + 32, shared, (1, self.cluster, 1))
+        tiles = -(-m // self.slab_tokens) * (n // (64 * self.groups))
+        blocks = min(tiles, MULTIPROCESSORS) if self.split == 1 else tiles * self.split
+        threads = 160 if self.groups == 1 else 128 * self.groups + 128
+        return Shape((blocks, 1, 1), threads, self.shared_bytes(bits), (self.split, 1, 1))
+
+    def shared_bytes(self, bits: int) -> int:
+        ring = self.stages * (self.slab_tokens * 128 + 64 * self.groups * 16 * bits)
+        if self.split == 1:
+            return ring + 4 * self.groups * _staging_bytes(1)
+        return max(ring, 4 * self.groups * self.slab_tokens * _pitch(16) * 4)
 
     def fits(self, m: int, n: int, k: int, bits: int, sm: int) -> bool:
         return (
             sm == 90
-            and n % (64 * self.groups * self.cluster) == 0
+            and n % (64 * self.groups) == 0
             and k % 128 == 0
-            and self.shape(m, n, bits).shared_bytes <= MAX_SHARED_BYTES[sm]
+            and k // 128 >= self.split
+            and self.shared_bytes(bits) <= MAX_SHARED_BYTES[sm]
         )
 
 
@@ -158,13 +168,11 @@ _LARGE = [
     for stages in (3, 4)
 ]
 _WGMMA = [
-    Wgmma(groups, tokens8, stages, cluster)
-    for groups, tokens8, stages in [(2, 26, 5), (2, 20, 6), (2, 24, 5), (2, 18, 6), (1, 26, 3), (1, 26, 4), (1, 26, 6), (1, 20, 4), (1, 20, 8), (1, 24, 3), (1, 24, 6), (2, 16, 6)]
-    for cluster in (1, 2)
-]
-
-
-_SMALL_WGMMA = [Wgmma(1, 8, stages, cluster) for stages in (4, 8) for cluster in (1, 2)]
+    Wgmma(groups, tokens8, stages)
+    for groups, tokens8, stages in [(2, 26, 5), (2, 24, 5), (2, 20, 6), (2, 18, 6), (2, 16, 7), (2, 14, 7), (2, 12, 8)]
+    + [(1, 26, 6), (1, 24, 7), (1, 20, 8), (1, 20, 7), (1, 16, 10), (2, 26, 4), (2, 20, 4)]
+] + [Wgmma(groups, tokens8, 5, split) for groups in (1, 2) for tokens8 in (20, 24, 26) for split in (2, 4)]
+_SMALL_WGMMA = [Wgmma(1, 8, stages, split) for stages in (4, 8) for split in (1, 2, 4, 8)]
 
 
 def candidates(m: int, n: int, k: int, bits: int, sm: int) -> list[Tactic]:
@@ -174,9 +182,9 @@ def candidates(m: int, n: int, k: int, bits: int, sm: int) -> list[Tactic]:
     if m <= 64:
         few = [t for t in fitting if t.tokens8 == (7 if m <= 56 else 8) and 64 <= t.shape(m, n, bits).grid[0] * t.split <= 288]
         return few + [t for t in _SMALL_WGMMA if t.fits(m, n, k, bits, sm)]
-    waste = {tactic: tactic.shape(m, n, bits).grid[0] * _block_tokens(tactic) / m for tactic in fitting}
+    waste = {tactic: -(-m // _block_tokens(tactic)) * _block_tokens(tactic) / m for tactic in fitting}
     least = min(waste.values(), default=1)
-    return [tactic for tactic in fitting if waste[tactic] <= 1.12 * least]
+    return [t for t in fitting if waste[t] <= 1.12 * least and (t.source != Wgmma.source or t.split == 1 or t.shape(m, n, bits).grid[0] <= 160)]
 
 
 def _block_tokens(tactic: Large | Wgmma) -> int:

@@ -5,6 +5,8 @@
 struct Bf16 { unsigned short bits; };
 struct Half { unsigned short bits; };
 
+template <class T> struct alignas(4 * sizeof(T)) Four { T v[4]; };
+
 template <class A, class B> constexpr bool is_same = false;
 template <class A> constexpr bool is_same<A, A> = true;
 
@@ -43,6 +45,28 @@ __device__ inline void let_next_kernel_start() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
+
+__device__ inline int4 operator+(int4 a, int4 b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
+
+// Blocks of a cluster (SM 90) that split K add their sums through each other's shared memory.
+#if __CUDA_ARCH__ >= 900 && !defined(NO_CLUSTER)
+#define CLUSTER 1
+__device__ inline void cluster_barrier() {  // shared memory written before it can be read after it
+  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
+}
+__device__ inline void cluster_wait_for_all() {  // the same without the wait for stores to global memory
+  asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
+}
+
+// Reads the shared memory of block `rank` of the cluster at the address that `local` has in one's own.
+__device__ inline int4 load_remote(const int* local, int rank) {
+  int4 v;
+  asm volatile("{.reg .u32 remote;\nmapa.shared::cluster.u32 remote, %4, %5;\n"
+               "ld.shared::cluster.v4.u32 {%0,%1,%2,%3}, [remote];}"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(unsigned(__cvta_generic_to_shared(local))), "r"(rank));
+  return v;
+}
+#endif
 
 // Weights of one 16 x 64 tile in a lane: plugins/layout.py, pack_fragments. 4 bits: one 16-byte load, 8 bits: two.
 template <int BITS> struct Fragment {
@@ -116,15 +140,15 @@ template <int BITS, bool GEGLU, class Out> struct Epilogue {
   __device__ static int first_row(int quad) { return quad / QUADS * 16 + quad % QUADS * 4; }
 
   struct Columns { float4 scale[PARTS], bias[PARTS]; };
-  struct Inputs { float scale, residual[4]; };
+  struct Inputs { float scale; Four<Out> residual; };
 
   __device__ Columns columns(int n) const {
     Columns c = {};
-    if constexpr (is_same<Out, int>) return c;
-    for (int part = 0; part < PARTS; ++part) {
-      c.scale[part] = *reinterpret_cast<const float4*>(weight_scale + n + 8 * part);
-      if (bias) c.bias[part] = *reinterpret_cast<const float4*>(bias + n + 8 * part);
-    }
+    if constexpr (!is_same<Out, int>)
+      for (int part = 0; part < PARTS; ++part) {
+        c.scale[part] = *reinterpret_cast<const float4*>(weight_scale + n + 8 * part);
+        if (bias) c.bias[part] = *reinterpret_cast<const float4*>(bias + n + 8 * part);
+      }
     return c;
   }
 
@@ -132,8 +156,7 @@ template <int BITS, bool GEGLU, class Out> struct Epilogue {
     Inputs in = {};
     if (is_same<Out, int> || token >= tokens) return in;
     in.scale = x_scale[token];
-    if (residual)
-      for (int i = 0; i < 4; ++i) in.residual[i] = to_float(residual[size_t(token) * rows + n + i]);
+    if (residual) in.residual = *reinterpret_cast<const Four<Out>*>(residual + size_t(token) * rows + n);
     return in;
   }
 
@@ -154,7 +177,7 @@ template <int BITS, bool GEGLU, class Out> struct Epilogue {
         v[part][2] = dequantise(acc.z, scale.z, in.scale, add.z), v[part][3] = dequantise(acc.w, scale.w, in.scale, add.w);
       }
       for (int i = 0; i < 4; ++i)
-        v[0][i] = GEGLU ? gelu_tanh(v[0][i]) * v[PARTS - 1][i] : residual ? __fadd_rn(v[0][i], in.residual[i]) : v[0][i];
+        v[0][i] = GEGLU ? gelu_tanh(v[0][i]) * v[PARTS - 1][i] : residual ? __fadd_rn(v[0][i], to_float(in.residual.v[i])) : v[0][i];
       if constexpr (is_same<Out, float>)
         *reinterpret_cast<float4*>(target) = {v[0][0], v[0][1], v[0][2], v[0][3]};
       else

@@ -13,10 +13,6 @@
 // shared memory WARPS * 8 TOKENS8 * pitch(16 ROWS16) * 4 bytes.
 #include "common.cuh"
 
-#if __CUDA_ARCH__ >= 900 && !defined(NO_CLUSTER)
-#define CLUSTER 1
-#endif
-
 // Reads written-by-others data past L1, which an overlapped launch may find stale.
 __device__ inline uint4 load_activations(const signed char* from) {
   uint4 v;
@@ -31,23 +27,6 @@ __device__ inline uint4 load_weights(const unsigned char* from) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
   return v;
 }
-
-__device__ inline int4 operator+(int4 a, int4 b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
-
-#if CLUSTER
-__device__ inline void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-
-// Reads the shared memory of block `rank` of the cluster at the address that `local` has in one's own.
-__device__ inline int4 load_remote(const int* local, int rank) {
-  int4 v;
-  asm volatile("{.reg .u32 remote;\nmapa.shared::cluster.u32 remote, %4, %5;\n"
-               "ld.shared::cluster.v4.u32 {%0,%1,%2,%3}, [remote];}"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(unsigned(__cvta_generic_to_shared(local))), "r"(rank));
-  return v;
-}
-#endif
 
 template <int BITS, int ROWS16, int TOKENS8, int WARPS, int STAGES, bool GEGLU, class Out>
 __global__ void __launch_bounds__(32 * WARPS)
@@ -154,8 +133,7 @@ gemm_small(const signed char* x_q, const float* x_scale, const unsigned char* we
     for (int other = 1; other < split; ++other) sum = sum + load_remote(partial + token * PITCH + row, other);
     return sum;
   });
-  // No block leaves while its shared memory is being read; a full barrier would also wait for the stores above.
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+  cluster_wait_for_all();  // no block leaves while its shared memory is being read
 #else
   // workspace: int32 [M padded, N] sums, then one counter a tile; all zero before and after.
   int* const sums = workspace + size_t(first_token) * rows + blockIdx.x * ROWS;

@@ -15,29 +15,24 @@
 // grid M, block a multiple of 32 with VECTORS * 8 * block >= K; shared memory 4 K bytes for a dense rotation, else none.
 #include "common.cuh"
 
-constexpr int PLAIN = 0, RMS_NORM = 1, GEGLU = 2;
-constexpr int NONE = 0, DENSE = 1;
+enum Source { PLAIN, RMS_NORM, GEGLU };
+enum Rotation { NONE, DENSE };  // or the block size of a Hadamard
 
-__device__ inline void load8(const float* from, float (&v)[8]) {
-  const float4 a = *reinterpret_cast<const float4*>(from), b = *reinterpret_cast<const float4*>(from + 4);
-  v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
-}
-template <class In> __device__ inline void load8(const In* from, float (&v)[8]) {
-  const uint4 raw = *reinterpret_cast<const uint4*>(from);
-  const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
+// 8 consecutive channels as they lie in memory.
+template <class T> struct alignas(16) Eight { T v[8]; };
+
+template <class T> __device__ inline void convert(const Eight<T>& from, float (&to)[8]) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) v[i] = to_float(In{static_cast<unsigned short>(words[i / 2] >> (i % 2 * 16))});
+  for (int i = 0; i < 8; ++i) to[i] = to_float(from.v[i]);
 }
 
-// Channels k..k+7 of x', that is source channels `permutation[k..]`; zeros beyond K.
-template <class T> __device__ inline void load8(const T* row, const int* permutation, int k, int depth, float (&v)[8]) {
-  if (k >= depth) {
-    for (int i = 0; i < 8; ++i) v[i] = 0;
-  } else if (permutation) {
-    for (int i = 0; i < 8; ++i) v[i] = to_float(row[permutation[k + i]]);
-  } else {
-    load8(row + k, v);
-  }
+// Channels k..k+7 of x', that is channels `permutation[k..]` of `row`; zeros beyond K.
+template <class T> __device__ inline Eight<T> load8(const T* row, const int* permutation, int k, int depth) {
+  Eight<T> out = {};
+  if (k >= depth) return out;
+  if (!permutation) return *reinterpret_cast<const Eight<T>*>(row + k);
+  for (int i = 0; i < 8; ++i) out.v[i] = row[permutation[k + i]];
+  return out;
 }
 
 template <bool MAX> __device__ inline float reduce_block(float value) {
@@ -52,7 +47,7 @@ template <bool MAX> __device__ inline float reduce_block(float value) {
   return value;
 }
 
-// Multiplies the BLOCK channels that lie in this thread and its neighbours by H / sqrt(BLOCK), Sylvester order.
+// Multiplies the BLOCK channels that lie in this thread and its neighbours by H, Sylvester order.
 template <int BLOCK> __device__ inline void hadamard(float (&v)[8]) {
 #pragma unroll
   for (int stride = 1; stride < 8; stride *= 2)
@@ -66,12 +61,8 @@ template <int BLOCK> __device__ inline void hadamard(float (&v)[8]) {
   for (int lanes = 1; lanes < BLOCK / 8; lanes *= 2)
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const float other = __shfl_xor_sync(~0u, v[i], lanes);
-      v[i] = threadIdx.x & lanes ? other - v[i] : v[i] + other;
+      v[i] = fmaf(v[i], threadIdx.x & lanes ? -1.0f : 1.0f, __shfl_xor_sync(~0u, v[i], lanes));
     }
-  constexpr float NORM = BLOCK == 16 ? 0.25f : BLOCK == 32 ? 0.17677669529663687f : BLOCK == 64 ? 0.125f : 0.08838834764831845f;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) v[i] *= NORM;
 }
 
 // v[j] = sum_i row[i] R[i][j] for channels k..k+7 of `row`, R the matrix of their block.
@@ -81,19 +72,34 @@ __device__ inline void rotate_dense(const float* row, const float* rotation, int
   for (int j = 0; j < 8; ++j) v[j] = 0;
   for (int i = 0; i < block; ++i, matrix += block) {
     float r[8];
-    load8(matrix, r);
+    convert(*reinterpret_cast<const Eight<float>*>(matrix), r);
     for (int j = 0; j < 8; ++j) v[j] = fmaf(inputs[i], r[j], v[j]);
   }
 }
 
-// round_half_even(value / scale), saturated. value * (1 / scale) is within 1e-4 of the quotient for all that do not
-// saturate; only near a tie is the true quotient, many times dearer, needed to round the same way.
-__device__ inline unsigned quantize(float value, float scale, float inverse) {
-  float ratio = value * inverse;
-  if (fabsf(fabsf(ratio - rintf(ratio)) - 0.5f) < 1e-3f) ratio = __fdiv_rn(value, scale);
-  int q;
-  asm("cvt.rni.sat.s8.f32 %0, %1;" : "=r"(q) : "f"(ratio));
-  return q & 0xFF;
+// 1 / sqrt(BLOCK), which is applied with the scale.
+template <int BLOCK> constexpr float NORM = BLOCK == 16 ? 0.25f : BLOCK == 32 ? 0.17677669529663687f : BLOCK == 64 ? 0.125f : BLOCK == 128 ? 0.08838834764831845f : 1.0f;
+
+// Adding this rounds to an integer, half to even, and leaves its two's complement in the low bits.
+constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23
+
+__device__ inline unsigned low_bytes(float a, float b, float c, float d) {
+  const unsigned ab = __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x0040);
+  return __byte_perm(ab, __byte_perm(__float_as_uint(c), __float_as_uint(d), 0x0040), 0x5410);
+}
+
+// The bytes of round_half_even(v * norm / scale), |quotient| below 128.5. v * (norm / scale) is within 5e-5 of it; only
+// near a tie is the true quotient, many times dearer, needed to round the same way.
+__device__ inline uint2 quantize8(const float (&v)[8], float norm, float scale, float factor) {
+  float q[8], farthest = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    q[i] = fmaf(v[i], factor, ROUND);
+    farthest = fmaxf(farthest, fabsf(fmaf(v[i], factor, ROUND - q[i])));
+  }
+  if (farthest > 0.4999f)
+    for (int i = 0; i < 8; ++i) q[i] = __fdiv_rn(__fmul_rn(v[i], norm), scale) + ROUND;
+  return {low_bytes(q[0], q[1], q[2], q[3]), low_bytes(q[4], q[5], q[6], q[7])};
 }
 
 template <class In, int SOURCE, int BLOCK, int VECTORS>
@@ -109,14 +115,17 @@ rotate_quantize(const In* x, const float* gain, const float* shift, const float*
 
   let_next_kernel_start();
   wait_for_inputs();
+  Eight<In> first[VECTORS], second[SOURCE == GEGLU ? VECTORS : 1];  // all loads before the first use
+#pragma unroll
+  for (int n = 0; n < VECTORS; ++n) first[n] = load8(row, permutation, channel(n), depth);
+  if constexpr (SOURCE == GEGLU)
+#pragma unroll
+    for (int n = 0; n < VECTORS; ++n) second[n] = load8(row + depth, permutation, channel(n), depth);
 #pragma unroll
   for (int n = 0; n < VECTORS; ++n) {
-    load8(row, permutation, channel(n), depth, v[n]);
-    if (SOURCE == GEGLU) {
-      float up[8];
-      load8(row + depth, permutation, channel(n), depth, up);
-      for (int i = 0; i < 8; ++i) v[n][i] = gelu_tanh(v[n][i]) * up[i];
-    }
+    convert(first[n], v[n]);
+    if constexpr (SOURCE == GEGLU)
+      for (int i = 0; i < 8; ++i) v[n][i] = gelu_tanh(v[n][i]) * to_float(second[n].v[i]);
   }
 
   float normalise = 1;
@@ -134,18 +143,17 @@ rotate_quantize(const In* x, const float* gain, const float* shift, const float*
     const int k = channel(n);
     if (SOURCE == RMS_NORM)
       for (int i = 0; i < 8; ++i) v[n][i] = __fmul_rn(v[n][i], normalise);
-    float f[8];
     if (gain) {
-      load8(gain, permutation, k, depth, f);
-      for (int i = 0; i < 8; ++i) v[n][i] = __fmul_rn(v[n][i], f[i]);
+      const Eight<float> f = load8(gain, permutation, k, depth);
+      for (int i = 0; i < 8; ++i) v[n][i] = __fmul_rn(v[n][i], f.v[i]);
     }
     if (shift) {
-      load8(shift, permutation, k, depth, f);
-      for (int i = 0; i < 8; ++i) v[n][i] = __fadd_rn(v[n][i], f[i]);
+      const Eight<float> f = load8(shift, permutation, k, depth);
+      for (int i = 0; i < 8; ++i) v[n][i] = __fadd_rn(v[n][i], f.v[i]);
     }
     if (input_scale) {
-      load8(input_scale, permutation, k, depth, f);
-      for (int i = 0; i < 8; ++i) v[n][i] = __fmul_rn(v[n][i], f[i]);
+      const Eight<float> f = load8(input_scale, permutation, k, depth);
+      for (int i = 0; i < 8; ++i) v[n][i] = __fmul_rn(v[n][i], f.v[i]);
     }
     if (BLOCK > DENSE) hadamard<BLOCK>(v[n]);
     if (BLOCK == DENSE && k < depth)
@@ -158,20 +166,20 @@ rotate_quantize(const In* x, const float* gain, const float* shift, const float*
     for (int i = 0; i < 8; ++i) absmax = fmaxf(absmax, fabsf(v[n][i]));
   }
 
-  const float scale = activation_scale ? *activation_scale : __fdiv_rn(fmaxf(reduce_block<true>(absmax), 1e-12f), 127.0f);
-  const float inverse = __fdiv_rn(1.0f, scale);
+  constexpr float norm = NORM<BLOCK>;
+  const float scale =
+      activation_scale ? *activation_scale : __fdiv_rn(fmaxf(reduce_block<true>(absmax) * norm, 1e-12f), 127.0f);
+  const float factor = __fdiv_rn(norm, scale);
+  const float lowest = __fdiv_rn(-128 * scale, norm), highest = __fdiv_rn(127 * scale, norm);
   if (threadIdx.x == 0) x_scale[token] = scale;
 #pragma unroll
   for (int n = 0; n < VECTORS; ++n) {
     const int k = channel(n);
     if (k >= depth) break;
-    uint2 packed = {0, 0};
-    for (int i = 0; i < 4; ++i) {
-      packed.x |= quantize(v[n][i], scale, inverse) << (8 * i);
-      packed.y |= quantize(v[n][i + 4], scale, inverse) << (8 * i);
-    }
+    if (activation_scale)  // saturate; the greatest of a token never exceeds 127 otherwise
+      for (int i = 0; i < 8; ++i) v[n][i] = fminf(fmaxf(v[n][i], lowest), highest);
     const size_t swizzled = (k / 16 % 8 ^ token % 8) * 16 + k % 16;
     const size_t at = slab_tokens ? (size_t(k / 128) * slab_tokens + token) * 128 + swizzled : size_t(token) * depth + k;
-    *reinterpret_cast<uint2*>(x_q + at) = packed;
+    *reinterpret_cast<uint2*>(x_q + at) = quantize8(v[n], norm, scale, factor);
   }
 }

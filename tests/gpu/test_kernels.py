@@ -19,10 +19,14 @@ TACTICS = [
     Large(4, 8, 4, 2, 3),
     Large(2, 13, 2, 2, 3),
     Large(2, 10, 4, 2, 3),
-    Wgmma(2, 26, 3, 1),
-    Wgmma(2, 24, 3, 2),
-    Wgmma(1, 8, 8, 2),
-    Wgmma(1, 20, 4, 4),
+    Wgmma(2, 26, 3),
+    Wgmma(2, 24, 3),
+    Wgmma(1, 8, 8),
+    Wgmma(1, 8, 4, split=4),
+    Wgmma(1, 8, 4, split=8),
+    Wgmma(2, 26, 5, split=2),
+    Wgmma(1, 20, 5, split=2),
+    Wgmma(1, 20, 4),
 ]
 GUARD = 8  # rows of y past the last token, which must stay as they are
 
@@ -70,7 +74,7 @@ def test_integer_sums_are_exact(tactic, m, bits):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("extras", ["", "bias", "residual", "bias residual", "in place"])
-@pytest.mark.parametrize("tactic", [Small(2, 7, 4, 2), Small(1, 7, 4, 2, split=4), Large(4, 8, 4, 2, 3), Wgmma(2, 26, 3, 2)], ids=str)
+@pytest.mark.parametrize("tactic", [Small(2, 7, 4, 2), Small(1, 7, 4, 2, split=4), Large(4, 8, 4, 2, 3), Wgmma(2, 26, 3), Wgmma(1, 8, 4, split=4)], ids=str)
 def test_epilogue_is_the_definition_in_float32(tactic, extras, dtype):
     m, n, k = 51, 256, 1024
     if not fits(tactic, m, n, k, 4):
@@ -95,7 +99,7 @@ def test_epilogue_is_the_definition_in_float32(tactic, extras, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("m", [50, 209])
-@pytest.mark.parametrize("tactic", [Small(2, 7, 4, 2), Small(1, 8, 8, 2, split=2), Large(4, 8, 4, 2, 3), Large(2, 13, 2, 2, 3), Wgmma(2, 26, 3, 1)], ids=str)
+@pytest.mark.parametrize("tactic", [Small(2, 7, 4, 2), Small(1, 8, 8, 2, split=2), Large(4, 8, 4, 2, 3), Large(2, 13, 2, 2, 3), Wgmma(2, 26, 3), Wgmma(1, 8, 4, split=4)], ids=str)
 def test_geglu_epilogue(tactic, m, dtype):
     n, k = 512, 1024
     if not fits(tactic, m, n, k, 4):
