@@ -61,6 +61,10 @@ def run(plan: Path, data: Annotated[Path, typer.Argument(help="Observations, as 
         print(f"{observation['prompt']:16} {milliseconds:>25}    {list(actions.shape)}    {first}")
 
 
-if __name__ == "__main__":
+def main() -> None:
     with one_line_errors():
         app()
+
+
+if __name__ == "__main__":
+    main()
