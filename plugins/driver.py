@@ -73,7 +73,7 @@ class Kernel:
         for that end themselves before they touch its results (programmatic dependent launch).
         """
         driver = _driver()
-        if shape.shared_bytes > max(self._shared_bytes, 48 * 1024):  # above 48 KB has to be asked for, once
+        if shape.shared_bytes > self._shared_bytes:  # above 48 KB, static included, has to be asked for, once
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _call("cuFuncSetAttribute", self._function, attribute, shape.shared_bytes)
             self._shared_bytes = shape.shared_bytes
