@@ -1,12 +1,16 @@
-"""The tile shapes of the CUDA GEMMs, and which of them suit a problem: which kernel for which (M, N, K, bits, SM).
+"""The tile shapes of the CUDA GEMMs: which kernel, with which template parameters, for which (M, N, K, bits, SM).
 
-All GEMM kernels take the same arguments and compute the same integers; a tactic is one of them with its template
-parameters. The best is found by timing (tools/bench_kernels.py); `candidates` lists what is worth timing.
+All GEMM kernels take the same arguments and compute the same integers; a tactic is one of them with its parameters.
+`candidates` lists what is worth timing for a problem, `best` chooses: from the table of what was timed where it has the
+problem or a similar one, else the first candidate.
 """
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from plugins.driver import Shape
@@ -14,14 +18,17 @@ from plugins.errors import KernelError
 
 MULTIPROCESSORS = 132  # of an H100 or H200; more thread blocks than run at once, or fewer, are slower but right
 MAX_SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+FEW_TOKENS = 64  # up to here a GEMM is bound by its weights and by latency
+TABLE = Path(__file__).parent / "tactics_sm90.json"
 
 
-def _pitch(rows: int) -> int:
-    return rows + 4  # common.cuh, pitch
+def _staged_bytes(tokens: int, rows: int) -> int:
+    """Shared memory through which sums become rows of y (common.cuh, pitch)."""
+    return tokens * (rows + 4) * 4
 
 
-def _staging_bytes(rows16: int) -> int:
-    return max(1, 4 // rows16) * 8 * _pitch(16 * rows16) * 4  # common.cuh, staging_words
+def _warp_staging_bytes(rows16: int) -> int:
+    return _staged_bytes(8 * max(1, 4 // rows16), 16 * rows16)  # common.cuh, staging_words
 
 
 @dataclass(frozen=True)
@@ -38,24 +45,24 @@ class Small:
     layout: ClassVar[str] = "direct"
     slab_tokens: ClassVar[int] = 0
 
+    @property
+    def tile_tokens(self) -> int:
+        return 8 * self.tokens8
+
     def expression(self, bits: int, out: str, geglu: bool = False) -> str:
-        return f"gemm_small<{bits}, {self.rows16}, {self.tokens8}, {self.warps}, {self.stages}, {str(geglu).lower()}, {out}>"
+        parameters = f"{self.rows16}, {self.tokens8}, {self.warps}, {self.stages}"
+        return f"gemm_small<{bits}, {parameters}, {str(geglu).lower()}, {out}>"
 
     def headers(self) -> Mapping[str, str]:
         return {}
 
     def shape(self, m: int, n: int, bits: int) -> Shape:
-        grid = (n // (16 * self.rows16), self.split, -(-m // (8 * self.tokens8)))
-        shared = self.warps * 8 * self.tokens8 * _pitch(16 * self.rows16) * 4
-        return Shape(grid, 32 * self.warps, shared, (1, self.split, 1))
+        grid = (n // (16 * self.rows16), self.split, -(-m // self.tile_tokens))
+        shared_bytes = self.warps * _staged_bytes(self.tile_tokens, 16 * self.rows16)
+        return Shape(grid, 32 * self.warps, shared_bytes, (1, self.split, 1))
 
-    def fits(self, m: int, n: int, k: int, bits: int, sm: int) -> bool:
-        return (
-            n % (16 * self.rows16) == 0
-            and k % 64 == 0
-            and k // 64 >= self.split * self.warps
-            and self.shape(m, n, bits).shared_bytes <= MAX_SHARED_BYTES[sm]
-        )
+    def divides(self, n: int, k: int) -> bool:
+        return n % (16 * self.rows16) == 0 and k % 64 == 0 and k // 64 >= self.split * self.warps
 
 
 @dataclass(frozen=True)
@@ -71,24 +78,31 @@ class Large:
     source: ClassVar[str] = "gemm_large.cu"
     layout: ClassVar[str] = "direct"
     slab_tokens: ClassVar[int] = 0
+    split: ClassVar[int] = 1
+
+    @property
+    def tile_tokens(self) -> int:
+        return 8 * self.tokens8 * self.warps_m
+
+    @property
+    def tile_rows(self) -> int:
+        return 16 * self.rows16 * self.warps_n
 
     def expression(self, bits: int, out: str, geglu: bool = False) -> str:
-        return (
-            f"gemm_large<{bits}, {self.rows16}, {self.tokens8}, {self.warps_n}, {self.warps_m}, {self.stages}, {str(geglu).lower()}, {out}>"
-        )
+        parameters = f"{self.rows16}, {self.tokens8}, {self.warps_n}, {self.warps_m}, {self.stages}"
+        return f"gemm_large<{bits}, {parameters}, {str(geglu).lower()}, {out}>"
 
     def headers(self) -> Mapping[str, str]:
         return {}
 
     def shape(self, m: int, n: int, bits: int) -> Shape:
-        tokens, rows = 8 * self.tokens8 * self.warps_m, 16 * self.rows16 * self.warps_n
-        ring = self.stages * (tokens * 128 + rows * 16 * bits)
-        staging = self.warps_n * self.warps_m * _staging_bytes(self.rows16)
-        return Shape((-(-m // tokens), n // rows, 1), 32 * self.warps_n * self.warps_m, max(ring, staging))
+        warps = self.warps_n * self.warps_m
+        ring = self.stages * (self.tile_tokens * 128 + self.tile_rows * 16 * bits)
+        shared_bytes = max(ring, warps * _warp_staging_bytes(self.rows16))
+        return Shape((-(-m // self.tile_tokens), n // self.tile_rows, 1), 32 * warps, shared_bytes)
 
-    def fits(self, m: int, n: int, k: int, bits: int, sm: int) -> bool:
-        rows = 16 * self.rows16 * self.warps_n
-        return n % rows == 0 and k % 128 == 0 and self.shape(m, n, bits).shared_bytes <= MAX_SHARED_BYTES[sm]
+    def divides(self, n: int, k: int) -> bool:
+        return n % self.tile_rows == 0 and k % 128 == 0
 
 
 @dataclass(frozen=True)
@@ -104,37 +118,34 @@ class Wgmma:
     layout: ClassVar[str] = "wgmma"
 
     @property
-    def slab_tokens(self) -> int:
-        """The tokens of a tile: the activations' slabs are padded to a multiple of it."""
+    def tile_tokens(self) -> int:
         return 8 * self.tokens8
 
+    @property
+    def slab_tokens(self) -> int:
+        """The activations come in slabs, padded to a multiple of this (plugins.layout.activation_slabs)."""
+        return self.tile_tokens
+
     def expression(self, bits: int, out: str, geglu: bool = False) -> str:
-        shape = f"{self.groups}, {self.tokens8}, {self.stages}, {self.split}"
-        return f"gemm_wgmma<{bits}, {shape}, {str(geglu).lower()}, {out}>"
+        parameters = f"{self.groups}, {self.tokens8}, {self.stages}, {self.split}"
+        return f"gemm_wgmma<{bits}, {parameters}, {str(geglu).lower()}, {out}>"
 
     def headers(self) -> Mapping[str, str]:
         return {"wgmma.cuh": wgmma_header(self.tokens8)}
 
     def shape(self, m: int, n: int, bits: int) -> Shape:
-        tiles = -(-m // self.slab_tokens) * (n // (64 * self.groups))
+        tiles = -(-m // self.tile_tokens) * (n // (64 * self.groups))
         blocks = min(tiles, MULTIPROCESSORS) if self.split == 1 else tiles * self.split
         threads = 160 if self.groups == 1 else 128 * self.groups + 128
-        return Shape((blocks, 1, 1), threads, self.shared_bytes(bits), (self.split, 1, 1))
-
-    def shared_bytes(self, bits: int) -> int:
-        ring = self.stages * (self.slab_tokens * 128 + 64 * self.groups * 16 * bits)
+        ring, warps = self.stages * (self.tile_tokens * 128 + 64 * self.groups * 16 * bits), 4 * self.groups
         if self.split == 1:
-            return ring + 4 * self.groups * _staging_bytes(1)
-        return max(ring, 4 * self.groups * self.slab_tokens * _pitch(16) * 4)
+            shared_bytes = ring + warps * _warp_staging_bytes(1)
+        else:
+            shared_bytes = max(ring, warps * _staged_bytes(self.tile_tokens, 16))
+        return Shape((blocks, 1, 1), threads, shared_bytes, (self.split, 1, 1))
 
-    def fits(self, m: int, n: int, k: int, bits: int, sm: int) -> bool:
-        return (
-            sm == 90
-            and n % (64 * self.groups) == 0
-            and k % 128 == 0
-            and k // 128 >= self.split
-            and self.shared_bytes(bits) <= MAX_SHARED_BYTES[sm]
-        )
+    def divides(self, n: int, k: int) -> bool:
+        return n % (64 * self.groups) == 0 and k % 128 == 0 and k // 128 >= self.split
 
 
 Tactic = Small | Large | Wgmma
@@ -149,51 +160,73 @@ def wgmma_header(tokens8: int) -> str:
     return f"""#pragma once
 __device__ inline void wgmma(int (&d)[{tokens8}][4], const unsigned (&a)[4], unsigned long long b) {{
   asm volatile("{{.reg .pred add;\\nsetp.eq.u32 add, 0, 0;\\n"
-               "wgmma.mma_async.sync.aligned.m64n{8 * tokens8}k32.s32.s8.s8 {{{accumulators}}}, {{{a}}}, %{count + 4}, add;}}"
+               "wgmma.mma_async.sync.aligned.m64n{8 * tokens8}k32.s32.s8.s8 "
+               "{{{accumulators}}}, {{{a}}}, %{count + 4}, add;}}"
                : {operands}
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }}
 """
 
 
-_SMALL = [
+_SMALL_TILES = [(2, 8, 2), (2, 8, 1), (1, 8, 2), (1, 8, 4), (1, 4, 4), (2, 4, 2), (2, 4, 4), (4, 4, 2), (4, 8, 1)]
+_SMALL: list[Tactic] = [
     Small(rows16, tokens8, warps, stages, split)
-    for rows16, warps, stages in [(1, 4, 4), (1, 8, 2), (1, 8, 4), (2, 4, 2), (2, 4, 4), (2, 8, 1), (2, 8, 2), (4, 4, 2), (4, 8, 1)]
+    for rows16, warps, stages in _SMALL_TILES
     for tokens8 in (7, 8)
     for split in (1, 2, 4, 8)
 ]
-_LARGE = [
-    Large(rows16, tokens8, warps_n, warps_m, stages)
-    for rows16, tokens8, warps_n, warps_m in [(4, 8, 4, 2), (2, 13, 4, 2), (4, 8, 2, 2), (2, 10, 4, 2), (2, 13, 2, 2), (2, 8, 4, 2)]
-    for stages in (3, 4)
+_SMALL_WGMMA: list[Tactic] = [Wgmma(1, 8, stages, split) for stages in (4, 8) for split in (1, 2, 4, 8)]
+_WGMMA_TILES = [(26, 5), (26, 4), (24, 5), (20, 6), (20, 4), (18, 6), (16, 7), (14, 7), (12, 8)]
+_WGMMA: list[Tactic] = [
+    *(Wgmma(2, tokens8, stages) for tokens8, stages in _WGMMA_TILES),
+    *(Wgmma(1, tokens8, stages) for tokens8, stages in [(26, 6), (24, 7), (20, 8), (20, 7), (16, 10)]),
+    *(Wgmma(groups, tokens8, 5, split) for groups in (1, 2) for tokens8 in (20, 24, 26) for split in (2, 4)),
 ]
-_WGMMA = [
-    Wgmma(groups, tokens8, stages)
-    for groups, tokens8, stages in [(2, 26, 5), (2, 24, 5), (2, 20, 6), (2, 18, 6), (2, 16, 7), (2, 14, 7), (2, 12, 8)]
-    + [(1, 26, 6), (1, 24, 7), (1, 20, 8), (1, 20, 7), (1, 16, 10), (2, 26, 4), (2, 20, 4)]
-] + [Wgmma(groups, tokens8, 5, split) for groups in (1, 2) for tokens8 in (20, 24, 26) for split in (2, 4)]
-_SMALL_WGMMA = [Wgmma(1, 8, stages, split) for stages in (4, 8) for split in (1, 2, 4, 8)]
+_LARGE_TILES = [(4, 8, 4, 2), (2, 13, 4, 2), (4, 8, 2, 2), (2, 10, 4, 2), (2, 13, 2, 2), (2, 8, 4, 2)]
+_LARGE: list[Tactic] = [Large(*tile, stages) for tile in _LARGE_TILES for stages in (4, 3)]
+
+
+def fits(tactic: Tactic, m: int, n: int, k: int, bits: int, sm: int) -> bool:
+    """Whether the tactic computes this problem on this SM at all."""
+    if isinstance(tactic, Wgmma) and sm != 90:
+        return False
+    return tactic.divides(n, k) and tactic.shape(m, n, bits).shared_bytes <= MAX_SHARED_BYTES[sm]
 
 
 def candidates(m: int, n: int, k: int, bits: int, sm: int) -> list[Tactic]:
-    """The tactics worth timing for y[m, n] = x[m, k] w[n, k]^T on an SM, without those whose tiles mostly overhang."""
-    chosen: list[Tactic] = _SMALL if m <= 64 else [*_LARGE, *_WGMMA]
-    fitting = [tactic for tactic in chosen if tactic.fits(m, n, k, bits, sm)]
-    if m <= 64:
-        few = [t for t in fitting if t.tokens8 == (7 if m <= 56 else 8) and 64 <= t.shape(m, n, bits).grid[0] * t.split <= 288]
-        return few + [t for t in _SMALL_WGMMA if t.fits(m, n, k, bits, sm)]
-    waste = {tactic: -(-m // _block_tokens(tactic)) * _block_tokens(tactic) / m for tactic in fitting}
-    least = min(waste.values(), default=1)
-    return [t for t in fitting if waste[t] <= 1.12 * least and (t.source != Wgmma.source or t.split == 1 or t.shape(m, n, bits).grid[0] <= 160)]
+    """The tactics worth timing for y[m, n] = x[m, k] w[n, k]^T on an SM."""
+    few = m <= FEW_TOKENS
+    fitting = [t for t in (_SMALL + _SMALL_WGMMA if few else _WGMMA + _LARGE) if fits(t, m, n, k, bits, sm)]
+    padded = {tactic: -(-m // tactic.tile_tokens) * tactic.tile_tokens for tactic in fitting}
+    least = min(padded.values(), default=0)
+    return [t for t in fitting if padded[t] <= 1.15 * least and _spread_well(t, m, n, bits)]
 
 
-def _block_tokens(tactic: Large | Wgmma) -> int:
-    return 8 * tactic.tokens8 * (tactic.warps_m if isinstance(tactic, Large) else 1)
+def _spread_well(tactic: Tactic, m: int, n: int, bits: int) -> bool:
+    """Splitting K is for problems with few tiles; and few tokens want about as many blocks as multiprocessors."""
+    x, y, z = tactic.shape(m, n, bits).grid
+    if isinstance(tactic, Small):
+        return 64 <= x * y * z <= 2.2 * MULTIPROCESSORS
+    return tactic.split == 1 or x * y * z <= 1.25 * MULTIPROCESSORS
 
 
 def best(m: int, n: int, k: int, bits: int, sm: int) -> Tactic:
-    """The tactic to use where none was timed. Raises KernelError when no tactic fits."""
+    """The tactic to use where nothing is timed: that of the nearest M in the table, else the first candidate.
+
+    Raises KernelError when no tactic fits.
+    """
     fitting = candidates(m, n, k, bits, sm)
     if not fitting:
         raise KernelError(f"no GEMM kernel for M, N, K = {m}, {n}, {k} at {bits} bits on SM {sm}")
-    return fitting[0]
+    timed = [(abs(m - at), tactic) for at, tactic in _timed().get((n, k, bits), []) if tactic in fitting]
+    return min(timed, key=lambda entry: entry[0])[1] if timed else fitting[0]
+
+
+@functools.cache
+def _timed() -> dict[tuple[int, int, int], list[tuple[int, Tactic]]]:
+    """(N, K, bits) -> [(M, the fastest tactic)], as tests/gpu/bench_kernels.py --table wrote it on an H100."""
+    table: dict[tuple[int, int, int], list[tuple[int, Tactic]]] = {}
+    for row in json.loads(TABLE.read_text()):
+        tactic = {kind.__name__: kind for kind in (Small, Large, Wgmma)}[row["kernel"]](*row["parameters"])
+        table.setdefault((row["n"], row["k"], row["bits"]), []).append((row["m"], tactic))
+    return table

@@ -6,7 +6,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from plugins.errors import LayoutError
-from plugins.layout import activation_slabs, interleave_gate_up, pack_fragments, pack_int4, unpack_fragments, unpack_int4
+from plugins.layout import (
+    activation_slabs,
+    interleave_gate_up,
+    pack_fragments,
+    pack_int4,
+    unpack_fragments,
+    unpack_int4,
+)
 
 even_shapes = hnp.array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=9).map(lambda s: (*s[:-1], 2 * s[-1]))
 int4_arrays = even_shapes.flatmap(lambda s: hnp.arrays(np.int8, s, elements=st.integers(-8, 7)))
@@ -101,7 +108,7 @@ def tile_index(row, column, columns, layout):
 @pytest.mark.parametrize("layout", ["direct", "wgmma"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_fragments_multiply_as_the_tensor_cores_do(bits, layout):
-    """Emulates the data movement: every lane's registers, summed over the four lanes of a row as the instruction does."""
+    """Emulates the data movement: every lane's registers, summed over a row's four lanes as the instruction does."""
     random = np.random.default_rng(0)
     low = -(2 ** (bits - 1))
     weight = random.integers(low, -low, (64, 256)).astype(np.int8)

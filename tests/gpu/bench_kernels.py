@@ -1,6 +1,6 @@
 """Times every candidate tactic of the policy's GEMMs, checks each, and prints the best beside torch's GEMMs.
 
-    python tests/gpu/bench_kernels.py [--only expert|prefix] [--bits 4 8] [--json results.json]
+    python tests/gpu/bench_kernels.py [--only expert|prefix] [--bits 4 8] [--json results.json] [--table table.json]
 
 Weights are rotated through more memory than L2 holds and launches are replayed from a CUDA graph. Every tactic's bf16
 output is compared bit for bit with the definition; the best one's int32 output with the exact sums.
@@ -8,6 +8,7 @@ output is compared bit for bit with the definition; the best one's int32 output 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import statistics
@@ -157,6 +158,13 @@ def bench_mlp(m: int, width: int, hidden: int, gate_up, down) -> dict:
     return result
 
 
+def table_row(result: dict) -> dict:
+    """A row of the table that plugins.tactics.best reads."""
+    chosen = {key: result[key] for key in ("m", "n", "k", "bits")}
+    parameters = list(dataclasses.asdict(result["best"]).values())
+    return chosen | {"kernel": type(result["best"]).__name__, "parameters": parameters, "us": round(result["us"], 2)}
+
+
 def compile_all(chosen: list, bits: list[int]) -> None:
     """Fills the cache of cubins on all cores."""
     sm = launch.compute_capability()
@@ -177,7 +185,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["expert", "prefix"])
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 8], choices=[4, 8])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="all timings")
+    parser.add_argument("--table", type=Path, help="the best of each, as plugins/tactics_sm90.json")
     options = parser.parse_args()
     chosen = problems(options.only)
     compile_all(chosen, options.bits)
@@ -199,6 +208,8 @@ def main() -> None:
         if f"{name} down" in of:
             r = bench_mlp(m, width, hidden, of[f"{name} gate-up"], of[f"{name} down"])
             print(f"{name} MLP, W4A8:", ", ".join(f"{key} {value:.1f}" for key, value in r.items() if key.endswith("us")))
+    if options.table:
+        options.table.write_text("[\n" + ",\n".join(json.dumps(table_row(r)) for r in results) + "\n]\n")
     for r in results:
         del r["best"]
     if options.json:

@@ -8,6 +8,7 @@ import torch
 
 from plugins.layout import activation_slabs, interleave_gate_up
 from plugins.tactics import Large, Small, Wgmma, best
+from plugins.tactics import fits as fits_sm
 from tests.gpu import launch
 
 TACTICS = [
@@ -55,7 +56,7 @@ def run(tactic, bits: int, x_q, weight, y, scales=None, bias=None, residual=None
 
 
 def fits(tactic, m: int, n: int, k: int, bits: int) -> bool:
-    return tactic.fits(m, n, k, bits, launch.compute_capability())
+    return fits_sm(tactic, m, n, k, bits, launch.compute_capability())
 
 
 @pytest.mark.parametrize("bits", [4, 8])

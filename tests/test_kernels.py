@@ -1,0 +1,146 @@
+"""Compiling CUDA kernels with no GPU, the cache of cubins, and the choice of tile shapes."""
+from __future__ import annotations
+
+import importlib
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from plugins import kernels, tactics
+from plugins.errors import KernelError
+from plugins.kernels import ARCHITECTURES, Cubin, compile_cubin
+from plugins.tactics import Wgmma, best, candidates, fits, wgmma_header
+
+
+def has_nvrtc() -> bool:
+    try:
+        kernels._nvrtc()
+    except KernelError:
+        return False
+    return True
+
+
+needs_nvrtc = pytest.mark.skipif(not has_nvrtc(), reason="needs duq[cuda]")
+SMALLEST = "gemm_small<4, 1, 1, 1, 1, false, int>"
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("source", "expression"),
+    [
+        ("gemm_small.cu", SMALLEST),
+        ("gemm_large.cu", "gemm_large<8, 1, 1, 1, 1, 2, true, Bf16>"),
+        ("rotate_quantize.cu", "rotate_quantize<Half, RMS_NORM, 64, 1>"),
+    ],
+)
+def test_compiles_for_every_architecture(source, expression, sm, tmp_path):
+    cubin = compile_cubin(source, sm, [expression], cache=tmp_path)
+    assert cubin.image.startswith(b"\x7fELF") and cubin.symbols[expression].encode() in cubin.image
+
+
+@needs_nvrtc
+def test_compiles_wgmma(tmp_path):
+    tactic = Wgmma(1, 1, 2)
+    expression = tactic.expression(4, "float")
+    cubin = compile_cubin(tactic.source, 90, [expression], tactic.headers(), cache=tmp_path)
+    assert cubin.image.startswith(b"\x7fELF")
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:100] + b"?" + b[101:], lambda b: b""])
+def test_cache_is_used_and_rebuilt_when_damaged(tmp_path, monkeypatch, damage):
+    first = compile_cubin("gemm_small.cu", 80, [SMALLEST], cache=tmp_path)
+    (entry,) = tmp_path.iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "_compile", lambda *_: pytest.fail("compiled again"))
+        assert compile_cubin("gemm_small.cu", 80, [SMALLEST], cache=tmp_path) == first
+    entry.write_bytes(damage(entry.read_bytes()))
+    assert compile_cubin("gemm_small.cu", 80, [SMALLEST], cache=tmp_path) == first
+    assert kernels._read_entry(entry) == first and list(tmp_path.iterdir()) == [entry]
+
+
+@needs_nvrtc
+def test_key_of_the_cache_holds_all_that_matters(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "_compile", lambda *arguments: Cubin(b"\x7fELF", {}))
+    for arguments in [("gemm_small.cu", 80), ("gemm_small.cu", 86), ("gemm_large.cu", 80)]:
+        compile_cubin(*arguments, ["k"], cache=tmp_path)
+    compile_cubin("gemm_small.cu", 80, ["other"], cache=tmp_path)
+    compile_cubin("gemm_small.cu", 80, ["k"], {"a.cuh": ""}, cache=tmp_path)
+    compile_cubin("gemm_small.cu", 80, ["k"], options=["-DA"], cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+@needs_nvrtc
+def test_error_of_the_compiler_is_shown(tmp_path):
+    with pytest.raises(KernelError, match="(?s)gemm_small.cu does not compile for .*sm_86.*no_such_kernel"):
+        compile_cubin("gemm_small.cu", 86, ["no_such_kernel<1>"], cache=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_refuses_an_unknown_architecture(tmp_path):
+    with pytest.raises(KernelError, match="SM 75.*80, 86, 89, 90"):
+        compile_cubin("gemm_small.cu", 75, [SMALLEST], cache=tmp_path)
+
+
+def test_names_the_extra_that_brings_a_missing_wheel(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(KernelError, match=r"duq\[cuda\]"):
+        compile_cubin("gemm_small.cu", 90, [SMALLEST], cache=tmp_path)
+
+
+def test_driver_is_imported_without_one():
+    importlib.import_module("plugins.driver")
+
+
+# Tactics
+
+EXPERT = [(2560, 1024), (1024, 2048), (8192, 1024), (1024, 4096)]
+PREFIX = [(2560, 2048), (2048, 2048), (32768, 2048), (2048, 16384)]
+PROBLEMS = [(m, *s) for m in (50, 51, 64) for s in EXPERT] + [(m, *s) for m in (256, 306, 562, 818, 968) for s in PREFIX]
+
+
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("m", "n", "k"), PROBLEMS)
+def test_every_gemm_of_the_policy_has_a_tactic(m, n, k, bits, sm):
+    tactic = best(m, n, k, bits, sm)
+    assert fits(tactic, m, n, k, bits, sm)
+    assert tactic.shape(m, n, bits).shared_bytes <= tactics.MAX_SHARED_BYTES[sm]
+
+
+def test_timed_tactics_are_chosen():
+    for (n, k, bits), rows in tactics._timed().items():
+        for m, tactic in rows:
+            assert tactic in candidates(m, n, k, bits, 90) and best(m, n, k, bits, 90) == tactic
+
+
+def test_says_when_nothing_fits():
+    with pytest.raises(KernelError, match="100, 24, 1024"):
+        best(100, 24, 1024, 4, 90)
+
+
+def test_wgmma_has_an_operand_for_every_accumulator():
+    text = wgmma_header(26)
+    assert "m64n208k32" in text and text.count('"+r"(d[') == 104 and "%108, add" in text
+
+
+# What the prologue's rounding relies on (rotate_quantize.cu, quantize8)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.25, 0.125, 2**-2.5, 2**-3.5, 1.0]))
+def test_product_with_the_inverse_finds_every_tie(seed, norm):
+    """Where v * (norm / scale) rounds to another integer than the true quotient, it is within 1e-4 of a tie."""
+    random, norm = np.random.default_rng(seed), np.float32(norm)
+    v = (random.standard_normal(2000) * 10 ** random.uniform(-6, 6)).astype(np.float32)
+    scale = np.float32(np.abs(v).max() * norm) / np.float32(127)
+    factor = norm / scale
+    v[: len(v) // 2] = ((random.integers(-127, 127, len(v) // 2) + 0.5) * float(scale) / float(norm)).astype(np.float32)
+    exact_product = v.astype(np.float64) * np.float64(factor)  # as a fused multiply-add sees it
+    quotient = (v * norm) / scale
+    differ = np.rint(exact_product) != np.rint(quotient)
+    distance = np.abs(exact_product - np.rint(exact_product))
+    assert (distance[differ] > 0.4999).all()
