@@ -61,9 +61,7 @@ def compile_cubin(
 
 def _compile(nvrtc, source, text, headers, arguments, kernels) -> Cubin:
     encoded = [value.encode() for value in headers.values()], [name.encode() for name in headers]
-    program = _checked(
-        nvrtc, nvrtc.nvrtcCreateProgram(text.encode(), source.encode(), len(headers), *encoded), source
-    )
+    program = _checked(nvrtc, nvrtc.nvrtcCreateProgram(text.encode(), source.encode(), len(headers), *encoded), source)
     try:
         for kernel in kernels:
             _checked(nvrtc, nvrtc.nvrtcAddNameExpression(program, kernel.encode()), source)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 from collections.abc import Iterable
 
@@ -49,22 +50,52 @@ def arrange_activations(x_q: torch.Tensor, tactic: Tactic) -> torch.Tensor:
     return torch.from_numpy(activation_slabs(np.ascontiguousarray(x_q.cpu().numpy()), tactic.slab_tokens)).cuda()
 
 
-def gemm(tactic: Tactic, bits: int, x, x_scale, weight, weight_scale, bias, residual, y, workspace=None, *,
-         n: int, k: int, geglu: bool = False, options: tuple = (), overlap: bool = False) -> None:  # fmt: skip
+def gemm(
+    tactic: Tactic,
+    bits: int,
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    y: torch.Tensor,
+    workspace: torch.Tensor | None = None,
+    *,
+    n: int,
+    k: int,
+    geglu: bool = False,
+    options: tuple[str, ...] = (),
+    overlap: bool = False,
+) -> None:
     """One launch on arranged operands; M is the number of scales."""
     m = x_scale.numel()
     shape = tactic.shape(m, n, bits)
     if "-DNO_CLUSTER" in options:
-        shape = driver.Shape(shape.grid, shape.threads, shape.shared_bytes)
+        shape = dataclasses.replace(shape, cluster=(1, 1, 1))
     expression = tactic.expression(bits, TYPES[y.dtype], geglu)
     function = kernel(tactic.source, expression, tuple(tactic.headers().items()), options)
     values = (x, x_scale, weight, weight_scale, bias, residual, y, workspace, m, n, k)
     function.launch(shape, arguments(values), torch.cuda.current_stream().cuda_stream, overlap)
 
 
-def rotate_quantize(x, x_q, x_scale, *, source="PLAIN", hadamard=0, gain=None, shift=None, input_scale=None,
-                    permutation=None, rotation=None, activation_scale=None, slab_tokens=0, epsilon=1e-6,
-                    overlap: bool = False) -> None:  # fmt: skip
+def rotate_quantize(
+    x: torch.Tensor,
+    x_q: torch.Tensor,
+    x_scale: torch.Tensor,
+    *,
+    source: str = "PLAIN",
+    hadamard: int = 0,
+    gain: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    input_scale: torch.Tensor | None = None,
+    permutation: torch.Tensor | None = None,
+    rotation: torch.Tensor | None = None,
+    activation_scale: torch.Tensor | None = None,
+    slab_tokens: int = 0,
+    epsilon: float = 1e-6,
+    overlap: bool = False,
+) -> None:
     """One launch on x [M, K] (GEGLU: [M, 2 K]); `hadamard` is the block size, `rotation` [K/B, B, B] a dense one."""
     m, stride = x.shape
     k = stride // 2 if source == "GEGLU" else stride
@@ -72,7 +103,8 @@ def rotate_quantize(x, x_q, x_scale, *, source="PLAIN", hadamard=0, gain=None, s
     threads = 32 * -(-k // (8 * 32 * vectors))
     block = "DENSE" if rotation is not None else (hadamard or "NONE")
     function = kernel("rotate_quantize.cu", f"rotate_quantize<{TYPES[x.dtype]}, {source}, {block}, {vectors}>")
-    values = (x, gain, shift, input_scale, permutation, rotation, activation_scale, x_q, x_scale, k, stride,
-              rotation.shape[-1] if rotation is not None else 0, slab_tokens, epsilon)  # fmt: skip
+    tensors = (x, gain, shift, input_scale, permutation, rotation, activation_scale, x_q, x_scale)
+    dense_block = rotation.shape[-1] if rotation is not None else 0
+    values = (*tensors, k, stride, dense_block, slab_tokens, epsilon)
     shape = driver.Shape((m, 1, 1), threads, 4 * k if rotation is not None else 0)
     function.launch(shape, arguments(values), torch.cuda.current_stream().cuda_stream, overlap)

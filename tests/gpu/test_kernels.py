@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
+from plugins import tactics
 from plugins.layout import activation_slabs, interleave_gate_up
 from plugins.tactics import Large, Small, Wgmma, best
-from plugins.tactics import fits as fits_sm
 from tests.gpu import launch
 
 TACTICS = [
@@ -47,16 +47,17 @@ def poisoned(m: int, n: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.full((m + GUARD, n), 0x7FFFFFFF if dtype == torch.int32 else math.nan, dtype=dtype, device="cuda")
 
 
-def run(tactic, bits: int, x_q, weight, y, scales=None, bias=None, residual=None, options=(), workspace=None, geglu=False):
+def run(tactic, bits: int, x_q, weight, y, scales=None, bias=None, residual=None, workspace=None, **settings):
     (m, k), n = x_q.shape, weight.shape[0]
     x_scale, weight_scale = scales or (torch.ones(m, device="cuda"), torch.ones(n, device="cuda"))
     packed, x = launch.pack_weight(weight, tactic, bits), launch.arrange_activations(x_q, tactic)
-    launch.gemm(tactic, bits, x, x_scale, packed, weight_scale, bias, residual, y, workspace, n=n, k=k, geglu=geglu, options=options)
+    tensors = x, x_scale, packed, weight_scale, bias, residual, y, workspace
+    launch.gemm(tactic, bits, *tensors, n=n, k=k, **settings)
     torch.cuda.synchronize()
 
 
 def fits(tactic, m: int, n: int, k: int, bits: int) -> bool:
-    return fits_sm(tactic, m, n, k, bits, launch.compute_capability())
+    return tactics.fits(tactic, m, n, k, bits, launch.compute_capability())
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -75,7 +76,11 @@ def test_integer_sums_are_exact(tactic, m, bits):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("extras", ["", "bias", "residual", "bias residual", "in place"])
-@pytest.mark.parametrize("tactic", [Small(2, 7, 4, 2), Small(1, 7, 4, 2, split=4), Large(4, 8, 4, 2, 3), Wgmma(2, 26, 3), Wgmma(1, 8, 4, split=4)], ids=str)
+@pytest.mark.parametrize(
+    "tactic",
+    [Small(2, 7, 4, 2), Small(1, 7, 4, 2, split=4), Large(4, 8, 4, 2, 3), Wgmma(2, 26, 3), Wgmma(1, 8, 4, split=4)],
+    ids=str,
+)
 def test_epilogue_is_the_definition_in_float32(tactic, extras, dtype):
     m, n, k = 51, 256, 1024
     if not fits(tactic, m, n, k, 4):
@@ -100,7 +105,18 @@ def test_epilogue_is_the_definition_in_float32(tactic, extras, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("m", [50, 209])
-@pytest.mark.parametrize("tactic", [Small(2, 7, 4, 2), Small(1, 8, 8, 2, split=2), Large(4, 8, 4, 2, 3), Large(2, 13, 2, 2, 3), Wgmma(2, 26, 3), Wgmma(1, 8, 4, split=4)], ids=str)
+@pytest.mark.parametrize(
+    "tactic",
+    [
+        Small(2, 7, 4, 2),
+        Small(1, 8, 8, 2, split=2),
+        Large(4, 8, 4, 2, 3),
+        Large(2, 13, 2, 2, 3),
+        Wgmma(2, 26, 3),
+        Wgmma(1, 8, 4, split=4),
+    ],
+    ids=str,
+)
 def test_geglu_epilogue(tactic, m, dtype):
     n, k = 512, 1024
     if not fits(tactic, m, n, k, 4):
@@ -109,7 +125,10 @@ def test_geglu_epilogue(tactic, m, dtype):
     x_scale, weight_scale = torch.rand(m, device="cuda") * 1e-2, torch.rand(n, device="cuda") * 1e-2
     gate, up = ((exact.float() * weight_scale) * x_scale[:, None]).double().chunk(2, -1)
     expected = torch.nn.functional.gelu(gate, approximate="tanh") * up
-    weight, weight_scale = (torch.from_numpy(interleave_gate_up(*v.cpu().numpy().reshape(2, n // 2, -1))).cuda() for v in (weight, weight_scale))
+    weight, weight_scale = (
+        torch.from_numpy(interleave_gate_up(*v.cpu().numpy().reshape(2, n // 2, -1))).cuda()
+        for v in (weight, weight_scale)
+    )
     y = poisoned(m, n // 2, dtype)
     run(tactic, 4, x_q, weight, y, (x_scale, weight_scale.flatten()), geglu=True)
     tolerance = 2e-6 if dtype == torch.float32 else 2**-8
@@ -137,7 +156,8 @@ PREFIX = [(2560, 2048), (2048, 2048), (32768, 2048), (2048, 16384)]
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
     ("m", "n", "k"),
-    [(m, *shape) for m in (50, 51) for shape in EXPERT] + [(m, *shape) for m in (306, 562, 816, 818) for shape in PREFIX],
+    [(m, *shape) for m in (50, 51) for shape in EXPERT]
+    + [(m, *shape) for m in (306, 562, 816, 818) for shape in PREFIX],
 )
 def test_best_tactic_is_exact_at_full_size(m, n, k, bits):
     x_q, weight, exact = operands(m, n, k, bits)
@@ -202,16 +222,23 @@ def test_rotate_quantize(dtype, source, rotate, features):
         "gain": 1 + 0.3 * randn(k) if "gain" in features else None,
         "shift": randn(k) if "shift" in features else None,
         "input_scale": randn(k).exp() if "input_scale" in features else None,
-        "permutation": torch.randperm(k, device="cuda", generator=generator).int() if "permutation" in features else None,
+        "permutation": torch.randperm(k, device="cuda", generator=generator).int()
+        if "permutation" in features
+        else None,
         "rotation": torch.linalg.qr(randn(k // 32, 32, 32))[0].contiguous() if rotate == "dense" else None,
     }
     hadamard = 0 if rotate == "dense" else rotate
     x_prime = definition(x, source, hadamard, **stages)
     scale = x_prime.abs().amax(-1).clamp(min=1e-12) / 127
     static = (scale.mean() / 2).float() if "static" in features else None
-    x_q, x_scale = torch.full((m + GUARD, k), 85, dtype=torch.int8, device="cuda"), torch.full((m,), math.nan, device="cuda")
+    x_q, x_scale = (
+        torch.full((m + GUARD, k), 85, dtype=torch.int8, device="cuda"),
+        torch.full((m,), math.nan, device="cuda"),
+    )
     launch.rotate_quantize(x, x_q, x_scale, source=source, hadamard=hadamard, activation_scale=static, **stages)
-    torch.testing.assert_close(x_scale.double(), scale if static is None else static.double().expand(m), rtol=2e-6, atol=0)
+    torch.testing.assert_close(
+        x_scale.double(), scale if static is None else static.double().expand(m), rtol=2e-6, atol=0
+    )
     check_quantised(x_q[:m], x_prime / (scale[:, None] if static is None else static.double()))
     assert (x_q[m:] == 85).all()
 
