@@ -46,8 +46,8 @@ def unpack_int4(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 # The tensor core instructions mma.m16n8k32 and wgmma.m64nXk32 take a 16 x 32 INT8 tile of W as four 32-bit registers
 # a0..a3 a lane. With lane = 4 g + t (g < 8, t < 4), byte i of register a[u + 2 h] is row 8 u + g and column
-# 16 h + 4 t + i of the tile. Two instructions s = 0, 1 make a tile of 16 x 64. Any bijection between its 64 columns and (s, h, t, i)
-# serves as long as the activations are read by the same one. There are two layouts:
+# 16 h + 4 t + i of the tile. Two instructions s = 0, 1 make a tile of 16 x 64. Any bijection between its 64 columns and
+# (s, h, t, i) serves as long as the activations are read by the same one. There are two layouts:
 #   "direct"  k = 16 t + 8 s + 4 h + i: a lane's activations are 16 consecutive bytes, one load from memory, no shuffle.
 #             Tiles are stored [N/16, K/64].
 #   "wgmma"   k = 32 s + 16 h + 4 t + i: the order in which wgmma reads activations from shared memory.
@@ -121,8 +121,8 @@ def _check_fragments(shape: tuple[int, ...], bits: int, layout: str) -> tuple[in
 def interleave_gate_up(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     """Rows of gate and up (each [H, ...]) as the GEMMs' GeGLU epilogue wants them: 8 of gate, their 8 of up, and so on.
 
-    Returns [2 H, ...]; for weights before they are packed, and for their scales and biases. Raises LayoutError unless the shapes
-    are equal and H a multiple of 8.
+    Returns [2 H, ...]; for weights before they are packed, and for their scales and biases. Raises LayoutError unless
+    the shapes are equal and H a multiple of 8.
     """
     if gate.shape != up.shape or gate.shape[0] % 8:
         raise LayoutError(f"gate {gate.shape} and up {up.shape} must be equal with rows in multiples of 8")

@@ -31,10 +31,11 @@ template <> __device__ inline unsigned pack2<Half>(float low, float high) {
   return out;
 }
 
-// Kernels launched with overlap (programmatic dependent launch, SM 90) start while their predecessor still runs. Weights
-// may be read at once; everything another kernel writes only after wait_for_inputs(). A GEMM lets the next kernel start
-// when its own loads are over, the short prologues at once, so that the GEMM behind them loads weights meanwhile.
-// No-ops in an ordinary launch.
+// Kernels launched with overlap (programmatic dependent launch, SM 90) start while their predecessor still runs.
+// Weights may be read at once; everything another kernel writes only after wait_for_inputs(). A GEMM lets the next
+// kernel start when its own loads are over, the short prologues at once, so that the GEMM behind them loads weights
+// meanwhile. (GEMMs that let it start at once, or prologues that do so late, made a chain slower.) No-ops in an
+// ordinary launch.
 __device__ inline void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -63,7 +64,8 @@ __device__ inline int4 load_remote(const int* local, int rank) {
   int4 v;
   asm volatile("{.reg .u32 remote;\nmapa.shared::cluster.u32 remote, %4, %5;\n"
                "ld.shared::cluster.v4.u32 {%0,%1,%2,%3}, [remote];}"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(unsigned(__cvta_generic_to_shared(local))), "r"(rank));
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(unsigned(__cvta_generic_to_shared(local))), "r"(rank));
   return v;
 }
 #endif
@@ -97,7 +99,8 @@ __device__ inline void mma(int (&d)[4], const unsigned (&a)[4], unsigned b0, uns
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// A warp's tile times one chunk of K = 64: `tokens[j]` holds 16 consecutive bytes of token 8 j + g (the "direct" order).
+// A warp's tile times one chunk of K = 64: `tokens[j]` holds 16 consecutive bytes of token 8 j + g (the "direct"
+// layout).
 template <int BITS, int ROWS16, int TOKENS8>
 __device__ inline void multiply_chunk(int (&acc)[ROWS16][TOKENS8][4], const Fragment<BITS> (&weight)[ROWS16],
                                       const uint4 (&tokens)[TOKENS8]) {
@@ -119,8 +122,8 @@ __device__ inline float gelu_tanh(float g) {
   return __fdividef(g, 1.0f + __expf(fminf(-2.0f * u, 80.0f)));  // 80: the quotient stays finite and below 1e-34 g
 }
 
-// y = (float(acc) * weight_scale[n]) * x_scale[m] (+ bias[n]) (+ residual[m, n]), float32 in this order, one rounding at
-// the end. bias and residual may be null; residual may be y itself. Out = int stores acc.
+// y = (float(acc) * weight_scale[n]) * x_scale[m] (+ bias[n]) (+ residual[m, n]), float32 in this order, one rounding
+// at the end. bias and residual may be null; residual may be y itself. Out = int stores acc.
 //
 // With GEGLU the rows of every 16 are 8 of the gate and the 8 of up that belong to them, and what is stored is
 // gelu_tanh(gate) * up [M, N / 2]; no residual then.
@@ -173,11 +176,16 @@ template <int BITS, bool GEGLU, class Out> struct Epilogue {
       for (int part = 0; part < PARTS; ++part) {
         const int4 acc = sum(8 * part);
         const float4 scale = c.scale[part], add = c.bias[part];
-        v[part][0] = dequantise(acc.x, scale.x, in.scale, add.x), v[part][1] = dequantise(acc.y, scale.y, in.scale, add.y);
-        v[part][2] = dequantise(acc.z, scale.z, in.scale, add.z), v[part][3] = dequantise(acc.w, scale.w, in.scale, add.w);
+        v[part][0] = dequantise(acc.x, scale.x, in.scale, add.x);
+        v[part][1] = dequantise(acc.y, scale.y, in.scale, add.y);
+        v[part][2] = dequantise(acc.z, scale.z, in.scale, add.z);
+        v[part][3] = dequantise(acc.w, scale.w, in.scale, add.w);
       }
       for (int i = 0; i < 4; ++i)
-        v[0][i] = GEGLU ? gelu_tanh(v[0][i]) * v[PARTS - 1][i] : residual ? __fadd_rn(v[0][i], to_float(in.residual.v[i])) : v[0][i];
+        if (GEGLU)
+          v[0][i] = gelu_tanh(v[0][i]) * v[PARTS - 1][i];
+        else if (residual)
+          v[0][i] = __fadd_rn(v[0][i], to_float(in.residual.v[i]));
       if constexpr (is_same<Out, float>)
         *reinterpret_cast<float4*>(target) = {v[0][0], v[0][1], v[0][2], v[0][3]};
       else
@@ -191,8 +199,8 @@ template <int BITS, bool GEGLU, class Out> struct Epilogue {
   }
 };
 
-// Accumulators pass through shared memory to become rows of y. A row of `pitch(rows)` words a token puts the 32 lanes of
-// a store (tokens 2 t, rows g) into 32 different banks, since 2 * pitch = 8 (mod 32).
+// Accumulators pass through shared memory to become rows of y. A row of `pitch(rows)` words a token puts the 32 lanes
+// of a store (tokens 2 t, rows g) into 32 different banks, since 2 * pitch = 8 (mod 32).
 __host__ __device__ constexpr int pitch(int rows) { return rows + 4; }
 
 template <int ROWS16>
@@ -209,8 +217,8 @@ __device__ inline void stage_fragment(int* staging, int row16, const int (&d)[4]
 __host__ __device__ constexpr int batch_of(int rows16) { return rows16 >= 4 ? 1 : 4 / rows16; }
 __host__ __device__ constexpr int staging_words(int rows16) { return batch_of(rows16) * 8 * pitch(16 * rows16); }
 
-// Writes a warp's tile: rows first_row.., tokens first_token... In batches of 8 or more tokens; the loads of a batch are
-// under way while the one before it is written.
+// Writes a warp's tile: rows first_row.., tokens first_token... In batches of 8 or more tokens; the loads of a batch
+// are under way while the one before it is written.
 template <int ROWS16, int TOKENS8, class Epilogue>
 __device__ inline void store_warp_tile(const int (&acc)[ROWS16][TOKENS8][4], int* staging, int first_token,
                                        int first_row, const Epilogue& epilogue) {

@@ -1,10 +1,11 @@
-// y[M, N] = x_q[M, K] (INT8) w[N, K]^T (INT4 or INT8) for many tokens: bound by the tensor cores. mma.sync, SM 80 and up.
+// y[M, N] = x_q[M, K] (INT8) w[N, K]^T (INT4 or INT8) for many tokens: bound by the tensor cores. mma.sync, SM 80 and
+// up; on SM 90 gemm_wgmma.cu is faster.
 //
 // A block computes 16 ROWS16 WARPS_N rows x 8 TOKENS8 WARPS_M tokens. Both operands come through a ring of STAGES
 // shared-memory stages of K = 128 filled with cp.async. A stage is
 //   x: [2 chunks][tokens of the block][64 bytes]        w: [2 chunks][row tiles of the block][one packed 16 x 64 tile]
 // A lane reads 16 bytes at 16 * lane of 8 consecutive tokens, or of a tile: every read and every write of shared memory
-// is linear in the lane and free of bank conflicts with no swizzle. That is what the "direct" layout of the weights is for.
+// is linear in the lane and free of bank conflicts with no swizzle. That is what the "direct" layout is for.
 //
 // grid (ceil(M / tokens of a block), N / rows of a block): blocks that share weights run together.
 // shared memory STAGES * stage_bytes, or the epilogue's staging where that is more.

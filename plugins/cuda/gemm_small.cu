@@ -1,13 +1,15 @@
-// y[M, N] = x_q[M, K] (INT8) w[N, K]^T (INT4 or INT8) for few tokens, M up to about 64: bound by the weights' bytes and by latency.
+// y[M, N] = x_q[M, K] (INT8) w[N, K]^T (INT4 or INT8) for few tokens, M up to about 64: bound by the weights' bytes and
+// by latency. mma.sync, SM 80 and up.
 //
 // Everything stays in registers until the end: a warp owns 16 ROWS16 rows of W, 8 TOKENS8 tokens and a share of K, and
 // both operands are loaded from memory straight into the tensor cores' layout, 16 bytes a lane (weights are packed so,
 // "direct" layout; of the activations a lane takes 16 consecutive bytes of one token). Nothing is shared between warps,
 // so there is no barrier in the loop; STAGES chunks of K = 64 a warp are in flight.
 //
-// The WARPS of a block hold different parts of K and add their sums in shared memory. When N / (16 ROWS16) blocks are too
-// few for the GPU, gridDim.y blocks split K further: on SM 90 they form a cluster and add through distributed shared
-// memory; on older GPUs they add into `workspace` with integer atomics (exact in any order) and the last one finishes.
+// The WARPS of a block hold different parts of K and add their sums in shared memory. When N / (16 ROWS16) blocks are
+// too few for the GPU, gridDim.y blocks split K further: on SM 90 they form a cluster and add through distributed
+// shared memory; on older GPUs they add into `workspace` with integer atomics (exact in any order) and the last one
+// finishes.
 //
 // grid (N / (16 ROWS16), split, ceil(M / (8 TOKENS8))), block 32 WARPS, cluster (1, split, 1) on SM 90,
 // shared memory WARPS * 8 TOKENS8 * pitch(16 ROWS16) * 4 bytes.
@@ -34,6 +36,7 @@ gemm_small(const signed char* x_q, const float* x_scale, const unsigned char* we
            const float* bias, const Out* residual, Out* y, int* workspace, int tokens, int rows, int depth) {
   using E = Epilogue<BITS, GEGLU, Out>;
   constexpr int ROWS = 16 * ROWS16, TOKENS = 8 * TOKENS8, PITCH = pitch(ROWS), THREADS = 32 * WARPS;
+  constexpr int TILE_BYTES = Fragment<BITS>::bytes();
   extern __shared__ __align__(16) int partial[];  // [WARPS][TOKENS][PITCH]
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -42,7 +45,7 @@ gemm_small(const signed char* x_q, const float* x_scale, const unsigned char* we
   const int begin = chunks * rank / split + warp, end = chunks * (rank + 1) / split;  // every WARPS-th of them
   const int first_token = blockIdx.z * TOKENS;
 
-  const unsigned char* const weights = weight + size_t(blockIdx.x) * ROWS16 * chunks * Fragment<BITS>::bytes() + lane * 16;
+  const unsigned char* const weights = weight + size_t(blockIdx.x) * ROWS16 * chunks * TILE_BYTES + lane * 16;
   const signed char* const activations = x_q + size_t(first_token + lane / 4) * depth + lane % 4 * 16;
 
   Fragment<BITS> w[STAGES][ROWS16];
@@ -55,7 +58,7 @@ gemm_small(const signed char* x_q, const float* x_scale, const unsigned char* we
     for (int i = 0; i < ROWS16; ++i)
 #pragma unroll
       for (int part = 0; part < BITS / 4; ++part)
-        w[stage][i].raw[part] = load_weights(weights + (size_t(i) * chunks + chunk) * Fragment<BITS>::bytes() + part * 512);
+        w[stage][i].raw[part] = load_weights(weights + (size_t(i) * chunks + chunk) * TILE_BYTES + part * 512);
   };
   auto fetch_activations = [&](int stage, int chunk) {
     if (chunk >= end) return;
@@ -113,7 +116,8 @@ gemm_small(const signed char* x_q, const float* x_scale, const unsigned char* we
     for (int i = 0; i < COUNT; ++i) {
       const int token = token_of(i);
       if (token < TOKENS)
-        epilogue.store(first_token + token, n, columns, inputs[i], [&](int offset) { return sum_of(token, row + offset); });
+        epilogue.store(first_token + token, n, columns, inputs[i],
+                       [&](int offset) { return sum_of(token, row + offset); });
     }
   };
 

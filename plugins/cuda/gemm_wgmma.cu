@@ -6,15 +6,14 @@
 // tile are one contiguous piece, already in the 128-byte swizzle that the instruction reads, so one bulk copy brings
 // them; another brings a warpgroup's weights of the step.
 //
-// Blocks are persistent and take tiles of 64 GROUPS rows x 8 TOKENS8 tokens in turn. A thread of its own keeps a ring of
-// STAGES stages filled and runs on into the next tile while the GROUPS warpgroups are in the epilogue of the last.
-//
-// Where tiles are fewer than multiprocessors, SPLIT blocks, a cluster, share the K of a tile and add through distributed
-// shared memory.
+// Blocks are persistent and take tiles of 64 GROUPS rows x 8 TOKENS8 tokens in turn. A thread of its own keeps a ring
+// of STAGES stages filled and runs on into the next tile while the GROUPS warpgroups are in the epilogue of the last.
+// Where tiles are fewer than multiprocessors, SPLIT blocks, a cluster, share the K of a tile and add through
+// distributed shared memory.
 //
 // grid: SPLIT = 1: as many blocks as run at once, or fewer; else SPLIT * tiles, cluster SPLIT.
-// block 128 GROUPS + 128 (GROUPS = 1: 160); shared memory STAGES * sizeof(Stage) + 4 GROUPS * 4 * staging_words(1), with
-// SPLIT > 1 the larger of STAGES * sizeof(Stage) and 4 GROUPS * 4 * TOKENS * pitch(16).
+// block 128 GROUPS + 128 (GROUPS = 1: 160); shared memory STAGES * sizeof(Stage) + 4 GROUPS * 4 * staging_words(1),
+// with SPLIT > 1 the larger of STAGES * sizeof(Stage) and 4 GROUPS * 4 * TOKENS * pitch(16).
 #include "common.cuh"
 #include "wgmma.cuh"  // generated: void wgmma(int (&d)[TOKENS8][4], const unsigned (&a)[4], unsigned long long b)
 
@@ -44,8 +43,12 @@ __device__ inline unsigned long long descriptor(unsigned address) {
 }
 
 // Three warpgroups share 64 K registers, 168 a thread; the producer hands most of its own to the other two.
-template <int COUNT> __device__ inline void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
-template <int COUNT> __device__ inline void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+template <int COUNT> __device__ inline void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT> __device__ inline void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
 
 // store_warp_tile where SPLIT blocks hold parts of the sums: each finishes every SPLIT-th group of 8 tokens.
 template <int SPLIT, int TOKENS8, class Epilogue>
@@ -157,12 +160,13 @@ gemm_wgmma(const signed char* x_slabs, const float* x_scale, const unsigned char
       auto consume = [&](int count, bool first, unsigned (&a)[4][4]) {
         const int stage = count % STAGES;
         wait(full + 8 * stage, count / STAGES & 1);
+        const unsigned char(&mine)[2][TILE_BYTES] = stages[stage].w[warp / 4][warp % 4];
 #pragma unroll
         for (int chunk = 0; chunk < 2; ++chunk) {
           Fragment<BITS> w;
 #pragma unroll
           for (int part = 0; part < BITS / 4; ++part)
-            w.raw[part] = *reinterpret_cast<const uint4*>(stages[stage].w[warp / 4][warp % 4][chunk] + part * 512 + lane * 16);
+            w.raw[part] = *reinterpret_cast<const uint4*>(mine[chunk] + part * 512 + lane * 16);
           w.operand(0, a[2 * chunk]);
           w.operand(1, a[2 * chunk + 1]);
         }

@@ -5,14 +5,15 @@
 //   x_scale    = max(absmax |x'|, 1e-12) / 127, or the given activation_scale
 //   x_q        = clamp(round_half_even(x' / x_scale), -128, 127)
 //
-// One block a token; a thread holds VECTORS times 8 consecutive channels, so the row never leaves the registers. A block
-// Hadamard (BLOCK = 16..128) is log2(BLOCK) stages of sums and differences: strides 1, 2, 4 inside the thread, the rest
-// between lanes. A dense rotation (BLOCK = DENSE) reads `block` x `block` matrices and takes the row from shared memory.
+// One block a token; a thread holds VECTORS times 8 consecutive channels, so the row never leaves the registers. A
+// block Hadamard (BLOCK = 16..128) is log2(BLOCK) stages of sums and differences: strides 1, 2, 4 inside the thread,
+// the rest between lanes. A dense rotation (BLOCK = DENSE) reads `block` x `block` matrices, which every token reads again
+// (meant for few tokens), and takes the row from shared memory.
 //
 // Gain, shift (adaptive norms: one row of their table), input_scale, permutation, activation_scale may be null.
 // x_q is row-major [M, K], or with slab_tokens > 0 in the slabs of plugins/layout.py, activation_slabs.
 //
-// grid M, block a multiple of 32 with VECTORS * 8 * block >= K; shared memory 4 K bytes for a dense rotation, else none.
+// grid M, block a multiple of 32 with VECTORS * 8 * block >= K; shared memory 4 K bytes for a dense rotation.
 #include "common.cuh"
 
 enum Source { PLAIN, RMS_NORM, GEGLU };
@@ -78,7 +79,11 @@ __device__ inline void rotate_dense(const float* row, const float* rotation, int
 }
 
 // 1 / sqrt(BLOCK), which is applied with the scale.
-template <int BLOCK> constexpr float NORM = BLOCK == 16 ? 0.25f : BLOCK == 32 ? 0.17677669529663687f : BLOCK == 64 ? 0.125f : BLOCK == 128 ? 0.08838834764831845f : 1.0f;
+template <int BLOCK> constexpr float NORM = 1.0f;
+template <> constexpr float NORM<16> = 0.25f;
+template <> constexpr float NORM<32> = 0.17677669529663687f;
+template <> constexpr float NORM<64> = 0.125f;
+template <> constexpr float NORM<128> = 0.08838834764831845f;
 
 // Adding this rounds to an integer, half to even, and leaves its two's complement in the low bits.
 constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23
@@ -179,7 +184,8 @@ rotate_quantize(const In* x, const float* gain, const float* shift, const float*
     if (activation_scale)  // saturate; the greatest of a token never exceeds 127 otherwise
       for (int i = 0; i < 8; ++i) v[n][i] = fminf(fmaxf(v[n][i], lowest), highest);
     const size_t swizzled = (k / 16 % 8 ^ token % 8) * 16 + k % 16;
-    const size_t at = slab_tokens ? (size_t(k / 128) * slab_tokens + token) * 128 + swizzled : size_t(token) * depth + k;
+    const size_t at =
+        slab_tokens ? (size_t(k / 128) * slab_tokens + token) * 128 + swizzled : size_t(token) * depth + k;
     *reinterpret_cast<uint2*>(x_q + at) = quantize8(v[n], norm, scale, factor);
   }
 }
