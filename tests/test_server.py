@@ -1,6 +1,7 @@
 """The server as openpi's own client sees it, over loopback. (The Makefile installs openpi-client.)"""
 import asyncio
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from runtime.errors import ObservationError
 from runtime.messages import pack, unpack
 from runtime.server import PolicyServer
 from test_robots import libero
+from tools import bench_server
 
 
 class FakePolicy:
@@ -427,3 +429,24 @@ def test_api_key_sources(tmp_path, monkeypatch):
     assert serve_cli._api_key("given", None) == "given" and serve_cli._api_key(None, tmp_path / "key") == "from-file"
     monkeypatch.setenv("DUQ_API_KEY", "from-environment")
     assert serve_cli._api_key(None, None) == "from-environment"
+
+
+# --- the bench -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments, calls", [
+    (["overhead", "--calls", 3, "--infer-ms", 50], r"Overhead of 3 calls"),
+    (["soak", "--clients", 2, "--seconds", 1, "--infer-ms", 1], "2 clients for 1 s"),
+])  # fmt: skip
+def test_bench(command_line, arguments, calls):
+    ran = command_line(bench_server.main, *arguments)
+    assert ran.code == 0 and re.search(calls, ran.out)
+    if "overhead" in arguments:
+        assert float(re.search(r"│ ([0-9.]+) ", ran.out)[1]) < 50  # the policy's own time is not in it
+
+
+def test_bench_tells_mixed_replies(command_line, monkeypatch):
+    infer = WebsocketClientPolicy.infer
+    monkeypatch.setattr(WebsocketClientPolicy, "infer", lambda self, obs: infer(self, obs | {"state": obs["state"] + 1}))
+    ran = command_line(bench_server.main, "soak", "--clients", 1, "--seconds", 1)
+    assert ran.code == 1 and "client 0: got the reply to another request" in ran.err
