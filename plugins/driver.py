@@ -1,4 +1,4 @@
-"""A thin layer over the CUDA driver API (cuda-bindings): load a cubin, launch its kernels, time them.
+"""A thin layer over the CUDA driver API (cuda-bindings): load a cubin, launch its kernels.
 
 Memory is whoever's: arguments are device addresses. Works in the device's primary context, as every library does.
 """
@@ -107,18 +107,3 @@ def load(cubin: Cubin) -> dict[str, Kernel]:
     """Loads a cubin into the current context: its kernels by the expressions they were compiled from."""
     module = _call("cuModuleLoadData", cubin.image)
     return {expression: Kernel(module, symbol) for expression, symbol in cubin.symbols.items()}
-
-
-class Stopwatch:
-    """Device time between `start` and `stop` in a stream, in microseconds."""
-
-    def __init__(self):
-        self._begin, self._end = (_call("cuEventCreate", 0) for _ in range(2))
-
-    def start(self, stream: int = 0) -> None:
-        _call("cuEventRecord", self._begin, stream)
-
-    def stop(self, stream: int = 0) -> float:
-        _call("cuEventRecord", self._end, stream)
-        _call("cuEventSynchronize", self._end)
-        return 1000.0 * _call("cuEventElapsedTime", self._begin, self._end)

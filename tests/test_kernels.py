@@ -1,15 +1,15 @@
 """Compiling CUDA kernels with no GPU, the cache of cubins, and the choice of tile shapes."""
 from __future__ import annotations
 
-import importlib
 import sys
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plugins import kernels, tactics
+from plugins import driver, kernels, tactics
 from plugins.errors import KernelError
 from plugins.kernels import ARCHITECTURES, Cubin, compile_cubin
 from plugins.tactics import Wgmma, best, candidates, fits, wgmma_header
@@ -92,15 +92,26 @@ def test_names_the_extra_that_brings_a_missing_wheel(tmp_path, monkeypatch):
         compile_cubin("gemm_small.cu", 90, [SMALLEST], cache=tmp_path)
 
 
-def test_driver_is_imported_without_one():
-    importlib.import_module("plugins.driver")
+def test_driver_names_the_extra_that_brings_its_bindings(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(KernelError, match=r"duq\[cuda\]"):
+        driver.open_device()
+
+
+@needs_nvrtc
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine with no GPU")
+def test_driver_says_that_there_is_none():
+    with pytest.raises(KernelError, match="driver|device"):
+        driver.open_device()
 
 
 # Tactics
 
 EXPERT = [(2560, 1024), (1024, 2048), (8192, 1024), (1024, 4096)]
 PREFIX = [(2560, 2048), (2048, 2048), (32768, 2048), (2048, 16384)]
-PROBLEMS = [(m, *s) for m in (50, 51, 64) for s in EXPERT] + [(m, *s) for m in (256, 306, 562, 818, 968) for s in PREFIX]
+PROBLEMS = [(m, *s) for m in (50, 51, 64) for s in EXPERT] + [
+    (m, *s) for m in (256, 306, 562, 818, 968) for s in PREFIX
+]
 
 
 @pytest.mark.parametrize("sm", ARCHITECTURES)
