@@ -12,3 +12,7 @@ class ObservationError(DuqError, ValueError):
 
 class MessageError(DuqError, ValueError):
     """A message to the server is not msgpack, or holds an array whose dtype, shape and bytes do not fit together."""
+
+
+class RealtimeError(DuqError, ValueError):
+    """The periods asked of a control loop do not fit each other or the policy's chunks."""
