@@ -20,7 +20,7 @@ from compiler.errors import CheckpointError
 from compiler.graph.export import Graphs, export
 from compiler.graph.passes.fold import fold_linear_chains, fold_norm_gains, fold_output_scales
 from compiler.graph.passes.layout import keep_embedding_dtype, weights_as_matmul_reads_them
-from compiler.graph.passes.merge import merge_linears
+from compiler.graph.passes.merge import merge_float_linears
 from compiler.graph.passes.quantize import lower_quantized_linears
 from compiler.graph.passes.rotary import tabulate_rotary_embeddings
 from compiler.graph.passes.time import split_time_from_actions, tabulate_time
@@ -99,7 +99,7 @@ def passes(quantization: Quantization, weights: dict[str, torch.Tensor]) -> list
         tabulate_time,
         fold_output_scales,
         fold_norm_gains,
-        merge_linears,
+        merge_float_linears,
     ]
 
 

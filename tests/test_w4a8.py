@@ -9,6 +9,8 @@ import pytest
 import torch
 from rich.progress import Progress
 
+from compiler import pipeline
+from compiler.graph.passes.merge import merge_quantized_linears
 from compiler.model import build_model
 from compiler.pipeline import Options, compile_policy, quantize_checkpoint
 from compiler.quant import fake_quantise, load_recipe
@@ -91,14 +93,24 @@ def test_foreign_packs_that_share_nothing(policy, tmp_path):
 
 
 def test_shared_transforms_leave_one_prologue_a_group(policy, tmp_path):
-    compiled(policy, tmp_path / "engine.plan", {})
+    quantization = compiled(policy, tmp_path / "engine.plan", {})
     graphs, depth = Plan(tmp_path / "engine.plan").manifest["graphs"], policy[0].config.llm.depth
-    # qkv, o, gate-up, down in every layer but the last, of which only k and v run; pi0's state runs through the expert's
-    # MLPs up to its last layer.
-    prefix = 4 * (depth - 1) + 1 + (0 if policy[0].config.pi05 else 2 * (depth - 1))
-    for op_type in ("RotateQuantize", "W4A8Linear"):
-        assert graphs["prefix"]["ops"][f"duq::{op_type}"] == prefix
-        assert graphs["step"]["ops"][f"duq::{op_type}"] == 2 * depth
+    # Prologues: qkv, o, gate-up, down in every layer but the last, of which only k and v run; pi0's state token runs
+    # through the expert's MLPs as well, up to its last layer.
+    state_layers = 0 if policy[0].config.pi05 else depth - 1
+    assert graphs["prefix"]["ops"]["duq::RotateQuantize"] == 4 * (depth - 1) + 1 + 2 * state_layers
+    assert graphs["step"]["ops"]["duq::RotateQuantize"] == 2 * depth
+    linears = graphs["prefix"]["ops"]["duq::W4A8Linear"] + graphs["step"]["ops"]["duq::W4A8Linear"]
+    assert linears == len(quantization.packs) + 3 * state_layers
+
+
+def test_merged_linears_compute_the_same_integers(policy, tmp_path, monkeypatch):
+    """As targets with larger products want them: q, k, v in one, gate and up in one."""
+    monkeypatch.setattr(pipeline, "passes", lambda *args, original=pipeline.passes: [*original(*args), merge_quantized_linears])
+    quantization = compiled(policy, tmp_path / "engine.plan", {"preset": "all"})
+    check_replay(policy, tmp_path / "engine.plan", quantization)
+    found = Plan(tmp_path / "engine.plan").manifest["graphs"]["step"]["ops"]
+    assert found["duq::RotateQuantize"] == found["duq::W4A8Linear"] == 4 * policy[0].config.expert.depth
 
 
 @pytest.mark.parametrize("settings", [{"preset": "all"}, {"scheme": "duquant"}, {"weight_bits": 8}], ids=str)

@@ -12,20 +12,36 @@ from compiler.graph.passes.quantize import quantized_tensor
 from plugins import ops
 
 
-def merge_linears(graphs: Graphs) -> Graphs:
-    """[x W1, x W2] = x [W1, W2], for float products and for quantised linears of the same variant."""
+def merge_float_linears(graphs: Graphs) -> Graphs:
+    """[x W1, x W2] = x [W1, W2] for float products."""
     for _, model in graphs.items():
         groups = defaultdict(list)
         for node in model.graph:
             if node.op_type == "MatMul" and is_weight(node.inputs[1], rank=2):
-                groups[node.inputs[0], "MatMul"].append(node)
-            elif node.op_type in ops.QUANTIZED_LINEARS and "output_rotation" not in node.overload:
-                groups[node.inputs[0], node.op_identifier()].append(node)
-        for nodes in groups.values():
-            if len(nodes) > 1:
-                _merge(model.graph, nodes)
-        simplify(model)
+                groups[node.inputs[0]].append(node)
+        _merge_each(model, groups)
     return graphs
+
+
+def merge_quantized_linears(graphs: Graphs) -> Graphs:
+    """The same for quantised linears of one variant: a prologue and one integer product for the group.
+
+    For GPUs. On CPUs the product gains nothing and splitting its large output costs (docs/performance.md).
+    """
+    for _, model in graphs.items():
+        groups = defaultdict(list)
+        for node in model.graph:
+            if node.op_type in ops.QUANTIZED_LINEARS and "output_rotation" not in node.overload:
+                groups[node.inputs[0], node.op_identifier()].append(node)
+        _merge_each(model, groups)
+    return graphs
+
+
+def _merge_each(model: ir.Model, groups: dict) -> None:
+    for nodes in groups.values():
+        if len(nodes) > 1:
+            _merge(model.graph, nodes)
+    simplify(model)
 
 
 def _merge(graph: ir.Graph, nodes: list[ir.Node]) -> None:

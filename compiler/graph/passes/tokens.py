@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 
 from compiler.graph.edit import (
     depends_on, evaluate, expect, has_weight_name, initializer, insert_before, replace, simplify, small_constant,
@@ -63,6 +64,7 @@ def hoist_state_token(graphs: Graphs) -> Graphs:
     replace(slice_node.outputs[0], slice_node.inputs[0])  # the last H of H rows
     for _, model in graphs.items():
         simplify(model)
+        common.ShapeInferencePass()(model)  # row counts have changed
     _forget_inputs(step.graph, "state")
     return graphs
 
@@ -158,7 +160,7 @@ def _keep_suffix_rows(graph: ir.Graph, state: bool) -> None:
             node.resize_inputs(3)  # checked above: what is left sees everything
         for output in node.outputs:
             if not output.is_graph_output():
-                output.shape = None  # row counts have changed
+                output.shape = None
 
 
 def _append(graph: ir.Graph, tail: ir.Graph, names: list[str]) -> None:
