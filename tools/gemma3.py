@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' own progress bars, decided when they are imported
+os.environ.setdefault("TQDM_DISABLE", "1")  # the progress bar of transformers' GGUF reader, fixed on import
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers.utils import logging
 
 from compiler.model import gemma
 from compiler.model.layers import RMSNorm
@@ -118,6 +119,7 @@ def gemma_config(config: Gemma3TextConfig) -> GemmaConfig:
 def load_peer() -> tuple[Gemma3ForCausalLM, Path]:
     """transformers' model in float32, and the GGUF file that it came from (253 MB, put together in ~/.cache)."""
     file = assemble()
+    logging.disable_progress_bar()
     return Gemma3ForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval(), file
 
 

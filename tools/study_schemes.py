@@ -281,15 +281,18 @@ def draw(found: dict[str, Quality], file: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    bars = {key: quality for key, quality in found.items() if key != "fp32"}
+    shown = {key: quality for key, quality in found.items() if key != "fp32"}
     with matplotlib.rc_context(STYLE):
-        canvas = Figure(figsize=(7.2, 0.8 + 0.24 * len(bars)), layout="constrained")
+        canvas = Figure(figsize=(7.2, 0.8 + 0.24 * len(shown)), layout="constrained")
         axes = canvas.subplots()
-        colours = [ENGINE if key.startswith("balanced") else REFERENCE for key in bars]
-        drawn = axes.barh(list(bars), [quality.kl for quality in bars.values()], color=colours)
-        axes.bar_label(drawn, [f"{q.kl:.3f}  (perplexity {q.perplexity:.1f})" for q in bars.values()], padding=3)
-        axes.set(xscale="log", xlabel="mean KL divergence from fp32 (nats per token), logarithmic")
-        axes.margins(x=0.4)
+        for row, (key, quality) in enumerate(shown.items()):
+            colour = ENGINE if key.startswith("balanced") else REFERENCE
+            axes.plot(quality.kl, row, "o", color=colour)
+            label = f"{quality.kl:.3f}, perplexity {quality.perplexity:.1f}"
+            axes.annotate(label, (quality.kl, row), (8, 0), textcoords="offset points", va="center")
+        axes.set(xscale="log", xlabel="mean KL divergence from fp32, nats per token (logarithmic)")
+        axes.set(yticks=range(len(shown)), yticklabels=list(shown))
+        axes.set_xlim(right=16 * max(quality.kl for quality in shown.values()))  # room for the labels
         axes.grid(axis="y", visible=False)
         axes.invert_yaxis()
         canvas.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
