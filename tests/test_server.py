@@ -11,11 +11,14 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
+import typer.main
 from openpi_client.action_chunk_broker import ActionChunkBroker
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
+from prometheus_client import generate_latest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -24,6 +27,7 @@ from compiler.quant.recipe import DEFAULT_PRESET
 from runtime import serve_cli
 from runtime.errors import ObservationError
 from runtime.messages import pack, unpack
+from runtime.metrics import ERROR_KINDS, Metrics
 from runtime.server import PolicyServer
 from test_robots import libero
 from tools import bench_server
@@ -450,3 +454,37 @@ def test_bench_tells_mixed_replies(command_line, monkeypatch):
     monkeypatch.setattr(WebsocketClientPolicy, "infer", lambda self, obs: infer(self, obs | {"state": obs["state"] + 1}))
     ran = command_line(bench_server.main, "soak", "--clients", 1, "--seconds", 1)
     assert ran.code == 1 and "client 0: got the reply to another request" in ran.err
+
+
+# --- docs/serving.md -------------------------------------------------------------------------------------------------
+
+DOCS = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+
+
+@pytest.mark.parametrize("example", re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL), ids=["client", "real time"])
+def test_examples_run(policy, monkeypatch, capsys, example):
+    def infer(obs):
+        assert set(libero()) - {"tokenized_prompt", "tokenized_prompt_mask"} | {"prompt"} == set(obs)
+        return {"actions": np.zeros((50, 7), np.float32), "policy_timing": {"infer_ms": 1.0}}
+
+    monkeypatch.setattr(policy, "infer", infer)
+    with serving(policy) as served:
+        exec(compile(example.replace("8000", str(served.port)), "example", "exec"), {})
+    assert "(50, 7)" in capsys.readouterr().out or "control_loop" in example
+
+
+def test_every_option_metric_and_limit_is_documented():
+    documented = dict(re.findall(r"^\| `(--\S+)` \| (.*?) \|", DOCS, re.MULTILINE))
+    options = [each for each in typer.main.get_command(serve_cli.app).params if each.param_type_name == "option"]
+    assert list(documented) == [each.opts[0] for each in options]
+    for each in options:
+        assert each.default is None or documented[each.opts[0]] == f"`{each.default}`"
+    metrics = re.findall(r"^# TYPE (duq_\w+) ", generate_latest(Metrics().registry).decode(), re.MULTILINE)
+    for name in (*metrics, *ERROR_KINDS, serve_cli.API_KEY_VARIABLE, "/healthz", "code 1001", "1003", "1009", "1011"):
+        assert name in DOCS or name.endswith("_created"), name
+
+
+def test_the_runtime_needs_neither_torch_nor_the_compiler():
+    code = "import runtime.serve_cli, runtime.server, runtime.realtime, sys; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "runtime.server" in loaded and not {"torch", "onnx", "compiler", "tools", "openpi_client"} & set(loaded)

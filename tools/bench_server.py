@@ -58,10 +58,10 @@ def overhead(
 ) -> None:
     """Print how much longer a call takes through the server, on loopback, than the policy's infer in it."""
     with _serving(plan, infer_ms) as port:
-        client, times = WebsocketClientPolicy("127.0.0.1", port), []
+        client, observation, times = WebsocketClientPolicy("127.0.0.1", port), _observation(0.0, cameras), []
         for _ in range(WARM_UP + calls):
             start = time.perf_counter()
-            reply = client.infer(_observation(0.0, cameras))
+            reply = client.infer(observation)
             times.append((time.perf_counter() - start) * 1e3 - reply["server_timing"]["infer_ms"])
     p50, p90, p99, longest = np.percentile(times[WARM_UP:], [50, 90, 99, 100])
     title = f"Overhead of {calls} calls, {cameras} cameras"
@@ -114,9 +114,10 @@ class Robot(threading.Thread):
         client = WebsocketClientPolicy("127.0.0.1", self._port)
         while time.monotonic() < self._end and not self.error:
             value = self._number + len(self.milliseconds) / 2**20
+            observation = _observation(value)
             start = time.perf_counter()
             try:
-                reply = client.infer(_observation(value))
+                reply = client.infer(observation)
             except (RuntimeError, OSError) as error:
                 self.error = f"client {self._number}: {error}"
                 return
