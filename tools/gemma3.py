@@ -5,10 +5,7 @@ normalises queries and keys and the outputs of attention and MLP, and every sixt
 """
 from __future__ import annotations
 
-import os
 from pathlib import Path
-
-os.environ.setdefault("TQDM_DISABLE", "1")  # the progress bar of transformers' GGUF reader, fixed on import
 
 import torch
 import torch.nn.functional as F

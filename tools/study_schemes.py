@@ -257,8 +257,10 @@ def _study(
 
 
 def table(found: dict[str, Quality]) -> Table:
-    shown = Table("scheme", "", title="Gemma 3 270M, all 126 linears quantised", title_justify="left")
-    for column in ("perplexity", "KL", "top-1 %", "SQNR dB", "seconds"):
+    shown = Table(title="Gemma 3 270M, all 126 linears quantised", title_justify="left")
+    shown.add_column("scheme", no_wrap=True)
+    shown.add_column()
+    for column in ("perplexity", "KL", "top-1 %", "SQNR dB", "s"):
         shown.add_column(column, justify="right", no_wrap=True)
     for key, q in found.items():
         numbers = f"{q.perplexity:.2f}", f"{q.kl:.3f}", f"{100 * q.top1:.1f}", f"{q.sqnr_db:.1f}", f"{q.seconds:.0f}"
