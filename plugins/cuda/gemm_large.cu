@@ -11,10 +11,6 @@
 // shared memory STAGES * stage_bytes, or the epilogue's staging where that is more.
 #include "common.cuh"
 
-__device__ inline void copy_async(unsigned to, const void* from, bool valid) {  // 16 bytes, zeros where not valid
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0));
-}
-
 template <int BITS, int ROWS16, int TOKENS8, int WARPS_N, int WARPS_M, int STAGES, bool GEGLU, class Out>
 __global__ void __launch_bounds__(32 * WARPS_N * WARPS_M)
 gemm_large(const signed char* x_q, const float* x_scale, const unsigned char* weight, const float* weight_scale,
@@ -50,7 +46,7 @@ gemm_large(const signed char* x_q, const float* x_scale, const unsigned char* we
         copy_async(stage + X_BYTES + 16 * piece, weight + packed * TILE_BYTES + piece % PIECES * 16, true);
       }
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    commit_copies();
   };
 
   wait_for_inputs();
@@ -58,7 +54,7 @@ gemm_large(const signed char* x_q, const float* x_scale, const unsigned char* we
 
   int acc[ROWS16][TOKENS8][4] = {};
   for (int step = 0; step < steps; ++step) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+    wait_for_copies<STAGES - 2>();
     __syncthreads();  // this stage has landed for everyone, and everyone is done with the one refilled now
     fetch(step + STAGES - 1);
     const unsigned char* const stage = shared + step % STAGES * STAGE_BYTES;
@@ -80,7 +76,7 @@ gemm_large(const signed char* x_q, const float* x_scale, const unsigned char* we
   }
 
   let_next_kernel_start();
-  asm volatile("cp.async.wait_group 0;" ::: "memory");
+  wait_for_copies<0>();
   __syncthreads();
   int* const staging = reinterpret_cast<int*>(shared) + warp * staging_words(ROWS16);
   store_warp_tile(acc, staging, first_token + warp_m * 8 * TOKENS8, 16 * (first_tile + warp_n * ROWS16),

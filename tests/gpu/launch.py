@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from plugins import driver
+from plugins.attention import Attention
 from plugins.kernels import compile_cubin
 from plugins.layout import activation_slabs, pack_fragments
 from plugins.tactics import Tactic
@@ -107,4 +108,54 @@ def rotate_quantize(
     dense_block = rotation.shape[-1] if rotation is not None else 0
     values = (*tensors, k, stride, dense_block, slab_tokens, epsilon)
     shape = driver.Shape((m, 1, 1), threads, 4 * k if rotation is not None else 0)
+    function.launch(shape, arguments(values), torch.cuda.current_stream().cuda_stream, overlap)
+
+
+def rotary_tables(positions: int, dims: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [positions, dims / 2] float32."""
+    frequency = 10000.0 ** -(torch.arange(0, dims, 2, dtype=torch.float64) / dims)
+    angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
+    return angle.cos().float().cuda(), angle.sin().float().cuda()
+
+
+def attention(
+    config: Attention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    own_k: torch.Tensor | None = None,
+    own_v: torch.Tensor | None = None,
+    *,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    first_position: int = 0,
+    images: int = 1,
+    overlap: bool = False,
+) -> None:
+    """One launch; every operand is a matrix with a row a token, dense within a row."""
+    tokens, kv_heads = len(q) // images, k.shape[1] // config.dims
+    tables = rotary or (None, None)
+    own_keys, own_stride = (0, 0) if own_k is None else (len(own_k), own_k.stride(0))
+    sizes = tokens, len(k) // images, own_keys, first_position
+    strides = q.stride(0), k.stride(0), own_stride, out.stride(0)
+    values = (q, k, v, own_k, own_v, *tables, out, *sizes, *strides, config.dims**-0.5)
+    shape = config.shape(tokens, kv_heads, images)
+    function = kernel(config.source, config.expression())
+    function.launch(shape, arguments(values), torch.cuda.current_stream().cuda_stream, overlap)
+
+
+def store_keys_values(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    first_position: int = 0,
+    overlap: bool = False,
+) -> None:
+    """One launch on k, v [tokens, dims] and as many rows of the caches."""
+    tokens, dims = k.shape
+    values = (k, v, *rotary, k_cache, v_cache, tokens, first_position, k.stride(0), k_cache.stride(0))
+    shape = driver.Shape((-(-tokens * dims // 4 // 256), 1, 1), 256)
+    function = kernel("rotary.cu", f"store_keys_values<{dims}>")
     function.launch(shape, arguments(values), torch.cuda.current_stream().cuda_stream, overlap)

@@ -1,0 +1,301 @@
+// out = softmax(scale q k^T) v for every attention of the policy: bf16 in and out, float32 softmax, no mask (absent
+// tokens were compacted away). mma.sync, SM 80 and up.
+//
+//   q, out     [tokens, kv heads, HEADS, DIMS], rows `q_stride` and `out_stride` apart; HEADS query heads share K and V
+//   k, v       [keys, kv heads, DIMS], rows `kv_stride` apart
+//   own_k..    `own_keys` more rows somewhere else: the suffix attends to the prefix's cache and to itself, in place
+//   cosine, sine  [positions, DIMS / 2] float32, or null: q and own_k come without rotary embedding and get it here (k has
+//              had it); row i of each is at position first_position + i
+//   images     blockIdx.z: each has `tokens` rows of q and `keys` of k and v, behind those of the image before
+//
+// Queries that share K and V are the rows of one matrix, row = token * HEADS + head. A block has 16 ROW_WARPS of them
+// and takes KEY_WARPS * KEYS keys at a time through a ring of STAGES tiles in shared memory; warp (i, j) holds 16 rows
+// and sees KEYS keys of each tile. SPLIT blocks (a cluster, SM 90) share the keys of the same rows. Every warp keeps
+//   m: what it subtracts in the exponent,  l = sum exp2(s - m),  o = sum exp2(s - m) v,
+// and sums over different keys are merged at the end, within the block and then over the cluster, in float32.
+//
+// Rows in shared memory are PITCH elements apart, 8 more than DIMS rounded up to 16: an odd multiple of 16 bytes, so
+// that ldmatrix finds the 8 rows of a matrix in different banks. The merge has rows of as many floats, 32 bytes modulo
+// 64: its 8-byte stores are free of conflicts too, and m and l ride in the padding.
+//
+// grid (ceil(tokens * HEADS / (16 ROW_WARPS)) * SPLIT, kv heads, images), block 32 ROW_WARPS KEY_WARPS,
+// cluster (SPLIT, 1, 1), shared memory as in plugins/attention.py.
+#include "common.cuh"
+
+// d[16, 8] += a[16, 16] b[16, 8]. Lane 4 g + t holds
+//   a[0]: row g, columns 2 t, 2 t + 1;  a[1]: row g + 8;  a[2], a[3]: the same, columns + 8
+//   b0: rows 2 t, 2 t + 1 of column g;  b1: rows + 8
+//   d[0], d[1]: row g, columns 2 t, 2 t + 1;  d[2], d[3]: row g + 8
+// so that d of two neighbouring tiles of 8 columns is, as bf16, an a.
+__device__ inline void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four 8 x 8 matrices; lane 8 i + r gives the address of row r of matrix i. A lane gets columns 2 t, 2 t + 1 of row g
+// of each, or TRANSPOSED rows 2 t, 2 t + 1 of column g.
+template <bool TRANSPOSED> __device__ inline void load_matrices(unsigned (&m)[4], const Bf16* row) {
+  const unsigned at = unsigned(__cvta_generic_to_shared(row));
+  if constexpr (TRANSPOSED)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3]) : "r"(at) : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3]) : "r"(at) : "memory");
+}
+
+__device__ inline float exp2_fast(float v) {
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
+  return out;
+}
+
+// Reduces over the 4 lanes that hold a row of d.
+__device__ inline float max_of_row(float v) {
+  v = fmaxf(v, __shfl_xor_sync(~0u, v, 1));
+  return fmaxf(v, __shfl_xor_sync(~0u, v, 2));
+}
+__device__ inline float sum_of_row(float v) {
+  v += __shfl_xor_sync(~0u, v, 1);
+  return v + __shfl_xor_sync(~0u, v, 2);
+}
+
+// From block `rank` of SPLIT.
+template <int SPLIT> __device__ inline float4 load_of_block(const float* at, int rank) {
+#if CLUSTER
+  if constexpr (SPLIT > 1) {
+    const int4 v = load_remote(reinterpret_cast<const int*>(at), rank);
+    return {__int_as_float(v.x), __int_as_float(v.y), __int_as_float(v.z), __int_as_float(v.w)};
+  }
+#else
+  static_assert(SPLIT == 1, "blocks exchange sums within a cluster");
+#endif
+  return *reinterpret_cast<const float4*>(at);
+}
+
+// One quad of o with its m and l.
+struct Sums { float4 o; float m, l; };
+
+template <int PARTS> __device__ inline Sums merge(const Sums (&parts)[PARTS]) {
+  Sums all = {{0, 0, 0, 0}, parts[0].m, 0};
+#pragma unroll
+  for (int i = 1; i < PARTS; ++i) all.m = fmaxf(all.m, parts[i].m);
+#pragma unroll
+  for (int i = 0; i < PARTS; ++i) {
+    const float weight = exp2_fast(parts[i].m - all.m);
+    all.l = fmaf(weight, parts[i].l, all.l);
+    all.o.x = fmaf(weight, parts[i].o.x, all.o.x), all.o.y = fmaf(weight, parts[i].o.y, all.o.y);
+    all.o.z = fmaf(weight, parts[i].o.z, all.o.z), all.o.w = fmaf(weight, parts[i].o.w, all.o.w);
+  }
+  return all;
+}
+
+constexpr float LOWEST = -1e30f;  // m before the first key: finite, so that exp2(-inf - m) is 0 and not NaN
+constexpr float SLACK = 8;        // m follows the maximum only when it is this far behind: exp2(s - m) stays below 256
+
+template <int DIMS, int HEADS, int ROW_WARPS, int KEY_WARPS, int KEYS, int STAGES, int SPLIT>
+__global__ void __launch_bounds__(32 * ROW_WARPS * KEY_WARPS)
+attention(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, const Bf16* own_v,
+          const float* cosine, const float* sine, Bf16* out, int tokens, int keys, int own_keys, int first_position,
+          int q_stride, int kv_stride, int own_stride, int out_stride, float scale) {
+  constexpr int THREADS = 32 * ROW_WARPS * KEY_WARPS, ROWS = 16 * ROW_WARPS, TILE = KEY_WARPS * KEYS;
+  constexpr int PADDED = (DIMS + 15) / 16 * 16, PITCH = PADDED + 8;
+  extern __shared__ __align__(128) unsigned char shared[];
+  Bf16* const ring = reinterpret_cast<Bf16*>(shared);       // [STAGES][K, V][TILE][PITCH]
+  float* const partial = reinterpret_cast<float*>(shared);  // [KEY_WARPS][ROWS][PITCH], when the ring is done with
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int row_warp = warp % ROW_WARPS, key_warp = warp / ROW_WARPS;
+  const int rank = blockIdx.x % SPLIT, first_row = blockIdx.x / SPLIT * ROWS, rows = tokens * HEADS;
+  const int share = ((keys + own_keys + SPLIT - 1) / SPLIT + 15) / 16 * 16;
+  const int begin = rank * share, end = min(begin + share, keys + own_keys), tiles = (end - begin + TILE - 1) / TILE;
+  q += size_t(blockIdx.z) * tokens * q_stride + blockIdx.y * HEADS * DIMS;
+  k += size_t(blockIdx.z) * keys * kv_stride + blockIdx.y * DIMS;
+  v += size_t(blockIdx.z) * keys * kv_stride + blockIdx.y * DIMS;
+  out += size_t(blockIdx.z) * tokens * out_stride + blockIdx.y * HEADS * DIMS;
+
+  auto fetch = [&](int tile) {
+    if (tile < tiles) {
+      constexpr int PIECES = DIMS / 8, COUNT = TILE * PIECES;
+      const unsigned stage = unsigned(__cvta_generic_to_shared(ring + tile % STAGES * 2 * TILE * PITCH));
+#pragma unroll
+      for (int base = 0; base < COUNT; base += THREADS) {
+        const int piece = base + threadIdx.x, row = piece / PIECES, column = piece % PIECES * 8;
+        if (COUNT % THREADS && piece >= COUNT) break;
+        const int wanted = begin + tile * TILE + row, key = min(wanted, end - 1);
+        const size_t at = (key < keys ? size_t(key) * kv_stride : size_t(key - keys) * own_stride) + column;
+        const unsigned to = stage + (row * PITCH + column) * int(sizeof(Bf16));
+        copy_async(to, (key < keys ? k : own_k) + at, wanted < end);
+        copy_async(to + TILE * PITCH * int(sizeof(Bf16)), (key < keys ? v : own_v) + at, wanted < end);
+      }
+    }
+    commit_copies();
+  };
+
+  // In shared memory; all threads come here together.
+  auto rotate_own_keys = [&](int tile) {
+    const int first_key = begin + tile * TILE, first = max(keys - first_key, 0), last = min(end - first_key, TILE);
+    if (first >= last) return;
+    constexpr int WORDS = DIMS / 4;  // of half a key
+    for (int i = threadIdx.x; i < (last - first) * WORDS; i += THREADS) {
+      const int row = first + i / WORDS, word = i % WORDS;
+      const size_t angles = size_t(first_position + first_key + row - keys) * (DIMS / 2) + 2 * word;
+      unsigned* const at = reinterpret_cast<unsigned*>(ring + (tile % STAGES * 2 * TILE + row) * PITCH) + word;
+      rotate_pairs(at[0], at[WORDS], cosine + angles, sine + angles);
+    }
+    __syncthreads();
+  };
+
+  wait_for_inputs();
+#pragma unroll
+  for (int stage = 0; stage < STAGES - 1; ++stage) fetch(stage);
+  if (DIMS < PADDED)  // the columns that round DIMS up have to be finite
+    for (int row = threadIdx.x; row < STAGES * 2 * TILE; row += THREADS)
+      *reinterpret_cast<uint4*>(ring + row * PITCH + DIMS) = {0, 0, 0, 0};
+
+  unsigned query[PADDED / 16][4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int row = first_row + 16 * row_warp + g + i % 2 * 8;
+    const Bf16* const from = q + size_t(row / HEADS) * q_stride + row % HEADS * DIMS;
+#pragma unroll
+    for (int step = 0; step < PADDED / 16; ++step) {
+      const int column = 16 * step + i / 2 * 8 + 2 * t;
+      query[step][i] = row < rows && column < DIMS ? __ldcg(reinterpret_cast<const unsigned*>(from + column)) : 0;
+    }
+  }
+  if constexpr (DIMS % 32 == 0)
+    if (cosine)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = min(first_row + 16 * row_warp + g + i % 2 * 8, rows - 1);
+        const size_t at = size_t(first_position + row / HEADS) * (DIMS / 2) + i / 2 * 8 + 2 * t;
+#pragma unroll
+        for (int step = 0; step < DIMS / 32; ++step)  // the head's other half is as many steps on, in this lane too
+          rotate_pairs(query[step][i], query[step + DIMS / 32][i], cosine + at + 16 * step, sine + at + 16 * step);
+      }
+
+  scale *= 1.4426950408889634f;  // exp(x) = exp2(x / ln 2)
+  float o[PADDED / 8][4] = {}, m[2] = {LOWEST, LOWEST}, l[2] = {};
+  for (int tile = 0; tile < tiles; ++tile) {
+    wait_for_copies<STAGES - 2>();
+    __syncthreads();  // this tile has landed for everyone, and everyone is done with the one refilled now
+    fetch(tile + STAGES - 1);
+    if constexpr (DIMS % 32 == 0)
+      if (cosine) rotate_own_keys(tile);
+    const Bf16* const k_tile = ring + (tile % STAGES * 2 * TILE + key_warp * KEYS) * PITCH;
+    const Bf16* const v_tile = k_tile + TILE * PITCH;
+
+    float s[KEYS / 8][4] = {};
+    const Bf16* const k_row = k_tile + (lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 8;
+#pragma unroll
+    for (int step = 0; step < PADDED / 16; ++step)
+#pragma unroll
+      for (int j = 0; j < KEYS / 16; ++j) {
+        unsigned b[4];
+        load_matrices<false>(b, k_row + 16 * j * PITCH + 16 * step);
+        mma(s[2 * j], query[step], b[0], b[1]);
+        mma(s[2 * j + 1], query[step], b[2], b[3]);
+      }
+
+    const int left = end - begin - tile * TILE - key_warp * KEYS;  // keys of this warp that exist
+    if (left < KEYS)
+#pragma unroll
+      for (int j = 0; j < KEYS / 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (8 * j + 2 * t + i % 2 >= left) s[j][i] = -__int_as_float(0x7F800000);
+
+    float top[2] = {s[0][0], s[0][2]};
+#pragma unroll
+    for (int j = 0; j < KEYS / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) top[i / 2] = fmaxf(top[i / 2], s[j][i]);
+    top[0] = max_of_row(top[0]) * scale, top[1] = max_of_row(top[1]) * scale;
+    if (__any_sync(~0u, top[0] > m[0] + SLACK || top[1] > m[1] + SLACK)) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float raised = fmaxf(m[half], top[half]), factor = exp2_fast(m[half] - raised);
+        m[half] = raised;
+        l[half] *= factor;
+#pragma unroll
+        for (int n = 0; n < PADDED / 8; ++n) o[n][2 * half] *= factor, o[n][2 * half + 1] *= factor;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < KEYS / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        s[j][i] = exp2_fast(fmaf(s[j][i], scale, -m[i / 2]));
+        l[i / 2] += s[j][i];
+      }
+
+    const Bf16* const v_row = v_tile + (lane / 8 % 2 * 8 + lane % 8) * PITCH + lane / 16 * 8;
+#pragma unroll
+    for (int j = 0; j < KEYS / 16; ++j) {
+      const unsigned p[4] = {pack2<Bf16>(s[2 * j][0], s[2 * j][1]), pack2<Bf16>(s[2 * j][2], s[2 * j][3]),
+                             pack2<Bf16>(s[2 * j + 1][0], s[2 * j + 1][1]),
+                             pack2<Bf16>(s[2 * j + 1][2], s[2 * j + 1][3])};
+#pragma unroll
+      for (int n = 0; n < PADDED / 16; ++n) {
+        unsigned b[4];
+        load_matrices<true>(b, v_row + 16 * j * PITCH + 16 * n);
+        mma(o[2 * n], p, b[0], b[1]);
+        mma(o[2 * n + 1], p, b[2], b[3]);
+      }
+    }
+  }
+
+  let_next_kernel_start();
+  __syncthreads();  // the ring is free
+  l[0] = sum_of_row(l[0]), l[1] = sum_of_row(l[1]);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float* const row = partial + (key_warp * ROWS + 16 * row_warp + g + 8 * half) * PITCH;
+#pragma unroll
+    for (int n = 0; n < DIMS / 8; ++n)
+      *reinterpret_cast<float2*>(row + 8 * n + 2 * t) = {o[n][2 * half], o[n][2 * half + 1]};
+    if (t == 0) *reinterpret_cast<float4*>(row + PADDED) = {m[half], l[half], m[half], l[half]};
+  }
+  __syncthreads();
+
+  constexpr int QUADS = DIMS / 4;
+  if constexpr (KEY_WARPS > 1) {  // in place: this thread alone reads these words; m, l of the block behind the warps'
+    for (int quad = threadIdx.x; quad < ROWS * QUADS; quad += THREADS) {
+      float* const row = partial + quad / QUADS * PITCH;
+      Sums parts[KEY_WARPS];
+#pragma unroll
+      for (int i = 0; i < KEY_WARPS; ++i) {
+        const float* const of_warp = row + i * ROWS * PITCH;
+        parts[i] = {*reinterpret_cast<const float4*>(of_warp + quad % QUADS * 4), of_warp[PADDED], of_warp[PADDED + 1]};
+      }
+      const Sums all = merge(parts);
+      *reinterpret_cast<float4*>(row + quad % QUADS * 4) = all.o;
+      if (quad % QUADS == 0) *reinterpret_cast<float2*>(row + PADDED + 2) = {all.m, all.l};
+    }
+    if (SPLIT == 1) __syncthreads();
+  }
+#if CLUSTER
+  if constexpr (SPLIT > 1) cluster_barrier();
+#endif
+  for (int quad = rank * THREADS + threadIdx.x; quad < ROWS * QUADS; quad += SPLIT * THREADS) {
+    const int row = first_row + quad / QUADS;
+    if (row >= rows) break;
+    const float* const at = partial + quad / QUADS * PITCH;
+    Sums parts[SPLIT];
+#pragma unroll
+    for (int i = 0; i < SPLIT; ++i) {
+      const float4 of_block = load_of_block<SPLIT>(at + PADDED, i);
+      parts[i] = {load_of_block<SPLIT>(at + quad % QUADS * 4, i), of_block.z, of_block.w};
+    }
+    const Sums all = merge(parts);
+    const float inverse = __fdividef(1.0f, all.l);
+    Bf16* const to = out + size_t(row / HEADS) * out_stride + row % HEADS * DIMS + quad % QUADS * 4;
+    *reinterpret_cast<uint2*>(to) = {pack2<Bf16>(all.o.x * inverse, all.o.y * inverse),
+                                     pack2<Bf16>(all.o.z * inverse, all.o.w * inverse)};
+  }
+#if CLUSTER
+  if constexpr (SPLIT > 1) cluster_wait_for_all();  // no block leaves while its shared memory is being read
+#endif
+}

@@ -1,0 +1,120 @@
+"""Times every candidate tile of the policy's attentions, with its error, beside torch's attention.
+
+    python -m tests.gpu.bench_attention [--json FILE]
+
+Launches are replayed from a CUDA graph on operands that rotate through several copies, which stay in L2 as they do in
+the policy, where the kernel ahead has just written them. torch gets K and V in one piece, and q either as heads over a
+shared K and V or folded into one head, whichever is faster; rotary embeddings and copies are not counted for it.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from plugins import attention
+from plugins.attention import Attention
+from plugins.kernels import compile_cubin
+from tests.gpu import launch
+from tests.gpu.bench_kernels import time_us
+from tests.gpu.test_attention import definition, random, rotate
+
+COPIES = 16
+BACKENDS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+
+
+def time_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: SDPBackend) -> float:
+    """q [B, heads, T, D], k, v [B, kv_heads, S, D]; infinity where the backend refuses."""
+    options = [(q, k, v)]
+    if k.shape[1] == 1:
+        options.append((q.transpose(1, 2).flatten(1, 2)[:, None].contiguous(), k, v))
+    times = []
+    for operands in options:
+        gqa = operands[0].shape[1] != operands[1].shape[1]
+        with sdpa_kernel([backend]):
+            try:
+                call = lambda _, o=operands, g=gqa: torch.nn.functional.scaled_dot_product_attention(*o, enable_gqa=g)  # noqa: E731
+                times.append(time_us(call, [None] * COPIES))
+            except RuntimeError:
+                times.append(math.inf)
+    return min(times)
+
+
+def bench(name: str, configs: list[Attention], tokens: int, keys: int, own: int, images: int = 1) -> dict:
+    """`own` of the keys come from the matrix that q comes from, behind its rotary embedding."""
+    heads, kv_heads, dims = (8, 1, 256) if configs[0].dims == 256 else (16, 16, 72)
+    width, kv_width = heads * dims, kv_heads * dims
+    matrices = [random(images * tokens, width + 2 * kv_width, seed=i) for i in range(COPIES)]
+    caches = [random(images * keys, 2 * kv_width, seed=100 + i) for i in range(COPIES)]
+    rotary = launch.rotary_tables(keys + tokens, dims) if own else None
+    out = torch.empty(images * tokens, width, dtype=torch.bfloat16, device="cuda")
+
+    def run(config, i, overlap=False):
+        q, own_k, own_v = matrices[i].split([width, kv_width, kv_width], 1)
+        k, v = caches[i].split(kv_width, 1)
+        own_operands = (own_k, own_v) if own else ()
+        settings = {"rotary": rotary, "first_position": keys, "images": images, "overlap": overlap}
+        launch.attention(config, q, k, v, out, *own_operands, **settings)
+
+    q, own_k, own_v = matrices[0].split([width, kv_width, kv_width], 1)
+    k, v = caches[0].split(kv_width, 1)
+    if own:
+        q, own_k = rotate(q, rotary, keys), rotate(own_k, rotary, keys)
+        k, v = torch.cat([k, own_k]), torch.cat([v, own_v])
+    per_image = list(zip(*(x.chunk(images) for x in (q, k, v)), strict=True))
+    exact = torch.cat([definition(*operands, heads, kv_heads) for operands in per_image])
+    timed = []
+    for config in configs:
+        if not config.fits(launch.compute_capability()):
+            continue
+        out.fill_(math.nan)
+        run(config, 0)
+        error = float((out.double() - exact).norm() / exact.norm())
+        us = time_us(lambda i, config=config: run(config, i), list(range(COPIES)))
+        overlapped = time_us(lambda i, config=config: run(config, i, overlap=True), list(range(COPIES)))
+        timed.append((us, overlapped, error, config))
+    timed.sort(key=lambda entry: entry[0])
+    split = [x.unflatten(0, (images, -1)).unflatten(2, (n, dims)).transpose(1, 2).contiguous()
+             for x, n in ((q, heads), (k, kv_heads), (v, kv_heads))]  # fmt: skip
+    times = {backend: time_torch(*split, BACKENDS[backend]) for backend in BACKENDS}
+    flops = 4 * images * tokens * len(k) // images * width
+    result = {"name": name, "tokens": tokens, "keys": len(k) // images, "images": images, "us": timed[0][0]}
+    result |= {"overlap_us": timed[0][1], "tflops": 1e-6 * flops / timed[0][0], "error": timed[0][2]} | times
+    print(f"{name:8s} {tokens:5d} x {len(k) // images:5d} x{images}  " + "  ".join(
+        f"{key} {value:.2f}" if key != "error" else f"error {value:.1e}" for key, value in list(result.items())[4:]))  # fmt: skip
+    for us, overlapped, error, config in timed:
+        print(f"    {us:7.2f} {overlapped:7.2f}  {error:.1e}  {config}", flush=True)
+    return result | {"all": [(*entry[:3], repr(entry[3])) for entry in timed]}
+
+
+def bench_cache(tokens: int) -> float:
+    qkv, cache = random(tokens, 2560, seed=0), random(tokens, 512, seed=1)
+    k, v, operands = qkv[:, 2048:2304], qkv[:, 2304:], (*cache.split(256, 1), launch.rotary_tables(tokens, 256))
+    return time_us(lambda _: launch.store_keys_values(k, v, *operands), [None] * COPIES)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="all timings")
+    options = parser.parse_args()
+    sm = launch.compute_capability()
+    with ProcessPoolExecutor() as pool:
+        configs = [c for c in attention.PREFIX + attention.SUFFIX + attention.VISION if c.fits(sm)]
+        for job in [pool.submit(compile_cubin, c.source, sm, [c.expression()]) for c in dict.fromkeys(configs)]:
+            job.result()
+    print(torch.cuda.get_device_name(), "torch", torch.__version__, "CUDA", torch.version.cuda)
+    results = [bench("prefix", attention.PREFIX, tokens, tokens, 0) for tokens in (306, 562, 816)]
+    results += [bench("suffix", attention.SUFFIX, 50, keys, 50) for keys in (307, 817)]
+    results += [bench("SigLIP", attention.VISION, 256, 256, 0, images) for images in (1, 2, 3)]
+    print(f"keys and values of 816 tokens into the cache: {bench_cache(816):.2f} us")
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
