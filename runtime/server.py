@@ -126,12 +126,14 @@ class PolicyServer:
 
     async def _answer(self, connection: ServerConnection, gone: asyncio.Future, request: bytes | str, previous: dict) -> None:
         """Sends the actions, or the error that belongs to this client alone."""
-        call = asyncio.get_running_loop().run_in_executor(self._worker, self._call, request, time.perf_counter(), previous)
+        job = self._worker.submit(self._call, request, time.perf_counter(), previous)
+        call = asyncio.wrap_future(job)
         self._busy.add(connection)
         try:
             with self.metrics.queue_depth.track_inprogress():
                 await asyncio.wait({call, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not call.done():  # nobody waits for it any more
+                job.cancel()  # at once, where call.cancel() alone would do it in the loop's next turn
                 call.cancel()
                 self.metrics.error("disconnected")
                 raise connection.protocol.close_exc
