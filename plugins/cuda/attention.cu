@@ -20,7 +20,7 @@
 //
 // grid (ceil(tokens * HEADS / (16 ROW_WARPS)) * SPLIT, kv heads, images), block 32 ROW_WARPS KEY_WARPS,
 // cluster (SPLIT, 1, 1), shared memory as in plugins/attention.py.
-#include "common.cuh"
+#include "attention.cuh"
 
 // d[16, 8] += a[16, 16] b[16, 8]. Lane 4 g + t holds
 //   a[0]: row g, columns 2 t, 2 t + 1;  a[1]: row g + 8;  a[2], a[3]: the same, columns + 8
@@ -45,55 +45,6 @@ template <bool TRANSPOSED> __device__ inline void load_matrices(unsigned (&m)[4]
                  : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3]) : "r"(at) : "memory");
 }
 
-__device__ inline float exp2_fast(float v) {
-  float out;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
-  return out;
-}
-
-// Reduces over the 4 lanes that hold a row of d.
-__device__ inline float max_of_row(float v) {
-  v = fmaxf(v, __shfl_xor_sync(~0u, v, 1));
-  return fmaxf(v, __shfl_xor_sync(~0u, v, 2));
-}
-__device__ inline float sum_of_row(float v) {
-  v += __shfl_xor_sync(~0u, v, 1);
-  return v + __shfl_xor_sync(~0u, v, 2);
-}
-
-// From block `rank` of SPLIT.
-template <int SPLIT> __device__ inline float4 load_of_block(const float* at, int rank) {
-#if CLUSTER
-  if constexpr (SPLIT > 1) {
-    const int4 v = load_remote(reinterpret_cast<const int*>(at), rank);
-    return {__int_as_float(v.x), __int_as_float(v.y), __int_as_float(v.z), __int_as_float(v.w)};
-  }
-#else
-  static_assert(SPLIT == 1, "blocks exchange sums within a cluster");
-#endif
-  return *reinterpret_cast<const float4*>(at);
-}
-
-// One quad of o with its m and l.
-struct Sums { float4 o; float m, l; };
-
-template <int PARTS> __device__ inline Sums merge(const Sums (&parts)[PARTS]) {
-  Sums all = {{0, 0, 0, 0}, parts[0].m, 0};
-#pragma unroll
-  for (int i = 1; i < PARTS; ++i) all.m = fmaxf(all.m, parts[i].m);
-#pragma unroll
-  for (int i = 0; i < PARTS; ++i) {
-    const float weight = exp2_fast(parts[i].m - all.m);
-    all.l = fmaf(weight, parts[i].l, all.l);
-    all.o.x = fmaf(weight, parts[i].o.x, all.o.x), all.o.y = fmaf(weight, parts[i].o.y, all.o.y);
-    all.o.z = fmaf(weight, parts[i].o.z, all.o.z), all.o.w = fmaf(weight, parts[i].o.w, all.o.w);
-  }
-  return all;
-}
-
-constexpr float LOWEST = -1e30f;  // m before the first key: finite, so that exp2(-inf - m) is 0 and not NaN
-constexpr float SLACK = 8;        // m follows the maximum only when it is this far behind: exp2(s - m) stays below 256
-
 template <int DIMS, int HEADS, int ROW_WARPS, int KEY_WARPS, int KEYS, int STAGES, int SPLIT>
 __global__ void __launch_bounds__(32 * ROW_WARPS * KEY_WARPS)
 attention(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, const Bf16* own_v,
@@ -103,7 +54,6 @@ attention(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, const 
   constexpr int PADDED = (DIMS + 15) / 16 * 16, PITCH = PADDED + 8;
   extern __shared__ __align__(128) unsigned char shared[];
   Bf16* const ring = reinterpret_cast<Bf16*>(shared);       // [STAGES][K, V][TILE][PITCH]
-  float* const partial = reinterpret_cast<float*>(shared);  // [KEY_WARPS][ROWS][PITCH], when the ring is done with
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int row_warp = warp % ROW_WARPS, key_warp = warp / ROW_WARPS;
@@ -199,44 +149,12 @@ attention(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, const 
         mma(s[2 * j + 1], query[step], b[2], b[3]);
       }
 
-    const int left = end - begin - tile * TILE - key_warp * KEYS;  // keys of this warp that exist
-    if (left < KEYS)
-#pragma unroll
-      for (int j = 0; j < KEYS / 8; ++j)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (8 * j + 2 * t + i % 2 >= left) s[j][i] = -__int_as_float(0x7F800000);
-
-    float top[2] = {s[0][0], s[0][2]};
-#pragma unroll
-    for (int j = 0; j < KEYS / 8; ++j)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) top[i / 2] = fmaxf(top[i / 2], s[j][i]);
-    top[0] = max_of_row(top[0]) * scale, top[1] = max_of_row(top[1]) * scale;
-    if (__any_sync(~0u, top[0] > m[0] + SLACK || top[1] > m[1] + SLACK)) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float raised = fmaxf(m[half], top[half]), factor = exp2_fast(m[half] - raised);
-        m[half] = raised;
-        l[half] *= factor;
-#pragma unroll
-        for (int n = 0; n < PADDED / 8; ++n) o[n][2 * half] *= factor, o[n][2 * half + 1] *= factor;
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < KEYS / 8; ++j)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        s[j][i] = exp2_fast(fmaf(s[j][i], scale, -m[i / 2]));
-        l[i / 2] += s[j][i];
-      }
-
+    softmax(s, o, m, l, end - begin - tile * TILE - key_warp * KEYS, scale);
     const Bf16* const v_row = v_tile + (lane / 8 % 2 * 8 + lane % 8) * PITCH + lane / 16 * 8;
 #pragma unroll
     for (int j = 0; j < KEYS / 16; ++j) {
-      const unsigned p[4] = {pack2<Bf16>(s[2 * j][0], s[2 * j][1]), pack2<Bf16>(s[2 * j][2], s[2 * j][3]),
-                             pack2<Bf16>(s[2 * j + 1][0], s[2 * j + 1][1]),
-                             pack2<Bf16>(s[2 * j + 1][2], s[2 * j + 1][3])};
+      unsigned p[4];
+      to_operand(s, j, p);
 #pragma unroll
       for (int n = 0; n < PADDED / 16; ++n) {
         unsigned b[4];
@@ -249,53 +167,6 @@ attention(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, const 
 
   let_next_kernel_start();
   __syncthreads();  // the ring is free
-  l[0] = sum_of_row(l[0]), l[1] = sum_of_row(l[1]);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float* const row = partial + (key_warp * ROWS + 16 * row_warp + g + 8 * half) * PITCH;
-#pragma unroll
-    for (int n = 0; n < DIMS / 8; ++n)
-      *reinterpret_cast<float2*>(row + 8 * n + 2 * t) = {o[n][2 * half], o[n][2 * half + 1]};
-    if (t == 0) *reinterpret_cast<float4*>(row + PADDED) = {m[half], l[half], m[half], l[half]};
-  }
-  __syncthreads();
-
-  constexpr int QUADS = DIMS / 4;
-  if constexpr (KEY_WARPS > 1) {  // in place: this thread alone reads these words; m, l of the block behind the warps'
-    for (int quad = threadIdx.x; quad < ROWS * QUADS; quad += THREADS) {
-      float* const row = partial + quad / QUADS * PITCH;
-      Sums parts[KEY_WARPS];
-#pragma unroll
-      for (int i = 0; i < KEY_WARPS; ++i) {
-        const float* const of_warp = row + i * ROWS * PITCH;
-        parts[i] = {*reinterpret_cast<const float4*>(of_warp + quad % QUADS * 4), of_warp[PADDED], of_warp[PADDED + 1]};
-      }
-      const Sums all = merge(parts);
-      *reinterpret_cast<float4*>(row + quad % QUADS * 4) = all.o;
-      if (quad % QUADS == 0) *reinterpret_cast<float2*>(row + PADDED + 2) = {all.m, all.l};
-    }
-    if (SPLIT == 1) __syncthreads();
-  }
-#if CLUSTER
-  if constexpr (SPLIT > 1) cluster_barrier();
-#endif
-  for (int quad = rank * THREADS + threadIdx.x; quad < ROWS * QUADS; quad += SPLIT * THREADS) {
-    const int row = first_row + quad / QUADS;
-    if (row >= rows) break;
-    const float* const at = partial + quad / QUADS * PITCH;
-    Sums parts[SPLIT];
-#pragma unroll
-    for (int i = 0; i < SPLIT; ++i) {
-      const float4 of_block = load_of_block<SPLIT>(at + PADDED, i);
-      parts[i] = {load_of_block<SPLIT>(at + quad % QUADS * 4, i), of_block.z, of_block.w};
-    }
-    const Sums all = merge(parts);
-    const float inverse = __fdividef(1.0f, all.l);
-    Bf16* const to = out + size_t(row / HEADS) * out_stride + row % HEADS * DIMS + quad % QUADS * 4;
-    *reinterpret_cast<uint2*>(to) = {pack2<Bf16>(all.o.x * inverse, all.o.y * inverse),
-                                     pack2<Bf16>(all.o.z * inverse, all.o.w * inverse)};
-  }
-#if CLUSTER
-  if constexpr (SPLIT > 1) cluster_wait_for_all();  // no block leaves while its shared memory is being read
-#endif
+  finish<DIMS, HEADS, ROWS, KEY_WARPS, SPLIT>(reinterpret_cast<float*>(shared), o, m, l, 16 * row_warp, key_warp, rank,
+                                              first_row, rows, out, out_stride);
 }

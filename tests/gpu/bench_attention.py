@@ -45,13 +45,15 @@ def time_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: SDPBa
     return min(times)
 
 
-def bench(name: str, configs: list[Attention], tokens: int, keys: int, own: int, images: int = 1) -> dict:
+def bench(
+    name: str, configs: list[Attention], tokens: int, keys: int, own: int, images: int = 1, rotate_own: bool = True
+) -> dict:
     """`own` of the keys come from the matrix that q comes from, behind its rotary embedding."""
     heads, kv_heads, dims = (8, 1, 256) if configs[0].dims == 256 else (16, 16, 72)
     width, kv_width = heads * dims, kv_heads * dims
     matrices = [random(images * tokens, width + 2 * kv_width, seed=i) for i in range(COPIES)]
     caches = [random(images * keys, 2 * kv_width, seed=100 + i) for i in range(COPIES)]
-    rotary = launch.rotary_tables(keys + tokens, dims) if own else None
+    rotary = launch.rotary_tables(keys + tokens, dims) if own and rotate_own else None
     out = torch.empty(images * tokens, width, dtype=torch.bfloat16, device="cuda")
 
     def run(config, i, overlap=False):
@@ -63,8 +65,9 @@ def bench(name: str, configs: list[Attention], tokens: int, keys: int, own: int,
 
     q, own_k, own_v = matrices[0].split([width, kv_width, kv_width], 1)
     k, v = caches[0].split(kv_width, 1)
-    if own:
+    if rotary:
         q, own_k = rotate(q, rotary, keys), rotate(own_k, rotary, keys)
+    if own:
         k, v = torch.cat([k, own_k]), torch.cat([v, own_v])
     per_image = list(zip(*(x.chunk(images) for x in (q, k, v)), strict=True))
     exact = torch.cat([definition(*operands, heads, kv_heads) for operands in per_image])
@@ -105,11 +108,12 @@ def main() -> None:
     sm = launch.compute_capability()
     with ProcessPoolExecutor() as pool:
         configs = [c for c in attention.PREFIX + attention.SUFFIX + attention.VISION if c.fits(sm)]
-        for job in [pool.submit(compile_cubin, c.source, sm, [c.expression()]) for c in dict.fromkeys(configs)]:
+        for job in [pool.submit(compile_cubin, c.source, sm, [c.expression()], c.headers()) for c in dict.fromkeys(configs)]:
             job.result()
     print(torch.cuda.get_device_name(), "torch", torch.__version__, "CUDA", torch.version.cuda)
     results = [bench("prefix", attention.PREFIX, tokens, tokens, 0) for tokens in (306, 562, 816)]
     results += [bench("suffix", attention.SUFFIX, 50, keys, 50) for keys in (307, 817)]
+    results += [bench("no RoPE", attention.SUFFIX, 50, 817, 50, rotate_own=False)]
     results += [bench("SigLIP", attention.VISION, 256, 256, 0, images) for images in (1, 2, 3)]
     print(f"keys and values of 816 tokens into the cache: {bench_cache(816):.2f} us")
     if options.json:

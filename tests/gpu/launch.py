@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from plugins import driver
-from plugins.attention import Attention
+from plugins.attention import Attention, WgmmaAttention
 from plugins.kernels import compile_cubin
 from plugins.layout import activation_slabs, pack_fragments
 from plugins.tactics import Tactic
@@ -119,7 +119,7 @@ def rotary_tables(positions: int, dims: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def attention(
-    config: Attention,
+    config: Attention | WgmmaAttention,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -140,7 +140,7 @@ def attention(
     strides = q.stride(0), k.stride(0), own_stride, out.stride(0)
     values = (q, k, v, own_k, own_v, *tables, out, *sizes, *strides, config.dims**-0.5)
     shape = config.shape(tokens, kv_heads, images)
-    function = kernel(config.source, config.expression())
+    function = kernel(config.source, config.expression(), tuple(config.headers().items()))
     function.launch(shape, arguments(values), torch.cuda.current_stream().cuda_stream, overlap)
 
 
