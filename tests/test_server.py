@@ -255,9 +255,9 @@ def test_a_malformed_message_ends_its_connection_only(served, message, error):
     other, connection = served.client(), served.raw()
     connection.send(message)
     with pytest.raises(AssertionError, match=error):
-        raise AssertionError(connection.recv())
+        raise AssertionError(connection.recv(5))
     with pytest.raises(ConnectionClosed) as closed:
-        connection.recv()
+        connection.recv(5)
     assert closed.value.rcvd.code == 1003
     assert other.infer({"value": 2})["actions"][0, 0] == 2
     assert served.metric('duq_errors_total{kind="malformed"}') == 1
@@ -267,7 +267,7 @@ def test_a_breach_of_the_websocket_protocol(served):
     connection = served.raw()
     connection.socket.sendall(b"\xff\xff\xff\xff")
     with pytest.raises(ConnectionClosed) as closed:
-        connection.recv()
+        connection.recv(5)
     assert closed.value.rcvd.code == 1002
     wait_until(lambda: served.metric('duq_errors_total{kind="malformed"}') == 1)
     in_turn(served, 1)
@@ -344,7 +344,7 @@ def test_stopping_answers_what_was_asked(policy):
         wait_until(lambda: served.metric("duq_queue_depth") == 3)
         served.stop()
         with pytest.raises(ConnectionClosed, match="1001.*the server shuts down"):
-            idle.recv()
+            idle.recv(5)
         with pytest.raises(OSError):
             served.raw()
         policy.gate.set()
@@ -416,6 +416,14 @@ def test_bad_options(command_line, tmp_path, monkeypatch, arguments, environment
     assert ran.code == 2 and "Traceback" not in ran.err
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(ran.err)
+
+
+def test_a_missing_extra_is_named(command_line, monkeypatch):
+    for module in ("runtime.server", "runtime.metrics"):
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    ran = command_line(serve_cli.main, "none.plan")
+    assert (ran.code, ran.err) == (2, "error: duq-serve needs prometheus_client: pip install 'duq[server]'\n")
 
 
 @pytest.mark.parametrize("host, key, warns", [("0.0.0.0", None, True), ("0.0.0.0", "k", False), ("localhost", None, False)])
