@@ -4,8 +4,6 @@
 //   q, out     [tokens, kv heads, HEADS, DIMS], rows `q_stride` and `out_stride` apart; HEADS query heads share K and V
 //   k, v       [keys, kv heads, DIMS], rows `kv_stride` apart
 //   own_k..    `own_keys` more rows somewhere else: the suffix attends to the prefix's cache and to itself, in place
-//   cosine, sine  [positions, DIMS / 2] float32, or null: q and own_k come without rotary embedding and get it here (k has
-//              had it); row i of each is at position first_position + i
 //   images     blockIdx.z: each has `tokens` rows of q and `keys` of k and v, behind those of the image before
 //
 // Queries that share K and V are the rows of one matrix, row = token * HEADS + head. A block has 16 ROW_WARPS of them
@@ -47,9 +45,8 @@ template <bool TRANSPOSED> __device__ inline void load_matrices(unsigned (&m)[4]
 
 template <int DIMS, int HEADS, int ROW_WARPS, int KEY_WARPS, int KEYS, int STAGES, int SPLIT>
 __global__ void __launch_bounds__(32 * ROW_WARPS * KEY_WARPS)
-attention(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, const Bf16* own_v,
-          const float* cosine, const float* sine, Bf16* out, int tokens, int keys, int own_keys, int first_position,
-          int q_stride, int kv_stride, int own_stride, int out_stride, float scale) {
+attention(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, const Bf16* own_v, Bf16* out, int tokens,
+          int keys, int own_keys, int q_stride, int kv_stride, int own_stride, int out_stride, float scale) {
   constexpr int THREADS = 32 * ROW_WARPS * KEY_WARPS, ROWS = 16 * ROW_WARPS, TILE = KEY_WARPS * KEYS;
   constexpr int PADDED = (DIMS + 15) / 16 * 16, PITCH = PADDED + 8;
   extern __shared__ __align__(128) unsigned char shared[];
@@ -83,20 +80,6 @@ attention(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, const 
     commit_copies();
   };
 
-  // In shared memory; all threads come here together.
-  auto rotate_own_keys = [&](int tile) {
-    const int first_key = begin + tile * TILE, first = max(keys - first_key, 0), last = min(end - first_key, TILE);
-    if (first >= last) return;
-    constexpr int WORDS = DIMS / 4;  // of half a key
-    for (int i = threadIdx.x; i < (last - first) * WORDS; i += THREADS) {
-      const int row = first + i / WORDS, word = i % WORDS;
-      const size_t angles = size_t(first_position + first_key + row - keys) * (DIMS / 2) + 2 * word;
-      unsigned* const at = reinterpret_cast<unsigned*>(ring + (tile % STAGES * 2 * TILE + row) * PITCH) + word;
-      rotate_pairs(at[0], at[WORDS], cosine + angles, sine + angles);
-    }
-    __syncthreads();
-  };
-
   wait_for_inputs();
 #pragma unroll
   for (int stage = 0; stage < STAGES - 1; ++stage) fetch(stage);
@@ -115,16 +98,6 @@ attention(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, const 
       query[step][i] = row < rows && column < DIMS ? __ldcg(reinterpret_cast<const unsigned*>(from + column)) : 0;
     }
   }
-  if constexpr (DIMS % 32 == 0)
-    if (cosine)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = min(first_row + 16 * row_warp + g + i % 2 * 8, rows - 1);
-        const size_t at = size_t(first_position + row / HEADS) * (DIMS / 2) + i / 2 * 8 + 2 * t;
-#pragma unroll
-        for (int step = 0; step < DIMS / 32; ++step)  // the head's other half is as many steps on, in this lane too
-          rotate_pairs(query[step][i], query[step + DIMS / 32][i], cosine + at + 16 * step, sine + at + 16 * step);
-      }
 
   scale *= 1.4426950408889634f;  // exp(x) = exp2(x / ln 2)
   float o[PADDED / 8][4] = {}, m[2] = {LOWEST, LOWEST}, l[2] = {};
@@ -132,8 +105,6 @@ attention(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, const 
     wait_for_copies<STAGES - 2>();
     __syncthreads();  // this tile has landed for everyone, and everyone is done with the one refilled now
     fetch(tile + STAGES - 1);
-    if constexpr (DIMS % 32 == 0)
-      if (cosine) rotate_own_keys(tile);
     const Bf16* const k_tile = ring + (tile % STAGES * 2 * TILE + key_warp * KEYS) * PITCH;
     const Bf16* const v_tile = k_tile + TILE * PITCH;
 
@@ -166,7 +137,6 @@ attention(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, const 
   }
 
   let_next_kernel_start();
-  __syncthreads();  // the ring is free
   finish<DIMS, HEADS, ROWS, KEY_WARPS, SPLIT>(reinterpret_cast<float*>(shared), o, m, l, 16 * row_warp, key_warp, rank,
                                               first_row, rows, out, out_stride);
 }

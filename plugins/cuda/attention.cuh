@@ -21,17 +21,30 @@ __device__ inline float sum_of_row(float v) {
   return v + __shfl_xor_sync(~0u, v, 2);
 }
 
-// From block `rank` of SPLIT.
-template <int SPLIT> __device__ inline float4 load_of_block(const float* at, int rank) {
+// The address of what block `rank` of the cluster has where this block has `local`, and a store to such an address.
+template <int SPLIT> __device__ inline unsigned address_in_block(const float* local, int rank) {
+  unsigned address = unsigned(__cvta_generic_to_shared(local));
 #if CLUSTER
-  if constexpr (SPLIT > 1) {
-    const int4 v = load_remote(reinterpret_cast<const int*>(at), rank);
-    return {__int_as_float(v.x), __int_as_float(v.y), __int_as_float(v.z), __int_as_float(v.w)};
-  }
+  if constexpr (SPLIT > 1) asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(rank));
+#endif
+  return address;
+}
+template <int SPLIT> __device__ inline void store_in_block(unsigned address, float a, float b) {
+#if CLUSTER
+  if constexpr (SPLIT > 1)
+    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(a), "f"(b) : "memory");
+#endif
+  if constexpr (SPLIT == 1)
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(a), "f"(b) : "memory");
+}
+
+template <int SPLIT> __device__ inline void barrier_of_blocks() {
+#if CLUSTER
+  if constexpr (SPLIT > 1) cluster_barrier();
 #else
   static_assert(SPLIT == 1, "blocks exchange sums within a cluster");
 #endif
-  return *reinterpret_cast<const float4*>(at);
+  if constexpr (SPLIT == 1) __syncthreads();
 }
 
 // One quad of o with its m and l.
@@ -97,61 +110,44 @@ template <int TILES> __device__ inline void to_operand(const float (&s)[TILES][4
   p[2] = pack2<Bf16>(s[2 * j + 1][0], s[2 * j + 1][1]), p[3] = pack2<Bf16>(s[2 * j + 1][2], s[2 * j + 1][3]);
 }
 
-// Merges the warps' sums, over the block and then over the cluster, and writes out = o / l. `partial` is shared memory,
-// [KEY_WARPS][ROWS][PITCH], free of other use in the whole block. PITCH = DIMS, rounded up to 16, + 8: 32 bytes modulo 64,
-// so that the 8-byte stores below are free of bank conflicts; m and l ride in the padding.
+// Merges the warps' sums and writes out = o / l. Each of the SPLIT blocks finishes ROWS / SPLIT of the rows: it gets every
+// other block's sums of them pushed into its shared memory, `partial`,
+//   [SPLIT][KEY_WARPS][ROWS / SPLIT][PITCH], PITCH = DIMS, rounded up to 16, + 8; m and l ride in the padding.
+// The pitch is 32 bytes modulo 64, so that the 8-byte stores of a warp fall into different banks. Shared memory must be
+// free of other use in this block; the barriers here see to the others.
 template <int DIMS, int HEADS, int ROWS, int KEY_WARPS, int SPLIT, int COLUMNS8>
 __device__ inline void finish(float* partial, const float (&o)[COLUMNS8][4], float (&m)[2], float (&l)[2], int warp_row,
                               int key_warp, int rank, int first_row, int rows, Bf16* out, int out_stride) {
-  constexpr int PADDED = 8 * COLUMNS8, PITCH = PADDED + 8;
-  const int threads = blockDim.x, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  constexpr int PADDED = 8 * COLUMNS8, PITCH = PADDED + 8, SHARE = ROWS / SPLIT, PARTS = SPLIT * KEY_WARPS;
+  constexpr int QUADS = DIMS / 4;
+  static_assert(ROWS % SPLIT == 0);
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   l[0] = sum_of_row(l[0]), l[1] = sum_of_row(l[1]);
+  barrier_of_blocks<SPLIT>();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float* const row = partial + (key_warp * ROWS + warp_row + g + 8 * half) * PITCH;
+    const int row = warp_row + g + 8 * half;
+    const float* const local = partial + ((rank * KEY_WARPS + key_warp) * SHARE + row % SHARE) * PITCH;
+    const unsigned to = address_in_block<SPLIT>(local, row / SHARE);
 #pragma unroll
     for (int n = 0; n < DIMS / 8; ++n)
-      *reinterpret_cast<float2*>(row + 8 * n + 2 * t) = {o[n][2 * half], o[n][2 * half + 1]};
-    if (t == 0) *reinterpret_cast<float4*>(row + PADDED) = {m[half], l[half], m[half], l[half]};
+      store_in_block<SPLIT>(to + (8 * n + 2 * t) * 4, o[n][2 * half], o[n][2 * half + 1]);
+    if (t == 0) store_in_block<SPLIT>(to + PADDED * 4, m[half], l[half]);
   }
-  __syncthreads();
+  barrier_of_blocks<SPLIT>();
 
-  constexpr int QUADS = DIMS / 4;
-  if constexpr (KEY_WARPS > 1) {  // in place: this thread alone reads these words; m, l of the block behind the warps'
-    for (int quad = threadIdx.x; quad < ROWS * QUADS; quad += threads) {
-      float* const row = partial + quad / QUADS * PITCH;
-      Sums parts[KEY_WARPS];
-#pragma unroll
-      for (int i = 0; i < KEY_WARPS; ++i) {
-        const float* const of_warp = row + i * ROWS * PITCH;
-        parts[i] = {*reinterpret_cast<const float4*>(of_warp + quad % QUADS * 4), of_warp[PADDED], of_warp[PADDED + 1]};
-      }
-      const Sums all = merge(parts);
-      *reinterpret_cast<float4*>(row + quad % QUADS * 4) = all.o;
-      if (quad % QUADS == 0) *reinterpret_cast<float2*>(row + PADDED + 2) = {all.m, all.l};
-    }
-    if (SPLIT == 1) __syncthreads();
-  }
-#if CLUSTER
-  if constexpr (SPLIT > 1) cluster_barrier();
-#endif
-  for (int quad = rank * threads + threadIdx.x; quad < ROWS * QUADS; quad += SPLIT * threads) {
-    const int row = first_row + quad / QUADS;
+  for (int quad = threadIdx.x; quad < SHARE * QUADS; quad += blockDim.x) {
+    const int of_share = quad / QUADS, row = first_row + rank * SHARE + of_share, column = quad % QUADS * 4;
     if (row >= rows) break;
-    const float* const at = partial + quad / QUADS * PITCH;
-    Sums parts[SPLIT];
+    Sums parts[PARTS];
 #pragma unroll
-    for (int i = 0; i < SPLIT; ++i) {
-      const float4 of_block = load_of_block<SPLIT>(at + PADDED, i);
-      parts[i] = {load_of_block<SPLIT>(at + quad % QUADS * 4, i), of_block.z, of_block.w};
+    for (int i = 0; i < PARTS; ++i) {
+      const float* const from = partial + (i * SHARE + of_share) * PITCH;
+      parts[i] = {*reinterpret_cast<const float4*>(from + column), from[PADDED], from[PADDED + 1]};
     }
     const Sums all = merge(parts);
     const float inverse = __fdividef(1.0f, all.l);
-    Bf16* const to = out + size_t(row / HEADS) * out_stride + row % HEADS * DIMS + quad % QUADS * 4;
-    *reinterpret_cast<uint2*>(to) = {pack2<Bf16>(all.o.x * inverse, all.o.y * inverse),
-                                     pack2<Bf16>(all.o.z * inverse, all.o.w * inverse)};
+    *reinterpret_cast<uint2*>(out + size_t(row / HEADS) * out_stride + row % HEADS * DIMS + column) = {
+        pack2<Bf16>(all.o.x * inverse, all.o.y * inverse), pack2<Bf16>(all.o.z * inverse, all.o.w * inverse)};
   }
-#if CLUSTER
-  if constexpr (SPLIT > 1) cluster_wait_for_all();  // no block leaves while its shared memory is being read
-#endif
 }

@@ -39,31 +39,11 @@ __device__ inline int offset_of(int rows, int row, int piece) {
   return piece / 8 * rows * 128 + row * 128 + (piece % 8 ^ row % 8) * 16;
 }
 
-// Rotary embedding of rows first..last of such a matrix; row r is at position position_of(r). All threads together.
-template <int COUNT, int THREADS, class Position>
-__device__ inline void rotate_rows(unsigned char* matrix, int rows, int first, int last, const float* cosine,
-                                   const float* sine, Position position_of) {
-#pragma unroll
-  for (int base = 0; base < COUNT * 16; base += THREADS) {
-    const int row = first + (base + int(threadIdx.x)) / 16, piece = threadIdx.x % 16;
-    if (row >= last) continue;
-    uint4* const at = reinterpret_cast<uint4*>(matrix + offset_of(rows, row, piece));
-    uint4* const other = reinterpret_cast<uint4*>(matrix + offset_of(rows, row, piece + 16));
-    const size_t angle = size_t(position_of(row)) * 128 + 8 * piece;
-    uint4 a = *at, b = *other;
-    rotate_pairs(a.x, b.x, cosine + angle, sine + angle);
-    rotate_pairs(a.y, b.y, cosine + angle + 2, sine + angle + 2);
-    rotate_pairs(a.z, b.z, cosine + angle + 4, sine + angle + 4);
-    rotate_pairs(a.w, b.w, cosine + angle + 6, sine + angle + 6);
-    *at = a, *other = b;
-  }
-}
-
 template <int HEADS, int ROW_GROUPS, int KEY_GROUPS, int KEYS, int STAGES, int SPLIT>
 __global__ void __launch_bounds__(128 * ROW_GROUPS * KEY_GROUPS, 1)
-attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, const Bf16* own_v, const float* cosine,
-                const float* sine, Bf16* out, int tokens, int keys, int own_keys, int first_position, int q_stride,
-                int kv_stride, int own_stride, int out_stride, float scale) {
+attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, const Bf16* own_v, Bf16* out,
+                int tokens, int keys, int own_keys, int q_stride, int kv_stride, int own_stride, int out_stride,
+                float scale) {
   constexpr int DIMS = 256, THREADS = 128 * ROW_GROUPS * KEY_GROUPS, ROWS = 64 * ROW_GROUPS, TILE = KEY_GROUPS * KEYS;
   constexpr int PIECES = DIMS / 8, MATRIX = TILE * DIMS * 2;  // bytes of a tile of k or of v
   extern __shared__ __align__(1024) unsigned char shared[];
@@ -104,16 +84,8 @@ attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
     copy_async(queries_address + offset_of(ROWS, of_block, piece),
                q + size_t(row / HEADS) * q_stride + row % HEADS * DIMS + 8 * piece, true);
   }
-  commit_copies();
 #pragma unroll
   for (int stage = 0; stage < STAGES - 1; ++stage) fetch(stage);
-  if (cosine) {
-    wait_for_copies<STAGES - 1>();
-    __syncthreads();
-    rotate_rows<ROWS, THREADS>(queries, ROWS, 0, ROWS, cosine, sine, [&](int row) {
-      return first_position + min(first_row + row, rows - 1) / HEADS;
-    });
-  }
 
   scale *= 1.4426950408889634f;  // exp(x) = exp2(x / ln 2)
   float o[DIMS / 8][4] = {}, m[2] = {LOWEST, LOWEST}, l[2] = {};
@@ -124,13 +96,6 @@ attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
     let_tensor_cores_see();
     __syncthreads();  // this tile has landed for everyone, and everyone is done with the one refilled now
     fetch(tile + STAGES - 1);
-    const int own = max(keys - first_key, 0), last = min(end - first_key, TILE);
-    if (cosine && own < last) {
-      rotate_rows<TILE, THREADS>(stage, TILE, own, last, cosine, sine,
-                                 [&](int row) { return first_position + first_key + row - keys; });
-      let_tensor_cores_see();
-      __syncthreads();
-    }
 
     float s[KEYS / 8][4];
     const unsigned k_tile = address_of(stage) + key_group * KEYS * 128, v_tile = k_tile + MATRIX;
@@ -152,8 +117,7 @@ attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
   }
 
   let_next_kernel_start();
-  wait_for_copies<0>();
-  __syncthreads();  // shared memory is free
+  wait_for_copies<0>();  // also where there was no tile
   finish<DIMS, HEADS, ROWS, KEY_GROUPS, SPLIT>(reinterpret_cast<float*>(shared), o, m, l,
                                                64 * row_group + threadIdx.x / 32 % 4 * 16, key_group, rank, first_row,
                                                rows, out, out_stride);

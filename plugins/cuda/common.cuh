@@ -31,16 +31,6 @@ template <> __device__ inline unsigned pack2<Half>(float low, float high) {
   return out;
 }
 
-// Rotary embedding of two pairs of channels, (first, second) -> (first cos - second sin, second cos + first sin), each
-// word two neighbouring channels in bf16; their cosines and sines are at `cosine`, `sine`.
-__device__ inline void rotate_pairs(unsigned& first, unsigned& second, const float* cosine, const float* sine) {
-  const float2 c = __ldg(reinterpret_cast<const float2*>(cosine)), s = __ldg(reinterpret_cast<const float2*>(sine));
-  const float a[2] = {__uint_as_float(first << 16), __uint_as_float(first & 0xFFFF0000u)};
-  const float b[2] = {__uint_as_float(second << 16), __uint_as_float(second & 0xFFFF0000u)};
-  first = pack2<Bf16>(a[0] * c.x - b[0] * s.x, a[1] * c.y - b[1] * s.y);
-  second = pack2<Bf16>(b[0] * c.x + a[0] * s.x, b[1] * c.y + a[1] * s.y);
-}
-
 // Kernels launched with overlap (programmatic dependent launch, SM 90) start while their predecessor still runs.
 // Weights may be read at once; everything another kernel writes only after wait_for_inputs(). A GEMM lets the next
 // kernel start when its own loads are over, the short prologues at once, so that the GEMM behind them loads weights

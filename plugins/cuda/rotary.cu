@@ -1,27 +1,48 @@
-// Keys, rotary-embedded, and values of some tokens, from the output of the qkv GEMM into a cache: bf16, one KV head.
+// Rotary embedding of the output of a qkv GEMM: queries in place, keys and values into the cache. bf16, one KV head.
 //
-//   k, v               [tokens, DIMS], rows `stride` apart
-//   cosine, sine       [positions, DIMS / 2] float32; token i has position first_position + i
-//   k_cache, v_cache   [tokens, DIMS], rows `cache_stride` apart
+//   qkv                  [tokens, HEADS * DIMS of q, DIMS of k, DIMS of v], rows `stride` apart
+//   cosine, sine         [positions, DIMS / 2] float32; token i has position first_position + i
+//   k_cache, v_cache     [tokens, DIMS], rows `cache_stride` apart; null: k in place, and v stays where it is
 //
-// A thread takes two pairs of channels of a key and four channels of the value. grid ceil(tokens * DIMS / 4 / block).
+// Channel c turns with c + DIMS / 2; a thread has 8 channels and their 8 partners.
+// grid tokens, block (HEADS + 2) DIMS / 16.
 #include "common.cuh"
 
-template <int DIMS>
-__global__ void __launch_bounds__(256)
-store_keys_values(const Bf16* k, const Bf16* v, const float* cosine, const float* sine, Bf16* k_cache, Bf16* v_cache,
-                  int tokens, int first_position, int stride, int cache_stride) {
-  constexpr int WORDS = DIMS / 4;  // of half a key
-  const int token = (blockIdx.x * blockDim.x + threadIdx.x) / WORDS, word = threadIdx.x % WORDS;
+// Two pairs (first, second) -> (first cos - second sin, second cos + first sin), each word two neighbouring channels.
+__device__ inline void rotate(unsigned& first, unsigned& second, const float* c, const float* s) {
+  const float a[2] = {__uint_as_float(first << 16), __uint_as_float(first & 0xFFFF0000u)};
+  const float b[2] = {__uint_as_float(second << 16), __uint_as_float(second & 0xFFFF0000u)};
+  first = pack2<Bf16>(a[0] * c[0] - b[0] * s[0], a[1] * c[1] - b[1] * s[1]);
+  second = pack2<Bf16>(b[0] * c[0] + a[0] * s[0], b[1] * c[1] + a[1] * s[1]);
+}
+
+template <int HEADS, int DIMS>
+__global__ void __launch_bounds__((HEADS + 2) * DIMS / 16)
+rotary(Bf16* qkv, const float* cosine, const float* sine, Bf16* k_cache, Bf16* v_cache, int first_position, int stride,
+       int cache_stride) {
+  constexpr int PIECES = DIMS / 16;  // of 8 channels in half a head
+  const int head = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
+  const size_t angles = size_t(first_position + blockIdx.x) * (DIMS / 2) + 8 * piece;
+  float c[8], s[8];  // constants: they need not wait
+#pragma unroll
+  for (int i = 0; i < 8; i += 4) {
+    *reinterpret_cast<float4*>(c + i) = __ldg(reinterpret_cast<const float4*>(cosine + angles + i));
+    *reinterpret_cast<float4*>(s + i) = __ldg(reinterpret_cast<const float4*>(sine + angles + i));
+  }
   let_next_kernel_start();
   wait_for_inputs();
-  if (token >= tokens) return;
-  const unsigned* const key = reinterpret_cast<const unsigned*>(k + size_t(token) * stride) + word;
-  const uint2 value = __ldcg(reinterpret_cast<const uint2*>(v + size_t(token) * stride) + word);
-  unsigned first = __ldcg(key), second = __ldcg(key + WORDS);
-  const size_t angles = size_t(first_position + token) * (DIMS / 2) + 2 * word;
-  rotate_pairs(first, second, cosine + angles, sine + angles);
-  unsigned* const to = reinterpret_cast<unsigned*>(k_cache + size_t(token) * cache_stride) + word;
-  to[0] = first, to[WORDS] = second;
-  reinterpret_cast<uint2*>(v_cache + size_t(token) * cache_stride)[word] = value;
+
+  uint4* const from = reinterpret_cast<uint4*>(qkv + size_t(blockIdx.x) * stride + head * DIMS) + piece;
+  if (head > HEADS && !v_cache) return;
+  uint4 first = __ldcg(from), second = __ldcg(from + PIECES);
+  uint4* to = from;
+  if (head >= HEADS && k_cache)
+    to = reinterpret_cast<uint4*>((head == HEADS ? k_cache : v_cache) + size_t(blockIdx.x) * cache_stride) + piece;
+  if (head <= HEADS) {
+    rotate(first.x, second.x, c, s);
+    rotate(first.y, second.y, c + 2, s + 2);
+    rotate(first.z, second.z, c + 4, s + 4);
+    rotate(first.w, second.w, c + 6, s + 6);
+  }
+  to[0] = first, to[PIECES] = second;
 }

@@ -3,8 +3,8 @@
     python -m tests.gpu.bench_attention [--json FILE]
 
 Launches are replayed from a CUDA graph on operands that rotate through several copies, which stay in L2 as they do in
-the policy, where the kernel ahead has just written them. torch gets K and V in one piece, and q either as heads over a
-shared K and V or folded into one head, whichever is faster; rotary embeddings and copies are not counted for it.
+the policy, where the kernel ahead has just written them. torch gets K and V in one piece (copies are not counted), and
+q either as heads over a shared K and V or folded into one head, whichever is faster.
 """
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from plugins.attention import Attention
 from plugins.kernels import compile_cubin
 from tests.gpu import launch
 from tests.gpu.bench_kernels import time_us
-from tests.gpu.test_attention import definition, random, rotate
+from tests.gpu.test_attention import definition, random
 
 COPIES = 16
 BACKENDS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
@@ -46,27 +46,23 @@ def time_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: SDPBa
 
 
 def bench(
-    name: str, configs: list[Attention], tokens: int, keys: int, own: int, images: int = 1, rotate_own: bool = True
+    name: str, configs: list[Attention], tokens: int, keys: int, own: int, images: int = 1
 ) -> dict:
-    """`own` of the keys come from the matrix that q comes from, behind its rotary embedding."""
+    """`own` of the keys come from the matrix that q comes from."""
     heads, kv_heads, dims = (8, 1, 256) if configs[0].dims == 256 else (16, 16, 72)
     width, kv_width = heads * dims, kv_heads * dims
     matrices = [random(images * tokens, width + 2 * kv_width, seed=i) for i in range(COPIES)]
     caches = [random(images * keys, 2 * kv_width, seed=100 + i) for i in range(COPIES)]
-    rotary = launch.rotary_tables(keys + tokens, dims) if own and rotate_own else None
     out = torch.empty(images * tokens, width, dtype=torch.bfloat16, device="cuda")
 
     def run(config, i, overlap=False):
         q, own_k, own_v = matrices[i].split([width, kv_width, kv_width], 1)
         k, v = caches[i].split(kv_width, 1)
         own_operands = (own_k, own_v) if own else ()
-        settings = {"rotary": rotary, "first_position": keys, "images": images, "overlap": overlap}
-        launch.attention(config, q, k, v, out, *own_operands, **settings)
+        launch.attention(config, q, k, v, out, *own_operands, images=images, overlap=overlap)
 
     q, own_k, own_v = matrices[0].split([width, kv_width, kv_width], 1)
     k, v = caches[0].split(kv_width, 1)
-    if rotary:
-        q, own_k = rotate(q, rotary, keys), rotate(own_k, rotary, keys)
     if own:
         k, v = torch.cat([k, own_k]), torch.cat([v, own_v])
     per_image = list(zip(*(x.chunk(images) for x in (q, k, v)), strict=True))
@@ -95,10 +91,10 @@ def bench(
     return result | {"all": [(*entry[:3], repr(entry[3])) for entry in timed]}
 
 
-def bench_cache(tokens: int) -> float:
-    qkv, cache = random(tokens, 2560, seed=0), random(tokens, 512, seed=1)
-    k, v, operands = qkv[:, 2048:2304], qkv[:, 2304:], (*cache.split(256, 1), launch.rotary_tables(tokens, 256))
-    return time_us(lambda _: launch.store_keys_values(k, v, *operands), [None] * COPIES)
+def bench_rotary(tokens: int, to_cache: bool, overlap: bool) -> float:
+    qkv, cache, tables = random(tokens, 2560, seed=0), random(tokens, 512, seed=1), launch.rotary_tables(tokens, 256)
+    settings = {"cache": cache.split(256, 1) if to_cache else None, "heads": 8, "dims": 256, "overlap": overlap}
+    return time_us(lambda _: launch.rotary(qkv, tables, **settings), [None] * COPIES)
 
 
 def main() -> None:
@@ -113,9 +109,10 @@ def main() -> None:
     print(torch.cuda.get_device_name(), "torch", torch.__version__, "CUDA", torch.version.cuda)
     results = [bench("prefix", attention.PREFIX, tokens, tokens, 0) for tokens in (306, 562, 816)]
     results += [bench("suffix", attention.SUFFIX, 50, keys, 50) for keys in (307, 817)]
-    results += [bench("no RoPE", attention.SUFFIX, 50, 817, 50, rotate_own=False)]
     results += [bench("SigLIP", attention.VISION, 256, 256, 0, images) for images in (1, 2, 3)]
-    print(f"keys and values of 816 tokens into the cache: {bench_cache(816):.2f} us")
+    for tokens, to_cache in ((50, False), (816, False), (816, True)):
+        times = ", overlapped ".join(f"{bench_rotary(tokens, to_cache, overlap):.2f}" for overlap in (False, True))
+        print(f"rotary embedding of {tokens} tokens, {'with cache' if to_cache else 'in place'}: {times} us")
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
 

@@ -127,35 +127,33 @@ def attention(
     own_k: torch.Tensor | None = None,
     own_v: torch.Tensor | None = None,
     *,
-    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
-    first_position: int = 0,
     images: int = 1,
     overlap: bool = False,
 ) -> None:
     """One launch; every operand is a matrix with a row a token, dense within a row."""
     tokens, kv_heads = len(q) // images, k.shape[1] // config.dims
-    tables = rotary or (None, None)
     own_keys, own_stride = (0, 0) if own_k is None else (len(own_k), own_k.stride(0))
-    sizes = tokens, len(k) // images, own_keys, first_position
+    sizes = tokens, len(k) // images, own_keys
     strides = q.stride(0), k.stride(0), own_stride, out.stride(0)
-    values = (q, k, v, own_k, own_v, *tables, out, *sizes, *strides, config.dims**-0.5)
+    values = (q, k, v, own_k, own_v, out, *sizes, *strides, config.dims**-0.5)
     shape = config.shape(tokens, kv_heads, images)
     function = kernel(config.source, config.expression(), tuple(config.headers().items()))
     function.launch(shape, arguments(values), torch.cuda.current_stream().cuda_stream, overlap)
 
 
-def store_keys_values(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    rotary: tuple[torch.Tensor, torch.Tensor],
+def rotary(
+    qkv: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor],
     first_position: int = 0,
+    cache: tuple[torch.Tensor, torch.Tensor] | None = None,
+    *,
+    heads: int,
+    dims: int,
     overlap: bool = False,
 ) -> None:
-    """One launch on k, v [tokens, dims] and as many rows of the caches."""
-    tokens, dims = k.shape
-    values = (k, v, *rotary, k_cache, v_cache, tokens, first_position, k.stride(0), k_cache.stride(0))
-    shape = driver.Shape((-(-tokens * dims // 4 // 256), 1, 1), 256)
-    function = kernel("rotary.cu", f"store_keys_values<{dims}>")
+    """One launch on qkv [tokens, (heads + 2) dims], in place; keys and values into `cache`, [tokens, dims] each."""
+    stride = cache[0].stride(0) if cache else 0
+    values = (qkv, *tables, *(cache or (None, None)), first_position, qkv.stride(0), stride)
+    shape = driver.Shape((len(qkv), 1, 1), (heads + 2) * dims // 16)
+    function = kernel("rotary.cu", f"rotary<{heads}, {dims}>")
     function.launch(shape, arguments(values), torch.cuda.current_stream().cuda_stream, overlap)
