@@ -34,7 +34,7 @@ from runtime.plan import Plan
 from runtime.preprocess import ModelInputs
 
 EAGER = "PyTorch eager fp32"
-PAUSE = 0.02  # seconds between two contenders: ONNX Runtime's threads spin for a while when they run out of work
+PAUSE = 0.02  # seconds between two contenders: PyTorch's threads spin for a while when they run out of work
 
 Infer = Callable[[ModelInputs, np.ndarray], object]
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
