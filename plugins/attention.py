@@ -1,4 +1,4 @@
-"""The tile shapes of the CUDA attention (plugins/cuda/attention.cu) and how its two kernels are launched."""
+"""The tile shapes of the CUDA attention kernels: how each is launched, and which to use."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from plugins.driver import Shape
-from plugins.tactics import MAX_SHARED_BYTES
+from plugins.errors import KernelError
+from plugins.tactics import FEW_TOKENS, MAX_SHARED_BYTES
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention kernel: `heads` query heads of `dims` share a KV head; `split` thread blocks share the keys."""
+    """attention.cu: `heads` query heads of `dims` share a KV head; `split` thread blocks share the keys."""
 
     dims: int
     heads: int
@@ -44,7 +45,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class WgmmaAttention:
-    """attention_wgmma.cu: SM 90, heads of 256."""
+    """attention_wgmma.cu: the same for SM 90 and heads of 256; `helpers` warpgroups only copy and merge."""
 
     heads: int
     row_groups: int
@@ -52,6 +53,7 @@ class WgmmaAttention:
     keys: int
     stages: int
     split: int = 1
+    helpers: int = 0
 
     source: ClassVar[str] = "attention_wgmma.cu"
     dims: ClassVar[int] = 256
@@ -60,7 +62,8 @@ class WgmmaAttention:
         return {"wgmma_attention.cuh": wgmma_header(self.keys)}
 
     def expression(self) -> str:
-        parameters = self.heads, self.row_groups, self.key_groups, self.keys, self.stages, self.split
+        tile = self.row_groups, self.key_groups, self.keys, self.stages, self.split
+        parameters = self.heads, *tile, self.helpers
         return f"attention_wgmma<{', '.join(map(str, parameters))}>"
 
     def shape(self, tokens: int, kv_heads: int = 1, images: int = 1) -> Shape:
@@ -68,7 +71,8 @@ class WgmmaAttention:
         grid = (-(-tokens * self.heads // rows) * self.split, kv_heads, images)
         operands = (rows + self.stages * 2 * self.key_groups * self.keys) * self.dims * 2
         partial = self.key_groups * rows * (self.dims + 8) * 4
-        return Shape(grid, 128 * self.row_groups * self.key_groups, max(operands, partial), (self.split, 1, 1))
+        threads = 128 * (self.row_groups * self.key_groups + self.helpers)
+        return Shape(grid, threads, max(operands, partial), (self.split, 1, 1))
 
     def fits(self, sm: int) -> bool:
         return sm == 90 and self.shape(1).shared_bytes <= MAX_SHARED_BYTES[sm]
@@ -88,7 +92,8 @@ def wgmma_header(keys: int) -> str:
     return f"""#pragma once
 __device__ inline void wgmma_scores(float (&s)[{keys // 8}][4], unsigned long long q, unsigned long long k, int add) {{
   asm volatile("{{.reg .pred add;\\nsetp.ne.b32 add, %{n + 2}, 0;\\n"
-               "wgmma.mma_async.sync.aligned.m64n{keys}k16.f32.bf16.bf16 {{{scores}}}, %{n}, %{n + 1}, add, 1, 1, 0, 0;}}"
+               "wgmma.mma_async.sync.aligned.m64n{keys}k16.f32.bf16.bf16 {{{scores}}}, "
+               "%{n}, %{n + 1}, add, 1, 1, 0, 0;}}"
                : {score_operands}
                : "l"(q), "l"(k), "r"(add));
 }}
@@ -102,26 +107,50 @@ __device__ inline void wgmma_values(float (&o)[32][4], const unsigned (&p)[4], u
 """
 
 
-def _candidates(dims: int, heads: int, tiles: list[tuple[int, ...]]) -> list[Attention]:
-    return [Attention(dims, heads, *tile) for tile in tiles]
+# What was timed for the policy's attentions, the best first (docs/performance.md); those with few rows and no cluster
+# are for older GPUs. (row warps, key warps, keys, stages, split) and (row groups, key groups, ..., split, helpers).
+MANY_QUERIES = [
+    WgmmaAttention(8, 1, 2, 48, 2),
+    WgmmaAttention(8, 2, 1, 64, 2, 2),
+    WgmmaAttention(8, 1, 1, 64, 3, 1, 1),
+    WgmmaAttention(8, 1, 1, 64, 3, 2, 1),
+    WgmmaAttention(8, 1, 2, 32, 3),
+    Attention(256, 8, 8, 1, 16, 4, 2),
+    Attention(256, 8, 4, 2, 16, 4),
+    Attention(256, 8, 4, 1, 32, 2),
+]
+FEW_QUERIES = [
+    WgmmaAttention(8, 1, 1, 64, 3, 8, 1),
+    WgmmaAttention(8, 1, 1, 64, 2, 8, 1),
+    WgmmaAttention(8, 1, 1, 48, 3, 8, 1),
+    WgmmaAttention(8, 1, 1, 64, 3, 8),
+    WgmmaAttention(8, 1, 2, 32, 3, 8),
+    Attention(256, 8, 2, 2, 16, 3, 8),
+    Attention(256, 8, 1, 4, 16, 2),
+    Attention(256, 8, 1, 2, 16, 2),
+]
+VISION = [
+    Attention(72, 1, 8, 1, 64, 2),
+    Attention(72, 1, 4, 2, 64, 2),
+    Attention(72, 1, 2, 2, 64, 2),
+    Attention(72, 1, 4, 1, 64, 3),
+    Attention(72, 1, 4, 1, 32, 4),
+    Attention(72, 1, 4, 2, 32, 3),
+    Attention(72, 1, 4, 1, 64, 3, 2),
+]
 
 
-# (row warps, key warps, keys, stages, split) and (row groups, key groups, keys, stages, split)
-PREFIX = _candidates(256, 8, [(8, 1, 16, 4, 2), (4, 2, 16, 4), (4, 1, 32, 2)]) + [
-    WgmmaAttention(8, *tile)
-    for tile in [
-        (2, 1, 64, 2, 2), (2, 1, 48, 3, 2), (2, 1, 80, 2, 2), (2, 1, 64, 2, 4), (2, 1, 48, 3, 4), (1, 2, 32, 3),
-        (1, 2, 32, 3, 2), (1, 2, 32, 3, 4), (1, 1, 64, 2), (1, 1, 64, 3, 2), (2, 1, 64, 2),
-    ]
-]  # fmt: skip
-SUFFIX = _candidates(256, 8, [(4, 2, 16, 4, 8), (2, 2, 16, 3, 8), (2, 4, 16, 3, 8), (1, 4, 16, 2)]) + [
-    WgmmaAttention(8, *tile)
-    for tile in [
-        (1, 1, 64, 3, 8), (1, 1, 64, 2, 8), (1, 1, 48, 3, 8), (1, 1, 32, 4, 8), (1, 2, 32, 3, 8), (1, 2, 32, 2, 8),
-        (1, 2, 32, 3, 4), (1, 1, 64, 3, 4),
-    ]
-]  # fmt: skip
-VISION = _candidates(72, 1, [
-    (8, 1, 32, 4), (8, 1, 64, 3), (8, 1, 64, 2), (4, 1, 64, 3), (4, 1, 32, 4), (4, 2, 32, 3), (4, 2, 64, 2),
-    (2, 2, 64, 2), (4, 1, 64, 3, 2), (4, 2, 64, 2, 2), (8, 1, 64, 2, 2),
-])  # fmt: skip
+def best(dims: int, tokens: int, images: int, sm: int) -> Attention | WgmmaAttention:
+    """The kernel for `tokens` queries an image: Gemma's heads of 256, or SigLIP's of 72. Any number of keys.
+
+    Raises KernelError for heads that no kernel is made for.
+    """
+    if dims == 256 and tokens <= FEW_TOKENS:
+        order = FEW_QUERIES
+    elif dims == 256:
+        order = MANY_QUERIES[3:] if tokens <= 400 else MANY_QUERIES
+    elif dims == 72:
+        order = VISION[3 - min(images, 3) :]
+    else:
+        raise KernelError(f"no attention kernel for heads of {dims}; there are some for 72 and 256")
+    return next(kernel for kernel in order if kernel.fits(sm))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plugins import driver, kernels, tactics
+from plugins import attention, driver, kernels, tactics
 from plugins.errors import KernelError
 from plugins.kernels import ARCHITECTURES, Cubin, compile_cubin
 from plugins.tactics import Wgmma, best, candidates, fits, wgmma_header
@@ -35,6 +35,8 @@ SMALLEST = "gemm_small<4, 1, 1, 1, 1, false, int>"
         ("gemm_small.cu", SMALLEST),
         ("gemm_large.cu", "gemm_large<8, 1, 1, 1, 1, 2, true, Bf16>"),
         ("rotate_quantize.cu", "rotate_quantize<Half, RMS_NORM, 64, 1>"),
+        ("attention.cu", "attention<72, 1, 1, 2, 16, 2, 1>"),
+        ("rotary.cu", "rotary<8, 256>"),
     ],
 )
 def test_compiles_for_every_architecture(source, expression, sm, tmp_path):
@@ -47,6 +49,13 @@ def test_compiles_wgmma(tmp_path):
     tactic = Wgmma(1, 1, 2)
     expression = tactic.expression(4, "float")
     cubin = compile_cubin(tactic.source, 90, [expression], tactic.headers(), cache=tmp_path)
+    assert cubin.image.startswith(b"\x7fELF")
+
+
+@needs_nvrtc
+def test_compiles_wgmma_attention(tmp_path):
+    kernel = attention.best(256, 50, 1, 90)
+    cubin = compile_cubin(kernel.source, 90, [kernel.expression()], kernel.headers(), cache=tmp_path)
     assert cubin.image.startswith(b"\x7fELF")
 
 
@@ -155,3 +164,19 @@ def test_product_with_the_inverse_finds_every_tie(seed, norm):
     differ = np.rint(exact_product) != np.rint(quotient)
     distance = np.abs(exact_product - np.rint(exact_product))
     assert (distance[differ] > 0.4999).all()
+
+
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+@pytest.mark.parametrize(("dims", "tokens", "images"), [(256, 1, 1), (256, 50, 1), (256, 306, 1), (256, 1018, 1)] + [
+    (72, 256, images) for images in (1, 2, 3, 4)
+])  # fmt: skip
+def test_every_attention_of_the_policy_has_a_kernel(dims, tokens, images, sm):
+    kernel = attention.best(dims, tokens, images, sm)
+    shape = kernel.shape(tokens, 1 if dims == 256 else 16, images)
+    assert kernel.dims == dims and shape.shared_bytes <= tactics.MAX_SHARED_BYTES[sm]
+    assert sm == 90 or shape.cluster == (1, 1, 1)
+
+
+def test_refuses_heads_without_a_kernel():
+    with pytest.raises(KernelError, match="heads of 128.*72 and 256"):
+        attention.best(128, 50, 1, 90)

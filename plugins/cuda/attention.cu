@@ -137,6 +137,8 @@ attention(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, const 
   }
 
   let_next_kernel_start();
-  finish<DIMS, HEADS, ROWS, KEY_WARPS, SPLIT>(reinterpret_cast<float*>(shared), o, m, l, 16 * row_warp, key_warp, rank,
-                                              first_row, rows, out, out_stride);
+  __syncthreads();  // the ring is free
+  float* const partial = reinterpret_cast<float*>(shared);
+  deposit<ROWS>(partial, o, m, l, 16 * row_warp, key_warp);
+  merge<DIMS, HEADS, ROWS, KEY_WARPS, SPLIT>(partial, rank, first_row, rows, out, out_stride);
 }

@@ -21,54 +21,19 @@ __device__ inline float sum_of_row(float v) {
   return v + __shfl_xor_sync(~0u, v, 2);
 }
 
-// The address of what block `rank` of the cluster has where this block has `local`, and a store to such an address.
-template <int SPLIT> __device__ inline unsigned address_in_block(const float* local, int rank) {
-  unsigned address = unsigned(__cvta_generic_to_shared(local));
-#if CLUSTER
-  if constexpr (SPLIT > 1) asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(rank));
-#endif
-  return address;
-}
-template <int SPLIT> __device__ inline void store_in_block(unsigned address, float a, float b) {
-#if CLUSTER
-  if constexpr (SPLIT > 1)
-    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(a), "f"(b) : "memory");
-#endif
-  if constexpr (SPLIT == 1)
-    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(a), "f"(b) : "memory");
-}
-
-template <int SPLIT> __device__ inline void barrier_of_blocks() {
-#if CLUSTER
-  if constexpr (SPLIT > 1) cluster_barrier();
-#else
-  static_assert(SPLIT == 1, "blocks exchange sums within a cluster");
-#endif
-  if constexpr (SPLIT == 1) __syncthreads();
-}
-
-// One quad of o with its m and l.
-struct Sums { float4 o; float m, l; };
-
-template <int PARTS> __device__ inline Sums merge(const Sums (&parts)[PARTS]) {
-  Sums all = {{0, 0, 0, 0}, parts[0].m, 0};
-#pragma unroll
-  for (int i = 1; i < PARTS; ++i) all.m = fmaxf(all.m, parts[i].m);
-#pragma unroll
-  for (int i = 0; i < PARTS; ++i) {
-    const float weight = exp2_fast(parts[i].m - all.m);
-    all.l = fmaf(weight, parts[i].l, all.l);
-    all.o.x = fmaf(weight, parts[i].o.x, all.o.x), all.o.y = fmaf(weight, parts[i].o.y, all.o.y);
-    all.o.z = fmaf(weight, parts[i].o.z, all.o.z), all.o.w = fmaf(weight, parts[i].o.w, all.o.w);
+template <bool MAX> __device__ inline float reduce_warp(float v) {
+  for (int mask = 16; mask; mask /= 2) {
+    const float other = __shfl_xor_sync(~0u, v, mask);
+    v = MAX ? fmaxf(v, other) : v + other;
   }
-  return all;
+  return v;
 }
 
 constexpr float LOWEST = -1e30f;  // m before the first key: finite, so that exp2(-inf - m) is 0 and not NaN
-constexpr float SLACK = 8;        // m follows the maximum only when it is this far behind: exp2(s - m) stays below 256
+constexpr float SLACK = 8;        // m follows the maximum when it is this far behind: exp2(s - m) stays below 256
 
-// Scores s of a tile (lane 4 g + t: columns 8 j + 2 t, + 1) become exp2(scale s - m), those of the keys from `left` on 0.
-// When m follows the maximum, what was summed with the old m is scaled.
+// Scores s of a tile (lane 4 g + t: columns 8 j + 2 t, + 1) become exp2(scale s - m), those of the keys from `left` on
+// 0. When m follows the maximum, what was summed with the old m is scaled.
 template <int TILES, int COLUMNS8>
 __device__ inline void softmax(float (&s)[TILES][4], float (&o)[COLUMNS8][4], float (&m)[2], float (&l)[2], int left,
                                float scale) {
@@ -110,44 +75,111 @@ template <int TILES> __device__ inline void to_operand(const float (&s)[TILES][4
   p[2] = pack2<Bf16>(s[2 * j + 1][0], s[2 * j + 1][1]), p[3] = pack2<Bf16>(s[2 * j + 1][2], s[2 * j + 1][3]);
 }
 
-// Merges the warps' sums and writes out = o / l. Each of the SPLIT blocks finishes ROWS / SPLIT of the rows: it gets every
-// other block's sums of them pushed into its shared memory, `partial`,
-//   [SPLIT][KEY_WARPS][ROWS / SPLIT][PITCH], PITCH = DIMS, rounded up to 16, + 8; m and l ride in the padding.
-// The pitch is 32 bytes modulo 64, so that the 8-byte stores of a warp fall into different banks. Shared memory must be
-// free of other use in this block; the barriers here see to the others.
-template <int DIMS, int HEADS, int ROWS, int KEY_WARPS, int SPLIT, int COLUMNS8>
-__device__ inline void finish(float* partial, const float (&o)[COLUMNS8][4], float (&m)[2], float (&l)[2], int warp_row,
-                              int key_warp, int rank, int first_row, int rows, Bf16* out, int out_stride) {
-  constexpr int PADDED = 8 * COLUMNS8, PITCH = PADDED + 8, SHARE = ROWS / SPLIT, PARTS = SPLIT * KEY_WARPS;
-  constexpr int QUADS = DIMS / 4;
-  static_assert(ROWS % SPLIT == 0);
+// A warp's sums into shared memory, `partial` [KEY_WARPS][ROWS][PITCH]: rows of o, PADDED columns, and m, l. PITCH is
+// 32 bytes modulo 64, so that the 8-byte stores of a warp fall into different banks.
+template <int ROWS, int COLUMNS8>
+__device__ inline void deposit(float* partial, const float (&o)[COLUMNS8][4], const float (&m)[2], float (&l)[2],
+                               int first_row, int key_warp) {
+  constexpr int PADDED = 8 * COLUMNS8, PITCH = PADDED + 8;
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   l[0] = sum_of_row(l[0]), l[1] = sum_of_row(l[1]);
-  barrier_of_blocks<SPLIT>();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int row = warp_row + g + 8 * half;
-    const float* const local = partial + ((rank * KEY_WARPS + key_warp) * SHARE + row % SHARE) * PITCH;
-    const unsigned to = address_in_block<SPLIT>(local, row / SHARE);
+    float* const row = partial + (key_warp * ROWS + first_row + g + 8 * half) * PITCH;
 #pragma unroll
-    for (int n = 0; n < DIMS / 8; ++n)
-      store_in_block<SPLIT>(to + (8 * n + 2 * t) * 4, o[n][2 * half], o[n][2 * half + 1]);
-    if (t == 0) store_in_block<SPLIT>(to + PADDED * 4, m[half], l[half]);
+    for (int n = 0; n < COLUMNS8; ++n)
+      *reinterpret_cast<float2*>(row + 8 * n + 2 * t) = {o[n][2 * half], o[n][2 * half + 1]};
+    if (t == 0) *reinterpret_cast<float2*>(row + PADDED) = {m[half], l[half]};
   }
-  barrier_of_blocks<SPLIT>();
+}
 
-  for (int quad = threadIdx.x; quad < SHARE * QUADS; quad += blockDim.x) {
-    const int of_share = quad / QUADS, row = first_row + rank * SHARE + of_share, column = quad % QUADS * 4;
+// Both merges compute, from what was deposited, out = sum_i w_i o_i / sum_i w_i l_i, w_i = exp2(m_i - max m).
+//
+// Over the block: a thread takes four columns of a row at a time.
+template <int DIMS, int HEADS, int ROWS, int PARTS>
+__device__ inline void merge_in_block(const float* partial, int first_row, int rows, Bf16* out, int out_stride) {
+  constexpr int PADDED = (DIMS + 15) / 16 * 16, PITCH = PADDED + 8, QUADS = DIMS / 4;
+  for (int quad = threadIdx.x; quad < ROWS * QUADS; quad += blockDim.x) {
+    const int row = first_row + quad / QUADS, column = quad % QUADS * 4;
     if (row >= rows) break;
-    Sums parts[PARTS];
+    const float* const from = partial + quad / QUADS * PITCH;
+    float m = from[PADDED], l = 0;
 #pragma unroll
-    for (int i = 0; i < PARTS; ++i) {
-      const float* const from = partial + (i * SHARE + of_share) * PITCH;
-      parts[i] = {*reinterpret_cast<const float4*>(from + column), from[PADDED], from[PADDED + 1]};
+    for (int part = 1; part < PARTS; ++part) m = fmaxf(m, from[part * ROWS * PITCH + PADDED]);
+    float4 sum = {};
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) {
+      const float* const at = from + part * ROWS * PITCH;
+      const float weight = exp2_fast(at[PADDED] - m);
+      const float4 o = *reinterpret_cast<const float4*>(at + column);
+      l = fmaf(weight, at[PADDED + 1], l);
+      sum.x = fmaf(weight, o.x, sum.x), sum.y = fmaf(weight, o.y, sum.y);
+      sum.z = fmaf(weight, o.z, sum.z), sum.w = fmaf(weight, o.w, sum.w);
     }
-    const Sums all = merge(parts);
-    const float inverse = __fdividef(1.0f, all.l);
+    const float inverse = __fdividef(1.0f, l);
     *reinterpret_cast<uint2*>(out + size_t(row / HEADS) * out_stride + row % HEADS * DIMS + column) = {
-        pack2<Bf16>(all.o.x * inverse, all.o.y * inverse), pack2<Bf16>(all.o.z * inverse, all.o.w * inverse)};
+        pack2<Bf16>(sum.x * inverse, sum.y * inverse), pack2<Bf16>(sum.z * inverse, sum.w * inverse)};
+  }
+}
+
+#if CLUSTER
+// What block `rank` of the cluster has where this block has `local`.
+__device__ inline float4 load_of_block(const float* local, int rank) {
+  const int4 v = load_remote(reinterpret_cast<const int*>(local), rank);
+  return {__int_as_float(v.x), __int_as_float(v.y), __int_as_float(v.z), __int_as_float(v.w)};
+}
+
+// Over the block's KEY_WARPS and SPLIT blocks. Each block finishes ROWS / SPLIT rows, few, whose parts are far away: a
+// warp takes a row and asks for all of it at once; lane i weighs part i.
+template <int DIMS, int HEADS, int ROWS, int KEY_WARPS, int SPLIT>
+__device__ inline void merge_in_cluster(const float* partial, int rank, int first_row, int rows, Bf16* out,
+                                        int out_stride) {
+  constexpr int PADDED = (DIMS + 15) / 16 * 16, PITCH = PADDED + 8, SHARE = ROWS / SPLIT, PARTS = SPLIT * KEY_WARPS;
+  static_assert(ROWS % SPLIT == 0 && PARTS <= 32);
+  const int lane = threadIdx.x % 32;
+  cluster_barrier();
+  for (int i = threadIdx.x / 32; i < SHARE && first_row + rank * SHARE + i < rows; i += blockDim.x / 32) {
+    const int row = first_row + rank * SHARE + i;
+    const float* const from = partial + (rank * SHARE + i) * PITCH;
+    float m = LOWEST, l = 0;
+    if (lane < PARTS) {
+      const float4 tail = load_of_block(from + lane % KEY_WARPS * ROWS * PITCH + PADDED, lane / KEY_WARPS);
+      m = tail.x, l = tail.y;
+    }
+    const float factor = exp2_fast(m - reduce_warp<true>(m));
+    const float weight = __fdividef(factor, reduce_warp<false>(factor * l));
+    float weights[PARTS];
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) weights[part] = __shfl_sync(~0u, weight, part);
+#pragma unroll
+    for (int base = 0; base < DIMS; base += 128) {
+      const int column = base + 4 * lane;
+      if (column >= DIMS) break;
+      float4 sum = {};
+#pragma unroll
+      for (int part = 0; part < PARTS; ++part) {
+        const float4 o = load_of_block(from + part % KEY_WARPS * ROWS * PITCH + column, part / KEY_WARPS);
+        sum.x = fmaf(weights[part], o.x, sum.x), sum.y = fmaf(weights[part], o.y, sum.y);
+        sum.z = fmaf(weights[part], o.z, sum.z), sum.w = fmaf(weights[part], o.w, sum.w);
+      }
+      *reinterpret_cast<uint2*>(out + size_t(row / HEADS) * out_stride + row % HEADS * DIMS + column) = {
+          pack2<Bf16>(sum.x, sum.y), pack2<Bf16>(sum.z, sum.w)};
+    }
+  }
+  cluster_wait_for_all();  // no block leaves while its shared memory is being read
+}
+#endif
+
+template <int DIMS, int HEADS, int ROWS, int KEY_WARPS, int SPLIT>
+__device__ inline void merge(const float* partial, int rank, int first_row, int rows, Bf16* out, int out_stride) {
+  if constexpr (SPLIT == 1) {
+    __syncthreads();
+    merge_in_block<DIMS, HEADS, ROWS, KEY_WARPS>(partial, first_row, rows, out, out_stride);
+  } else {
+#if CLUSTER
+    merge_in_cluster<DIMS, HEADS, ROWS, KEY_WARPS, SPLIT>(partial, rank, first_row, rows, out, out_stride);
+#else
+    static_assert(SPLIT == 1, "blocks exchange sums within a cluster");
+#endif
   }
 }

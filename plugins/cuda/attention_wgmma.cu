@@ -3,13 +3,13 @@
 //
 // A block has 64 ROW_GROUPS rows (row = token * HEADS + head) and takes KEY_GROUPS * KEYS keys at a time through a ring
 // of STAGES tiles; warpgroup (i, j) holds 64 rows and sees KEYS keys of each tile. SPLIT blocks (a cluster) share the
-// keys of the same rows. The softmax of one warpgroup runs under the tensor work of the other.
+// keys of the same rows. HELPERS more warpgroups only copy and merge: one alone would be bound by its instructions.
 //
 // In shared memory a matrix [rows, 256] is four slabs of 64 channels, [rows][128 bytes], each row's 16-byte pieces
 // exchanged by piece ^ (row % 8), the 128-byte swizzle. For q and k this is the layout with channels, the depth, along
 // the row; for v, whose depth is the keys, the transposed one: the same bytes and another descriptor.
 //
-// grid (ceil(tokens * HEADS / (64 ROW_GROUPS)) * SPLIT, kv heads, images), block 128 ROW_GROUPS KEY_GROUPS,
+// grid (ceil(tokens * HEADS / (64 ROW_GROUPS)) * SPLIT, kv heads, images), block 128 (ROW_GROUPS KEY_GROUPS + HELPERS),
 // cluster (SPLIT, 1, 1), shared memory as in plugins/attention.py.
 #include "attention.cuh"
 #include "wgmma_attention.cuh"  // generated, for KEYS = 8 SCORES8
@@ -18,8 +18,8 @@
 
 __device__ inline unsigned address_of(const void* shared) { return unsigned(__cvta_generic_to_shared(shared)); }
 
-// Descriptors: address / 16, then bytes / 16 from one slab to the next (only v crosses slabs), 1024 bytes from 8 rows to
-// the next 8, 128-byte swizzle.
+// Descriptors: address / 16, then bytes / 16 from one slab to the next (only v crosses slabs), 1024 bytes from 8 rows
+// to the next 8, 128-byte swizzle.
 __device__ inline unsigned long long descriptor(unsigned address, int slab_bytes) {
   return (address >> 4 & 0x3FFF) | (unsigned long long)(slab_bytes >> 4) << 16 | 64ull << 32 | 1ull << 62;
 }
@@ -39,13 +39,15 @@ __device__ inline int offset_of(int rows, int row, int piece) {
   return piece / 8 * rows * 128 + row * 128 + (piece % 8 ^ row % 8) * 16;
 }
 
-template <int HEADS, int ROW_GROUPS, int KEY_GROUPS, int KEYS, int STAGES, int SPLIT>
-__global__ void __launch_bounds__(128 * ROW_GROUPS * KEY_GROUPS, 1)
+template <int HEADS, int ROW_GROUPS, int KEY_GROUPS, int KEYS, int STAGES, int SPLIT, int HELPERS>
+__global__ void __launch_bounds__(128 * (ROW_GROUPS * KEY_GROUPS + HELPERS), 1)
 attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, const Bf16* own_v, Bf16* out,
                 int tokens, int keys, int own_keys, int q_stride, int kv_stride, int own_stride, int out_stride,
                 float scale) {
-  constexpr int DIMS = 256, THREADS = 128 * ROW_GROUPS * KEY_GROUPS, ROWS = 64 * ROW_GROUPS, TILE = KEY_GROUPS * KEYS;
-  constexpr int PIECES = DIMS / 8, MATRIX = TILE * DIMS * 2;  // bytes of a tile of k or of v
+  constexpr int GROUPS = ROW_GROUPS * KEY_GROUPS, THREADS = 128 * (GROUPS + HELPERS);
+  constexpr int DIMS = 256, ROWS = 64 * ROW_GROUPS, TILE = KEY_GROUPS * KEYS;
+  constexpr int PIECES = DIMS / 8, STEP = THREADS / PIECES;  // a thread copies a piece of every STEP-th row
+  constexpr int MATRIX = TILE * DIMS * 2;                    // bytes of a tile of k or of v
   extern __shared__ __align__(1024) unsigned char shared[];
   unsigned char* const queries = shared;                         // [ROWS, 256]
   unsigned char* const ring = shared + ROWS * DIMS * 2;          // [STAGES][k, v] [TILE, 256]
@@ -60,15 +62,24 @@ attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
   v += size_t(blockIdx.z) * keys * kv_stride + blockIdx.y * DIMS;
   out += size_t(blockIdx.z) * tokens * out_stride + blockIdx.y * HEADS * DIMS;
 
+  const int piece = threadIdx.x % PIECES, row_of_thread = threadIdx.x / PIECES;
   auto fetch = [&](int tile) {
-    if (tile < tiles) {
-      const unsigned stage = ring_address + tile % STAGES * 2 * MATRIX;
+    const int first_key = begin + tile * TILE;
+    const unsigned stage = ring_address + tile % STAGES * 2 * MATRIX;
+    if (tile < tiles && first_key + TILE <= min(end, keys)) {  // the usual case, in few instructions
+      size_t at = size_t(first_key + row_of_thread) * kv_stride + 8 * piece;
 #pragma unroll
-      for (int base = 0; base < TILE * PIECES; base += THREADS) {
-        const int row = (base + int(threadIdx.x)) / PIECES, piece = threadIdx.x % PIECES;
-        const int wanted = begin + tile * TILE + row, key = min(wanted, end - 1);
+      for (int row = 0; row < TILE; row += STEP, at += STEP * kv_stride) {
+        const unsigned to = stage + offset_of(TILE, row + row_of_thread, piece);
+        copy_async(to, k + at, true);
+        copy_async(to + MATRIX, v + at, true);
+      }
+    } else if (tile < tiles) {
+#pragma unroll
+      for (int row = 0; row < TILE; row += STEP) {
+        const int wanted = first_key + row + row_of_thread, key = min(wanted, end - 1);
         const size_t at = (key < keys ? size_t(key) * kv_stride : size_t(key - keys) * own_stride) + 8 * piece;
-        const unsigned to = stage + offset_of(TILE, row, piece);
+        const unsigned to = stage + offset_of(TILE, row + row_of_thread, piece);
         copy_async(to, (key < keys ? k : own_k) + at, wanted < end);
         copy_async(to + MATRIX, (key < keys ? v : own_v) + at, wanted < end);
       }
@@ -78,9 +89,8 @@ attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
 
   wait_for_inputs();
 #pragma unroll
-  for (int base = 0; base < ROWS * PIECES; base += THREADS) {
-    const int of_block = (base + int(threadIdx.x)) / PIECES, piece = threadIdx.x % PIECES;
-    const int row = min(first_row + of_block, rows - 1);
+  for (int base = 0; base < ROWS; base += STEP) {
+    const int of_block = base + row_of_thread, row = min(first_row + of_block, rows - 1);
     copy_async(queries_address + offset_of(ROWS, of_block, piece),
                q + size_t(row / HEADS) * q_stride + row % HEADS * DIMS + 8 * piece, true);
   }
@@ -96,6 +106,7 @@ attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
     let_tensor_cores_see();
     __syncthreads();  // this tile has landed for everyone, and everyone is done with the one refilled now
     fetch(tile + STAGES - 1);
+    if (group >= GROUPS) continue;
 
     float s[KEYS / 8][4];
     const unsigned k_tile = address_of(stage) + key_group * KEYS * 128, v_tile = k_tile + MATRIX;
@@ -118,7 +129,8 @@ attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
 
   let_next_kernel_start();
   wait_for_copies<0>();  // also where there was no tile
-  finish<DIMS, HEADS, ROWS, KEY_GROUPS, SPLIT>(reinterpret_cast<float*>(shared), o, m, l,
-                                               64 * row_group + threadIdx.x / 32 % 4 * 16, key_group, rank, first_row,
-                                               rows, out, out_stride);
+  __syncthreads();       // shared memory is free
+  float* const partial = reinterpret_cast<float*>(shared);
+  if (group < GROUPS) deposit<ROWS>(partial, o, m, l, 64 * row_group + threadIdx.x / 32 % 4 * 16, key_group);
+  merge<DIMS, HEADS, ROWS, KEY_GROUPS, SPLIT>(partial, rank, first_row, rows, out, out_stride);
 }

@@ -12,13 +12,13 @@ import argparse
 import json
 import math
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from plugins import attention
-from plugins.attention import Attention
 from plugins.kernels import compile_cubin
 from tests.gpu import launch
 from tests.gpu.bench_kernels import time_us
@@ -30,24 +30,23 @@ BACKENDS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTEN
 
 def time_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: SDPBackend) -> float:
     """q [B, heads, T, D], k, v [B, kv_heads, S, D]; infinity where the backend refuses."""
-    options = [(q, k, v)]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    queries = [q]
     if k.shape[1] == 1:
-        options.append((q.transpose(1, 2).flatten(1, 2)[:, None].contiguous(), k, v))
+        queries.append(q.transpose(1, 2).flatten(1, 2)[:, None].contiguous())
     times = []
-    for operands in options:
-        gqa = operands[0].shape[1] != operands[1].shape[1]
+    for query in queries:
+        gqa = query.shape[1] != k.shape[1]
         with sdpa_kernel([backend]):
             try:
-                call = lambda _, o=operands, g=gqa: torch.nn.functional.scaled_dot_product_attention(*o, enable_gqa=g)  # noqa: E731
-                times.append(time_us(call, [None] * COPIES))
+                call = partial(attend, query, k, v, enable_gqa=gqa)
+                times.append(time_us(lambda _, call=call: call(), [None] * COPIES))
             except RuntimeError:
                 times.append(math.inf)
     return min(times)
 
 
-def bench(
-    name: str, configs: list[Attention], tokens: int, keys: int, own: int, images: int = 1
-) -> dict:
+def bench(name: str, configs: list, tokens: int, keys: int, own: int, images: int = 1) -> dict:
     """`own` of the keys come from the matrix that q comes from."""
     heads, kv_heads, dims = (8, 1, 256) if configs[0].dims == 256 else (16, 16, 72)
     width, kv_width = heads * dims, kv_heads * dims
@@ -78,14 +77,21 @@ def bench(
         overlapped = time_us(lambda i, config=config: run(config, i, overlap=True), list(range(COPIES)))
         timed.append((us, overlapped, error, config))
     timed.sort(key=lambda entry: entry[0])
-    split = [x.unflatten(0, (images, -1)).unflatten(2, (n, dims)).transpose(1, 2).contiguous()
-             for x, n in ((q, heads), (k, kv_heads), (v, kv_heads))]  # fmt: skip
-    times = {backend: time_torch(*split, BACKENDS[backend]) for backend in BACKENDS}
-    flops = 4 * images * tokens * len(k) // images * width
-    result = {"name": name, "tokens": tokens, "keys": len(k) // images, "images": images, "us": timed[0][0]}
-    result |= {"overlap_us": timed[0][1], "tflops": 1e-6 * flops / timed[0][0], "error": timed[0][2]} | times
-    print(f"{name:8s} {tokens:5d} x {len(k) // images:5d} x{images}  " + "  ".join(
-        f"{key} {value:.2f}" if key != "error" else f"error {value:.1e}" for key, value in list(result.items())[4:]))  # fmt: skip
+    q, k, v = (
+        x.unflatten(0, (images, -1)).unflatten(2, (n, dims)).transpose(1, 2).contiguous()
+        for x, n in ((q, heads), (k, kv_heads), (v, kv_heads))
+    )
+    times = {f"{name}_us": time_torch(q, k, v, backend) for name, backend in BACKENDS.items()}
+    us, overlapped, error, config = timed[0]
+    tflops = 4e-6 * images * tokens * k.shape[2] * width / us
+    result = {"name": name, "tokens": tokens, "keys": k.shape[2], "images": images} | {
+        "us": us,
+        "overlapped_us": overlapped,
+        "tflops": tflops,
+        "error": error,
+        **times,
+    }
+    print(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in result.items()))
     for us, overlapped, error, config in timed:
         print(f"    {us:7.2f} {overlapped:7.2f}  {error:.1e}  {config}", flush=True)
     return result | {"all": [(*entry[:3], repr(entry[3])) for entry in timed]}
@@ -102,13 +108,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="all timings")
     options = parser.parse_args()
     sm = launch.compute_capability()
-    with ProcessPoolExecutor() as pool:
-        configs = [c for c in attention.PREFIX + attention.SUFFIX + attention.VISION if c.fits(sm)]
-        for job in [pool.submit(compile_cubin, c.source, sm, [c.expression()], c.headers()) for c in dict.fromkeys(configs)]:
+    with ProcessPoolExecutor() as pool:  # fills the cache of cubins on all cores
+        configs = [c for c in attention.MANY_QUERIES + attention.FEW_QUERIES + attention.VISION if c.fits(sm)]
+        for job in [pool.submit(compile_cubin, c.source, sm, [c.expression()], c.headers()) for c in configs]:
             job.result()
     print(torch.cuda.get_device_name(), "torch", torch.__version__, "CUDA", torch.version.cuda)
-    results = [bench("prefix", attention.PREFIX, tokens, tokens, 0) for tokens in (306, 562, 816)]
-    results += [bench("suffix", attention.SUFFIX, 50, keys, 50) for keys in (307, 817)]
+    results = [bench("prefix", attention.MANY_QUERIES, tokens, tokens, 0) for tokens in (306, 562, 816)]
+    results += [bench("suffix", attention.FEW_QUERIES, 50, keys, 50) for keys in (307, 817)]
     results += [bench("SigLIP", attention.VISION, 256, 256, 0, images) for images in (1, 2, 3)]
     for tokens, to_cache in ((50, False), (816, False), (816, True)):
         times = ", overlapped ".join(f"{bench_rotary(tokens, to_cache, overlap):.2f}" for overlap in (False, True))

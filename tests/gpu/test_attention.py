@@ -1,4 +1,4 @@
-"""The attention kernel against softmax(q k^T / sqrt(d)) v in float64, and rotary embeddings against their definition."""
+"""The attention kernels against softmax(q k^T / sqrt(d)) v in float64, rotary embeddings against their definition."""
 from __future__ import annotations
 
 import math
@@ -54,7 +54,7 @@ def skip_unless_fits(config) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 17, 306, 817, 1018])
-@pytest.mark.parametrize("config", attention.PREFIX, ids=str)
+@pytest.mark.parametrize("config", attention.MANY_QUERIES, ids=str)
 def test_prefix(config, tokens):
     """Slices of one qkv matrix, K and V shared by all heads."""
     skip_unless_fits(config)
@@ -66,7 +66,7 @@ def test_prefix(config, tokens):
 
 
 @pytest.mark.parametrize(("tokens", "keys"), [(50, 306), (50, 817), (50, 1018), (51, 5), (1, 816), (3, 0)])
-@pytest.mark.parametrize("config", attention.SUFFIX, ids=str)
+@pytest.mark.parametrize("config", attention.FEW_QUERIES, ids=str)
 def test_suffix(config, tokens, keys):
     """The cache and the suffix's own keys and values, where they are."""
     skip_unless_fits(config)
@@ -93,7 +93,7 @@ def test_vision(config, images, tokens):
     check(out, torch.cat([definition(*operands, heads, heads) for operands in per_image]))
 
 
-EXTREME = [*attention.PREFIX[1:4], attention.PREFIX[8], attention.SUFFIX[0], attention.SUFFIX[4]]
+EXTREME = [*attention.MANY_QUERIES[:2], *attention.MANY_QUERIES[5:7], attention.FEW_QUERIES[0]]
 
 
 @pytest.mark.parametrize("config", EXTREME, ids=str)
@@ -132,3 +132,21 @@ def test_rotary(tokens, first_position, to_cache):
         assert torch.equal(v, before[:, -DIMS:])
     torch.testing.assert_close(torch.cat([q, k], 1).double(), exact, rtol=2**-8, atol=1e-6)
     assert qkv[tokens:].isnan().all() and cache[tokens if to_cache else 0 :].isnan().all()
+
+
+@pytest.mark.parametrize("config", [attention.MANY_QUERIES[1], *attention.FEW_QUERIES], ids=str)
+def test_overlapped_launches_wait_for_their_inputs(config):
+    """Chains of rotary embedding and attention, each started before the one ahead has ended, give the same bits."""
+    skip_unless_fits(config)
+    tokens, keys = 50, 306
+    cache, tables = random(keys, 2 * DIMS, seed=1), launch.rotary_tables(keys + tokens, DIMS)
+    outputs = []
+    for overlap in (False, True):
+        qkv, out = random(tokens, (HEADS + 2) * DIMS, seed=2), poisoned(tokens, HEADS * DIMS)
+        q, own_k, own_v = qkv.split([HEADS * DIMS, DIMS, DIMS], 1)
+        for _ in range(20):
+            launch.rotary(qkv, tables, keys, heads=HEADS, dims=DIMS, overlap=overlap)
+            launch.attention(config, q, *cache.split(DIMS, 1), out[:tokens], own_k, own_v, overlap=overlap)
+            launch.attention(config, out[:tokens], own_k, own_v, q, overlap=overlap)  # q depends on the output before
+        outputs.append(out[:tokens].clone())
+    assert torch.equal(*outputs)
