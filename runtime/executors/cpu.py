@@ -95,8 +95,8 @@ class CpuExecutor:
         options.enable_mem_pattern = False  # it would keep memory for every combination of cameras and prompt length
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
-        # Idle threads wait instead of spinning: alone on the machine a call takes up to 10 % longer, but beside one other
-        # busy process it takes half the time or less (docs/performance.md), and a robot's processor is rarely idle.
+        # Idle threads wait instead of spinning: alone on the machine a call takes 5 to 13 % longer, but beside one other
+        # busy process about half the time (docs/performance.md), and a robot's processor is rarely idle.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         try:
