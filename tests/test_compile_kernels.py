@@ -15,19 +15,9 @@ from plugins.kernels import ARCHITECTURES, Cubin, compile_cubin
 from plugins.tactics import Wgmma, best, candidates, fits, wgmma_header
 
 
-def has_nvrtc() -> bool:
-    try:
-        kernels._nvrtc()
-    except KernelError:
-        return False
-    return True
-
-
-needs_nvrtc = pytest.mark.skipif(not has_nvrtc(), reason="needs duq[cuda]")
 SMALLEST = "gemm_small<4, 1, 1, 1, 1, false, int>"
 
 
-@needs_nvrtc
 @pytest.mark.parametrize("sm", ARCHITECTURES)
 @pytest.mark.parametrize(
     ("source", "expression"),
@@ -44,7 +34,6 @@ def test_compiles_for_every_architecture(source, expression, sm, tmp_path):
     assert cubin.image.startswith(b"\x7fELF") and cubin.symbols[expression].encode() in cubin.image
 
 
-@needs_nvrtc
 def test_compiles_wgmma(tmp_path):
     tactic = Wgmma(1, 1, 2)
     expression = tactic.expression(4, "float")
@@ -52,14 +41,12 @@ def test_compiles_wgmma(tmp_path):
     assert cubin.image.startswith(b"\x7fELF")
 
 
-@needs_nvrtc
 def test_compiles_wgmma_attention(tmp_path):
     kernel = attention.best(256, 50, 1, 90)
     cubin = compile_cubin(kernel.source, 90, [kernel.expression()], kernel.headers(), cache=tmp_path)
     assert cubin.image.startswith(b"\x7fELF")
 
 
-@needs_nvrtc
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:100] + b"?" + b[101:], lambda b: b""])
 def test_cache_is_used_and_rebuilt_when_damaged(tmp_path, monkeypatch, damage):
     first = compile_cubin("gemm_small.cu", 80, [SMALLEST], cache=tmp_path)
@@ -72,7 +59,6 @@ def test_cache_is_used_and_rebuilt_when_damaged(tmp_path, monkeypatch, damage):
     assert kernels._read_entry(entry) == first and list(tmp_path.iterdir()) == [entry]
 
 
-@needs_nvrtc
 def test_key_of_the_cache_holds_all_that_matters(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "_compile", lambda *arguments: Cubin(b"\x7fELF", {}))
     for arguments in [("gemm_small.cu", 80), ("gemm_small.cu", 86), ("gemm_large.cu", 80)]:
@@ -83,7 +69,6 @@ def test_key_of_the_cache_holds_all_that_matters(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 6
 
 
-@needs_nvrtc
 def test_error_of_the_compiler_is_shown(tmp_path):
     with pytest.raises(KernelError, match="(?s)gemm_small.cu does not compile for .*sm_86.*no_such_kernel"):
         compile_cubin("gemm_small.cu", 86, ["no_such_kernel<1>"], cache=tmp_path)
@@ -107,7 +92,6 @@ def test_driver_names_the_extra_that_brings_its_bindings(monkeypatch):
         driver.open_device()
 
 
-@needs_nvrtc
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine with no GPU")
 def test_driver_says_that_there_is_none():
     with pytest.raises(KernelError, match="driver|device"):
