@@ -21,6 +21,8 @@ from compiler.quantize_cli import (
     AssetOption, CalibrationOption, PacksOption, RobotOption, TokenizerOption, open_checkpoint, progress_bar, use_packs,
     with_recipe_options,
 )
+from plugins.driver import open_device
+from plugins.errors import KernelError
 from runtime.cli_errors import check_output_directory, check_output_file, one_line_errors
 from runtime.preprocess import Preprocessor
 from runtime.robots import ROBOT_NAMES
@@ -35,6 +37,11 @@ def _compile(
     checkpoint: Annotated[Path, typer.Argument(help="openpi (PyTorch) or LeRobot checkpoint directory.")],
     out: Annotated[Path, typer.Option("--out", help="The plan to write.")],
     target: Annotated[str, typer.Option(help=f"What to compile for: {', '.join(TARGETS)}.")] = "cpu",
+    sm: Annotated[
+        Optional[list[int]],
+        typer.Option(help="Compute capability of the GPU without its dot, e.g. 90; may be given several times. "
+                          "By default that of this machine's GPU."),  # fmt: skip
+    ] = None,
     calibration: CalibrationOption = None,
     packs: PacksOption = None,
     robot: RobotOption = "none",
@@ -64,9 +71,12 @@ def _compile(
       duq-compile checkpoints/pi0_libero --robot libero --packs packs --out engine.plan
 
       duq-compile checkpoints/pi0_libero --robot libero --quant none --out float.plan
+
+      duq-compile checkpoints/pi0_libero --robot libero --packs packs --target cuda --sm 90 --out engine.plan
     """
     start = time.perf_counter()
     _check_options(target, robot, recipe)
+    architectures = _architectures(target, sm or [])
     check_output_file("--out", out)
     if keep_onnx is not None:
         check_output_directory("--keep-onnx", keep_onnx)
@@ -76,7 +86,7 @@ def _compile(
     _check_robot(policy, robot, without_norm_stats)
     with progress_bar() as progress:
         quantization = _quantization(policy, recipe, packs, calibration, robot, progress)
-        options = Options(target=target, robot=robot, num_steps=num_steps, cameras=cameras)
+        options = Options(target=target, sm=architectures, robot=robot, num_steps=num_steps, cameras=cameras)
         compile_policy(policy, quantization, out, options, progress, keep_onnx)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -95,6 +105,25 @@ def _check_options(target: str, robot: str, recipe: Recipe) -> None:
         raise DuqError(f"--robot {robot}: unknown, one of {', '.join(ROBOT_NAMES)}")
     if recipe.scheme == "reference":
         raise RecipeError("--scheme reference is a fake quantisation for studies, without integer arithmetic to compile")
+
+
+def _architectures(target: str, sm: list[int]) -> tuple[int, ...]:
+    """What --sm says, checked; for a target that needs one and without --sm, the GPU of this machine."""
+    known = TARGETS[target].architectures
+    if not known:
+        if sm:
+            raise DuqError(f"--sm {sm[0]}: --target {target} runs on no GPU; leave --sm out")
+        return ()
+    names = ", ".join(map(str, known))
+    if not sm:
+        try:
+            sm = [open_device()]
+        except KernelError as error:
+            raise DuqError(f"--target {target} needs --sm, one of {names}: this machine has no GPU to ask ({error})") from error
+    for each in sm:
+        if each not in known:
+            raise DuqError(f"--sm {each}: --target {target} compiles for {names}")
+    return tuple(sorted(set(sm)))
 
 
 def _check_robot(checkpoint: Checkpoint, robot: str, without_norm_stats: bool) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -20,22 +21,35 @@ from compiler.errors import CheckpointError
 from compiler.graph.export import Graphs, export
 from compiler.graph.passes.fold import fold_linear_chains, fold_norm_gains, fold_output_scales
 from compiler.graph.passes.layout import keep_embedding_dtype, weights_as_matmul_reads_them
-from compiler.graph.passes.merge import merge_float_linears
+from compiler.graph.passes.merge import merge_float_linears, merge_quantized_linears
 from compiler.graph.passes.quantize import lower_quantized_linears
-from compiler.graph.passes.rotary import tabulate_rotary_embeddings
+from compiler.graph.passes.rotary import fuse_rotary_embeddings, tabulate_rotary_embeddings
 from compiler.graph.passes.time import split_time_from_actions, tabulate_time
 from compiler.graph.passes.tokens import compact_tokens, eliminate_dead_prefix_tail, hoist_state_token
 from compiler.model import build_model
 from compiler.quant import Quantization, Recipe, quantize
 from compiler.quant.transforms import LinearTransform
-from compiler.targets import cpu
+from compiler.targets import cpu, cuda
 from plugins import ops
 from runtime.config import GemmaConfig
 from runtime.plan import PlanWriter
 from runtime.preprocess import ModelInputs
 
-TARGETS = {"cpu": cpu.emit}
 Pass = Callable[[Graphs], Graphs]
+
+
+class Target(NamedTuple):
+    """Rewrites on top of the common ones, and what writes the graphs into the plan as the target's executor wants them."""
+
+    passes: list[Pass]
+    emit: Callable[..., dict]  # (graphs, plan writer, progress, options) -> the manifest's section about the graphs
+    architectures: tuple[int, ...] = ()  # the SMs to choose from
+
+
+TARGETS = {
+    "cpu": Target([], cpu.emit),
+    "cuda": Target([merge_quantized_linears, fuse_rotary_embeddings], cuda.emit, cuda.ARCHITECTURES),
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,7 @@ class Options:
     """What a plan is made for; the policy itself comes from the checkpoint."""
 
     target: str = "cpu"
+    sm: tuple[int, ...] = ()  # compute capabilities of the GPUs, e.g. (86, 90)
     robot: str = "none"
     num_steps: int = 10
     cameras: int = 3
@@ -63,7 +78,7 @@ def compile_policy(
     graphs = export(checkpoint.config, weights, options.num_steps)
     progress.update(task, total=1, completed=1)
     _keep(graphs, keep_onnx, 0, "export")
-    phases = passes(quantization, weights)
+    phases = [*passes(quantization, weights), *TARGETS[options.target].passes]
     for index, rewrite in enumerate(progress.track(phases, description="Rewriting the graphs"), start=1):
         graphs = rewrite(graphs)
         _keep(graphs, keep_onnx, index, getattr(rewrite, "func", rewrite).__name__)
@@ -72,7 +87,7 @@ def compile_policy(
             writer.write("tokenizer.model", checkpoint.tokenizer.read_bytes())
         for layer, transform in quantization.value_transforms.items():
             writer.write(value_basis_entry(layer), _value_basis(transform, checkpoint.config.llm))
-        sections = TARGETS[options.target](graphs, writer, progress)
+        sections = TARGETS[options.target].emit(graphs, writer, progress, options)
         writer.finish(_manifest(checkpoint, quantization, options) | {"graphs": sections})
 
 

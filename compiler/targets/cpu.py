@@ -18,7 +18,7 @@ from runtime.plan import PlanWriter
 INLINE_BYTES = 1024  # smaller initialisers (shapes, scalars) stay inside the graph
 
 
-def emit(graphs: Graphs, writer: PlanWriter, progress: Progress) -> dict:
+def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options) -> dict:
     """Writes weights and graphs into the plan; returns the manifest's section about the graphs."""
     stored: dict[str, ir.ExternalTensor] = {}
     task = progress.add_task("Writing the plan", total=sum(_weight_bytes(model) for _, model in graphs.items()))

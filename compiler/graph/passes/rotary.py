@@ -41,3 +41,45 @@ def _rotary_operands(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
     if cast is None or cast.op_type != "Cast" or cast.inputs[0].dtype != ir.DataType.INT64:
         return None, None
     return cast.inputs[0], product.inputs[1]
+
+
+def fuse_rotary_embeddings(graphs: Graphs) -> Graphs:
+    """[a cos - b sin, b cos + a sin] of the two halves a, b of each head becomes ONNX's RotaryEmbedding.
+
+    For GPUs, which have a kernel for it. Positions are one vector for all heads; the tables are those of
+    `tabulate_rotary_embeddings`.
+    """
+    for _, model in graphs.items():
+        for node in list(model.graph):
+            match = _rotation(node)
+            if match is None:
+                continue
+            x, cosine, sine, positions = match
+            shape = initializer(model.graph, "one_sequence", np.array([1, -1], np.int64))
+            (ids,) = insert_before(node, "Reshape", [positions, shape])
+            (turned,) = insert_before(node, "RotaryEmbedding", [x, cosine, sine, ids], interleaved=0)
+            replace(node.outputs[0], turned)
+        simplify(model)
+    return graphs
+
+
+def _rotation(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value] | None:
+    """x [batch, heads, tokens, dims], both tables and the positions of Concat(a cos - b sin, b cos + a sin)."""
+    parts = [operand.producer() for operand in node.inputs] if node.op_type == "Concat" else []
+    if [part.op_type for part in parts if part] != ["Sub", "Add"]:
+        return None
+    products = [operand.producer() for part in parts for operand in part.inputs]
+    if not all(product is not None and product.op_type == "Mul" for product in products):
+        return None
+    (a, cosine), (b, sine), *second = (product.inputs for product in products)
+    halves, tables = [a.producer(), b.producer()], [cosine.producer(), sine.producer()]
+    if [tuple(operands) for operands in second] != [(b, cosine), (a, sine)]:
+        return None
+    if [half.op_type for half in halves] != ["Slice", "Slice"] or [table.op_type for table in tables] != ["Gather", "Gather"]:
+        return None
+    x, dims = halves[0].inputs[0], halves[0].inputs[0].shape[-1]
+    bounds = [[int(limit.const_value.numpy().item()) for limit in half.inputs[1:4]] for half in halves]
+    whole = bounds[0] == [0, dims // 2, 3] and bounds[1][0] == dims // 2 and bounds[1][1] >= dims and bounds[1][2] == 3
+    if not whole or halves[1].inputs[0] is not x or tables[0].inputs[1] is not tables[1].inputs[1]:
+        return None
+    return x, tables[0].inputs[0], tables[1].inputs[0], tables[0].inputs[1]
