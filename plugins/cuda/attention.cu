@@ -3,6 +3,8 @@
 //
 //   q, out     [tokens, kv heads, HEADS, DIMS], rows `q_stride` and `out_stride` apart; HEADS query heads share K and V
 //   k, v       [keys, kv heads, DIMS], rows `kv_stride` apart
+//   past       null, or the device's address of a number of keys to add to `keys`: how many there are is then known
+//              only when the kernel runs (a prompt shorter than its buffer)
 //   own_k..    `own_keys` more rows somewhere else: the suffix attends to the prefix's cache and to itself, in place
 //   images     blockIdx.z: each has `tokens` rows of q and `keys` of k and v, behind those of the image before
 //
@@ -45,8 +47,9 @@ template <bool TRANSPOSED> __device__ inline void load_matrices(unsigned (&m)[4]
 
 template <int DIMS, int HEADS, int ROW_WARPS, int KEY_WARPS, int KEYS, int STAGES, int SPLIT>
 __global__ void __launch_bounds__(32 * ROW_WARPS * KEY_WARPS)
-attention(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, const Bf16* own_v, Bf16* out, int tokens,
-          int keys, int own_keys, int q_stride, int kv_stride, int own_stride, int out_stride, float scale) {
+attention(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, const Bf16* own_v, Bf16* out, const int* past,
+          int tokens, int keys, int own_keys, int q_stride, int kv_stride, int own_stride, int out_stride,
+          float scale) {
   constexpr int THREADS = 32 * ROW_WARPS * KEY_WARPS, ROWS = 16 * ROW_WARPS, TILE = KEY_WARPS * KEYS;
   constexpr int PADDED = (DIMS + 15) / 16 * 16, PITCH = PADDED + 8;
   extern __shared__ __align__(128) unsigned char shared[];
@@ -55,6 +58,7 @@ attention(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, const 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int row_warp = warp % ROW_WARPS, key_warp = warp / ROW_WARPS;
   const int rank = blockIdx.x % SPLIT, first_row = blockIdx.x / SPLIT * ROWS, rows = tokens * HEADS;
+  if (past) keys += *past;
   const int share = ((keys + own_keys + SPLIT - 1) / SPLIT + 15) / 16 * 16;
   const int begin = rank * share, end = min(begin + share, keys + own_keys), tiles = (end - begin + TILE - 1) / TILE;
   q += size_t(blockIdx.z) * tokens * q_stride + blockIdx.y * HEADS * DIMS;

@@ -42,7 +42,7 @@ __device__ inline int offset_of(int rows, int row, int piece) {
 template <int HEADS, int ROW_GROUPS, int KEY_GROUPS, int KEYS, int STAGES, int SPLIT, int HELPERS>
 __global__ void __launch_bounds__(128 * (ROW_GROUPS * KEY_GROUPS + HELPERS), 1)
 attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, const Bf16* own_v, Bf16* out,
-                int tokens, int keys, int own_keys, int q_stride, int kv_stride, int own_stride, int out_stride,
+                const int* past, int tokens, int keys, int own_keys, int q_stride, int kv_stride, int own_stride, int out_stride,
                 float scale) {
   constexpr int GROUPS = ROW_GROUPS * KEY_GROUPS, THREADS = 128 * (GROUPS + HELPERS);
   constexpr int DIMS = 256, ROWS = 64 * ROW_GROUPS, TILE = KEY_GROUPS * KEYS;
@@ -55,6 +55,7 @@ attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
 
   const int group = threadIdx.x / 128, row_group = group % ROW_GROUPS, key_group = group / ROW_GROUPS;
   const int rank = blockIdx.x % SPLIT, first_row = blockIdx.x / SPLIT * ROWS, rows = tokens * HEADS;
+  if (past) keys += *past;
   const int share = ((keys + own_keys + SPLIT - 1) / SPLIT + 15) / 16 * 16;
   const int begin = rank * share, end = min(begin + share, keys + own_keys), tiles = (end - begin + TILE - 1) / TILE;
   q += size_t(blockIdx.z) * tokens * q_stride + blockIdx.y * HEADS * DIMS;

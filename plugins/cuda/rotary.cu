@@ -1,8 +1,9 @@
 // Rotary embedding of the output of a qkv GEMM: queries in place, keys and values into the cache. bf16, one KV head.
 //
 //   qkv                  [tokens, HEADS * DIMS of q, DIMS of k, DIMS of v], rows `stride` apart
-//   cosine, sine         [positions, DIMS / 2] float32; token i has position first_position + i
-//   k_cache, v_cache     [tokens, DIMS], rows `cache_stride` apart; null: k in place, and v stays where it is
+//   cosine, sine         [positions, DIMS / 2] float32; token i has position first_position + i, with `past` (null, or
+//                        the device's address of a number that is known only when the kernel runs) + *past
+//   k_cache, v_cache     [positions, DIMS], rows `cache_stride` apart; null: k in place, and v stays where it is
 //
 // Channel c turns with c + DIMS / 2; a thread has 8 channels and their 8 partners.
 // grid tokens, block (HEADS + 2) DIMS / 16.
@@ -18,11 +19,11 @@ __device__ inline void rotate(unsigned& first, unsigned& second, const float* c,
 
 template <int HEADS, int DIMS>
 __global__ void __launch_bounds__((HEADS + 2) * DIMS / 16)
-rotary(Bf16* qkv, const float* cosine, const float* sine, Bf16* k_cache, Bf16* v_cache, int first_position, int stride,
-       int cache_stride) {
+rotary(Bf16* qkv, const float* cosine, const float* sine, Bf16* k_cache, Bf16* v_cache, const int* past,
+       int first_position, int stride, int cache_stride) {
   constexpr int PIECES = DIMS / 16;  // of 8 channels in half a head
   const int head = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
-  const size_t angles = size_t(first_position + blockIdx.x) * (DIMS / 2) + 8 * piece;
+  const size_t position = first_position + blockIdx.x + (past ? *past : 0), angles = position * (DIMS / 2) + 8 * piece;
   float c[8], s[8];  // constants: they need not wait
 #pragma unroll
   for (int i = 0; i < 8; i += 4) {
@@ -37,7 +38,7 @@ rotary(Bf16* qkv, const float* cosine, const float* sine, Bf16* k_cache, Bf16* v
   uint4 first = __ldcg(from), second = __ldcg(from + PIECES);
   uint4* to = from;
   if (head >= HEADS && k_cache)
-    to = reinterpret_cast<uint4*>((head == HEADS ? k_cache : v_cache) + size_t(blockIdx.x) * cache_stride) + piece;
+    to = reinterpret_cast<uint4*>((head == HEADS ? k_cache : v_cache) + position * cache_stride) + piece;
   if (head <= HEADS) {
     rotate(first.x, second.x, c, s);
     rotate(first.y, second.y, c + 2, s + 2);

@@ -73,9 +73,11 @@ def test_suffix(config, tokens, keys):
     cache = guarded(random(keys, 2 * DIMS, seed=keys))
     qkv = guarded(random(tokens, (HEADS + 2) * DIMS, seed=tokens))
     (k, v), (q, own_k, own_v) = cache.split(DIMS, 1), qkv.split([HEADS * DIMS, DIMS, DIMS], 1)
-    out = poisoned(tokens, HEADS * DIMS)
-    launch.attention(config, q, k, v, out[:tokens], own_k, own_v)
-    check(out, definition(q, torch.cat([k, own_k]), torch.cat([v, own_v]), HEADS, 1))
+    on_device = torch.tensor(keys, dtype=torch.int32, device="cuda")  # the number of keys: an argument, or read there
+    for past in (None, on_device):
+        out = poisoned(tokens, HEADS * DIMS)
+        launch.attention(config, q, k, v, out[:tokens], own_k, own_v, past=past)
+        check(out, definition(q, torch.cat([k, own_k]), torch.cat([v, own_v]), HEADS, 1))
 
 
 @pytest.mark.parametrize("tokens", [256, 100])
@@ -112,26 +114,29 @@ def test_extreme_scores(config, order):
 
 
 @pytest.mark.parametrize("to_cache", [False, True])
-@pytest.mark.parametrize(("tokens", "first_position"), [(1, 0), (50, 817), (818, 0)])
-def test_rotary(tokens, first_position, to_cache):
+@pytest.mark.parametrize(("tokens", "first_position", "past"), [(1, 0, 817), (50, 817, None), (50, 1, 816), (818, 0, None)])
+def test_rotary(tokens, first_position, past, to_cache):
     qkv = poisoned(tokens, (HEADS + 2) * DIMS)
     qkv[:tokens] = before = random(tokens, (HEADS + 2) * DIMS, seed=tokens)
-    cache = poisoned(tokens, 2 * DIMS)
-    tables = launch.rotary_tables(first_position + tokens, DIMS)
+    on_device = None if past is None else torch.tensor(past, dtype=torch.int32, device="cuda")
+    position = first_position + (past or 0)
+    cache = poisoned(position + tokens, 2 * DIMS)
+    tables = launch.rotary_tables(position + tokens, DIMS)
     caches = cache.split(DIMS, 1) if to_cache else None
-    launch.rotary(qkv[:tokens], tables, first_position, caches, heads=HEADS, dims=DIMS)
+    launch.rotary(qkv[:tokens], tables, first_position, caches, heads=HEADS, dims=DIMS, past=on_device)
 
-    cos, sin = (table[first_position:, None].double() for table in tables)
+    cos, sin = (table[position:, None].double() for table in tables)
     first, second = before[:, : (HEADS + 1) * DIMS].double().unflatten(1, (-1, DIMS)).chunk(2, -1)
     exact = torch.cat([first * cos - second * sin, second * cos + first * sin], -1).flatten(1)
     q, k, v = qkv[:tokens].split([HEADS * DIMS, DIMS, DIMS], 1)
     assert torch.equal(v, before[:, -DIMS:])
     if to_cache:
         assert torch.equal(k, before[:, -2 * DIMS : -DIMS])
-        k, v = (part[:tokens] for part in caches)
+        k, v = (part[position : position + tokens] for part in caches)
+        assert cache[:position].isnan().all()
         assert torch.equal(v, before[:, -DIMS:])
     torch.testing.assert_close(torch.cat([q, k], 1).double(), exact, rtol=2**-8, atol=1e-6)
-    assert qkv[tokens:].isnan().all() and cache[tokens if to_cache else 0 :].isnan().all()
+    assert qkv[tokens:].isnan().all() and cache[position + tokens if to_cache else 0 :].isnan().all()
 
 
 @pytest.mark.parametrize("config", [attention.MANY_QUERIES[1], *attention.FEW_QUERIES], ids=str)
