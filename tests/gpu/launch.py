@@ -128,14 +128,15 @@ def attention(
     own_v: torch.Tensor | None = None,
     *,
     images: int = 1,
+    past: torch.Tensor | None = None,
     overlap: bool = False,
 ) -> None:
-    """One launch; every operand is a matrix with a row a token, dense within a row."""
+    """One launch; every operand is a matrix with a row a token, dense within a row. `past`: int32, keys of k that count."""
     tokens, kv_heads = len(q) // images, k.shape[1] // config.dims
     own_keys, own_stride = (0, 0) if own_k is None else (len(own_k), own_k.stride(0))
-    sizes = tokens, len(k) // images, own_keys
+    sizes = tokens, len(k) // images if past is None else 0, own_keys
     strides = q.stride(0), k.stride(0), own_stride, out.stride(0)
-    values = (q, k, v, own_k, own_v, out, *sizes, *strides, config.dims**-0.5)
+    values = (q, k, v, own_k, own_v, out, past, *sizes, *strides, config.dims**-0.5)
     shape = config.shape(tokens, kv_heads, images)
     function = kernel(config.source, config.expression(), tuple(config.headers().items()))
     function.launch(shape, arguments(values), torch.cuda.current_stream().cuda_stream, overlap)
@@ -149,11 +150,12 @@ def rotary(
     *,
     heads: int,
     dims: int,
+    past: torch.Tensor | None = None,
     overlap: bool = False,
 ) -> None:
-    """One launch on qkv [tokens, (heads + 2) dims], in place; keys and values into `cache`, [tokens, dims] each."""
+    """One launch on qkv [tokens, (heads + 2) dims], in place; keys and values into `cache`, [positions, dims] each."""
     stride = cache[0].stride(0) if cache else 0
-    values = (qkv, *tables, *(cache or (None, None)), first_position, qkv.stride(0), stride)
+    values = (qkv, *tables, *(cache or (None, None)), past, first_position, qkv.stride(0), stride)
     shape = driver.Shape((len(qkv), 1, 1), (heads + 2) * dims // 16)
     function = kernel("rotary.cu", f"rotary<{heads}, {dims}>")
     function.launch(shape, arguments(values), torch.cuda.current_stream().cuda_stream, overlap)
