@@ -9,12 +9,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plugins import attention, driver, kernels, tactics
+from plugins import attention, driver, kernels, pointwise, tactics
 from plugins.errors import KernelError
 from plugins.kernels import ARCHITECTURES, Cubin, compile_cubin
 from plugins.tactics import Wgmma, best, candidates, fits, wgmma_header
 
 
+POINTWISE = [
+    pointwise.normalize(1, 1152, "float", "Bf16", centre=True),
+    pointwise.normalize(1, 8192, "Bf16", "float", centre=False),
+    pointwise.patches(3, 224, 14),
+    pointwise.tokens(48, 2048),
+    pointwise.linear_narrow(50, 1024, "NONE", "float"),
+    pointwise.linear_narrow(1, 1024, "SILU", "Bf16"),
+    pointwise.flow_step(50, 32),
+    pointwise.geglu(50, 4096),
+]
 SMALLEST = "gemm_small<4, 1, 1, 1, 1, false, int>"
 
 
@@ -27,6 +37,7 @@ SMALLEST = "gemm_small<4, 1, 1, 1, 1, false, int>"
         ("rotate_quantize.cu", "rotate_quantize<Half, RMS_NORM, 64, 1>"),
         ("attention.cu", "attention<72, 1, 1, 2, 16, 2, 1>"),
         ("rotary.cu", "rotary<8, 256>"),
+        *(launch[:2] for launch in POINTWISE),
     ],
 )
 def test_compiles_for_every_architecture(source, expression, sm, tmp_path):

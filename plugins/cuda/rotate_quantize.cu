@@ -14,38 +14,18 @@
 // x_q is row-major [M, K], or with slab_tokens > 0 in the slabs of plugins/layout.py, activation_slabs.
 //
 // grid M, block a multiple of 32 with VECTORS * 8 * block >= K; shared memory 4 K bytes for a dense rotation.
-#include "common.cuh"
+#include "row.cuh"
 
 enum Source { PLAIN, RMS_NORM, GEGLU };
 enum Rotation { NONE, DENSE };  // or the block size of a Hadamard
-
-// 8 consecutive channels as they lie in memory.
-template <class T> struct alignas(16) Eight { T v[8]; };
-
-template <class T> __device__ inline void convert(const Eight<T>& from, float (&to)[8]) {
-#pragma unroll
-  for (int i = 0; i < 8; ++i) to[i] = to_float(from.v[i]);
-}
 
 // Channels k..k+7 of x', that is channels `permutation[k..]` of `row`; zeros beyond K.
 template <class T> __device__ inline Eight<T> load8(const T* row, const int* permutation, int k, int depth) {
   Eight<T> out = {};
   if (k >= depth) return out;
-  if (!permutation) return *reinterpret_cast<const Eight<T>*>(row + k);
+  if (!permutation) return load(row + k);
   for (int i = 0; i < 8; ++i) out.v[i] = row[permutation[k + i]];
   return out;
-}
-
-template <bool MAX> __device__ inline float reduce_block(float value) {
-  __shared__ float of_warps[32];
-  auto combine = [](float a, float b) { return MAX ? fmaxf(a, b) : a + b; };
-  for (int mask = 16; mask; mask /= 2) value = combine(value, __shfl_xor_sync(~0u, value, mask));
-  __syncthreads();  // of_warps may still be read by an earlier reduction
-  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = value;
-  __syncthreads();
-  value = of_warps[0];
-  for (int warp = 1; warp < blockDim.x / 32; ++warp) value = combine(value, of_warps[warp]);
-  return value;
 }
 
 // Multiplies the BLOCK channels that lie in this thread and its neighbours by H, Sylvester order.
@@ -73,7 +53,7 @@ __device__ inline void rotate_dense(const float* row, const float* rotation, int
   for (int j = 0; j < 8; ++j) v[j] = 0;
   for (int i = 0; i < block; ++i, matrix += block) {
     float r[8];
-    convert(*reinterpret_cast<const Eight<float>*>(matrix), r);
+    convert(load(matrix), r);
     for (int j = 0; j < 8; ++j) v[j] = fmaf(inputs[i], r[j], v[j]);
   }
 }
