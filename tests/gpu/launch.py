@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from plugins import driver
+from plugins import driver, pointwise
 from plugins.attention import Attention, WgmmaAttention
 from plugins.kernels import compile_cubin
 from plugins.layout import activation_slabs, pack_fragments
@@ -39,6 +39,12 @@ def arguments(values: Iterable) -> list:
         else:
             scalars.append(ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int(value))
     return scalars
+
+
+def run(launch: pointwise.Launch, values: Iterable, overlap: bool = False) -> None:
+    """One launch of a pointwise kernel on its arguments."""
+    function = kernel(launch.source, launch.expression)
+    function.launch(launch.shape, arguments(values), torch.cuda.current_stream().cuda_stream, overlap)
 
 
 def pack_weight(weight: torch.Tensor, tactic: Tactic, bits: int) -> torch.Tensor:
@@ -100,15 +106,11 @@ def rotate_quantize(
     """One launch on x [M, K] (GEGLU: [M, 2 K]); `hadamard` is the block size, `rotation` [K/B, B, B] a dense one."""
     m, stride = x.shape
     k = stride // 2 if source == "GEGLU" else stride
-    vectors = -(-k // (8 * 512))
-    threads = 32 * -(-k // (8 * 32 * vectors))
     block = "DENSE" if rotation is not None else (hadamard or "NONE")
-    function = kernel("rotate_quantize.cu", f"rotate_quantize<{TYPES[x.dtype]}, {source}, {block}, {vectors}>")
     tensors = (x, gain, shift, input_scale, permutation, rotation, activation_scale, x_q, x_scale)
     dense_block = rotation.shape[-1] if rotation is not None else 0
     values = (*tensors, k, stride, dense_block, slab_tokens, epsilon)
-    shape = driver.Shape((m, 1, 1), threads, 4 * k if rotation is not None else 0)
-    function.launch(shape, arguments(values), torch.cuda.current_stream().cuda_stream, overlap)
+    run(pointwise.rotate_quantize(m, k, TYPES[x.dtype], source, block), values, overlap)
 
 
 def rotary_tables(positions: int, dims: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,6 +158,63 @@ def rotary(
     """One launch on qkv [tokens, (heads + 2) dims], in place; keys and values into `cache`, [positions, dims] each."""
     stride = cache[0].stride(0) if cache else 0
     values = (qkv, *tables, *(cache or (None, None)), past, first_position, qkv.stride(0), stride)
-    shape = driver.Shape((len(qkv), 1, 1), (heads + 2) * dims // 16)
-    function = kernel("rotary.cu", f"rotary<{heads}, {dims}>")
-    function.launch(shape, arguments(values), torch.cuda.current_stream().cuda_stream, overlap)
+    run(pointwise.rotary(len(qkv), heads, dims), values, overlap)
+
+
+def normalize(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gain: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    *,
+    centre: bool,
+    epsilon: float = 1e-6,
+    overlap: bool = False,
+) -> None:
+    """One launch on x [M, K] -> y [M, K], dense within a row."""
+    launch = pointwise.normalize(*x.shape, TYPES[x.dtype], TYPES[y.dtype], centre)
+    run(launch, (x, gain, shift, y, x.shape[1], x.stride(0), y.stride(0), epsilon), overlap)
+
+
+def patches(images: torch.Tensor, y: torch.Tensor, patch: int, overlap: bool = False) -> None:
+    """One launch on images [cameras, 3, size, size] -> y [cameras (size / patch)^2, pitch]."""
+    cameras, _, size, _ = images.shape
+    run(pointwise.patches(cameras, size, patch), (images, y, size, y.shape[1]), overlap)
+
+
+def tokens(rows: torch.Tensor, y: torch.Tensor, scale: float, overlap: bool = False) -> None:
+    """One launch on rows [M, K], dense -> y [M, K]."""
+    run(pointwise.tokens(*rows.shape), (rows, y, rows.shape[1], y.stride(0), scale), overlap)
+
+
+def linear_narrow(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    activation: str = "NONE",
+    overlap: bool = False,
+) -> None:
+    """One launch on x [M, K] and weight [K, N] -> y [M, N], all dense."""
+    launch = pointwise.linear_narrow(len(x), weight.shape[1], activation, TYPES[y.dtype])
+    run(launch, (x, weight, bias, y, *weight.shape), overlap)
+
+
+def flow_step(
+    x: torch.Tensor,
+    gain: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    flow: torch.Tensor,
+    epsilon: float = 1e-6,
+    overlap: bool = False,
+) -> None:
+    """One launch on x [M, K] and weight [K, N], dense; adds to flow [M, N] in place."""
+    launch = pointwise.flow_step(len(x), weight.shape[1])
+    run(launch, (x, gain, shift, weight, bias, flow, x.shape[1], epsilon), overlap)
+
+
+def geglu(x: torch.Tensor, y: torch.Tensor, overlap: bool = False) -> None:
+    """One launch on x [M, 2 K] -> y [M, K], dense."""
+    run(pointwise.geglu(*y.shape), (x, y, y.shape[1]), overlap)
