@@ -2,6 +2,7 @@
 
 In graphs and plans for the CPU: INT4, two to a byte, the lower index in the low nibble (the raw data of ONNX's INT4).
 For our CUDA kernels: in the order of the tensor cores' registers, see :func:`pack_fragments`.
+For the kernels that BitBLAS generates: row-major and unsigned, see :func:`pack_bitblas`.
 """
 from __future__ import annotations
 
@@ -130,6 +131,54 @@ def interleave_gate_up(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     return pairs.reshape(-1, *gate.shape[1:])
 
 
+def interleave_rotary(qkv: np.ndarray, dims: int = 256) -> np.ndarray:
+    """Rows [q heads, k, v] ([N, ...], `dims` rows a head) as the ROTARY epilogue of gemm_float.cu wants them.
+
+    A rotation turns channel c with c + dims / 2; for q and k, 8 of the first half of a head are followed by their 8 of
+    the second. The rows of v stay in order. Raises LayoutError unless there are whole heads, of a multiple of 16 rows.
+    """
+    if dims % 16 or qkv.shape[0] % dims or qkv.shape[0] < 3 * dims:
+        raise LayoutError(f"{qkv.shape[0]} rows are no queries, keys and values of heads of {dims}")
+    halves = qkv[:-dims].reshape(-1, 2, dims // 2, *qkv.shape[1:])
+    turned = [interleave_gate_up(first, second) for first, second in halves]
+    return np.concatenate([*turned, qkv[-dims:]])
+
+
+FLOAT_TILE = 16
+
+
+def pack_float_fragments(values: np.ndarray) -> np.ndarray:
+    """Packs a weight [N, K], bf16 viewed as uint16, for gemm_float.cu: uint8 [N/16 x K/16 tiles, 512].
+
+    mma.m16n8k16 takes a 16 x 16 tile of W as four registers a0..a3 a lane, two values each. With lane = 4 g + t, value
+    i of register a[u + 2 h] is row 8 u + g and column 8 h + 2 t + i of the instruction, which is given column
+    4 t + 2 h + i of the tile: a lane then needs 4 consecutive channels of a token, one load, and the four lanes of a
+    token 16 of them, whole sectors. A tile is [32 lanes, a0..a3]: one 16-byte load a lane.
+    Raises LayoutError for another type or a shape that does not divide by 16.
+    """
+    if values.dtype != np.uint16:
+        raise LayoutError(f"float fragments are packed from bf16 viewed as uint16, got {values.dtype}")
+    n, k = _check_float_fragments(values.shape)
+    split = values.reshape(n // FLOAT_TILE, 2, 8, k // FLOAT_TILE, 4, 2, 2)
+    tiles = np.einsum("nugjthi->njgthui", split)
+    return np.ascontiguousarray(tiles).view(np.uint8).reshape(-1, 2 * FLOAT_TILE**2)
+
+
+def unpack_float_fragments(packed: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """The inverse of :func:`pack_float_fragments`: uint8 (any shape, C order) -> uint16 ``shape`` = [N, K]."""
+    n, k = _check_float_fragments(shape)
+    if packed.dtype != np.uint8 or packed.size != 2 * n * k:
+        raise LayoutError(f"{packed.size} elements of {packed.dtype} are no {n} x {k} weight of bf16")
+    tiles = packed.view(np.uint16).reshape(n // FLOAT_TILE, k // FLOAT_TILE, 8, 4, 2, 2, 2)
+    return np.einsum("njgthui->nugjthi", tiles).reshape(n, k)
+
+
+def _check_float_fragments(shape: tuple[int, ...]) -> tuple[int, int]:
+    if len(shape) != 2 or shape[0] % FLOAT_TILE or shape[1] % FLOAT_TILE or 0 in shape:
+        raise LayoutError(f"a weight of shape {tuple(shape)} does not divide into tiles of {FLOAT_TILE} x {FLOAT_TILE}")
+    return shape
+
+
 SLAB_K = 128
 
 
@@ -147,3 +196,21 @@ def activation_slabs(x_q: np.ndarray, block_tokens: int) -> np.ndarray:
     token = np.arange(m)[:, None]
     pieces[:, token, np.arange(8)[None] ^ (token % 8)] = x_q.reshape(m, -1, 8, 16).transpose(1, 0, 2, 3)
     return pieces.reshape(-1, padded, SLAB_K)
+
+
+# BitBLAS's kernels read activations int8 [M, K] as they are. A weight w[n, k] is stored as w + 8, unsigned, row after row:
+# byte k / 2 of row n holds an even k in its low nibble. Adding 8 to a nibble modulo 16 is flipping its upper bit.
+_OFFSET_8 = np.uint8(0x88)
+
+
+def pack_bitblas(values: np.ndarray) -> np.ndarray:
+    """Packs a weight int8 [N, K] with values in -8..7 as uint8 [N, K / 2] for the kernels of plugins/bitblas.py.
+
+    Raises LayoutError as :func:`pack_int4` does.
+    """
+    return pack_int4(values) ^ _OFFSET_8
+
+
+def unpack_bitblas(packed: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """The inverse of :func:`pack_bitblas`: uint8 (any shape, C order) -> int8 ``shape`` = [N, K]."""
+    return unpack_int4(np.asarray(packed) ^ _OFFSET_8, shape)

@@ -230,3 +230,56 @@ def _timed() -> dict[tuple[int, int, int], list[tuple[int, Tactic]]]:
         tactic = {kind.__name__: kind for kind in (Small, Large, Wgmma)}[row["kernel"]](*row["parameters"])
         table.setdefault((row["n"], row["k"], row["bits"]), []).append((row["m"], tactic))
     return table
+
+
+@dataclass(frozen=True)
+class Float:
+    """gemm_float.cu: a bf16 weight and few tokens; `split` thread blocks share K."""
+
+    rows16: int
+    tokens8: int
+    warps: int
+    stages: int
+    split: int = 1
+
+    source: ClassVar[str] = "gemm_float.cu"
+
+    @property
+    def tile_tokens(self) -> int:
+        return 8 * self.tokens8
+
+    def expression(self, in_type: str, out_type: str, norm: bool = False, finish: str = "NONE") -> str:
+        """The instance for C++ types "float" or "Bf16", `finish` NONE, SILU, GEGLU or ROTARY."""
+        parameters = f"{self.rows16}, {self.tokens8}, {self.warps}, {self.stages}, {self.split}"
+        return f"gemm_float<{in_type}, {parameters}, {str(norm).lower()}, {finish}, {out_type}>"
+
+    def shape(self, m: int, n: int) -> Shape:
+        grid = (n // (16 * self.rows16), self.split, -(-m // self.tile_tokens))
+        received = self.split * -(-self.tile_tokens // self.split) if self.split > 1 else 0
+        shared_bytes = _staged_bytes(self.warps * self.tile_tokens + received, 16 * self.rows16)
+        return Shape(grid, 32 * self.warps, shared_bytes, (1, self.split, 1))
+
+    def divides(self, n: int, k: int) -> bool:
+        return n % (16 * self.rows16) == 0 and k % 16 == 0
+
+
+_FLOAT_TILES = [(4, 4, 2), (2, 8, 2), (2, 4, 2), (4, 4, 1), (1, 8, 4), (1, 8, 2), (1, 4, 4), (1, 4, 2)]
+
+
+def float_candidates(m: int, n: int, k: int, sm: int) -> list[Float]:
+    """The tactics worth timing for a bf16 weight [n, k] and m <= FEW_TOKENS tokens."""
+    tiles = [
+        Float(rows16, -(-m // 8), warps, stages, split)
+        for rows16, warps, stages in _FLOAT_TILES
+        for split in ((1, 2, 3, 4, 8) if sm == 90 else (1,))
+    ]
+    fitting = [t for t in tiles if t.divides(n, k) and t.shape(m, n).shared_bytes <= MAX_SHARED_BYTES[sm]]
+    return [t for t in fitting if 64 <= t.shape(m, n).grid[0] * t.split <= 2.2 * MULTIPROCESSORS]
+
+
+def best_float(m: int, n: int, k: int, sm: int) -> Float:
+    """The tactic for a bf16 weight [n, k] and m <= FEW_TOKENS tokens. Raises KernelError when none fits."""
+    fitting = float_candidates(m, n, k, sm)
+    if not fitting:
+        raise KernelError(f"no float GEMM kernel for M, N, K = {m}, {n}, {k} on SM {sm}")
+    return fitting[0]

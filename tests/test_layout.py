@@ -9,8 +9,11 @@ from plugins.errors import LayoutError
 from plugins.layout import (
     activation_slabs,
     interleave_gate_up,
+    interleave_rotary,
+    pack_float_fragments,
     pack_fragments,
     pack_int4,
+    unpack_float_fragments,
     unpack_fragments,
     unpack_int4,
 )
@@ -176,3 +179,59 @@ def test_gate_and_up_alternate_every_8_rows():
         np.testing.assert_array_equal(rows[row], source[row // 16 * 8 + row % 8])
     with pytest.raises(LayoutError):
         interleave_gate_up(gate[:12], up[:12])
+
+
+def test_both_halves_of_a_head_alternate_every_8_rows():
+    heads, dims = 3, 32
+    qkv = np.arange((heads + 2) * dims * 2).reshape(-1, 2)
+    rows = interleave_rotary(qkv, dims)
+    for row in range((heads + 1) * dims):
+        head, tile, half, channel = row // dims, row % dims // 16, row // 8 % 2, row % 8
+        np.testing.assert_array_equal(rows[row], qkv[head * dims + half * dims // 2 + 8 * tile + channel])
+    np.testing.assert_array_equal(rows[-dims:], qkv[-dims:])
+    for wrong in (qkv[:-1], qkv[: 2 * dims]):
+        with pytest.raises(LayoutError):
+            interleave_rotary(wrong, dims)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 2**32 - 1))
+def test_float_fragments_round_trip(rows, columns, seed):
+    values = np.random.default_rng(seed).integers(0, 2**16, (16 * rows, 16 * columns)).astype(np.uint16)
+    packed = pack_float_fragments(values)
+    assert packed.dtype == np.uint8 and packed.shape == (rows * columns, 512)
+    np.testing.assert_array_equal(unpack_float_fragments(packed, values.shape), values)
+
+
+def test_float_fragments_multiply_as_the_tensor_cores_do():
+    """Emulates the data movement of mma.m16n8k16; integers stand for bf16 values."""
+    random = np.random.default_rng(0)
+    weight, x = random.integers(0, 1000, (48, 64)), random.integers(0, 1000, 64)
+    packed = pack_float_fragments(weight.astype(np.uint16))
+    y = np.zeros(48, np.int64)
+    for row, column, lane in np.ndindex(3, 4, 32):
+        g, t = divmod(lane, 4)
+        a = packed[row * 4 + column].view(np.uint16).reshape(32, 4, 2)[lane].astype(np.int64)
+        b = x[16 * column + 4 * t :][:4].reshape(2, 2)  # one load: registers b0 and b1
+        y[16 * row + g] += (a[0] * b[0]).sum() + (a[2] * b[1]).sum()
+        y[16 * row + g + 8] += (a[1] * b[0]).sum() + (a[3] * b[1]).sum()
+    np.testing.assert_array_equal(y, weight @ x)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.zeros((16, 16), np.int16),
+        np.zeros((8, 16), np.uint16),
+        np.zeros((16, 24), np.uint16),
+        np.zeros(16, np.uint16),
+    ],
+)
+def test_refuses_float_fragments_that_do_not_fit(values):
+    with pytest.raises(LayoutError):
+        pack_float_fragments(values)
+
+
+def test_refuses_float_fragments_of_another_size():
+    with pytest.raises(LayoutError):
+        unpack_float_fragments(np.zeros(510, np.uint8), (16, 16))

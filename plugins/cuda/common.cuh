@@ -212,8 +212,8 @@ template <int BITS, bool GEGLU, class Out> struct Epilogue {
 // of a store (tokens 2 t, rows g) into 32 different banks, since 2 * pitch = 8 (mod 32).
 __host__ __device__ constexpr int pitch(int rows) { return rows + 4; }
 
-template <int ROWS16>
-__device__ inline void stage_fragment(int* staging, int row16, const int (&d)[4]) {
+template <int ROWS16, class Sum>
+__device__ inline void stage_fragment(Sum* staging, int row16, const Sum (&d)[4]) {
   const int lane = threadIdx.x % 32, row = 16 * row16 + lane / 4, token = 2 * (lane % 4);
   constexpr int P = pitch(16 * ROWS16);
   staging[token * P + row] = d[0];

@@ -12,8 +12,8 @@ import torch
 from plugins import driver, pointwise
 from plugins.attention import Attention, WgmmaAttention
 from plugins.kernels import compile_cubin
-from plugins.layout import activation_slabs, pack_fragments
-from plugins.tactics import Tactic
+from plugins.layout import activation_slabs, pack_float_fragments, pack_fragments
+from plugins.tactics import Float, Tactic
 
 TYPES = {torch.bfloat16: "Bf16", torch.float16: "Half", torch.float32: "float", torch.int32: "int"}
 
@@ -218,3 +218,38 @@ def flow_step(
 def geglu(x: torch.Tensor, y: torch.Tensor, overlap: bool = False) -> None:
     """One launch on x [M, 2 K] -> y [M, K], dense."""
     run(pointwise.geglu(*y.shape), (x, y, y.shape[1]), overlap)
+
+
+def pack_float_weight(weight: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(pack_float_fragments(weight.cpu().view(torch.uint16).numpy())).cuda()
+
+
+def gemm_float(
+    tactic: Float,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    y: torch.Tensor,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    *,
+    n: int,
+    finish: str = "NONE",
+    norm: bool = False,
+    gain: torch.Tensor | None = None,
+    channel_scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    tables: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    past: torch.Tensor | None = None,
+    first_position: int = 0,
+    to_cache: bool = False,
+    epsilon: float = 1e-6,
+    overlap: bool = False,
+) -> None:
+    """One launch on x [M, K], dense, and a packed weight [n, K]; `k` and `v` are for ROTARY."""
+    m, depth = x.shape
+    kv_stride = k.stride(0) if k is not None else 0
+    tensors = (x, gain, weight, channel_scale, bias, residual, y, k, v, *tables, past)
+    values = (*tensors, m, n, depth, y.stride(0), kv_stride, first_position, int(to_cache), epsilon)
+    function = kernel(tactic.source, tactic.expression(TYPES[x.dtype], TYPES[y.dtype], norm, finish))
+    function.launch(tactic.shape(m, n), arguments(values), torch.cuda.current_stream().cuda_stream, overlap)

@@ -1,0 +1,311 @@
+// y[M, N] = x'[M, K] w[N, K]^T for few tokens, M up to about 64: bf16 operands, float32 sums. What the float linears of
+// the action expert need in one kernel: the norm before, the epilogue after. mma.sync, SM 80 and up.
+//
+//   x'  = x, or with NORM x * gain[k] (gain may be null): bf16
+//   r   = 1, or with NORM 1 / sqrt(mean_k x[m, k]^2 + epsilon). It scales a whole row, so it can follow the product,
+//         and a block sums the squares of the x that it reads anyway
+//   y   = (acc * r) * channel_scale[n] + bias[n], either may be null; then, by `FINISH`,
+//     NONE    + residual[m, n] (float32, may be null or, when y is float, y itself)
+//     SILU    y / (1 + exp(-y))
+//     GEGLU   rows as plugins/layout.py interleave_gate_up has them: gelu_tanh(gate) * up, [M, N / 2]
+//     ROTARY  of q, k, v rows as interleave_rotary has them, HEAD_DIMS a head, one KV head: q and k turned by the
+//             angles of their position, q to y, k and v to rows of their own; all bf16
+//
+// As in gemm_small.cu, a warp owns 16 ROWS16 rows of W, 8 TOKENS8 tokens and a share of K, and loads both operands from
+// memory straight into the tensor cores' layout (plugins/layout.py, pack_float_fragments), STAGES chunks of K = 16
+// ahead. Before the kernel ahead has ended, the first weights come to registers and the rest to L2.
+//
+// WARPS warps of a block and SPLIT blocks of a cluster (SM 90; elsewhere SPLIT = 1) share K. A block adds its warps'
+// sums and sends those of each token to the block that finishes it, of token m block m % SPLIT; the squares ride along
+// in the padding of the rows. All additions have a fixed order, so the result is reproducible.
+//
+// grid (N / (16 ROWS16), SPLIT, ceil(M / (8 TOKENS8))), block 32 WARPS, cluster (1, SPLIT, 1), shared memory 4 bytes *
+// pitch(16 ROWS16) * (WARPS * 8 TOKENS8 + (SPLIT > 1) * SPLIT * ceil(8 TOKENS8 / SPLIT)).
+#include "common.cuh"
+
+enum Finish { NONE, SILU, GEGLU, ROTARY };
+constexpr int HEAD_DIMS = 256;
+
+// d[16 weight rows, 8 tokens] += a[16, 16] b[16, 8]; which lane holds what of d is as in common.cuh.
+__device__ inline void mma(float (&d)[4], const uint4& a, uint2 b) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
+}
+
+// Weights are read once and never change.
+__device__ inline uint4 load_weights(const uint4* from) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+  return v;
+}
+
+// Reads written-by-others data past L1, which an overlapped launch may find stale.
+__device__ inline float4 load_activations(const float* from) {
+  float4 v;
+  asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from));
+  return v;
+}
+__device__ inline uint2 load_activations(const Bf16* from) {
+  uint2 v;
+  asm volatile("ld.global.cg.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
+  return v;
+}
+
+// Asks for the bytes behind `from` (16-byte multiples) to be in L2.
+__device__ inline void prefetch(const void* from, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
+// 4 channels of a token: float4, or bf16 two to a word.
+template <class In> using Channels = decltype(load_activations(static_cast<const In*>(nullptr)));
+
+__device__ inline float4 to_floats(float4 v) { return v; }
+__device__ inline float4 to_floats(uint2 v) {
+  return {__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xFFFF0000u), __uint_as_float(v.y << 16),
+          __uint_as_float(v.y & 0xFFFF0000u)};
+}
+__device__ inline uint2 to_bf16(float4 v) { return {pack2<Bf16>(v.x, v.y), pack2<Bf16>(v.z, v.w)}; }
+__device__ inline uint2 to_bf16(uint2 v) { return v; }
+
+__device__ inline float4 load4(const float* from) { return *reinterpret_cast<const float4*>(from); }
+__device__ inline float4 operator+(float4 a, float4 b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
+
+// The sum of COUNT quads `stride` floats apart.
+template <int COUNT> __device__ inline float4 sum_quads(const float* at, int stride) {
+  float4 sum = load4(at);
+#pragma unroll
+  for (int i = 1; i < COUNT; ++i) sum = sum + load4(at + i * stride);
+  return sum;
+}
+
+#if CLUSTER
+// Writes to the shared memory of block `rank` of the cluster, at the address that `local` has in one's own.
+__device__ inline void store_remote(const float* local, int rank, float4 v) {
+  asm volatile("{.reg .u32 remote;\nmapa.shared::cluster.u32 remote, %4, %5;\n"
+               "st.shared::cluster.v4.f32 [remote], {%0,%1,%2,%3};}" ::"f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w),
+               "r"(unsigned(__cvta_generic_to_shared(local))), "r"(rank) : "memory");
+}
+#endif
+
+__device__ inline void store4(float* to, const float (&v)[4]) {
+  *reinterpret_cast<float4*>(to) = {v[0], v[1], v[2], v[3]};
+}
+__device__ inline void store4(Bf16* to, const float (&v)[4]) {
+  *reinterpret_cast<uint2*>(to) = {pack2<Bf16>(v[0], v[1]), pack2<Bf16>(v[2], v[3])};
+}
+
+// What becomes of the sums. A thread finishes 4 consecutive rows of W for a token: a quad, whose first row is n; with
+// GEGLU and ROTARY also the 4 rows that belong to them, n + 8...
+template <int FINISH, class Out> struct Output {
+  const float *channel_scale, *bias, *residual, *cosine, *sine;
+  Out *y, *k, *v;
+  int rows, y_stride, kv_stride;
+  int position;   // of token 0
+  int first_row;  // of k and v, that token 0 goes to
+
+  static constexpr int PARTS = FINISH == GEGLU || FINISH == ROTARY ? 2 : 1;
+  static constexpr int QUADS = 4 / PARTS;  // of 16 rows
+  __device__ static int row_of(int quad) { return quad / QUADS * 16 + quad % QUADS * 4; }
+
+  struct Columns { float4 scale[PARTS], bias[PARTS]; };
+  struct Inputs { float4 a, b; };  // residual; or cosine and sine
+
+  __device__ Columns columns(int n) const {
+    Columns c;
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) {
+      c.scale[part] = channel_scale ? load4(channel_scale + n + 8 * part) : float4{1, 1, 1, 1};
+      c.bias[part] = bias ? load4(bias + n + 8 * part) : float4{0, 0, 0, 0};
+    }
+    return c;
+  }
+
+  __device__ bool is_v(int n) const { return n >= rows - HEAD_DIMS; }
+
+  __device__ Inputs inputs(int token, int n) const {
+    Inputs in = {};
+    if (FINISH == NONE && residual)
+      in.a = __ldcg(reinterpret_cast<const float4*>(residual + size_t(token) * y_stride + n));
+    if (FINISH == ROTARY && !is_v(n)) {
+      const size_t at = size_t(position + token) * (HEAD_DIMS / 2) + n % HEAD_DIMS / 16 * 8 + n % 16;
+      in.a = load4(cosine + at), in.b = load4(sine + at);
+    }
+    return in;
+  }
+
+  // sum(offset) gives the sums of rows n + offset .. + 3.
+  template <class Sum>
+  __device__ void store(int token, int n, const Columns& c, const Inputs& in, float r, Sum sum) const {
+    float value[PARTS][4];
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) {
+      const float4 acc = sum(8 * part), scale = c.scale[part], add = c.bias[part];
+      value[part][0] = acc.x * r * scale.x + add.x;
+      value[part][1] = acc.y * r * scale.y + add.y;
+      value[part][2] = acc.z * r * scale.z + add.z;
+      value[part][3] = acc.w * r * scale.w + add.w;
+    }
+    if constexpr (FINISH == ROTARY) {
+      store_head(token, n, in, value);
+    } else {
+      const float add[4] = {in.a.x, in.a.y, in.a.z, in.a.w};
+      for (int i = 0; i < 4; ++i) {
+        float& first = value[0][i];
+        if (FINISH == NONE) first += add[i];
+        if (FINISH == SILU) first = __fdividef(first, 1.0f + __expf(fminf(-first, 80.0f)));
+        if (FINISH == GEGLU) first = gelu_tanh(first) * value[PARTS - 1][i];
+      }
+      store4(y + size_t(token) * y_stride + n / 16 * 16 / PARTS + n % 16, value[0]);
+    }
+  }
+
+  __device__ void store_head(int token, int n, const Inputs& in, float (&value)[PARTS][4]) const {
+    const float c[4] = {in.a.x, in.a.y, in.a.z, in.a.w}, s[4] = {in.b.x, in.b.y, in.b.z, in.b.w};
+    const int heads = rows / HEAD_DIMS - 2, head = n / HEAD_DIMS, row16 = n % HEAD_DIMS / 16;
+    const size_t row = size_t(first_row + token) * kv_stride;
+    Out* to = head < heads ? y + size_t(token) * y_stride + head * HEAD_DIMS : (is_v(n) ? v : k) + row;
+    to += is_v(n) ? 16 * row16 + n % 16 : 8 * row16 + n % 16;
+    if (!is_v(n))
+      for (int i = 0; i < 4; ++i) {
+        const float first = value[0][i], second = value[1][i];
+        value[0][i] = first * c[i] - second * s[i], value[1][i] = second * c[i] + first * s[i];
+      }
+    store4(to, value[0]);
+    store4(to + (is_v(n) ? 8 : HEAD_DIMS / 2), value[1]);
+  }
+};
+
+template <class In, int ROWS16, int TOKENS8, int WARPS, int STAGES, int SPLIT, bool NORM, int FINISH, class Out>
+__global__ void __launch_bounds__(32 * WARPS)
+gemm_float(const In* x, const float* gain, const uint4* weight, const float* channel_scale, const float* bias,
+           const float* residual, Out* y, Out* k, Out* v, const float* cosine, const float* sine, const int* past,
+           int tokens, int rows, int depth, int y_stride, int kv_stride, int first_position, int to_cache,
+           float epsilon) {
+  using O = Output<FINISH, Out>;
+  constexpr int ROWS = 16 * ROWS16, TOKENS = 8 * TOKENS8, PITCH = pitch(ROWS), THREADS = 32 * WARPS;
+  extern __shared__ __align__(16) float partial[];  // [WARPS][TOKENS][PITCH], [SPLIT][SLOTS][PITCH] of all blocks
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int rank = blockIdx.y, chunks = depth / 16;
+  const int begin = chunks * rank / SPLIT, end = chunks * (rank + 1) / SPLIT;  // a warp takes every WARPS-th of them
+  const int first_token = blockIdx.z * TOKENS;
+  tokens = min(tokens - first_token, TOKENS);  // of this block
+
+  const uint4* const weights = weight + size_t(blockIdx.x) * ROWS16 * chunks * 32;
+  const In* const activations = x + size_t(first_token + g) * depth + 4 * t;
+
+  uint4 w[STAGES][ROWS16];
+  float4 gains[STAGES];
+  Channels<In> a[STAGES][TOKENS8];
+  float acc[ROWS16][TOKENS8][4] = {}, squares[TOKENS8] = {};
+
+  auto fetch_weights = [&](int stage, int chunk) {
+    if (chunk >= end) return;
+#pragma unroll
+    for (int i = 0; i < ROWS16; ++i) w[stage][i] = load_weights(weights + (size_t(i) * chunks + chunk) * 32 + lane);
+    if (NORM && gain) gains[stage] = __ldg(reinterpret_cast<const float4*>(gain + chunk * 16) + t);
+  };
+  auto fetch_activations = [&](int stage, int chunk) {
+    if (chunk >= end) return;
+#pragma unroll
+    for (int j = 0; j < TOKENS8; ++j) {
+      a[stage][j] = {};
+      if (8 * j + g < tokens) a[stage][j] = load_activations(activations + size_t(8 * j) * depth + chunk * 16);
+    }
+  };
+  auto multiply = [&](const uint4 (&w)[ROWS16], const float4& gains, const Channels<In> (&a)[TOKENS8]) {
+#pragma unroll
+    for (int j = 0; j < TOKENS8; ++j) {
+      uint2 b = to_bf16(a[j]);
+      if (NORM) {
+        const float4 f = to_floats(a[j]);
+        squares[j] += f.x * f.x + f.y * f.y + f.z * f.z + f.w * f.w;
+        if (gain) b = to_bf16(float4{f.x * gains.x, f.y * gains.y, f.z * gains.z, f.w * gains.w});
+      }
+#pragma unroll
+      for (int i = 0; i < ROWS16; ++i) mma(acc[i][j], w[i], b);
+    }
+  };
+
+#pragma unroll
+  for (int stage = 0; stage < STAGES; ++stage) fetch_weights(stage, begin + warp + stage * WARPS);
+  const int rest = begin + STAGES * WARPS;
+  if (threadIdx.x < ROWS16 && rest < end)
+    prefetch(weights + (size_t(threadIdx.x) * chunks + rest) * 32, (end - rest) * 512);
+  const int position = first_position + (past ? *past : 0);
+#if CLUSTER
+  if (SPLIT > 1) cluster_wait_for_all();  // before anything is written into another block, it must run
+#endif
+  wait_for_inputs();
+#pragma unroll
+  for (int stage = 0; stage < STAGES; ++stage) fetch_activations(stage, begin + warp + stage * WARPS);
+  for (int base = begin + warp; base < end; base += STAGES * WARPS)
+#pragma unroll
+    for (int stage = 0; stage < STAGES; ++stage) {
+      const int chunk = base + stage * WARPS;
+      if (chunk >= end) break;
+      multiply(w[stage], gains[stage], a[stage]);
+      fetch_weights(stage, chunk + STAGES * WARPS);
+      fetch_activations(stage, chunk + STAGES * WARPS);
+    }
+  let_next_kernel_start();
+
+  // Quads of this block's share of the tile: all of a thread's are in the same rows. Their operands come while the sums
+  // are added.
+  constexpr int SLOTS = (TOKENS + SPLIT - 1) / SPLIT, QUADS = O::QUADS * ROWS16;
+  constexpr int COUNT = (SLOTS * QUADS + THREADS - 1) / THREADS;
+  static_assert(THREADS % QUADS == 0);
+  const O output = {channel_scale, bias, residual, cosine, sine, y, k, v, rows, y_stride, kv_stride, position,
+                    to_cache ? position : 0};
+  const int row = O::row_of(threadIdx.x % QUADS), n = blockIdx.x * ROWS + row;
+  auto slot_of = [&](int i) { return (i * THREADS + int(threadIdx.x)) / QUADS; };
+  auto token_of = [&](int i) { return slot_of(i) * SPLIT + rank; };
+  const typename O::Columns columns = output.columns(n);
+  typename O::Inputs inputs[COUNT];
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i)
+    if (token_of(i) < tokens) inputs[i] = output.inputs(first_token + token_of(i), n);
+
+#pragma unroll
+  for (int j = 0; j < TOKENS8; ++j) {
+    float* const of_warp = partial + (warp * TOKENS + 8 * j) * PITCH;
+#pragma unroll
+    for (int i = 0; i < ROWS16; ++i) stage_fragment<ROWS16>(of_warp, i, acc[i][j]);
+    if (NORM) {
+      squares[j] += __shfl_xor_sync(~0u, squares[j], 1);
+      squares[j] += __shfl_xor_sync(~0u, squares[j], 2);
+      if (t == 0) of_warp[g * PITCH + ROWS] = squares[j];
+    }
+  }
+  __syncthreads();
+
+#if CLUSTER
+  float* const received = partial + WARPS * TOKENS * PITCH;
+  if (SPLIT > 1) {
+    constexpr int ALL = ROWS / 4 + NORM;  // quads of a token, the one that holds the squares included
+    for (int quad = threadIdx.x; quad < tokens * ALL; quad += THREADS) {
+      const int token = quad / ALL, row = quad % ALL * 4;
+      store_remote(received + (rank * SLOTS + token / SPLIT) * PITCH + row, token % SPLIT,
+                   sum_quads<WARPS>(partial + token * PITCH + row, TOKENS * PITCH));
+    }
+    cluster_barrier();
+  }
+#else
+  static_assert(SPLIT == 1, "blocks add their sums through the shared memory of a cluster");
+  float* const received = partial;
+#endif
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    if (token_of(i) >= tokens) break;
+    auto sum = [&](int row) {
+      if (SPLIT > 1) return sum_quads<SPLIT>(received + slot_of(i) * PITCH + row, SLOTS * PITCH);
+      return sum_quads<WARPS>(partial + slot_of(i) * PITCH + row, TOKENS * PITCH);
+    };
+    const float r = NORM ? rsqrtf(sum(ROWS).x / depth + epsilon) : 1.0f;
+    output.store(first_token + token_of(i), n, columns, inputs[i], r, [&](int offset) { return sum(row + offset); });
+  }
+}

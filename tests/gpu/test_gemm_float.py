@@ -1,0 +1,182 @@
+"""The float GEMM of few tokens, with the norm before it and every epilogue, against float64."""
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from plugins.layout import interleave_gate_up, interleave_rotary
+from plugins.tactics import Float, best_float
+from tests.gpu import launch
+
+GUARD = 8  # rows past the last token: poisoned in x, to be left alone in y
+HEADS, DIMS = 8, 256
+SPLITS = [1, 2, 3, 4, 8]
+
+
+def tactics_for(m: int) -> list[Float]:
+    """Tiles of all kinds; tokens in one block or, of more than 32, in two. Without clusters no split."""
+    clusters = launch.compute_capability() >= 90
+    tokens8 = -(-m // 8)
+    tiles = [(1, tokens8, 8, 4), (2, tokens8, 4, 2), (2, min(tokens8, 4), 8, 1), (4, tokens8, 4, 2), (1, tokens8, 4, 2)]
+    return [Float(*tile, split if clusters else 1) for tile, split in zip(tiles, SPLITS, strict=True)]
+
+
+def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full(shape, math.nan, dtype=dtype, device="cuda")
+
+
+def operands(m: int, n: int, k: int, dtype: torch.dtype, seed: int = 0) -> SimpleNamespace:
+    """x [m, k], rows of different sizes in front of rows of NaN, and all that a GEMM may be given; products are O(1)."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    randn = lambda *shape: torch.randn(shape, device="cuda", generator=generator)  # noqa: E731
+    x = poisoned(m + GUARD, k, dtype=dtype)
+    x[:m] = (randn(m, k) * (0.5 + torch.rand(m, 1, device="cuda", generator=generator))).to(dtype)
+    return SimpleNamespace(
+        x=x[:m],
+        weight=(randn(n, k) / math.sqrt(k)).bfloat16(),
+        gain=1 + 0.3 * randn(k),
+        channel_scale=1 + 0.3 * randn(n),
+        bias=randn(n),
+        residual=randn(m, n),
+    )
+
+
+def definition(o: SimpleNamespace, norm: bool, features: str, epsilon: float) -> torch.Tensor:
+    """y before the last step, in float64, with the operands of the product rounded to bf16."""
+    x = o.x.float() * o.gain if norm and "gain" in features else o.x
+    y = x.bfloat16().double() @ o.weight.double().T
+    y = y * torch.rsqrt(o.x.double().pow(2).mean(-1, keepdim=True) + epsilon) if norm else y
+    y = y * o.channel_scale if "scale" in features else y
+    return y + o.bias if "bias" in features else y
+
+
+def chosen(o: SimpleNamespace, features: str) -> dict:
+    names = {"gain": "gain", "scale": "channel_scale", "bias": "bias", "residual": "residual"}
+    return {name: getattr(o, name) for feature, name in names.items() if feature in features}
+
+
+def check(y: torch.Tensor, expected: torch.Tensor):
+    tolerance = {"rtol": 2e-5, "atol": 2e-5} if y.dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-4}
+    torch.testing.assert_close(y.double(), expected, **tolerance)
+
+
+BF16, FLOAT = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize("features", ["", "gain scale bias", "gain scale bias residual"])
+@pytest.mark.parametrize(
+    ("x_dtype", "norm", "dtype"),
+    [(BF16, False, BF16), (BF16, False, FLOAT), (FLOAT, True, BF16), (BF16, True, FLOAT)],
+    ids=str,
+)
+@pytest.mark.parametrize("m", [1, 7, 50, 64])
+def test_product_is_the_definition(m, x_dtype, norm, dtype, features):
+    n, k = 192, 1040  # an odd number of chunks, some warps with none
+    o = operands(m, n, k, x_dtype)
+    if norm:
+        o.x[m // 2] = 0  # epsilon keeps it finite
+    expected = definition(o, norm, features, 1e-6)
+    expected = expected + o.residual if "residual" in features else expected
+    if not norm:
+        o.gain = None
+    packed = launch.pack_float_weight(o.weight)
+    for tactic in tactics_for(m):
+        y = poisoned(m + GUARD, n, dtype=dtype)
+        launch.gemm_float(tactic, o.x, packed, y, n=n, norm=norm, **chosen(o, features))
+        check(y[:m], expected)
+        assert y[m:].isnan().all()
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_residual_in_place_and_the_same_again(split):
+    m, n, k, tactic = 50, 256, 1024, Float(2, 7, 4, 2, split)
+    if split > 1 and launch.compute_capability() < 90:
+        pytest.skip("no clusters on this GPU")
+    o = operands(m, n, k, torch.bfloat16)
+    packed, outputs = launch.pack_float_weight(o.weight), []
+    for _ in range(3):
+        y = poisoned(m + GUARD, n, dtype=torch.float32)
+        y[:m] = o.residual
+        launch.gemm_float(tactic, o.x, packed, y, n=n, residual=y)
+        outputs.append(y[:m])
+        assert y[m:].isnan().all()
+    check(outputs[0], definition(o, False, "", 0) + o.residual)
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize(("finish", "dtype"), [("SILU", FLOAT), ("GEGLU", FLOAT), ("GEGLU", BF16)], ids=str)
+@pytest.mark.parametrize("m", [1, 50])
+def test_activations(m, finish, dtype):
+    n, k = 256, 512
+    o = operands(m, n, k, torch.float32)
+    y = definition(o, True, "gain scale bias", 1e-6)
+    if finish == "GEGLU":
+        gate, up = y.chunk(2, -1)
+        expected = torch.nn.functional.gelu(gate, approximate="tanh") * up
+        for name in ("weight", "channel_scale", "bias"):
+            value = getattr(o, name)
+            halves = value.float().cpu().numpy().reshape(2, n // 2, -1)
+            setattr(o, name, torch.from_numpy(interleave_gate_up(*halves)).reshape(value.shape).to(value))
+    else:
+        expected = torch.nn.functional.silu(y)
+    width = expected.shape[1]
+    packed = launch.pack_float_weight(o.weight)
+    for tactic in tactics_for(m):
+        y = poisoned(m + GUARD, width + 16, dtype=dtype)  # rows further apart than they are long
+        features = chosen(o, "gain scale bias")
+        launch.gemm_float(tactic, o.x, packed, y[:, :width], n=n, norm=True, finish=finish, **features)
+        check(y[:m, :width], expected)
+        assert y[m:].isnan().all() and y[:, width:].isnan().all()
+
+
+def turned(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """[m, heads, DIMS], a pair c, c + DIMS / 2 at a time."""
+    first, second = heads.chunk(2, -1)
+    c, s = cosine.double()[:, None], sine.double()[:, None]
+    return torch.cat([first * c - second * s, second * c + first * s], -1)
+
+
+@pytest.mark.parametrize("to_cache", [False, True])
+@pytest.mark.parametrize("past", [None, 5])
+@pytest.mark.parametrize("m", [1, 7, 50, 64])
+def test_rotary(m, past, to_cache):
+    n, k, first_position = (HEADS + 2) * DIMS, 256, 3
+    o = operands(m, n, k, torch.float32)
+    cosine, sine = tables = launch.rotary_tables(128, DIMS)
+    start = first_position + (past or 0)
+    angles = cosine[start : start + m], sine[start : start + m]
+    heads = definition(o, True, "gain bias", 1e-6).unflatten(-1, (HEADS + 2, DIMS))
+    expected_q, expected_k = turned(heads[:, :HEADS], *angles).flatten(-2), turned(heads[:, HEADS:-1], *angles)[:, 0]
+    for name in ("weight", "bias"):
+        value = getattr(o, name)
+        rows = torch.from_numpy(interleave_rotary(value.float().cpu().numpy(), DIMS))
+        setattr(o, name, rows.to(value))
+    packed = launch.pack_float_weight(o.weight)
+    past_tokens = None if past is None else torch.tensor([past], dtype=torch.int32, device="cuda")
+    for tactic in tactics_for(m):
+        q = poisoned(m + GUARD, HEADS * DIMS + 8, dtype=torch.bfloat16)
+        cache = poisoned(128, 2 * DIMS, dtype=torch.bfloat16)
+        launch.gemm_float(
+            tactic, o.x, packed, q, cache[:, :DIMS], cache[:, DIMS:], n=n, norm=True, finish="ROTARY", gain=o.gain,
+            bias=o.bias, tables=tables, past=past_tokens, first_position=first_position, to_cache=to_cache,
+        )  # fmt: skip
+        check(q[:m, : HEADS * DIMS], expected_q)
+        assert q[m:].isnan().all() and q[:, HEADS * DIMS :].isnan().all()
+        row = start if to_cache else 0
+        check(cache[row : row + m, :DIMS], expected_k)
+        check(cache[row : row + m, DIMS:], heads[:, -1])
+        assert cache[:row].isnan().all() and cache[row + m :].isnan().all()
+
+
+@pytest.mark.parametrize("m", [1, 50, 51, 64])
+@pytest.mark.parametrize(("n", "k"), [(2560, 1024), (1024, 2048), (1024, 1024), (8192, 1024), (1024, 4096)])
+def test_best_tactic_at_full_size(n, k, m):
+    o = operands(m, n, k, torch.bfloat16)
+    y = poisoned(m + GUARD, n, dtype=torch.float32)
+    tactic = best_float(m, n, k, launch.compute_capability())
+    launch.gemm_float(tactic, o.x, launch.pack_float_weight(o.weight), y, n=n, residual=o.residual)
+    check(y[:m], definition(o, False, "", 0) + o.residual)
+    assert y[m:].isnan().all()
