@@ -57,6 +57,7 @@ def fuse_rotary_embeddings(graphs: Graphs) -> Graphs:
             x, cosine, sine, positions = match
             shape = initializer(model.graph, "one_sequence", np.array([1, -1], np.int64))
             (ids,) = insert_before(node, "Reshape", [positions, shape])
+            ids.type = positions.type
             (turned,) = insert_before(node, "RotaryEmbedding", [x, cosine, sine, ids], interleaved=0)
             replace(node.outputs[0], turned)
         simplify(model)

@@ -1,0 +1,663 @@
+"""The graphs after all passes -> launches, for one GPU architecture and one size of the observation.
+
+A launch covers one or several nodes: an anchor (a product, an attention, a quantiser) with the norm in front of it and
+the element-wise nodes behind it. Reshapes and transposes between tokens and heads cost nothing: activations stay
+[tokens, channels] in memory, whatever their shape in the graph. A norm becomes a launch of its own only where its reader
+cannot take it in. A node that nothing covers is an error that names it.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+
+from compiler.errors import GraphError
+from compiler.graph.edit import depends_on, is_weight, small_constant
+from compiler.graph.export import Graphs
+from compiler.targets.cuda.program import BYTES, LIBRARY, MATMUL, Argument, Buffer, Float, Launch, Matrix, Weight
+from compiler.targets.cuda.weights import Weights, label
+from plugins import attention, ops, pointwise, tactics
+from plugins.tactics import FEW_TOKENS, Tactic
+
+VIEWS = ("Reshape", "Unsqueeze", "Squeeze", "Transpose")
+INTEGERS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
+NARROW = 64  # products over so few channels, a robot's actions and state, are computed in float32
+
+
+@dataclass
+class Normed:
+    """norm(x) * gain + shift, computed by whoever reads it."""
+
+    x: Matrix
+    gain: Argument
+    shift: Argument
+    centre: bool
+    epsilon: float
+    written: Matrix | None = None  # by a launch of its own, where a reader wanted it in memory
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """INT8 activations in the layout of one tactic, and their scales."""
+
+    x: Matrix
+    scale: Matrix
+    tactic: Tactic
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Keys or values in two pieces: those in the cache, then the suffix's own."""
+
+    past: Matrix
+    own: Matrix
+
+
+@dataclass
+class Epilogue:
+    """What follows a product: (y * gate + bias) -> activation -> + residual, and the value or the parts it ends in."""
+
+    out: ir.Value
+    nodes: list[ir.Node] = field(default_factory=list)
+    bias: list[ir.Value] = field(default_factory=list)
+    bias_table: ir.Value | None = None
+    gate: ir.Value | None = None
+    activation: str = ""
+    residual: ir.Value | None = None
+    parts: list[ir.Value] = field(default_factory=list)
+
+
+@dataclass
+class Variant:
+    """All launches of a call with `cameras` images and a prompt of at most `prompt` tokens."""
+
+    cameras: int
+    prompt: int
+    prefix: list[Launch]
+    step: list[Launch]
+    inputs: list[Buffer]
+    zeroed: list[Buffer]  # workspaces: zero before the first launch, and left so by each
+    outputs: dict[str, tuple[Matrix, int]]  # what the prefix computes, and the launch after which it is there
+
+
+class Lowering:
+    def __init__(self, graphs: Graphs, sm: int, cameras: int, prompt: int, weights: Weights):
+        self.graphs, self.sm, self.cameras, self.prompt, self.weights = graphs, sm, cameras, prompt, weights
+        config = graphs.config
+        self.prefix_rows = cameras * config.vision.tokens + prompt
+        size, width = config.vision.image_size, config.llm.width
+        self.past = self._input("past", 1, 1, "int")  # how many tokens of the prefix are real
+        self.images = self._input("images", 3 * cameras * size, size, "float")
+        self.embeddings = self._input("embeddings", prompt, width, "Bf16")
+        self.state = self._input("state", 1, config.action_dim, "float", branch=True)
+        self.flow = self._input("x", config.action_horizon, config.action_dim, "float")
+        self.caches: dict[str, Matrix] = {}
+        self.workspaces = [Buffer("workspace", 0, persistent=True), Buffer("workspace of the branch", 0, persistent=True)]
+        self.joined_rows: dict[ir.Node, Matrix] = {}
+        self.values: dict[ir.Value, object] = {}
+        self.launches: list[Launch] = []
+        self.outputs: dict[str, tuple[Matrix, int]] = {}
+
+    def run(self) -> Variant:
+        """Raises GraphError for a node that no launch covers, KernelError for a size that no kernel takes."""
+        config, prefix = self.graphs.config, self.graphs.prefix
+        self.has_state = any(value.name == "state" for value in prefix.graph.inputs)
+        self.input_shapes = {
+            "images": (self.cameras, 3, config.vision.image_size, config.vision.image_size),
+            "tokens": (self.prompt,),
+            "state": (config.action_dim,),
+        }
+        self._program(prefix, {"images": self.images, "state": self.state})
+        prefix_launches, self.launches = self.launches, []
+        self.outputs |= {name: (cache, len(prefix_launches) - 1) for name, cache in self.caches.items()}
+
+        past = self.prefix_rows + self.has_state
+        llm = config.llm
+        self.input_shapes = {name: (1, llm.kv_heads, past, llm.head_dim) for name in self.caches}
+        self._program(self.graphs.step, {"x": self.flow, **self.caches})
+        inputs = [each.buffer for each in (self.images, self.embeddings, self.state, self.flow, self.past)]
+        zeroed = [workspace for workspace in self.workspaces if workspace.bytes]
+        return Variant(
+            self.cameras, self.prompt, prefix_launches, self.launches, inputs, zeroed, self.outputs
+        )
+
+    def _program(self, model: ir.Model, inputs: dict[str, Matrix]) -> None:
+        self.integers: dict[ir.Value, np.ndarray] = {}
+        self.covered: set[ir.Node] = set()  # by a launch of another node
+        self.values = {value: inputs[value.name] for value in model.graph.inputs if value.name in inputs}
+        for node in model.graph:
+            if node not in self.covered and not all(output.dtype in INTEGERS for output in node.outputs):
+                self._lower(node)
+        for value in model.graph.outputs:
+            matrix = self.values[value]
+            if isinstance(matrix, Matrix) and value.name not in self.caches and model is self.graphs.prefix:
+                writers = [i for i, launch in enumerate(self.launches) if matrix.buffer in launch.writes]
+                self.outputs[value.name] = matrix, max(writers)
+
+    def _lower(self, node: ir.Node) -> None:
+        if _is_view(node) or (node.op_type == "Slice" and node.outputs[0].shape == node.inputs[0].shape):
+            self.values[node.outputs[0]] = self._value(node.inputs[0])
+        elif node.op_type in ops.QUANTIZED_LINEARS or (node.op_type == "MatMul" and is_weight(node.inputs[1], rank=2)):
+            self._linear(node)
+        elif node.op_type == "RotateQuantize":
+            self._rotate_quantize(node)
+        elif node.op_type in ("RMSNormalization", "LayerNormalization"):
+            self._norm(node)
+        elif node.op_type == "Attention":
+            self._attention(node)
+        elif node.op_type == "Concat":
+            self._concat(node)
+        elif node.op_type == "Conv":
+            self._patch_embedding(node)
+        elif node.op_type == "Gather" and "tokens" in depends_on(node.inputs[1]):
+            self._prompt(node)
+        elif not _is_table_row(node.outputs[0]):
+            name = ", ".join(output.name for output in node.outputs)
+            overload = f" ({node.overload})" if node.overload else ""
+            raise GraphError(f"--target cuda has no kernel for {node.domain or 'onnx'}::{node.op_type}{overload}, computing {name}")
+
+    # Norms and quantisers
+
+    def _norm(self, node: ir.Node) -> None:
+        gain, shift = (*node.inputs[1:3], None)[:2]
+        out, vectors = node.outputs[0], [self._vector(gain), self._vector(shift)]
+        scaled = _reader(out)
+        if scaled is not None and scaled.op_type == "Mul" and _is_table_row(_other(scaled, out)):  # an adaptive norm
+            shifted = _reader(scaled.outputs[0])
+            _expect(vectors == [None, None] and shifted is not None and shifted.op_type == "Add", node)
+            rows = _other(scaled, out), _other(shifted, scaled.outputs[0])
+            _expect(all(map(_is_table_row, rows)), node)
+            vectors = [self.weights.table(row.producer().inputs[0]) for row in rows]
+            self.covered |= {scaled, shifted}
+            out = shifted.outputs[0]
+        epsilon = node.attributes.get_float("epsilon", 1e-5)
+        self.values[out] = Normed(self._value(node.inputs[0]), *vectors, node.op_type == "LayerNormalization", epsilon)
+
+    def _rotate_quantize(self, node: ir.Node) -> None:
+        operands = dict(zip(ops.inputs_of(node.op_type, node.overload), node.inputs))
+        source = self._value(node.inputs[0])
+        fused = isinstance(source, Normed) and not source.centre
+        x = source.x if fused else self._matrix(node.inputs[0])
+        gain, shift, epsilon = (source.gain, source.shift, source.epsilon) if fused else (None, None, 0.0)
+
+        readers = _readers(node.outputs[0])
+        shapes = {(*reader.inputs[2].shape.numpy(), ops.QUANTIZED_LINEARS[reader.op_type][0]) for reader in readers}
+        chosen = {tactics.best(x.rows, n, k, bits, self.sm) for k, n, bits in shapes}
+        if len({tactic.slab_tokens for tactic in chosen}) != 1:
+            raise GraphError(f"{readers[0].name}: linears that share activations want them in different layouts")
+        tactic = chosen.pop()
+        slabs = tactic.slab_tokens and -(-x.rows // tactic.slab_tokens) * tactic.slab_tokens
+        name = label(readers[0].inputs[2].name)
+        x_q = self._new(f"{name}.x_q", slabs or x.rows, x.columns, "signed char")
+        scale = self._new(f"{name}.x_scale", x.rows, 1, "float")
+
+        hadamard, rotation = operands.get("hadamard"), operands.get("rotation")
+        block = hadamard.shape[0] if hadamard is not None else rotation.shape[-1] if rotation is not None else 0
+        how = pointwise.rotate_quantize(
+            x.rows, x.columns, x.type, "RMS_NORM" if fused else "PLAIN", "DENSE" if rotation is not None else block
+        )
+        vectors = [self._float32(operands.get("input_scale")), self._permutation(operands.get("permutation"))]
+        vectors += [self._float32(rotation), self._float32(operands.get("activation_scale"))]
+        arguments = [x.pointer, gain, shift, *vectors, x_q.pointer, scale.pointer]
+        arguments += [x.columns, x.stride, block if rotation is not None else 0, slabs, Float(epsilon)]
+        self._kernel(f"{name} (quantise)", how, arguments, [x], [x_q, scale])
+        self.values[node.outputs[0]] = Quantized(x_q, scale, tactic)
+        self.values[node.outputs[1]] = scale
+
+    # Products
+
+    def _linear(self, node: ir.Node) -> None:
+        epilogue = _epilogue(node)
+        weight = node.inputs[2 if node.op_type in ops.QUANTIZED_LINEARS else 1]
+        name, x = label(weight.name), self._value(node.inputs[0])
+        if isinstance(x, Quantized):
+            y = self._integer_linear(node, name, x, epilogue)
+        elif isinstance(x, Normed) and weight.shape[-1] <= NARROW and self._value(epilogue.residual) is self.flow:
+            y = self._flow_step(name, x, weight, epilogue)
+        elif isinstance(x, Matrix) and x.type == "float" and x.columns <= NARROW:
+            y = self._narrow_linear(name, x, weight, epilogue)
+        elif node.op_type == "MatMul":
+            y = self._float_linear(name, self._matrix(node.inputs[0]), weight, epilogue)
+        else:
+            raise GraphError(f"{name}: --target cuda has no kernel for {node.op_type}; quantise its activations too")
+        self.covered |= set(epilogue.nodes)
+        if not epilogue.parts:
+            self.values[epilogue.out] = y
+        elif any(reader.op_type == "RotaryEmbedding" for part in epilogue.parts for reader in _readers(_past_views(part))):
+            self._rotary(name, epilogue.parts, y)
+        else:
+            self.values |= dict(zip(epilogue.parts, y.split([part.shape[-1] for part in epilogue.parts])))
+
+    def _integer_linear(self, node: ir.Node, name: str, x: Quantized, epilogue: Epilogue) -> Matrix:
+        operands = dict(zip(ops.inputs_of(node.op_type, node.overload), node.inputs))
+        geglu, bits, tactic = epilogue.activation == "geglu", ops.QUANTIZED_LINEARS[node.op_type][0], x.tactic
+        if "output_rotation" in operands or epilogue.activation not in ("", "geglu"):
+            what = "an output rotation" if "output_rotation" in operands else epilogue.activation
+            raise GraphError(f"{name}: --target cuda has no integer kernel with {what}")
+        k, n = operands["weight"].shape.numpy()
+        m = x.scale.rows
+        y = self._new_output(epilogue, m, n // 2 if geglu else n)
+        biases = [operands["bias"]] if "bias" in operands else epilogue.bias
+        _expect(not (biases and epilogue.gate) and epilogue.bias_table is None, node)
+        if epilogue.gate is None:
+            scale = self.weights.float32(operands["weight_scale"], geglu=geglu)
+        else:  # (acc * weight_scale * x_scale) * gate: one table of weight_scale * gate
+            scale = self.weights.table(epilogue.gate.producer().inputs[0], operands["weight_scale"])
+        bias = self.weights.float32(*biases, geglu=geglu) if biases else None
+        residual = self._residual(epilogue)
+        packed = self.weights.packed(operands["weight"], bits, tactic.layout, geglu)
+        workspace = self._workspace(tactic, m, n, x.x.buffer.branch)
+        arguments = [x.x.pointer, x.scale.pointer, packed, scale, bias, residual and residual.pointer, y.pointer]
+        arguments += [workspace and workspace.pointer, m, n, k]
+        how = pointwise.Launch(tactic.source, tactic.expression(bits, y.type, geglu), tactic.shape(m, n, bits))
+        reads = [x.x, x.scale, *([residual] if residual else [])]
+        writes = [y, *([workspace] if workspace else [])]
+        weight_bytes = n * k * bits // 8
+        self._kernel(name, how, arguments, reads, writes, 2.0 * m * n * k, weight_bytes, headers=dict(tactic.headers()))
+        return y
+
+    def _float_linear(self, name: str, x: Matrix, weight: ir.Value, epilogue: Epilogue) -> Matrix:
+        n = weight.shape[-1]
+        _expect(epilogue.bias_table is None and epilogue.activation in ("", "geglu", "gelu"), name)
+        _expect(epilogue.gate is None, name)
+        geglu = epilogue.activation == "geglu"
+        y = self._new(name, x.rows, n, "Bf16") if geglu else self._new_output(epilogue, x.rows, n)
+        residual = self._residual(epilogue)
+        bias = None
+        if epilogue.bias:
+            bias = self.weights.float32(*epilogue.bias) if y.type == "float" else self.weights.bf16(epilogue.bias)
+        self._matmul(name, x, self.weights.matrix(weight), y, bias, residual, gelu=epilogue.activation == "gelu")
+        if not geglu:
+            return y
+        gated = self._new_output(epilogue, x.rows, n // 2)
+        self._kernel(f"{name} (GeGLU)", pointwise.geglu(x.rows, n // 2), [y.pointer, gated.pointer, n // 2], [y], [gated])
+        return gated
+
+    def _narrow_linear(self, name: str, x: Matrix, weight: ir.Value, epilogue: Epilogue) -> Matrix:
+        k, n = weight.shape.numpy()
+        _expect(epilogue.activation in ("", "silu") and epilogue.gate is None and epilogue.residual is None, name)
+        y = self._new_output(epilogue, x.rows, n)
+        bias = self.weights.float32(*epilogue.bias) if epilogue.bias else None
+        if epilogue.bias_table is not None:
+            _expect(bias is None, name)
+            bias = self.weights.table(epilogue.bias_table.producer().inputs[0])
+        how = pointwise.linear_narrow(x.rows, n, epilogue.activation.upper() or "NONE", y.type)
+        arguments = [x.pointer, self.weights.float32(weight), bias, y.pointer, k, n]
+        self._kernel(name, how, arguments, [x], [y], 2.0 * x.rows * n * k, 4 * n * k)
+        return y
+
+    def _flow_step(self, name: str, x: Normed, weight: ir.Value, epilogue: Epilogue) -> Matrix:
+        """x + (norm(h) W + b): the last layer's output becomes the next state of the flow, in place."""
+        k, n = weight.shape.numpy()
+        _expect(epilogue.out.is_graph_output() and not epilogue.activation and epilogue.gate is None, name)
+        bias = self.weights.float32(*epilogue.bias) if epilogue.bias else None
+        arguments = [x.x.pointer, x.gain, x.shift, self.weights.float32(weight), bias, self.flow.pointer, k, Float(x.epsilon)]
+        self._kernel(name, pointwise.flow_step(x.x.rows, n), arguments, [x.x, self.flow], [self.flow], 2.0 * x.x.rows * n * k, 4 * n * k)
+        return self.flow
+
+    def _matmul(self, name, x, weight, y, bias=None, addend=None, gelu=False, batch=1, addend_batch_stride=0) -> None:
+        m, n, k = x.rows // batch, y.columns, x.columns
+        values = dict(weight=weight, x=x.pointer, bias=bias, addend=addend, y=y.pointer, n=n, m=m, k=k, x_stride=x.stride,
+                      y_stride=y.stride, batch=batch, addend_batch_stride=addend_batch_stride,
+                      y_type=BYTES[y.type], gelu=int(gelu))  # fmt: skip
+        reads = [x]
+        if isinstance(addend, Matrix):
+            _expect(addend.stride == y.stride, name)
+            reads, values["addend"] = [x, addend], addend.pointer
+        arguments = [values[key] for key in MATMUL]
+        moved = 2 * n * k + sum(each.rows * each.columns * BYTES[each.type] for each in [*reads, y])
+        self._add(Launch(name, LIBRARY, "", arguments, work=2.0 * x.rows * n * k, moved=moved), reads, [y])
+
+    # Attention
+
+    def _rotary(self, name: str, parts: Sequence[ir.Value], y: Matrix) -> None:
+        """The product's q, k and v: rotary embedding of q and k in place, or into the cache together with v."""
+        columns = [part.shape[-1] for part in parts]
+        turned = [_past_views(part) for part in parts]
+        rotations = [_readers(value)[0] for value in turned[:-1]]
+        _expect(len(parts) in (2, 3) and all(node.op_type == "RotaryEmbedding" for node in rotations), name)
+        results = [*(node.outputs[0] for node in rotations), turned[-1]]
+        dims = rotations[-1].inputs[0].shape[-1]
+        heads = columns[0] // dims if len(parts) == 3 else 0
+        _expect(columns[-2:] == [dims, dims], name)  # one head of keys and values
+
+        positions = self._integer(rotations[0].inputs[3]).reshape(-1)
+        _expect((np.diff(positions) == 1).all() and len(positions) == y.rows, name)
+        first = int(positions[0])  # of tokens behind the prefix: counted from the end of its real tokens
+        past = self.past if first else None
+        first -= self.prefix_rows if first else 0
+        key, value = (self._cache(result) for result in results[-2:])
+        tables = [self.weights.float32(operand) for operand in rotations[0].inputs[1:3]]
+        arguments = [y.pointer, *tables, key and key.pointer, value and value.pointer, past and past.pointer]
+        arguments += [first, y.stride, key.stride if key else 0]
+        writes = [y, *([key, value] if key else [])]
+        self._kernel(f"{name} (rotary)", pointwise.rotary(y.rows, heads, dims), arguments, [y, *([past] if past else [])], writes)
+        pieces = y.split(columns)
+        if key is not None:
+            rows = slice(0, self.prefix_rows) if past is None else slice(self.prefix_rows, self.prefix_rows + 1)
+            pieces[-2:] = [each.slice_rows(rows.start, rows.stop) for each in (key, value)]
+        self.covered |= {*rotations, *(view for part in parts for view in _views_between(part, _past_views(part)))}
+        self.values |= dict(zip(results, pieces))
+
+    def _cache(self, value: ir.Value) -> Matrix | None:
+        """The cache that keys or values belong in: those that the prefix hands to the steps."""
+        names = [value.name] if value.is_graph_output() else []
+        names += [reader.outputs[0].name for reader in _readers(value) if reader.op_type == "Concat" and reader.outputs[0].is_graph_output()]
+        if not names:
+            return None
+        if names[0] not in self.caches:
+            rows, dims = self.prefix_rows + self.has_state, self.graphs.config.llm.head_dim
+            buffer = Buffer(names[0], rows * dims * BYTES["Bf16"], persistent=True)
+            self.caches[names[0]] = Matrix(buffer, rows, dims, "Bf16")
+        return self.caches[names[0]]
+
+    def _attention(self, node: ir.Node) -> None:
+        q, k, v = (self._value(operand) for operand in node.inputs[:3])
+        _expect(all(operand is None for operand in node.inputs[3:]), node)
+        batch, heads, _, dims = node.inputs[0].shape
+        kv_heads = node.inputs[1].shape[1]
+        own = (k.own, v.own) if isinstance(k, Joined) else (None, None)
+        k, v = (k.past, v.past) if isinstance(k, Joined) else (k, v)
+        images = 1 if batch == 1 else self.cameras
+        own_rows = own[0].rows if own[0] else 0
+        # Of the cache the first *past rows are real; the state token's row is behind them.
+        in_cache = any(k.buffer is cache.buffer for cache in self.caches.values())
+        keys = k.rows - self.prefix_rows if in_cache else k.rows // images
+        if own[0] and own[0].buffer is k.buffer:  # the state token's own row is there already
+            keys, own_rows, own = keys + own_rows, 0, (None, None)
+        out = self._new(node.outputs[0].name, q.rows, q.columns, "Bf16")
+        kernel = attention.best(dims, q.rows // images, images, self.sm)
+        kernel = replace(kernel, heads=heads // kv_heads)
+        scale = node.attributes.get_float("scale", dims**-0.5)
+        _expect(k.stride == v.stride and (own[0] is None or own[0].stride == own[1].stride), node)
+        past = self.past if in_cache else None
+        arguments = [q.pointer, k.pointer, v.pointer, *(each and each.pointer for each in own), out.pointer]
+        arguments.append(past and past.pointer)
+        arguments += [q.rows // images, keys, own_rows, q.stride, k.stride, own[0].stride if own[0] else 0, out.stride]
+        shape = kernel.shape(q.rows // images, kv_heads, images)
+        how = pointwise.Launch(kernel.source, kernel.expression(), shape)
+        reads = [each for each in (q, k, v, *own, past) if each]
+        work = 4.0 * q.rows * (k.rows // images + own_rows) * q.columns
+        name = self._attention_name(q)
+        self._kernel(name, how, [*arguments, Float(scale)], reads, [out], work, headers=dict(kernel.headers()))
+        self.values[node.outputs[0]] = out
+
+    def _attention_name(self, q: Matrix) -> str:
+        product = next(launch for launch in reversed(self.launches) if q.buffer in launch.writes)
+        return product.name.partition(" (")[0].rpartition(".")[0] + ".attention"
+
+    def _concat(self, node: ir.Node) -> None:
+        pieces = [self._value(operand) for operand in node.inputs]
+        if node.attributes["axis"].value == 2 and node.outputs[0].is_graph_output():  # both are in the cache already
+            self.values[node.outputs[0]] = self.caches[node.outputs[0].name]
+        elif node.attributes["axis"].value == 2:
+            self.values[node.outputs[0]] = Joined(*pieces)
+        else:  # the producers have written into it: _new_output
+            _expect(node in self.joined_rows, node)
+            self.values[node.outputs[0]] = self.joined_rows[node]
+
+    # Inputs
+
+    def _patch_embedding(self, node: ir.Node) -> None:
+        """A convolution without overlap is a product over the pixels of a patch; the positions are added to it."""
+        weight, bias = node.inputs[1:3]
+        added = _readers(_past_views(node.outputs[0]))[0]
+        position = added.inputs[1]
+        _expect(added.op_type == "Add" and is_weight(position, rank=2), node)
+        n, _, patch, _ = weight.shape.numpy()
+        size, tokens = self.images.columns, self.graphs.config.vision.tokens
+        columns = -(-3 * patch * patch // 8) * 8  # whole 16 bytes
+        x = self._new("patches", self.cameras * tokens, columns, "Bf16")
+        self._kernel("patches", pointwise.patches(self.cameras, size, patch), [self.images.pointer, x.pointer, size, columns], [self.images], [x])
+        y = self._new_output(Epilogue(added.outputs[0]), x.rows, n)
+
+        def offsets() -> np.ndarray:
+            return np.float32(position.const_value.numpy()) + np.float32(bias.const_value.numpy())
+
+        addend = self.weights.sum(f"{position.name}+{bias.name}.float32", tokens * n, offsets)
+        name = label(weight.name).removesuffix(".weight")
+        self._matmul(name, x, self.weights.matrix(weight, columns), y, addend=addend, batch=self.cameras)
+        self.covered |= {added, *_views_between(node.outputs[0], _past_views(node.outputs[0]))}
+        self.values[added.outputs[0]] = y
+
+    def _prompt(self, node: ir.Node) -> None:
+        """The host looks up the tokens' rows (it alone keeps the table, a gigabyte); here they become float32, scaled."""
+        value, factor = node.outputs[0], 1.0
+        self.embedding_table = node.inputs[0]
+        while (reader := _reader(value)) is not None and reader.op_type in ("Cast", "Mul"):
+            if reader.op_type == "Mul":
+                factor *= float(small_constant(_other(reader, value), limit=1).item())
+            self.covered.add(reader)
+            value = reader.outputs[0]
+        y = self._new_output(Epilogue(value), self.prompt, self.embeddings.columns)
+        arguments = [self.embeddings.pointer, y.pointer, y.columns, y.stride, Float(factor)]
+        self._kernel("prompt", pointwise.tokens(self.prompt, y.columns), arguments, [self.embeddings], [y])
+        self.values[value] = y
+
+    # Values, memory, launches
+
+    def _value(self, value: ir.Value | None):
+        return None if value is None else self.values.get(value)
+
+    def _matrix(self, value: ir.Value) -> Matrix:
+        """The value in memory, as bf16: a norm that its reader cannot compute is written by a launch of its own."""
+        found = self.values[value]
+        if isinstance(found, Normed):
+            if found.written is None:
+                x = found.x
+                y = self._new(f"{value.name}", x.rows, x.columns, "Bf16")
+                how = pointwise.normalize(x.rows, x.columns, x.type, "Bf16", found.centre)
+                arguments = [x.pointer, found.gain, found.shift, y.pointer, x.columns, x.stride, y.stride, Float(found.epsilon)]
+                self._kernel("norm", how, arguments, [x], [y])
+                found.written = y
+            return found.written
+        return found
+
+    def _residual(self, epilogue: Epilogue) -> Matrix | None:
+        residual = self._value(epilogue.residual)
+        _expect(residual is None or (isinstance(residual, Matrix) and residual.type == "float"), epilogue.out.name)
+        return residual
+
+    def _vector(self, value: ir.Value | None) -> Weight | None:
+        """A norm's gain or shift; None where it is all ones or absent."""
+        if value is None or (small_constant(value) == 1).all():
+            return None
+        return self.weights.float32(value)
+
+    def _float32(self, value: ir.Value | None) -> Weight | None:
+        return None if value is None else self.weights.float32(value)
+
+    def _permutation(self, value: ir.Value | None) -> Weight | None:
+        if value is None:
+            return None
+        compute = lambda: value.const_value.numpy().astype(np.int32)  # noqa: E731
+        return self.weights.sum(f"{value.name}.int32", value.shape[0], compute)
+
+    def _new(self, name: str, rows: int, columns: int, kind: str) -> Matrix:
+        return Matrix(Buffer(name, rows * columns * BYTES[kind]), rows, columns, kind)
+
+    def _new_output(self, epilogue: Epilogue, rows: int, columns: int) -> Matrix:
+        """Where a launch writes its result: float32 for the residual stream, bf16 for what a product reads; rows that
+        are concatenated later are written where they end up."""
+        value = epilogue.out
+        readers = [] if epilogue.parts else _final_readers(value)
+        concat = next((node for node in readers if node.op_type == "Concat" and node.attributes["axis"].value != 2), None)
+        if concat is not None:
+            _expect(len(concat.inputs) == 2, concat)
+            if concat not in self.joined_rows:
+                self.joined_rows[concat] = self._new("prefix", self.prefix_rows, columns, "float")
+            whole = self.joined_rows[concat]
+            is_first = any(_past_views(value) is operand or operand in _views_of(value) for operand in concat.inputs[:1])
+            return whole.slice_rows(0, rows) if is_first else whole.slice_rows(self.prefix_rows - rows, self.prefix_rows)
+        stream = any(node.op_type in ("RMSNormalization", "LayerNormalization", "Add") for node in readers)
+        return self._new(value.name, rows, columns, "float" if stream else "Bf16")
+
+    def _workspace(self, tactic: Tactic, m: int, n: int, branch: bool) -> Matrix | None:
+        """Sums of the blocks that share K, on GPUs without clusters; zero before and after each launch."""
+        if tactic.split == 1 or self.sm >= 90:
+            return None
+        words = -(-m // tactic.tile_tokens) * (tactic.tile_tokens * n + n // 16)
+        workspace = self.workspaces[branch]
+        workspace.bytes = max(workspace.bytes, 4 * words)
+        return Matrix(workspace, 1, words, "int")
+
+    def _integer(self, value: ir.Value) -> np.ndarray:
+        """An integer of the graph, positions for example, for this size: computed now, by ONNX's own reference."""
+        if value.const_value is not None:
+            return value.const_value.numpy()
+        if value not in self.integers:
+            node = value.producer()
+            if node is None or value.dtype not in INTEGERS:  # all that is asked of it is its shape
+                return np.broadcast_to(np.float32(0), self._shape(value))
+            operands = {each.name: self._integer(each) for each in node.inputs if each is not None}
+            results = ReferenceEvaluator(ir.to_proto(node)).run(None, operands)
+            self.integers |= dict(zip(node.outputs, results))
+        return self.integers[value]
+
+    def _shape(self, value: ir.Value) -> tuple[int, ...]:
+        if value.name in self.input_shapes:
+            return self.input_shapes[value.name]
+        sizes = {"cameras": self.cameras, "prompt": self.prompt}
+        return tuple(dim if isinstance(dim, int) else dim.evaluate(sizes) for dim in value.shape)
+
+    def _kernel(self, name, how, arguments, reads, writes, work=0.0, weight_bytes=0, headers=None) -> None:
+        moved = weight_bytes + sum(each.rows * each.columns * BYTES[each.type] for each in [*reads, *writes])
+        launch = Launch(name, how.source, how.expression, arguments, how.shape, headers or {}, work=work, moved=moved)
+        self._add(launch, reads, writes)
+
+    def _add(self, launch: Launch, reads: Sequence[Matrix], writes: Sequence[Matrix]) -> None:
+        """The state token's own pass through the expert (pi0) needs each layer's keys and values and nothing else of the
+        prefix, so it is a branch, to run beside it: whatever is computed from the state, until it is in the caches."""
+        launch.reads, launch.writes = [each.buffer for each in reads], [each.buffer for each in writes]
+        launch.branch = any(buffer.branch for buffer in launch.reads)
+        for buffer in launch.writes:
+            buffer.branch |= launch.branch and not buffer.persistent
+        self.launches.append(launch)
+
+    def _input(self, name: str, rows: int, columns: int, kind: str, branch: bool = False) -> Matrix:
+        buffer = Buffer(name, rows * columns * BYTES[kind], persistent=True, branch=branch)
+        return Matrix(buffer, rows, columns, kind)
+
+
+def _epilogue(node: ir.Node) -> Epilogue:
+    """Collects the element-wise nodes behind a product, as far as each result has one reader."""
+    epilogue = Epilogue(node.outputs[0])
+    while not epilogue.out.is_graph_output():
+        value, readers = epilogue.out, _readers(epilogue.out)
+        if sorted(reader.op_type for reader in readers) == ["Mul", "Sigmoid"]:
+            multiply = next(reader for reader in readers if reader.op_type == "Mul")
+            if _other(multiply, value).producer() not in readers:
+                break
+            epilogue.activation, epilogue.out = "silu", multiply.outputs[0]
+            epilogue.nodes += readers
+            continue
+        if len(readers) != 1:
+            break
+        (following,) = readers
+        other = _other(following, value) if len(following.inputs) == 2 else None
+        plain = not epilogue.activation and epilogue.residual is None
+        if following.op_type == "Split":
+            epilogue.nodes.append(following)
+            _split(following, epilogue)
+            if epilogue.parts:
+                break
+            continue
+        if following.op_type == "Add" and is_weight(other, rank=1) and plain:
+            epilogue.bias = [other]
+        elif following.op_type == "Add" and _is_table_row(other) and plain:
+            epilogue.bias_table = other
+        elif following.op_type == "Mul" and _is_table_row(other) and plain:
+            epilogue.gate = other
+        elif following.op_type == "Gelu" and plain:
+            epilogue.activation = "gelu"
+        elif following.op_type == "Add" and other is not None and not other.is_initializer() and plain:
+            epilogue.residual = other
+        elif not (_is_view(following) and following.op_type == "Gather"):
+            break
+        epilogue.out = following.outputs[0]
+        epilogue.nodes.append(following)
+    return epilogue
+
+
+def _split(node: ir.Node, epilogue: Epilogue) -> None:
+    """A Split of gate and up that become GeGLU; or of q, k and v, perhaps with a bias each."""
+    if len(node.outputs) == 2:
+        gate, up = node.outputs
+        gelu = _reader(gate)
+        multiply = _reader(gelu.outputs[0]) if gelu is not None and gelu.op_type == "Gelu" else None
+        if multiply is not None and multiply.op_type == "Mul" and _other(multiply, gelu.outputs[0]) is up:
+            epilogue.activation, epilogue.out = "geglu", multiply.outputs[0]
+            epilogue.nodes += [gelu, multiply]
+            return
+    epilogue.parts = list(node.outputs)
+    adds = [_reader(part) for part in node.outputs]
+    if all(add is not None and add.op_type == "Add" and is_weight(add.inputs[1], rank=1) for add in adds):
+        epilogue.nodes += adds
+        epilogue.bias = [add.inputs[1] for add in adds]
+        epilogue.parts = [add.outputs[0] for add in adds]
+
+
+def _is_view(node: ir.Node) -> bool:
+    """Whether the node only sees the same matrix in another shape, the choice of the only batch included."""
+    if node.op_type == "Gather" and not node.inputs[0].is_initializer():
+        index = small_constant(node.inputs[1], limit=1)
+        return index is not None and index.item() == 0 and node.inputs[0].shape[0] == 1
+    return node.op_type in VIEWS
+
+
+def _is_table_row(value: ir.Value | None) -> bool:
+    """table[step], a table of the time."""
+    node = value.producer() if value is not None else None
+    return node is not None and node.op_type == "Gather" and node.inputs[0].name.startswith("time_table.")
+
+
+def _readers(value: ir.Value) -> list[ir.Node]:
+    return [use.node for use in value.uses()]
+
+
+def _reader(value: ir.Value) -> ir.Node | None:
+    readers = _readers(value)
+    return readers[0] if len(readers) == 1 and not value.is_graph_output() else None
+
+
+def _other(node: ir.Node, value: ir.Value) -> ir.Value:
+    return node.inputs[1] if node.inputs[0] is value else node.inputs[0]
+
+
+def _past_views(value: ir.Value) -> ir.Value:
+    """The value behind the reshapes and transposes that follow, as far as each is the only reader."""
+    while (node := _reader(value)) is not None and _is_view(node):
+        value = node.outputs[0]
+    return value
+
+
+def _views_between(first: ir.Value, last: ir.Value) -> list[ir.Node]:
+    """The nodes from one value to a view of it."""
+    nodes = []
+    while last is not first:
+        nodes.append(last.producer())
+        last = last.producer().inputs[0]
+    return nodes
+
+
+def _views_of(value: ir.Value) -> list[ir.Value]:
+    """The value and all its views."""
+    found = [value]
+    for node in _readers(value):
+        if _is_view(node):
+            found += _views_of(node.outputs[0])
+    return found
+
+
+def _final_readers(value: ir.Value) -> list[ir.Node]:
+    """Who reads the value, through views."""
+    return [node for view in _views_of(value) for node in _readers(view) if not _is_view(node)]
+
+
+def _expect(condition: bool, where: ir.Node | str) -> None:
+    if not condition:
+        name = where if isinstance(where, str) else where.name or where.outputs[0].name
+        raise GraphError(f"--target cuda: {name} is not in a form that it has kernels for")

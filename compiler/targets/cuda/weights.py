@@ -1,0 +1,106 @@
+"""The forms in which kernels want a policy's weights. Each is made when it is written into the plan, one at a time."""
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from compiler.targets.cuda.program import Weight
+from plugins.layout import interleave_gate_up, pack_fragments
+
+
+class Weights:
+    """Collects what the launches of all variants and architectures ask for; equal requests are one weight."""
+
+    def __init__(self):
+        self.sources: dict[str, Callable[[], np.ndarray]] = {}
+        self.bytes: dict[str, int] = {}
+
+    def _add(self, name: str, size: int, compute: Callable[[], np.ndarray]) -> Weight:
+        self.sources.setdefault(name, compute)
+        self.bytes.setdefault(name, size)
+        return Weight(name)
+
+    def packed(self, weight: ir.Value, bits: int, layout: str, geglu: bool) -> Weight:
+        """Quantised weight [K, N] as tensor core fragments; with GeGLU, gate and up interleaved."""
+        k, n = weight.shape.numpy()
+        order = f".{layout}" + (".gate-up" if geglu else "")
+
+        def compute() -> np.ndarray:
+            values = np.ascontiguousarray(weight.const_value.numpy().astype(np.int8).T)
+            return pack_fragments(_interleaved(values, geglu), bits, layout)
+
+        return self._add(title(weight.name) + f".int{bits}{order}", n * k * bits // 8, compute)
+
+    def matrix(self, weight: ir.Value, columns: int | None = None) -> Weight:
+        """Float weight [K, N] (or a convolution's [N, ...]) as bf16 [N, columns], zeros beyond K."""
+        shape = weight.shape.numpy()
+        convolution = len(shape) == 4
+        n, k = (shape[0], int(np.prod(shape[1:]))) if convolution else (shape[1], shape[0])
+        columns = columns or k
+
+        def compute() -> np.ndarray:
+            values = weight.const_value.numpy()
+            padded = np.zeros((n, columns), np.float32)
+            padded[:, :k] = values.reshape(n, k) if convolution else values.T
+            return to_bf16(padded)
+
+        return self._add(f"{title(weight.name)}.bf16", 2 * n * columns, compute)
+
+    def float32(self, *values: ir.Value, geglu: bool = False) -> Weight:
+        """Vectors (joined) or a matrix as they are."""
+        name = title("+".join(value.name for value in values)) + ".float32" + (".gate-up" if geglu else "")
+        size = 4 * sum(int(np.prod(value.shape.numpy())) for value in values)
+
+        def compute() -> np.ndarray:
+            return _interleaved(np.concatenate([np.float32(value.const_value.numpy()) for value in values]), geglu)
+
+        return self._add(name, size, compute)
+
+    def bf16(self, values: Sequence[ir.Value]) -> Weight:
+        """Vectors, joined, as bf16."""
+        size = 2 * sum(int(np.prod(value.shape.numpy())) for value in values)
+        compute = lambda: to_bf16(np.concatenate([np.float32(v.const_value.numpy()) for v in values]))  # noqa: E731
+        return self._add(title("+".join(value.name for value in values)) + ".bf16", size, compute)
+
+    def table(self, table: ir.Value, factor: ir.Value | None = None) -> Weight:
+        """A table of the time [steps, ..., C] as float32 [steps, C], times a vector of C if one is given."""
+        steps, columns = table.shape[0], table.shape[-1]
+        name = f"{table.name}.float32" if factor is None else f"{title(factor.name)}*{table.name}.float32"
+
+        def compute() -> np.ndarray:
+            rows = np.float32(table.const_value.numpy()).reshape(steps, columns)
+            return rows if factor is None else rows * np.float32(factor.const_value.numpy())
+
+        weight = self._add(name, 4 * steps * columns, compute)
+        return Weight(weight.name, step_bytes=4 * columns)
+
+    def sum(self, name: str, columns: int, compute: Callable[[], np.ndarray]) -> Weight:
+        return self._add(name, 4 * columns, compute)
+
+
+def title(name: str) -> str:
+    """`llm.layers.0.mlp.gate_proj.weight_q+llm.layers.0.mlp.up_proj.weight_q` -> `llm.layers.0.mlp.gate_proj+up_proj`.
+
+    For a merged weight the module names, the common part once; for all others the name without its kind.
+    """
+    parts = [part.removesuffix(".weight_kn").removesuffix(".weight_q") for part in name.split("+")]
+    parent = parts[0].rpartition(".")[0]
+    return "+".join([parts[0], *(part.removeprefix(f"{parent}.") for part in parts[1:])])
+
+
+def label(name: str) -> str:
+    """What a weight's product is called in the schedule: its linears, without the gains that were folded in."""
+    return re.sub(r"[\w.]+\.gain\*", "", title(name))
+
+
+def to_bf16(values: np.ndarray) -> np.ndarray:
+    """float32 -> the bits of the nearest bf16 (half to even), uint16."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def _interleaved(values: np.ndarray, geglu: bool) -> np.ndarray:
+    return interleave_gate_up(*np.split(values, 2)) if geglu else values
