@@ -11,6 +11,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import onnx_ir.passes.common as common
 from rich.progress import Progress
 
 from compiler.graph.export import Graphs
@@ -28,6 +29,8 @@ PROMPT_STEP = 32  # prompts are padded to a multiple of this: a CUDA graph has f
 
 def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options) -> dict:
     """Writes cubins, weights, the token table and the schedules into the plan; returns the manifest's section."""
+    for _, model in graphs.items():
+        common.ShapeInferencePass()(model)
     weights, schedules, sections = Weights(), {}, {}
     sizes = [(c, p) for c in range(1, options.cameras + 1) for p in prompt_sizes(graphs.config.max_prompt_tokens)]
     for sm in options.sm:
