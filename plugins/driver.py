@@ -1,15 +1,21 @@
-"""A thin layer over the CUDA driver API (cuda-bindings): load a cubin, launch its kernels.
+"""A thin layer over the CUDA driver API (cuda-bindings): load a cubin, launch its kernels, memory, streams, graphs.
 
-Memory is whoever's: arguments are device addresses. Works in the device's primary context, as every library does.
+Arguments of kernels are device addresses, whoever's memory it is. Works in the device's primary context, as every library
+does.
 """
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from plugins.errors import KernelError
 from plugins.kernels import Cubin
+
+
+OLDEST_CUDA = 13000  # what the pinned NVRTC compiles for
 
 
 def _driver():
@@ -36,10 +42,14 @@ def _call(name: str, *arguments):
 def open_device(ordinal: int = 0) -> int:
     """Makes the device's primary context current in this thread and returns its compute capability, e.g. 90.
 
-    Raises KernelError where there is no driver or no such device.
+    Raises KernelError where there is no driver, one too old for the cubins, or no such device.
     """
     driver = _driver()
     _call("cuInit", 0)
+    version = _call("cuDriverGetVersion")
+    if version < OLDEST_CUDA:
+        found, needed = (f"{v // 1000}.{v // 10 % 100}" for v in (version, OLDEST_CUDA))
+        raise KernelError(f"the NVIDIA driver is for CUDA {found}; update it to one for CUDA {needed} (580 or newer)")
     device = _call("cuDeviceGet", ordinal)
     _call("cuCtxSetCurrent", _call("cuDevicePrimaryCtxRetain", device))
     attribute = driver.CUdevice_attribute
@@ -107,3 +117,114 @@ def load(cubin: Cubin) -> dict[str, Kernel]:
     """Loads a cubin into the current context: its kernels by the expressions they were compiled from."""
     module = _call("cuModuleLoadData", cubin.image)
     return {expression: Kernel(module, symbol) for expression, symbol in cubin.symbols.items()}
+
+
+class Memory:
+    """Device memory, freed with the object."""
+
+    def __init__(self, size: int):
+        self.address = int(_call("cuMemAlloc", max(size, 1)))
+
+    def __del__(self):
+        if hasattr(self, "address"):
+            _driver().cuMemFree(self.address)
+
+
+class PinnedArray:
+    """Host memory that copies to and from the device run from at full speed, as `array`, uint8 [size]."""
+
+    def __init__(self, size: int):
+        self._address = int(_call("cuMemHostAlloc", size, 0))
+        self.array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self._address))
+
+    @property
+    def address(self) -> int:
+        return self._address
+
+    def __del__(self):
+        if hasattr(self, "_address"):
+            _driver().cuMemFreeHost(self._address)
+
+
+def free_memory() -> tuple[int, int]:
+    """Free and total bytes of the device."""
+    return _call("cuMemGetInfo")
+
+
+class Stream:
+    """An order of work on the device."""
+
+    def __init__(self):
+        self.handle = int(_call("cuStreamCreate", _driver().CUstream_flags.CU_STREAM_NON_BLOCKING))
+
+    def upload(self, to: int, source: int, size: int) -> None:
+        _call("cuMemcpyHtoDAsync", to, source, size, self.handle)
+
+    def download(self, to: int, source: int, size: int) -> None:
+        _call("cuMemcpyDtoHAsync", to, source, size, self.handle)
+
+    def clear(self, to: int, size: int) -> None:
+        _call("cuMemsetD8Async", to, 0, size, self.handle)
+
+    def synchronize(self) -> None:
+        _call("cuStreamSynchronize", self.handle)
+
+    def capture(self, work: Callable[[], None]) -> "Graph":
+        """What `work` enqueues here, and on streams that wait for this one and are waited for, as a graph."""
+        _call("cuStreamBeginCapture", self.handle, _driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+        try:
+            work()
+        except BaseException:
+            _driver().cuStreamEndCapture(self.handle)  # leaves the stream usable
+            raise
+        return Graph(_call("cuStreamEndCapture", self.handle))
+
+    def __del__(self):
+        if hasattr(self, "handle"):
+            _driver().cuStreamDestroy(self.handle)
+
+
+class Event:
+    """A point in a stream, to wait for on another or to measure time between."""
+
+    def __init__(self):
+        self._event = _call("cuEventCreate", 0)
+
+    def record(self, stream: Stream) -> None:
+        _call("cuEventRecord", self._event, stream.handle)
+
+    def record_in_graph(self, stream: Stream) -> None:
+        """While capturing: a node of the graph that takes the time whenever the graph runs."""
+        flags = _driver().CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL
+        _call("cuEventRecordWithFlags", self._event, stream.handle, flags)
+
+    def wait(self, stream: Stream) -> None:
+        """The stream goes on when the event has happened."""
+        _call("cuStreamWaitEvent", stream.handle, self._event, 0)
+
+    def synchronize(self) -> None:
+        """Returns when it has happened, at once where it was never recorded."""
+        _call("cuEventSynchronize", self._event)
+
+    def milliseconds_since(self, earlier: "Event") -> float:
+        return _call("cuEventElapsedTime", earlier._event, self._event)
+
+    def __del__(self):
+        if hasattr(self, "_event"):
+            _driver().cuEventDestroy(self._event)
+
+
+class Graph:
+    """A captured piece of work, launched as one."""
+
+    def __init__(self, graph: object):
+        self._graph = graph
+        self._executable = _call("cuGraphInstantiate", graph, 0)
+
+    def launch(self, stream: Stream) -> None:
+        _call("cuGraphLaunch", self._executable, stream.handle)
+
+    def __del__(self):
+        if hasattr(self, "_executable"):
+            _driver().cuGraphExecDestroy(self._executable)
+        _driver().cuGraphDestroy(self._graph)

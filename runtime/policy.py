@@ -15,7 +15,10 @@ from runtime.plan import Plan
 from runtime.preprocess import Preprocessor
 
 # target -> (module, class). Imported when a plan asks for it: each needs an engine library of its own.
-EXECUTORS = {"cpu": ("runtime.executors.cpu", "CpuExecutor")}
+EXECUTORS = {
+    "cpu": ("runtime.executors.cpu", "CpuExecutor"),
+    "cuda": ("runtime.executors.cuda", "CudaExecutor"),
+}
 
 
 class Policy:

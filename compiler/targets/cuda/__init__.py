@@ -40,7 +40,7 @@ def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options) -> dic
             variant = lowering.run()
             for launches in (variant.prefix, variant.step):
                 schedule(launches)
-            arena_bytes = max(arena_bytes, place([variant.prefix, variant.step]))
+            arena_bytes = max(arena_bytes, place(variant.inputs, [variant.prefix, variant.step]))
             variants.append(variant)
         kernels = _write_cubins(sm, variants, writer, progress)
         schedules[sm] = {"arena_bytes": arena_bytes, **_schedule(variants, kernels)}

@@ -24,14 +24,15 @@ def schedule(launches: Sequence[Launch]) -> None:
         ahead[launch.branch] = launch
 
 
-def place(programs: Sequence[Sequence[Launch]]) -> int:
+def place(inputs: Sequence[Buffer], programs: Sequence[Sequence[Launch]]) -> int:
     """Gives every buffer its offset; returns the arena's bytes.
 
-    Persistent buffers come first, side by side. The others of each program share what follows: the largest first, each
+    The inputs come first, side by side, so that one copy brings them; then what else is persistent. The others of each program share what follows: the largest first, each
     at the lowest offset that is free while it lives. A branch runs at no fixed time, so its buffers live throughout.
     """
     end = 0
-    for buffer in _buffers(programs):
+    used = _buffers(programs)
+    for buffer in dict.fromkeys([*(each for each in inputs if each in used), *used]):
         if buffer.persistent:
             buffer.offset, end = end, end + _aligned(buffer.bytes)
     base = end

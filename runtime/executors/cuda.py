@@ -1,0 +1,311 @@
+"""Runs a `cuda` plan: follows its schedule once, while a CUDA graph records it, and from then on launches that graph.
+
+A graph holds a whole call: one copy of the observation to the device, the prefix, every denoising step, one copy of the
+actions back. There is one for each number of cameras and prompt size of the plan, recorded when first needed. How many
+prompt tokens are real is a number in device memory, so that prompts of one size share a graph.
+"""
+from __future__ import annotations
+
+import ctypes
+import json
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from plugins import driver
+from plugins.cublas import WORKSPACE_BYTES, CublasLt, Problem
+from plugins.kernels import Cubin
+from runtime.errors import PlanError
+from runtime.plan import Plan
+from runtime.preprocess import ModelInputs
+
+STAGING_BYTES = 64 << 20
+_TYPES = {"float": np.float32, "Bf16": np.uint16}
+
+
+class CudaExecutor:
+    """Args: plan: opened, target "cuda", for the SM of this machine's GPU; threads: of no use here.
+
+    Loads kernels and weights onto the GPU. Raises PlanError where the plan is for other GPUs or does not fit into memory,
+    KernelError where there is no usable driver or a wheel is missing.
+    """
+
+    def __init__(self, plan: Plan, threads: int | None = None):
+        self._plan = plan
+        self._num_steps = plan.manifest["num_steps"]
+        config = plan.manifest["model"]
+        self._actions_shape = config["action_horizon"], config["action_dim"]
+        self._image_tokens = (config["vision"]["image_size"] // config["vision"]["patch_size"]) ** 2
+        sm = driver.open_device()
+        schedule = _schedule(plan, sm)
+        self._variants = {(each["cameras"], each["prompt"]): each for each in schedule["variants"]}
+        self._table = np.frombuffer(plan.read("embedding"), np.uint16).reshape(config["vocab_size"], -1)
+
+        self._stream, self._branch = driver.Stream(), driver.Stream()
+        self._events = [driver.Event() for _ in range(3)]  # before the prefix, after it, after the steps
+        self._library = CublasLt() if _uses_library(schedule) else None
+        weight_bytes = sum(size for _, size in schedule["weights"].values())
+        _check_memory(plan, weight_bytes + schedule["arena_bytes"] + 2 * WORKSPACE_BYTES)
+        self._weights, self._offsets = _upload_weights(plan, schedule["weights"], self._stream)
+        self._arena = driver.Memory(schedule["arena_bytes"])
+        self._workspaces = [driver.Memory(WORKSPACE_BYTES if self._library else 1) for _ in range(2)]
+        self._kernels = _load_kernels(plan, schedule["kernels"])
+        self._upload = driver.PinnedArray(max(map(_end_of_inputs, self._variants.values())))
+        self._download = driver.PinnedArray(4 * int(np.prod(self._actions_shape)))
+        self._graphs: dict[tuple[int, int], driver.Graph] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(cameras, prompt tokens) that there can be a graph for."""
+        return list(self._variants)
+
+    def warmup(self) -> None:
+        """Records the graphs of every size with all cameras, and runs the largest once."""
+        driver.open_device()
+        cameras = max(cameras for cameras, _ in self._variants)
+        with self._lock:
+            for size in self._variants:
+                if size[0] == cameras:
+                    self._graph(size)
+            self._upload.array[:] = 0
+            self._graph(max(self._variants)).launch(self._stream)
+            self._stream.synchronize()
+
+    def run(self, inputs: ModelInputs, noise: np.ndarray, trace: dict | None = None) -> tuple[np.ndarray, dict]:
+        """Denoises `noise` float32 [H, A] into normalised actions [H, A]; returns them with the stages' milliseconds.
+
+        trace: if given, receives what the stages produced, as numpy: "image_features", "key.0", ..., and "x", the
+        states of the flow [num_steps + 1, H, A]. The launches are then made one by one, without a graph.
+        """
+        driver.open_device()  # the caller may be another thread than the one that loaded the plan
+        with self._lock:
+            size = self.stage(inputs, noise)
+            if trace is None:
+                self._graph(size).launch(self._stream)
+            else:
+                trace |= self._run_traced(size, noise, int(inputs.token_mask.sum()))
+            self._stream.synchronize()
+            actions = self._download.array.view(np.float32).reshape(self._actions_shape).copy()
+            start, middle, end = self._events
+            timing = {"prefix_ms": middle.milliseconds_since(start), "denoise_ms": end.milliseconds_since(middle)}
+        return actions, timing
+
+    def stage(self, inputs: ModelInputs, noise: np.ndarray) -> tuple[int, int]:
+        """Puts a call's inputs where its graph takes them from; returns the size whose graph that is."""
+        tokens = inputs.tokens[inputs.token_mask]
+        cameras = int(inputs.image_mask.sum())
+        size = min((size for size in self._variants if size[0] == cameras and size[1] >= len(tokens)), default=None)
+        if size is None:
+            raise PlanError(f"{self._plan.path}: is not for {cameras} cameras and {len(tokens)} prompt tokens; compile again")
+        into = self._inputs(self._variants[size])
+        images = into["images"].view(np.float32).reshape(cameras, *inputs.images.shape[1:])
+        for image, slot in zip(images, np.flatnonzero(inputs.image_mask)):
+            image[:] = inputs.images[slot]
+        rows = into["embeddings"].view(np.uint16).reshape(size[1], -1)
+        np.take(self._table, tokens, axis=0, out=rows[: len(tokens)], mode="clip")
+        rows[len(tokens) :] = 0  # padding, whose results nothing reads
+        if "state" in into:
+            into["state"].view(np.float32)[:] = inputs.state
+        into["x"].view(np.float32).reshape(noise.shape)[:] = noise
+        into["past"].view(np.int32)[:] = cameras * self._image_tokens + len(tokens)
+        return size
+
+    def _inputs(self, variant: dict) -> dict[str, np.ndarray]:
+        return {name: self._upload.array[offset : offset + size] for name, (offset, size) in variant["inputs"].items()}
+
+    def _graph(self, size: tuple[int, int]) -> driver.Graph:
+        if size not in self._graphs:
+            self._prepare_library(self._variants[size])
+            self._graphs[size] = self._stream.capture(lambda: self._follow(self._variants[size]))
+        return self._graphs[size]
+
+    def _prepare_library(self, variant: dict) -> None:
+        """Lets cuBLASLt choose its algorithms, for which there is no time while a graph is recorded."""
+        for launch in [*variant["prefix"], *variant["step"]]:
+            if "call" in launch:
+                self._library.prepare(_problem(launch["args"]))
+
+    def _run_traced(self, size: tuple[int, int], noise: np.ndarray, prompt: int) -> dict[str, np.ndarray]:
+        variant = self._variants[size]
+        self._prepare_library(variant)
+        found: dict[str, np.ndarray] = {}
+        flow = [noise]
+        of_x = {"offset": variant["inputs"]["x"][0], "rows": len(noise), "columns": noise.shape[1], "stride": noise.shape[1]}
+
+        def after_prefix_launch(index: int) -> None:
+            for name, output in variant["outputs"].items():
+                if output["after"] == index:
+                    found[name] = self._read(output)
+
+        def after_step() -> None:
+            flow.append(self._read(of_x | {"type": "float"}))
+
+        self._follow(variant, driver.Event.record, after_prefix_launch, after_step)
+        padding = size[1] - prompt
+        for name, value in found.items():
+            if name.startswith(("key.", "value.")):  # the cache [1, 1, tokens, dims], without the rows of padding
+                found[name] = value[None, None, : len(value) - padding]
+        return found | {"x": np.stack(flow)}
+
+    def _follow(
+        self,
+        variant: dict,
+        mark: Callable[[driver.Event, driver.Stream], None] = driver.Event.record_in_graph,
+        after_prefix_launch: Callable[[int], None] | None = None,
+        after_step: Callable[[], None] | None = None,
+    ) -> None:
+        """Enqueues a whole call. The functions, if given, are called where their names say."""
+        (x, x_bytes), upload_bytes = variant["inputs"]["x"], _end_of_inputs(variant)
+        self._stream.upload(self._arena.address, self._upload.address, upload_bytes)
+        for offset, size in variant["zeroed"]:
+            self._stream.clear(self._arena.address + offset, size)
+        mark(self._events[0], self._stream)
+        self._prefix(variant["prefix"], after_prefix_launch)
+        mark(self._events[1], self._stream)
+        for step in range(self._num_steps):
+            for index, launch in enumerate(variant["step"]):
+                # The first kernel of a step may overlap with the last of the step before.
+                overlap = launch.get("overlap", index == 0 < step and "kernel" in launch and "kernel" in variant["step"][-1])
+                self._launch(launch, self._stream, step, overlap)
+            if after_step:
+                after_step()
+        mark(self._events[2], self._stream)
+        self._stream.download(self._download.address, self._arena.address + x, x_bytes)
+
+    def _prefix(self, launches: list[dict], after_launch: Callable[[int], None] | None) -> None:
+        """The launches of the prefix on two streams: the branch forks off, follows the first behind what it waits for, and
+        joins at the end."""
+        has_branch = any(launch.get("branch") for launch in launches)
+        waited_for = {launch["wait_for"]: driver.Event() for launch in launches if "wait_for" in launch}
+        fork, join = driver.Event(), driver.Event()
+        if has_branch:
+            fork.record(self._stream)
+            fork.wait(self._branch)
+        for index, launch in enumerate(launches):
+            stream = self._branch if launch.get("branch") else self._stream
+            if "wait_for" in launch:
+                waited_for[launch["wait_for"]].wait(stream)
+            self._launch(launch, stream, 0, launch.get("overlap", False))
+            if index in waited_for:
+                waited_for[index].record(stream)
+            if after_launch:
+                after_launch(index)
+        if has_branch:
+            join.record(self._branch)
+            join.wait(self._stream)
+
+    def _launch(self, launch: dict, stream: driver.Stream, step: int, overlap: bool) -> None:
+        addresses = [self._resolve(argument, step) for argument in launch["args"]]
+        if "kernel" in launch:
+            shape = driver.Shape(
+                tuple(launch["grid"]), launch["threads"], launch["shared"], tuple(launch.get("cluster", (1, 1, 1)))
+            )
+            self._kernels[launch["kernel"]].launch(shape, addresses, stream.handle, overlap)
+        else:
+            operands = [address.value or 0 for address in addresses[:5]]
+            workspace = self._workspaces[stream is self._branch].address
+            self._library.matmul(_problem(launch["args"]), *operands, workspace, stream.handle)
+
+    def _resolve(self, argument, step: int):
+        """An argument of the schedule (compiler/targets/cuda/program.py) as a launch takes it."""
+        if argument is None:
+            return ctypes.c_void_p(0)
+        if isinstance(argument, int):
+            return ctypes.c_int(argument)
+        kind, *rest = argument
+        if kind == "a":
+            return ctypes.c_void_p(self._arena.address + rest[0])
+        if kind == "w":
+            name, step_bytes, offset = rest
+            return ctypes.c_void_p(self._weights.address + self._offsets[name] + step * step_bytes + offset)
+        return ctypes.c_float(rest[0])
+
+    def _read(self, output: dict) -> np.ndarray:
+        """Rows of activations from the device, as float32."""
+        self._stream.synchronize()
+        self._branch.synchronize()
+        kind = _TYPES[output["type"]]
+        rows, columns, stride = output["rows"], output["columns"], output["stride"]
+        count = (rows - 1) * stride + columns
+        staging = driver.PinnedArray(count * np.dtype(kind).itemsize)
+        self._stream.download(staging.address, self._arena.address + output["offset"], staging.array.nbytes)
+        self._stream.synchronize()
+        flat = np.zeros(rows * stride, kind)
+        flat[:count] = staging.array.view(kind)
+        values = flat.reshape(rows, stride)[:, :columns]
+        return values.copy() if kind is np.float32 else (values.astype(np.uint32) << 16).view(np.float32)
+
+
+def _schedule(plan: Plan, sm: int) -> dict:
+    name = f"schedule/sm{sm}.json"
+    if name not in plan.names:
+        made_for = ", ".join(str(each) for each in plan.manifest["sm"])
+        raise PlanError(
+            f"{plan.path}: is made for SM {made_for}, this machine's GPU is SM {sm}; compile it with --sm {sm}"
+        )
+    return json.loads(bytes(plan.read(name)))
+
+
+def _uses_library(schedule: dict) -> bool:
+    return any("call" in launch for variant in schedule["variants"] for launch in [*variant["prefix"], *variant["step"]])
+
+
+def _end_of_inputs(variant: dict) -> int:
+    """The inputs lie at the start of the arena, side by side."""
+    return max(offset + size for offset, size in variant["inputs"].values())
+
+
+def _problem(arguments: list) -> Problem:
+    """Of the arguments of a library call (compiler/targets/cuda/program.py, MATMUL)."""
+    n, m, k, x_stride, y_stride, batch, addend_batch_stride, y_bytes, gelu = arguments[5:]
+    has_bias, has_addend = arguments[2] is not None, arguments[3] is not None
+    return Problem(n, m, k, x_stride, y_stride, batch, addend_batch_stride, y_bytes, bool(gelu), has_bias, has_addend)
+
+
+def _check_memory(plan: Plan, needed: int) -> None:
+    free, total = driver.free_memory()
+    if needed > free:
+        raise PlanError(
+            f"{plan.path}: needs {needed / 1e9:.2f} GB of GPU memory, {free / 1e9:.2f} of {total / 1e9:.2f} GB are free; "
+            "end what else uses the GPU"
+        )
+
+
+def _upload_weights(plan: Plan, weights: dict[str, list[int]], stream: driver.Stream) -> tuple[driver.Memory, dict[str, int]]:
+    """All weights in one block of device memory, by way of two pieces of pinned memory: one fills while one is copied."""
+    end = max(offset + size for offset, size in weights.values())
+    block = driver.Memory(end)
+    staging = [(driver.PinnedArray(STAGING_BYTES), driver.Event()) for _ in range(2)]
+    used, turn = 0, 0
+    pieces = _pieces(plan, weights)
+    for destination, piece in pieces:
+        if used + len(piece) > STAGING_BYTES:
+            staging[turn][1].record(stream)
+            turn, used = 1 - turn, 0
+            staging[turn][1].synchronize()
+        pinned = staging[turn][0]
+        pinned.array[used : used + len(piece)] = piece
+        stream.upload(block.address + destination, pinned.address + used, len(piece))
+        used += len(piece)
+    stream.synchronize()
+    return block, {name: offset for name, (offset, _) in weights.items()}
+
+
+def _pieces(plan: Plan, weights: dict[str, list[int]]) -> Iterator[tuple[int, np.ndarray]]:
+    """(offset in the block, at most a quarter of the staging memory) of every weight."""
+    step = STAGING_BYTES // 4
+    for name, (offset, size) in weights.items():
+        data = np.frombuffer(plan.read(f"weights/{name}"), np.uint8)
+        for start in range(0, size, step):
+            yield offset + start, data[start : start + step]
+
+
+def _load_kernels(plan: Plan, kernels: list[dict]) -> list[driver.Kernel]:
+    """The schedule's kernels in its order; each cubin is loaded once."""
+    symbols: dict[str, dict[str, str]] = {}
+    for each in kernels:
+        symbols.setdefault(each["cubin"], {})[each["expression"]] = each["symbol"]
+    loaded = {entry: driver.load(Cubin(bytes(plan.read(entry)), names)) for entry, names in symbols.items()}
+    return [loaded[each["cubin"]][each["expression"]] for each in kernels]
