@@ -42,20 +42,35 @@ def compile_cubin(
     cached under `cache`, by default $DUQ_CACHE or ~/.cache/duq.
     Raises KernelError for an unknown SM, a missing wheel, or source that does not compile (with the compiler's log).
     """
+    text = (SOURCES / source).read_text()
+    return compile_text(source, text, sm, kernels, headers, options, cache)
+
+
+def compile_text(
+    name: str,
+    text: str,
+    sm: int,
+    kernels: Sequence[str],
+    headers: Mapping[str, str] | None = None,
+    options: Sequence[str] = (),
+    cache: Path | None = None,
+) -> Cubin:
+    """The same for source that is no file; `name` is what the compiler calls it."""
     if sm not in ARCHITECTURES:
         known = ", ".join(map(str, ARCHITECTURES))
         raise KernelError(f"no kernels for SM {sm}; known are {known}")
     nvrtc = _nvrtc()
-    version = _checked(nvrtc, nvrtc.nvrtcVersion(), source)
+    version = _checked(nvrtc, nvrtc.nvrtcVersion(), name)
     texts = {path.name: path.read_text() for path in sorted(SOURCES.glob("*.cuh"))} | dict(headers or {})
-    text = (SOURCES / source).read_text()
     arguments = [f"--gpu-architecture={ARCHITECTURES[sm]}", *OPTIONS, *options]
     key = hashlib.sha256(json.dumps([version, text, texts, arguments, list(kernels)]).encode()).hexdigest()
-    entry = (cache or _default_cache()) / f"{key}.cubin"
-    cubin = _read_entry(entry)
-    if cubin is None:
-        cubin = _compile(nvrtc, source, text, texts, arguments, kernels)
-        _write_entry(entry, cubin)
+    entry = (cache or default_cache()) / f"{key}.cubin"
+    body = read_cached(entry)
+    if body is not None:
+        symbols, image = body.split(b"\n", 1)
+        return Cubin(image, json.loads(symbols))
+    cubin = _compile(nvrtc, name, text, texts, arguments, kernels)
+    write_cached(entry, json.dumps(dict(cubin.symbols)).encode() + b"\n" + cubin.image)
     return cubin
 
 
@@ -102,29 +117,25 @@ def _checked(nvrtc, result: tuple, source: str):
     return values[0] if len(values) == 1 else values
 
 
-# A cache entry: the sha256 of the rest, one line of JSON with the symbols, the cubin.
+# A cache entry: the sha256 of the rest, and the rest. A cubin's: one line of JSON with the symbols, the image.
 
 
-def _default_cache() -> Path:
+def default_cache() -> Path:
     return Path(os.environ.get("DUQ_CACHE") or Path.home() / ".cache" / "duq")
 
 
-def _read_entry(path: Path) -> Cubin | None:
-    """The cached cubin; None when there is none or it is damaged, so that it is built again."""
+def read_cached(path: Path) -> bytes | None:
+    """What was kept; None when there is nothing or it is damaged, so that it is made again."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return None
     digest, body = content[:32], content[32:]
-    if hashlib.sha256(body).digest() != digest:
-        return None
-    symbols, image = body.split(b"\n", 1)
-    return Cubin(image, json.loads(symbols))
+    return body if hashlib.sha256(body).digest() == digest else None
 
 
-def _write_entry(path: Path, cubin: Cubin) -> None:
+def write_cached(path: Path, body: bytes) -> None:
     """Writes beside the entry and renames, so that a process reading at the same time sees all of it or nothing."""
-    body = json.dumps(dict(cubin.symbols)).encode() + b"\n" + cubin.image
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:

@@ -10,9 +10,11 @@ from plugins.layout import (
     activation_slabs,
     interleave_gate_up,
     interleave_rotary,
+    pack_bitblas,
     pack_float_fragments,
     pack_fragments,
     pack_int4,
+    unpack_bitblas,
     unpack_float_fragments,
     unpack_fragments,
     unpack_int4,
@@ -235,3 +237,17 @@ def test_refuses_float_fragments_that_do_not_fit(values):
 def test_refuses_float_fragments_of_another_size():
     with pytest.raises(LayoutError):
         unpack_float_fragments(np.zeros(510, np.uint8), (16, 16))
+
+
+matrices = st.tuples(st.integers(1, 9), st.integers(1, 9)).flatmap(
+    lambda s: hnp.arrays(np.int8, (s[0], 2 * s[1]), elements=st.integers(-8, 7))
+)
+
+
+@settings(deadline=None)
+@given(matrices)
+def test_bitblas_weights_are_nibbles_plus_8(values):
+    packed = pack_bitblas(values)
+    low, high = packed.astype(int) % 16, packed.astype(int) // 16
+    np.testing.assert_array_equal(np.stack([low, high], -1).reshape(values.shape) - 8, values)
+    np.testing.assert_array_equal(unpack_bitblas(packed, values.shape), values)
