@@ -70,6 +70,22 @@ class Epilogue:
     parts: list[ir.Value] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Rotation:
+    """The rotary embedding of a product's q, k, v: widths, the values that result, the nodes that it covers; the first
+    position, counted from *past if that is given; where keys and values go if not beside the queries."""
+
+    columns: list[int]
+    dims: int
+    results: list[ir.Value]
+    nodes: list[ir.Node]
+    tables: list[Weight]
+    first: int
+    past: Matrix | None
+    key: Matrix | None
+    value: Matrix | None
+
+
 @dataclass
 class Variant:
     """All launches of a call with `cameras` images and a prompt of at most `prompt` tokens."""
@@ -219,14 +235,18 @@ class Lowering:
             y = self._flow_step(name, x, weight, epilogue)
         elif isinstance(x, Matrix) and x.type == "float" and x.columns <= NARROW:
             y = self._narrow_linear(name, x, weight, epilogue)
+        elif node.op_type == "MatMul" and _source(x).rows <= FEW_TOKENS and not epilogue.activation == "gelu":
+            y = self._small_linear(name, x if isinstance(x, Normed) and not x.centre else self._matrix(node.inputs[0]), weight, epilogue)
         elif node.op_type == "MatMul":
             y = self._float_linear(name, self._matrix(node.inputs[0]), weight, epilogue)
         else:
             raise GraphError(f"{name}: --target cuda has no kernel for {node.op_type}; quantise its activations too")
         self.covered |= set(epilogue.nodes)
-        if not epilogue.parts:
+        if y is None:
+            pass  # its parts are known
+        elif not epilogue.parts:
             self.values[epilogue.out] = y
-        elif any(reader.op_type == "RotaryEmbedding" for part in epilogue.parts for reader in _readers(_past_views(part))):
+        elif _is_rotated(epilogue):
             self._rotary(name, epilogue.parts, y)
         else:
             self.values |= dict(zip(epilogue.parts, y.split([part.shape[-1] for part in epilogue.parts])))
@@ -243,10 +263,10 @@ class Lowering:
         biases = [operands["bias"]] if "bias" in operands else epilogue.bias
         _expect(not (biases and epilogue.gate) and epilogue.bias_table is None, node)
         if epilogue.gate is None:
-            scale = self.weights.float32(operands["weight_scale"], geglu=geglu)
+            scale = self.weights.float32(operands["weight_scale"], order="gate-up" if geglu else "")
         else:  # (acc * weight_scale * x_scale) * gate: one table of weight_scale * gate
             scale = self.weights.table(epilogue.gate.producer().inputs[0], operands["weight_scale"])
-        bias = self.weights.float32(*biases, geglu=geglu) if biases else None
+        bias = self.weights.float32(*biases, order="gate-up" if geglu else "") if biases else None
         residual = self._residual(epilogue)
         packed = self.weights.packed(operands["weight"], bits, tactic.layout, geglu)
         workspace = self._workspace(tactic, m, n, x.x.buffer.branch)
@@ -258,6 +278,51 @@ class Lowering:
         weight_bytes = n * k * bits // 8
         self._kernel(name, how, arguments, reads, writes, 2.0 * m * n * k, weight_bytes, headers=dict(tactic.headers()))
         return y
+
+    def _small_linear(self, name: str, x: Matrix | Normed, weight: ir.Value, epilogue: Epilogue) -> Matrix | None:
+        """A float product of few tokens: one kernel with the norm in front and everything behind it, a rotary embedding
+        included; then the parts are bound here and None is returned."""
+        source, norm = _source(x), isinstance(x, Normed)
+        (k, n), m = weight.shape.numpy(), source.rows
+        rotary = self._rotation(name, epilogue.parts, m) if _is_rotated(epilogue) and len(epilogue.parts) == 3 else None
+        finish = "ROTARY" if rotary else epilogue.activation.upper() or "NONE"
+        order = {"ROTARY": "rotary", "GEGLU": "gate-up"}.get(finish, "")
+        residual = self._residual(epilogue)
+        _expect(finish in ("NONE", "SILU", "GEGLU", "ROTARY") and (residual is None or finish == "NONE"), name)
+        y = self._new(name, m, n, "Bf16") if rotary else self._new_output(epilogue, m, n // 2 if finish == "GEGLU" else n)
+
+        # norm(x) W with norm(x) = x r gain + shift: (x gain) W r + shift W, the last a bias, for each step one.
+        biases = [value for value in (*epilogue.bias, epilogue.bias_table) if value is not None]
+        scaled = None if epilogue.gate is None else self.weights.table(epilogue.gate.producer().inputs[0])
+        shifted = norm and x.shift is not None
+        _expect(not (biases and (scaled or shifted)) and not (epilogue.bias and epilogue.bias_table), name)
+        bias = None
+        if shifted:
+            bias = self.weights.shift_product(x.shift, weight, order)
+        elif epilogue.bias_table is not None:
+            bias = self.weights.table(epilogue.bias_table.producer().inputs[0])
+        elif epilogue.bias:
+            bias = self.weights.float32(*epilogue.bias, order=order)
+
+        tactic = tactics.best_float(m, n, k, self.sm)
+        how = pointwise.Launch("gemm_float.cu", tactic.expression(source.type, y.type, norm, finish), tactic.shape(m, n))
+        _expect(source.stride == source.columns, name)
+        key, value = (rotary.key, rotary.value) if rotary else (None, None)
+        if rotary and key is None:  # the suffix's own, beside its queries
+            key, value = y.split([n - 2 * rotary.dims, rotary.dims, rotary.dims])[1:]
+        past = rotary.past if rotary else None
+        arguments = [source.pointer, x.gain if norm else None, self.weights.float_fragments(weight, order), scaled, bias]
+        arguments += [residual and residual.pointer, y.pointer, key and key.pointer, value and value.pointer]
+        arguments += rotary.tables if rotary else [None, None]
+        arguments += [past and past.pointer, m, n, k, y.stride, key.stride if key else 0, rotary.first if rotary else 0]
+        arguments += [int(rotary is not None and rotary.key is not None), Float(x.epsilon if norm else 0.0)]
+        reads = [each for each in (source, residual, past) if each]
+        writes = [y, *([rotary.key, rotary.value] if rotary and rotary.key else [])]
+        self._kernel(name, how, arguments, reads, writes, 2.0 * m * n * k, 2 * n * k)
+        if rotary is None:
+            return y
+        self._bind_rotation(rotary, y)
+        return None
 
     def _float_linear(self, name: str, x: Matrix, weight: ir.Value, epilogue: Epilogue) -> Matrix:
         n = weight.shape[-1]
@@ -313,34 +378,41 @@ class Lowering:
 
     # Attention
 
-    def _rotary(self, name: str, parts: Sequence[ir.Value], y: Matrix) -> None:
-        """The product's q, k and v: rotary embedding of q and k in place, or into the cache together with v."""
+    def _rotation(self, name: str, parts: Sequence[ir.Value], rows: int) -> Rotation:
+        """What becomes of the q, k and v (or k and v) of a product: a rotary embedding of q and k, perhaps the cache."""
         columns = [part.shape[-1] for part in parts]
         turned = [_past_views(part) for part in parts]
-        rotations = [_readers(value)[0] for value in turned[:-1]]
-        _expect(len(parts) in (2, 3) and all(node.op_type == "RotaryEmbedding" for node in rotations), name)
-        results = [*(node.outputs[0] for node in rotations), turned[-1]]
-        dims = rotations[-1].inputs[0].shape[-1]
-        heads = columns[0] // dims if len(parts) == 3 else 0
+        nodes = [_readers(value)[0] for value in turned[:-1]]
+        _expect(len(parts) in (2, 3) and all(node.op_type == "RotaryEmbedding" for node in nodes), name)
+        results = [*(node.outputs[0] for node in nodes), turned[-1]]
+        dims = nodes[-1].inputs[0].shape[-1]
         _expect(columns[-2:] == [dims, dims], name)  # one head of keys and values
-
-        positions = self._integer(rotations[0].inputs[3]).reshape(-1)
-        _expect((np.diff(positions) == 1).all() and len(positions) == y.rows, name)
-        first = int(positions[0])  # of tokens behind the prefix: counted from the end of its real tokens
-        past = self.past if first else None
-        first -= self.prefix_rows if first else 0
+        positions = self._integer(nodes[0].inputs[3]).reshape(-1)
+        _expect((np.diff(positions) == 1).all() and len(positions) == rows, name)
+        behind = int(positions[0]) > 0  # tokens behind the prefix are counted from the end of its real tokens
+        first = int(positions[0]) - self.prefix_rows if behind else 0
         key, value = (self._cache(result) for result in results[-2:])
-        tables = [self.weights.float32(operand) for operand in rotations[0].inputs[1:3]]
-        arguments = [y.pointer, *tables, key and key.pointer, value and value.pointer, past and past.pointer]
-        arguments += [first, y.stride, key.stride if key else 0]
-        writes = [y, *([key, value] if key else [])]
-        self._kernel(f"{name} (rotary)", pointwise.rotary(y.rows, heads, dims), arguments, [y, *([past] if past else [])], writes)
-        pieces = y.split(columns)
-        if key is not None:
-            rows = slice(0, self.prefix_rows) if past is None else slice(self.prefix_rows, self.prefix_rows + 1)
-            pieces[-2:] = [each.slice_rows(rows.start, rows.stop) for each in (key, value)]
-        self.covered |= {*rotations, *(view for part in parts for view in _views_between(part, _past_views(part)))}
-        self.values |= dict(zip(results, pieces))
+        tables = [self.weights.float32(operand) for operand in nodes[0].inputs[1:3]]
+        views = [view for part, last in zip(parts, turned) for view in _views_between(part, last)]
+        return Rotation(columns, dims, results, [*nodes, *views], tables, first, self.past if behind else None, key, value)
+
+    def _rotary(self, name: str, parts: Sequence[ir.Value], y: Matrix) -> None:
+        """The rotary embedding as a launch of its own: q and k in place, or k and v into the cache."""
+        r = self._rotation(name, parts, y.rows)
+        heads = (sum(r.columns) - 2 * r.dims) // r.dims
+        arguments = [y.pointer, *r.tables, r.key and r.key.pointer, r.value and r.value.pointer, r.past and r.past.pointer]
+        arguments += [r.first, y.stride, r.key.stride if r.key else 0]
+        reads, writes = [y, *([r.past] if r.past else [])], [y, *([r.key, r.value] if r.key else [])]
+        self._kernel(f"{name} (rotary)", pointwise.rotary(y.rows, heads, r.dims), arguments, reads, writes)
+        self._bind_rotation(r, y)
+
+    def _bind_rotation(self, r: Rotation, y: Matrix) -> None:
+        pieces = y.split(r.columns)
+        if r.key is not None:  # the prefix's rows, or the one behind them
+            start, stop = (0, self.prefix_rows) if r.past is None else (self.prefix_rows, self.prefix_rows + 1)
+            pieces[-2:] = [each.slice_rows(start, stop) for each in (r.key, r.value)]
+        self.covered |= set(r.nodes)
+        self.values |= dict(zip(r.results, pieces))
 
     def _cache(self, value: ir.Value) -> Matrix | None:
         """The cache that keys or values belong in: those that the prefix hands to the steps."""
@@ -540,6 +612,15 @@ class Lowering:
     def _input(self, name: str, rows: int, columns: int, kind: str, branch: bool = False) -> Matrix:
         buffer = Buffer(name, rows * columns * BYTES[kind], persistent=True, branch=branch)
         return Matrix(buffer, rows, columns, kind)
+
+
+def _source(x: Matrix | Normed) -> Matrix:
+    return x.x if isinstance(x, Normed) else x
+
+
+def _is_rotated(epilogue: Epilogue) -> bool:
+    readers = [reader for part in epilogue.parts for reader in _readers(_past_views(part))]
+    return any(reader.op_type == "RotaryEmbedding" for reader in readers)
 
 
 def _epilogue(node: ir.Node) -> Epilogue:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from compiler.targets.cuda.program import Weight
-from plugins.layout import interleave_gate_up, pack_fragments
+from plugins.layout import interleave_gate_up, interleave_rotary, pack_float_fragments, pack_fragments
 
 
 class Weights:
@@ -26,13 +26,13 @@ class Weights:
     def packed(self, weight: ir.Value, bits: int, layout: str, geglu: bool) -> Weight:
         """Quantised weight [K, N] as tensor core fragments; with GeGLU, gate and up interleaved."""
         k, n = weight.shape.numpy()
-        order = f".{layout}" + (".gate-up" if geglu else "")
+        order = "gate-up" if geglu else ""
 
         def compute() -> np.ndarray:
             values = np.ascontiguousarray(weight.const_value.numpy().astype(np.int8).T)
-            return pack_fragments(_interleaved(values, geglu), bits, layout)
+            return pack_fragments(_in_order(values, order), bits, layout)
 
-        return self._add(title(weight.name) + f".int{bits}{order}", n * k * bits // 8, compute)
+        return self._add(f"{title(weight.name)}.int{bits}.{layout}{_suffix(order)}", n * k * bits // 8, compute)
 
     def matrix(self, weight: ir.Value, columns: int | None = None) -> Weight:
         """Float weight [K, N] (or a convolution's [N, ...]) as bf16 [N, columns], zeros beyond K."""
@@ -49,13 +49,33 @@ class Weights:
 
         return self._add(f"{title(weight.name)}.bf16", 2 * n * columns, compute)
 
-    def float32(self, *values: ir.Value, geglu: bool = False) -> Weight:
-        """Vectors (joined) or a matrix as they are."""
-        name = title("+".join(value.name for value in values)) + ".float32" + (".gate-up" if geglu else "")
+    def float_fragments(self, weight: ir.Value, order: str) -> Weight:
+        """Float weight [K, N] as bf16 tensor core fragments, its rows [N] in the order of an epilogue."""
+        k, n = weight.shape.numpy()
+
+        def compute() -> np.ndarray:
+            return pack_float_fragments(to_bf16(_in_order(np.ascontiguousarray(weight.const_value.numpy().T), order)))
+
+        return self._add(f"{title(weight.name)}.bf16.fragments{_suffix(order)}", 2 * n * k, compute)
+
+    def shift_product(self, shift: Weight, weight: ir.Value, order: str) -> Weight:
+        """shift W for each step, float32 [steps, N]: what an adaptive norm's shift adds to the product behind it."""
+        k, n = weight.shape.numpy()
+        shifts, steps = self.sources[shift.name], self.bytes[shift.name] // (4 * k)
+
+        def compute() -> np.ndarray:
+            return np.ascontiguousarray(_in_order((shifts() @ np.float32(weight.const_value.numpy())).T, order).T)
+
+        name = f"{shift.name}@{title(weight.name)}.float32{_suffix(order)}"
+        return Weight(self._add(name, 4 * steps * n, compute).name, step_bytes=4 * n)
+
+    def float32(self, *values: ir.Value, order: str = "") -> Weight:
+        """Vectors (joined) or a matrix as they are; a vector perhaps in the order of an epilogue."""
+        name = title("+".join(value.name for value in values)) + ".float32" + _suffix(order)
         size = 4 * sum(int(np.prod(value.shape.numpy())) for value in values)
 
         def compute() -> np.ndarray:
-            return _interleaved(np.concatenate([np.float32(value.const_value.numpy()) for value in values]), geglu)
+            return _in_order(np.concatenate([np.float32(value.const_value.numpy()) for value in values]), order)
 
         return self._add(name, size, compute)
 
@@ -102,5 +122,12 @@ def to_bf16(values: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
-def _interleaved(values: np.ndarray, geglu: bool) -> np.ndarray:
-    return interleave_gate_up(*np.split(values, 2)) if geglu else values
+def _in_order(values: np.ndarray, order: str) -> np.ndarray:
+    """Rows of a weight, or a bias or scale of as many elements, as an epilogue wants them (plugins/layout.py)."""
+    if order == "gate-up":
+        return interleave_gate_up(*np.split(values, 2))
+    return interleave_rotary(values) if order == "rotary" else values
+
+
+def _suffix(order: str) -> str:
+    return f".{order}" if order else ""
