@@ -7,13 +7,17 @@ from compiler.targets.cuda.program import ALIGNMENT, Buffer, Launch
 
 
 def schedule(launches: Sequence[Launch]) -> None:
-    """What the launches of the second stream wait for, and which launches may overlap with the one ahead of them."""
+    """What the launches of the second stream wait for, and which launches may overlap with the one ahead of them.
+
+    They wait for the first stream to have written what they read, and also what they write: where a prompt is shorter
+    than its buffer, the state token's keys and values replace those of a token of padding.
+    """
     written: dict[Buffer, int] = {}
     ahead: dict[bool, Launch] = {}  # by stream
     waited = -1
     for index, launch in enumerate(launches):
         if launch.branch:
-            latest = max((written[buffer] for buffer in launch.reads if buffer in written), default=-1)
+            latest = max((written[buffer] for buffer in [*launch.reads, *launch.writes] if buffer in written), default=-1)
             if latest > waited:
                 launch.wait_for = waited = latest
         else:
