@@ -267,14 +267,19 @@ _FLOAT_TILES = [(4, 4, 2), (2, 8, 2), (2, 4, 2), (4, 4, 1), (1, 8, 4), (1, 8, 2)
 
 
 def float_candidates(m: int, n: int, k: int, sm: int) -> list[Float]:
-    """The tactics worth timing for a bf16 weight [n, k] and m <= FEW_TOKENS tokens."""
+    """The tactics worth timing for a bf16 weight [n, k] and m <= FEW_TOKENS tokens.
+
+    Those with about as many blocks as multiprocessors; of a small policy, which has too few, all, the most blocks first.
+    """
     tiles = [
         Float(rows16, -(-m // 8), warps, stages, split)
         for rows16, warps, stages in _FLOAT_TILES
         for split in ((1, 2, 3, 4, 8) if sm == 90 else (1,))
     ]
     fitting = [t for t in tiles if t.divides(n, k) and t.shape(m, n).shared_bytes <= MAX_SHARED_BYTES[sm]]
-    return [t for t in fitting if 64 <= t.shape(m, n).grid[0] * t.split <= 2.2 * MULTIPROCESSORS]
+    blocks = {tactic: tactic.shape(m, n).grid[0] * tactic.split for tactic in fitting}
+    spread_well = [tactic for tactic in fitting if 64 <= blocks[tactic] <= 2.2 * MULTIPROCESSORS]
+    return spread_well or sorted(fitting, key=lambda tactic: -blocks[tactic])
 
 
 def best_float(m: int, n: int, k: int, sm: int) -> Float:
