@@ -23,7 +23,7 @@ def rotate(x: Tensor, rotary: KeyValue) -> Tensor:
     cos, sin = rotary
     half = x.shape[-1] // 2
     first, second = x[..., :half], x[..., half:]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):

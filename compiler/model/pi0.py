@@ -69,7 +69,7 @@ class Pi0(nn.Module):
 
         Only keys are masked: a padded query computes something nobody reads, instead of a softmax over nothing.
         """
-        x = torch.cat((image_tokens, self.llm.embed(tokens)), dim=1)
+        x = torch.cat((image_tokens, self.llm.embed(tokens).to(image_tokens.dtype)), dim=1)
         valid_keys = mask[:, None, None, :].expand(-1, -1, mask.shape[1], -1)
         return self.llm(x, positions=mask.cumsum(dim=1) - 1, mask=valid_keys)
 
@@ -78,7 +78,7 @@ class Pi0(nn.Module):
 
         pi0: a state token and H action tokens that carry the time. pi0.5: H action tokens; time goes into the norms.
         """
-        embedded_time = time_embedding(time, self.action_in_proj.out_features)
+        embedded_time = time_embedding(time, self.action_in_proj.out_features).to(x_t.dtype)
         actions = self.action_in_proj(x_t)
         if self.config.pi05:
             return actions, F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(embedded_time))))
@@ -115,6 +115,6 @@ class Pi0(nn.Module):
         _, past = self.prefix(self.embed_images(images), tokens, mask)
         x_t = noise
         for time in timesteps(num_steps):
-            v_t = self.velocity(state, x_t, x_t.new_full((len(x_t),), time), mask, past)
+            v_t = self.velocity(state, x_t, torch.full((len(x_t),), time, device=x_t.device), mask, past)
             x_t = x_t - v_t / num_steps
         return x_t
