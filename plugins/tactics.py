@@ -263,28 +263,34 @@ class Float:
         return n % (16 * self.rows16) == 0 and k % 16 == 0
 
 
-_FLOAT_TILES = [(4, 4, 2), (2, 8, 2), (2, 4, 2), (4, 4, 1), (1, 8, 4), (1, 8, 2), (1, 4, 4), (1, 4, 2)]
+_FLOAT_TILES = [(4, 4, 2), (2, 4, 2), (1, 8, 4), (1, 4, 2)]  # rows16, warps, stages
+_FLOAT_SPLITS = (1, 2, 3, 4, 8)
 
 
 def float_candidates(m: int, n: int, k: int, sm: int) -> list[Float]:
-    """The tactics worth timing for a bf16 weight [n, k] and m <= FEW_TOKENS tokens.
+    """The tactics worth timing for a bf16 weight [n, k] and m <= FEW_TOKENS tokens, the likeliest first.
 
-    Those with about as many blocks as multiprocessors; of a small policy, which has too few, all, the most blocks first.
+    Every block reads all tokens, so as many rows a block as can be while there are blocks for the multiprocessors;
+    splitting K over a cluster makes them more.
     """
-    tiles = [
-        Float(rows16, -(-m // 8), warps, stages, split)
+    fitting = [
+        tactic
         for rows16, warps, stages in _FLOAT_TILES
-        for split in ((1, 2, 3, 4, 8) if sm == 90 else (1,))
+        for split in (_FLOAT_SPLITS if sm == 90 else (1,))
+        if (tactic := Float(rows16, -(-m // 8), warps, stages, split)).divides(n, k)
+        and tactic.shape(m, n).shared_bytes <= MAX_SHARED_BYTES[sm]
     ]
-    fitting = [t for t in tiles if t.divides(n, k) and t.shape(m, n).shared_bytes <= MAX_SHARED_BYTES[sm]]
-    blocks = {tactic: tactic.shape(m, n).grid[0] * tactic.split for tactic in fitting}
-    spread_well = [tactic for tactic in fitting if 64 <= blocks[tactic] <= 2.2 * MULTIPROCESSORS]
-    return spread_well or sorted(fitting, key=lambda tactic: -blocks[tactic])
+    spread = [t for t in fitting if 64 <= t.shape(m, n).grid[0] * t.split <= 2.2 * MULTIPROCESSORS]
+    return spread or fitting
 
 
 def best_float(m: int, n: int, k: int, sm: int) -> Float:
-    """The tactic for a bf16 weight [n, k] and m <= FEW_TOKENS tokens. Raises KernelError when none fits."""
-    fitting = float_candidates(m, n, k, sm)
-    if not fitting:
+    """The tactic for a bf16 weight [n, k] and m <= FEW_TOKENS tokens. Raises KernelError when none fits.
+
+    The most rows a block; of its splits the smallest with a block for every multiprocessor (as measured on an H100).
+    """
+    candidates = float_candidates(m, n, k, sm) if m <= FEW_TOKENS else []
+    if not candidates:
         raise KernelError(f"no float GEMM kernel for M, N, K = {m}, {n}, {k} on SM {sm}")
-    return fitting[0]
+    blocks = {t: t.shape(m, n).grid[0] * t.split for t in candidates if t.rows16 == candidates[0].rows16}
+    return next((t for t in blocks if blocks[t] > MULTIPROCESSORS), max(blocks, key=blocks.get))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from plugins import attention, driver, kernels, pointwise, tactics
 from plugins.errors import KernelError
 from plugins.kernels import ARCHITECTURES, Cubin, compile_cubin, read_cached
-from plugins.tactics import Wgmma, best, candidates, fits, wgmma_header
+from plugins.tactics import Wgmma, best, best_float, candidates, fits, wgmma_header
 
 
 POINTWISE = [
@@ -138,6 +138,20 @@ def test_timed_tactics_are_chosen():
 def test_says_when_nothing_fits():
     with pytest.raises(KernelError, match="100, 24, 1024"):
         best(100, 24, 1024, 4, 90)
+    with pytest.raises(KernelError, match="65, 1024, 1024"):
+        best_float(65, 1024, 1024, 90)
+    with pytest.raises(KernelError, match="50, 24, 1024"):
+        best_float(50, 24, 1024, 90)
+
+
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+@pytest.mark.parametrize("m", [1, 50, 64])
+@pytest.mark.parametrize(("n", "k"), [*EXPERT, (1024, 1024), (16, 64), (256, 16)])
+def test_every_float_gemm_of_the_expert_has_a_tactic(n, k, m, sm):
+    tactic = best_float(m, n, k, sm)
+    shape = tactic.shape(m, n)
+    assert tactic.divides(n, k) and shape.shared_bytes <= tactics.MAX_SHARED_BYTES[sm]
+    assert shape.grid[2] == 1 and (sm == 90 or shape.cluster == (1, 1, 1))
 
 
 def test_wgmma_has_an_operand_for_every_accumulator():

@@ -83,11 +83,24 @@ template <int COUNT> __device__ inline float4 sum_quads(const float* at, int str
 }
 
 #if CLUSTER
-// Writes to the shared memory of block `rank` of the cluster, at the address that `local` has in one's own.
-__device__ inline void store_remote(const float* local, int rank, float4 v) {
-  asm volatile("{.reg .u32 remote;\nmapa.shared::cluster.u32 remote, %4, %5;\n"
-               "st.shared::cluster.v4.f32 [remote], {%0,%1,%2,%3};}" ::"f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w),
-               "r"(unsigned(__cvta_generic_to_shared(local))), "r"(rank) : "memory");
+// Between the blocks of a cluster, data announce their own arrival: a barrier that orders them instead (release,
+// acquire) waits for all of a block's memory traffic.
+__device__ inline unsigned address_of(const void* shared) { return unsigned(__cvta_generic_to_shared(shared)); }
+
+__device__ inline void expect(unsigned long long* barrier, int bytes) {  // one thread, before the others may send
+  asm volatile("mbarrier.init.shared.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;\n"
+               "mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address_of(barrier)), "r"(bytes) : "memory");
+}
+__device__ inline void wait(unsigned long long* barrier) {
+  asm volatile("{.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n@!done bra again;}"
+               ::"r"(address_of(barrier)) : "memory");
+}
+// Writes to block `rank` of the cluster, at the addresses that `to` and `barrier` have in one's own shared memory.
+__device__ inline void send(float4 v, const float* to, unsigned long long* barrier, int rank) {
+  asm volatile("{.reg .u32 at, signal;\nmapa.shared::cluster.u32 at, %4, %6;\nmapa.shared::cluster.u32 signal, %5, %6;\n"
+               "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [at], {%0,%1,%2,%3}, [signal];}"
+               ::"f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(address_of(to)), "r"(address_of(barrier)), "r"(rank)
+               : "memory");
 }
 #endif
 
@@ -190,10 +203,10 @@ gemm_float(const In* x, const float* gain, const uint4* weight, const float* cha
   extern __shared__ __align__(16) float partial[];  // [WARPS][TOKENS][PITCH], [SPLIT][SLOTS][PITCH] of all blocks
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int rank = blockIdx.y, chunks = depth / 16;
-  const int begin = chunks * rank / SPLIT, end = chunks * (rank + 1) / SPLIT;  // a warp takes every WARPS-th of them
-  const int first_token = blockIdx.z * TOKENS;
-  tokens = min(tokens - first_token, TOKENS);  // of this block
+  const int rank = blockIdx.y, chunks = depth / 16, first_token = blockIdx.z * TOKENS;
+  const int begin = chunks * rank / SPLIT, end = chunks * (rank + 1) / SPLIT;
+  const int steps = (end - begin + WARPS - 1) / WARPS;  // a warp takes every WARPS-th chunk
+  tokens = min(tokens - first_token, TOKENS);           // of this block
 
   const uint4* const weights = weight + size_t(blockIdx.x) * ROWS16 * chunks * 32;
   const In* const activations = x + size_t(first_token + g) * depth + 4 * t;
@@ -203,61 +216,71 @@ gemm_float(const In* x, const float* gain, const uint4* weight, const float* cha
   Channels<In> a[STAGES][TOKENS8];
   float acc[ROWS16][TOKENS8][4] = {}, squares[TOKENS8] = {};
 
-  auto fetch_weights = [&](int stage, int chunk) {
-    if (chunk >= end) return;
+  auto fetch_weights = [&](int stage, int step) {
+    const int chunk = min(begin + step * WARPS + warp, end - 1);  // beyond the end the activations are zero
 #pragma unroll
     for (int i = 0; i < ROWS16; ++i) w[stage][i] = load_weights(weights + (size_t(i) * chunks + chunk) * 32 + lane);
-    if (NORM && gain) gains[stage] = __ldg(reinterpret_cast<const float4*>(gain + chunk * 16) + t);
+    if (NORM) gains[stage] = gain ? __ldg(reinterpret_cast<const float4*>(gain + chunk * 16) + t) : float4{1, 1, 1, 1};
   };
-  auto fetch_activations = [&](int stage, int chunk) {
-    if (chunk >= end) return;
+  auto fetch_activations = [&](int stage, int step) {
+    const int chunk = begin + step * WARPS + warp;
 #pragma unroll
     for (int j = 0; j < TOKENS8; ++j) {
       a[stage][j] = {};
-      if (8 * j + g < tokens) a[stage][j] = load_activations(activations + size_t(8 * j) * depth + chunk * 16);
+      if (8 * j + g < tokens && chunk < end)
+        a[stage][j] = load_activations(activations + size_t(8 * j) * depth + chunk * 16);
     }
   };
-  auto multiply = [&](const uint4 (&w)[ROWS16], const float4& gains, const Channels<In> (&a)[TOKENS8]) {
+  auto multiply = [&](int stage) {
 #pragma unroll
     for (int j = 0; j < TOKENS8; ++j) {
-      uint2 b = to_bf16(a[j]);
+      uint2 b = to_bf16(a[stage][j]);
       if (NORM) {
-        const float4 f = to_floats(a[j]);
+        const float4 f = to_floats(a[stage][j]), factor = gains[stage];
         squares[j] += f.x * f.x + f.y * f.y + f.z * f.z + f.w * f.w;
-        if (gain) b = to_bf16(float4{f.x * gains.x, f.y * gains.y, f.z * gains.z, f.w * gains.w});
+        b = to_bf16(float4{f.x * factor.x, f.y * factor.y, f.z * factor.z, f.w * factor.w});
       }
 #pragma unroll
-      for (int i = 0; i < ROWS16; ++i) mma(acc[i][j], w[i], b);
+      for (int i = 0; i < ROWS16; ++i) mma(acc[i][j], w[stage][i], b);
     }
   };
 
 #pragma unroll
-  for (int stage = 0; stage < STAGES; ++stage) fetch_weights(stage, begin + warp + stage * WARPS);
+  for (int stage = 0; stage < STAGES; ++stage)
+    if (stage < steps) fetch_weights(stage, stage);
   const int rest = begin + STAGES * WARPS;
   if (threadIdx.x < ROWS16 && rest < end)
     prefetch(weights + (size_t(threadIdx.x) * chunks + rest) * 32, (end - rest) * 512);
   const int position = first_position + (past ? *past : 0);
+  constexpr int SLOTS = (TOKENS + SPLIT - 1) / SPLIT;  // tokens that this block finishes: rank, rank + SPLIT...
+  constexpr int ALL = ROWS / 4 + NORM;                 // quads of a token's sums, the one with the squares included
 #if CLUSTER
-  if (SPLIT > 1) cluster_wait_for_all();  // before anything is written into another block, it must run
+  __shared__ unsigned long long arrived;
+  if (SPLIT > 1) {
+    const int owned = max(tokens - rank + SPLIT - 1, 0) / SPLIT;
+    if (threadIdx.x == 0) expect(&arrived, owned * SPLIT * ALL * 16);
+    cluster_wait_for_all();
+  }
 #endif
   wait_for_inputs();
 #pragma unroll
-  for (int stage = 0; stage < STAGES; ++stage) fetch_activations(stage, begin + warp + stage * WARPS);
-  for (int base = begin + warp; base < end; base += STAGES * WARPS)
+  for (int stage = 0; stage < STAGES; ++stage)
+    if (stage < steps) fetch_activations(stage, stage);
+  for (int base = 0; base < steps; base += STAGES)
 #pragma unroll
     for (int stage = 0; stage < STAGES; ++stage) {
-      const int chunk = base + stage * WARPS;
-      if (chunk >= end) break;
-      multiply(w[stage], gains[stage], a[stage]);
-      fetch_weights(stage, chunk + STAGES * WARPS);
-      fetch_activations(stage, chunk + STAGES * WARPS);
+      const int step = base + stage;
+      if (step >= steps) break;
+      multiply(stage);
+      if (step + STAGES >= steps) continue;
+      fetch_weights(stage, step + STAGES);
+      fetch_activations(stage, step + STAGES);
     }
   let_next_kernel_start();
 
   // Quads of this block's share of the tile: all of a thread's are in the same rows. Their operands come while the sums
   // are added.
-  constexpr int SLOTS = (TOKENS + SPLIT - 1) / SPLIT, QUADS = O::QUADS * ROWS16;
-  constexpr int COUNT = (SLOTS * QUADS + THREADS - 1) / THREADS;
+  constexpr int QUADS = O::QUADS * ROWS16, COUNT = (SLOTS * QUADS + THREADS - 1) / THREADS;
   static_assert(THREADS % QUADS == 0);
   const O output = {channel_scale, bias, residual, cosine, sine, y, k, v, rows, y_stride, kv_stride, position,
                     to_cache ? position : 0};
@@ -286,13 +309,12 @@ gemm_float(const In* x, const float* gain, const uint4* weight, const float* cha
 #if CLUSTER
   float* const received = partial + WARPS * TOKENS * PITCH;
   if (SPLIT > 1) {
-    constexpr int ALL = ROWS / 4 + NORM;  // quads of a token, the one that holds the squares included
     for (int quad = threadIdx.x; quad < tokens * ALL; quad += THREADS) {
       const int token = quad / ALL, row = quad % ALL * 4;
-      store_remote(received + (rank * SLOTS + token / SPLIT) * PITCH + row, token % SPLIT,
-                   sum_quads<WARPS>(partial + token * PITCH + row, TOKENS * PITCH));
+      send(sum_quads<WARPS>(partial + token * PITCH + row, TOKENS * PITCH),
+           received + (rank * SLOTS + token / SPLIT) * PITCH + row, &arrived, token % SPLIT);
     }
-    cluster_barrier();
+    wait(&arrived);
   }
 #else
   static_assert(SPLIT == 1, "blocks add their sums through the shared memory of a cluster");

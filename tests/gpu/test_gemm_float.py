@@ -177,6 +177,7 @@ def test_best_tactic_at_full_size(n, k, m):
     o = operands(m, n, k, torch.bfloat16)
     y = poisoned(m + GUARD, n, dtype=torch.float32)
     tactic = best_float(m, n, k, launch.compute_capability())
-    launch.gemm_float(tactic, o.x, launch.pack_float_weight(o.weight), y, n=n, residual=o.residual)
+    packed = launch.pack_float_weight(o.weight)
+    launch.gemm_float(tactic, o.x, packed, y, n=n, residual=o.residual)
     check(y[:m], definition(o, False, "", 0) + o.residual)
     assert y[m:].isnan().all()
