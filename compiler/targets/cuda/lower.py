@@ -597,7 +597,9 @@ class Lowering:
 
     def _kernel(self, name, how, arguments, reads, writes, work=0.0, weight_bytes=0, headers=None) -> None:
         moved = weight_bytes + sum(each.rows * each.columns * BYTES[each.type] for each in [*reads, *writes])
-        launch = Launch(name, how.source, how.expression, arguments, how.shape, headers or {}, work=work, moved=moved)
+        # Without clusters the blocks that share K meet in the workspace.
+        shape = how.shape if self.sm >= 90 else replace(how.shape, cluster=(1, 1, 1))
+        launch = Launch(name, how.source, how.expression, arguments, shape, headers or {}, work=work, moved=moved)
         self._add(launch, reads, writes)
 
     def _add(self, launch: Launch, reads: Sequence[Matrix], writes: Sequence[Matrix]) -> None:
