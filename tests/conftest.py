@@ -56,9 +56,9 @@ class Compiled(NamedTuple):
 
 @pytest.fixture(scope="session")
 def tiny_plans(tmp_path_factory, trace_once):
-    """("pi0" or "pi05", preset) -> Compiled: a LIBERO policy of two layers, 8 actions and 4 steps. Read only.
+    """("pi0" or "pi05", preset, target) -> Compiled: a LIBERO policy of two layers, 8 actions and 4 steps. Read only.
 
-    Each is compiled when it is first asked for.
+    Each is compiled when it is first asked for. A plan for the target "cuda" is for SM 86 and SM 90.
     """
     directory = tmp_path_factory.mktemp("plans")
 
@@ -68,14 +68,26 @@ def tiny_plans(tmp_path_factory, trace_once):
         return make_checkpoint(directory / policy, pi05=policy == "pi05", robot="libero", **sizes)
 
     @functools.cache
-    def compiled(policy: str, quant: str) -> Compiled:
+    def quantization(policy: str, quant: str) -> Quantization:
         source, recipe = load_checkpoint(checkpoint(policy)), load_recipe(quant, environment={})
-        preprocessor, plan = Preprocessor(source.config), directory / f"{policy}.{quant}.plan"
-        inputs = [preprocessor.model_inputs(each) for each in synthetic_observations(source.config, cameras=3, count=2)]
+        if quant == "none":
+            return Quantization(recipe)
+        observations = synthetic_observations(source.config, cameras=3, count=2)
+        inputs = [Preprocessor(source.config).model_inputs(each) for each in observations]
         with Progress(disable=True) as progress:
-            integers = Quantization(recipe) if quant == "none" else quantize_checkpoint(source, recipe, inputs, progress)
-            compile_policy(source, integers, plan, Options(robot="libero", num_steps=4), progress)
-        return Compiled(source.path, plan)
+            return quantize_checkpoint(source, recipe, inputs, progress)
+
+    @functools.cache
+    def plan(policy: str, quant: str, target: str) -> Path:
+        path = directory / f"{policy}.{quant}.{target}.plan"
+        sm = (86, 90) if target == "cuda" else ()
+        options = Options(target=target, sm=sm, robot="libero", num_steps=4)
+        with Progress(disable=True) as progress:
+            compile_policy(load_checkpoint(checkpoint(policy)), quantization(policy, quant), path, options, progress)
+        return path
+
+    def compiled(policy: str, quant: str, target: str = "cpu") -> Compiled:
+        return Compiled(checkpoint(policy), plan(policy, quant, target))
 
     return compiled
 
