@@ -73,6 +73,8 @@ class Kernel:
 
     def __init__(self, module: object, symbol: str):
         self._function = _call("cuModuleGetFunction", module, symbol.encode())
+        self._symbol = symbol
+        self._sizes = _parameter_sizes(self._function)
         self._shared_bytes = 0
 
     def launch(self, shape: Shape, arguments: Sequence, stream: int = 0, overlap: bool = False) -> None:
@@ -83,6 +85,9 @@ class Kernel:
         for that end themselves before they touch its results (programmatic dependent launch).
         """
         driver = _driver()
+        sizes = [ctypes.sizeof(argument) for argument in arguments]
+        if sizes != self._sizes:  # the driver would read whatever lies behind the arguments
+            raise KernelError(f"{self._symbol} takes arguments of {self._sizes} bytes, not {sizes}")
         if shape.shared_bytes > self._shared_bytes:  # above 48 KB, static included, has to be asked for, once
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _call("cuFuncSetAttribute", self._function, attribute, shape.shared_bytes)
@@ -96,6 +101,15 @@ class Kernel:
         config.numAttrs = len(config.attrs)
         addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         _call("cuLaunchKernelEx", config, self._function, ctypes.addressof(addresses), 0)
+
+
+def _parameter_sizes(function: object) -> list[int]:
+    driver, sizes = _driver(), []
+    while True:
+        status, _, size = driver.cuFuncGetParamInfo(function, len(sizes))
+        if status != driver.CUresult.CUDA_SUCCESS:  # past the last
+            return sizes
+        sizes.append(size)
 
 
 def _attributes(driver, cluster: tuple[int, int, int], overlap: bool) -> list:
@@ -117,6 +131,11 @@ def load(cubin: Cubin) -> dict[str, Kernel]:
     """Loads a cubin into the current context: its kernels by the expressions they were compiled from."""
     module = _call("cuModuleLoadData", cubin.image)
     return {expression: Kernel(module, symbol) for expression, symbol in cubin.symbols.items()}
+
+
+def copy(to: int, source: int, size: int, stream: int) -> None:
+    """Enqueues a copy within the device; capturable."""
+    _call("cuMemcpyDtoDAsync", to, source, size, stream)
 
 
 class Memory:

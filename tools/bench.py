@@ -1,4 +1,4 @@
-"""How fast the CPU engine is, against PyTorch on the same machine, threads and inputs: `python tools/bench.py --help`."""
+"""How fast the engines are, against PyTorch on the same machine with the same inputs: `python tools/bench.py --help`."""
 from __future__ import annotations
 
 import json
@@ -32,6 +32,7 @@ from runtime.config import IMAGE_SLOTS, ModelConfig
 from runtime.executors.cpu import CpuExecutor
 from runtime.plan import Plan
 from runtime.preprocess import ModelInputs
+from tools import bench_gpu
 
 EAGER = "PyTorch eager fp32"
 PAUSE = 0.02  # seconds between two contenders: PyTorch's threads spin for a while when they run out of work
@@ -42,7 +43,11 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptio
 
 @app.command()
 def _bench(
-    variant: Annotated[list[str], typer.Option(help=f"Made checkpoints to measure: {', '.join(VARIANTS)}.")] = ["tiny", "small"],
+    suite: Annotated[str, typer.Option(help="cpu, or gpu: cuda plans and PyTorch on this machine's GPU.")] = "cpu",
+    variant: Annotated[
+        Optional[list[str]],
+        typer.Option(help=f"Made checkpoints to measure: {', '.join(VARIANTS)}. By default tiny and small; gpu: full."),
+    ] = None,
     checkpoint: Annotated[Optional[Path], typer.Option(help="Measure this checkpoint instead.")] = None,
     pi05: Annotated[bool, typer.Option("--pi05", help="pi0.5 instead of pi0.")] = False,
     quant: Annotated[list[str], typer.Option(help="Presets or recipe files to compile.")] = ["none", "llm+expert-mlp", "all"],
@@ -54,18 +59,25 @@ def _bench(
         bool, typer.Option("--torch-compile/--no-torch-compile", help="Inductor needs a C++ compiler and minutes.")
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print all times as JSON.")] = False,
+    out: Annotated[Optional[Path], typer.Option(help="gpu: directory for all times as JSON and a plot.")] = None,
 ) -> None:
     """Measure whole policy calls: engine plans of several recipes, PyTorch eager and torch.compile, in turn.
 
     The contenders take turns in one process, so that whatever else the machine does concerns them all; the figures to
-    trust are the ratios.
+    trust are the ratios. The gpu suite measures every number of cameras: wall time from the observation to the actions,
+    the replay of the engine's CUDA graph, memory, and the cosine of the actions with PyTorch's in float32.
 
     [bold]Examples[/bold]
 
       python tools/bench.py
 
       python tools/bench.py --checkpoint checkpoints/pi0 --quant llm+expert-mlp --no-torch-compile --rounds 5
+
+      python tools/bench.py --suite gpu --quant none --quant llm+expert-mlp --out results
     """
+    if suite not in ("cpu", "gpu"):
+        raise DuqError(f"--suite {suite}: unknown, cpu or gpu")
+    variant = variant or (["full"] if suite == "gpu" else ["tiny", "small"])
     if checkpoint is None and (unknown := [name for name in variant if name not in VARIANTS]):
         raise DuqError(f"--variant {unknown[0]}: unknown, one of {', '.join(VARIANTS)}")
     recipes = {name: load_recipe(name, environment={}) for name in quant}
@@ -77,14 +89,26 @@ def _bench(
             directory = Path(name) / str(index)
             directory.mkdir()
             path = checkpoint or make_checkpoint(directory / "checkpoint", variant=each, pi05=pi05)
+            if suite == "gpu":
+                records = bench_gpu.measure(load_checkpoint(path), recipes, directory, torch_compile, progress)
+                results.append({"policy": f"{each}{' pi0.5' if pi05 else ' pi0'}", "records": records})
+                continue
             times = _measure(path, recipes, directory, cameras, prompt_tokens, threads, rounds, torch_compile, progress)
             results.append({"policy": str(each), "cameras": cameras, "threads": threads, "milliseconds": times})
+    if out is not None and suite == "gpu":
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "bench.json").write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "results": results}, indent=1))
+        for result in results:
+            stem = result["policy"].rpartition("/")[2].replace(" ", "-")
+            bench_gpu.plot(result["records"], out / f"bench-{stem}.svg", f"{result['policy']}, {torch.cuda.get_device_name()}")
     if as_json:
         versions = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
         typer.echo(json.dumps({"versions": versions, "results": results}, indent=1))
         return
     for result in results:
-        Console().print(_table(result))
+        Console(width=160 if suite == "gpu" else None).print(
+            bench_gpu.table(result["records"]) if suite == "gpu" else _table(result)
+        )
 
 
 def _measure(path, recipes, directory, cameras, prompt_tokens, threads, rounds, torch_compile, progress) -> dict[str, list[float]]:

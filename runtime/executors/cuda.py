@@ -51,6 +51,7 @@ class CudaExecutor:
         self._arena = driver.Memory(schedule["arena_bytes"])
         self._workspaces = [driver.Memory(WORKSPACE_BYTES if self._library else 1) for _ in range(2)]
         self._kernels = _load_kernels(plan, schedule["kernels"])
+        self._kernel_names = [each["expression"] for each in schedule["kernels"]]
         self._upload = driver.PinnedArray(max(map(_end_of_inputs, self._variants.values())))
         self._download = driver.PinnedArray(4 * int(np.prod(self._actions_shape)))
         self._graphs: dict[tuple[int, int], driver.Graph] = {}
@@ -60,6 +61,10 @@ class CudaExecutor:
     def sizes(self) -> list[tuple[int, int]]:
         """(cameras, prompt tokens) that there can be a graph for."""
         return list(self._variants)
+
+    def kernel_name(self, launch: dict) -> str:
+        """The kernel of a launch of the schedule, as a C++ expression, or the library."""
+        return self._kernel_names[launch["kernel"]] if "kernel" in launch else launch["call"]
 
     def warmup(self) -> None:
         """Records the graphs of every size with all cameras, and runs the largest once."""
@@ -112,6 +117,36 @@ class CudaExecutor:
         into["past"].view(np.int32)[:] = cameras * self._image_tokens + len(tokens)
         return size
 
+    def launch_times(self, size: tuple[int, int], calls: int = 20) -> list[tuple[str, dict, float]]:
+        """(program, launch of the schedule, microseconds) of the prefix and of the first denoising step, medians.
+
+        Measured by events between the launches of one graph. Launches cannot overlap across an event, and each includes
+        one event's time, about a microsecond: the whole call is faster than the sum.
+        """
+        variant, events, measured = self._variants[size], [], []
+
+        def mark(program: str, launch: dict, stream: driver.Stream) -> None:
+            events.append(driver.Event())
+            events[-1].record_in_graph(stream)
+            measured.append((program, launch))
+
+        driver.open_device()
+        with self._lock:
+            self._prepare_library(variant)
+            graph = self._stream.capture(lambda: self._follow(variant, after_launch=mark))
+            times = []
+            for _ in range(calls):
+                graph.launch(self._stream)
+                self._stream.synchronize()
+                last = {False: self._events[0], True: self._events[0]}
+                of_call = []
+                for (_, launch), event in zip(measured, events):
+                    of_call.append(1e3 * event.milliseconds_since(last[launch.get("branch", False)]))
+                    last[launch.get("branch", False)] = event
+                times.append(of_call)
+        medians = np.median(np.array(times), axis=0)
+        return [(program, launch, float(time)) for (program, launch), time in zip(measured, medians) if program != "later step"]
+
     def _inputs(self, variant: dict) -> dict[str, np.ndarray]:
         return {name: self._upload.array[offset : offset + size] for name, (offset, size) in variant["inputs"].items()}
 
@@ -134,15 +169,14 @@ class CudaExecutor:
         flow = [noise]
         of_x = {"offset": variant["inputs"]["x"][0], "rows": len(noise), "columns": noise.shape[1], "stride": noise.shape[1]}
 
-        def after_prefix_launch(index: int) -> None:
+        def after_launch(program: str, launch: dict, stream: driver.Stream) -> None:
             for name, output in variant["outputs"].items():
-                if output["after"] == index:
+                if program == "prefix" and variant["prefix"][output["after"]] is launch:
                     found[name] = self._read(output)
+            if launch is variant["step"][-1]:
+                flow.append(self._read(of_x | {"type": "float"}))
 
-        def after_step() -> None:
-            flow.append(self._read(of_x | {"type": "float"}))
-
-        self._follow(variant, driver.Event.record, after_prefix_launch, after_step)
+        self._follow(variant, driver.Event.record, after_launch)
         padding = size[1] - prompt
         for name, value in found.items():
             if name.startswith(("key.", "value.")):  # the cache [1, 1, tokens, dims], without the rows of padding
@@ -153,28 +187,26 @@ class CudaExecutor:
         self,
         variant: dict,
         mark: Callable[[driver.Event, driver.Stream], None] = driver.Event.record_in_graph,
-        after_prefix_launch: Callable[[int], None] | None = None,
-        after_step: Callable[[], None] | None = None,
+        after_launch: Callable[[str, dict, driver.Stream], None] = lambda program, launch, stream: None,
     ) -> None:
-        """Enqueues a whole call. The functions, if given, are called where their names say."""
+        """Enqueues a whole call. `after_launch` gets the program ("prefix", "step" or "later step") and the launch."""
         (x, x_bytes), upload_bytes = variant["inputs"]["x"], _end_of_inputs(variant)
         self._stream.upload(self._arena.address, self._upload.address, upload_bytes)
         for offset, size in variant["zeroed"]:
             self._stream.clear(self._arena.address + offset, size)
         mark(self._events[0], self._stream)
-        self._prefix(variant["prefix"], after_prefix_launch)
+        self._prefix(variant["prefix"], after_launch)
         mark(self._events[1], self._stream)
         for step in range(self._num_steps):
             for index, launch in enumerate(variant["step"]):
                 # The first kernel of a step may overlap with the last of the step before.
                 overlap = launch.get("overlap", index == 0 < step and "kernel" in launch and "kernel" in variant["step"][-1])
                 self._launch(launch, self._stream, step, overlap)
-            if after_step:
-                after_step()
+                after_launch("later step" if step else "step", launch, self._stream)
         mark(self._events[2], self._stream)
         self._stream.download(self._download.address, self._arena.address + x, x_bytes)
 
-    def _prefix(self, launches: list[dict], after_launch: Callable[[int], None] | None) -> None:
+    def _prefix(self, launches: list[dict], after_launch: Callable[[str, dict, driver.Stream], None]) -> None:
         """The launches of the prefix on two streams: the branch forks off, follows the first behind what it waits for, and
         joins at the end."""
         has_branch = any(launch.get("branch") for launch in launches)
@@ -190,8 +222,7 @@ class CudaExecutor:
             self._launch(launch, stream, 0, launch.get("overlap", False))
             if index in waited_for:
                 waited_for[index].record(stream)
-            if after_launch:
-                after_launch(index)
+            after_launch("prefix", launch, stream)
         if has_branch:
             join.record(self._branch)
             join.wait(self._stream)

@@ -1,0 +1,143 @@
+"""Whole policies on the GPU: the cuda plan against the CPU engine's plan of the same weights, stage by stage."""
+from __future__ import annotations
+
+import functools
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from rich.progress import Progress
+
+from compiler.accuracy.metrics import difference
+from compiler.accuracy.synthetic import synthetic_observations
+from compiler.checkpoint import load_checkpoint
+from compiler.checkpoint.synthetic import make_checkpoint
+from compiler.pipeline import Options, compile_policy, quantize_checkpoint
+from compiler.quant import Quantization, load_recipe
+from plugins.driver import free_memory, open_device
+from runtime.errors import PlanError
+from runtime.executors.cpu import CpuExecutor
+from runtime.executors.cuda import CudaExecutor
+from runtime.plan import Plan
+from runtime.preprocess import ModelInputs, Preprocessor
+
+NUM_STEPS = 4
+CASES = [(3, 48), (1, 1), (2, 33)]  # cameras, prompt tokens
+SILENT = Progress(disable=True)
+
+
+@functools.cache
+def policy(name: str, quant: str, directory):
+    """The checkpoint's config and the paths of its cpu and cuda plans."""
+    sizes = dict(depth=3, vision_depth=2, action_horizon=50)
+    checkpoint = load_checkpoint(make_checkpoint(directory / f"{name}.{quant}", pi05=name == "pi05", robot="libero", **sizes))
+    recipe, preprocessor = load_recipe(quant, environment={}), Preprocessor(checkpoint.config)
+    inputs = [preprocessor.model_inputs(each) for each in synthetic_observations(checkpoint.config, cameras=3, count=2)]
+    integers = Quantization(recipe) if quant == "none" else quantize_checkpoint(checkpoint, recipe, inputs, SILENT)
+    plans = {}
+    for target, sm in (("cpu", ()), ("cuda", (open_device(),))):
+        plans[target] = directory / f"{name}.{quant}.{target}.plan"
+        options = Options(target=target, sm=sm, robot="libero", num_steps=NUM_STEPS)
+        compile_policy(checkpoint, integers, plans[target], options, SILENT)
+    return checkpoint.config, plans
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("policies")
+
+
+@functools.cache
+def cuda_executor(path) -> CudaExecutor:
+    return CudaExecutor(Plan(path))
+
+
+def make_inputs(config, cameras: int, prompt: int, seed: int = 0) -> tuple[ModelInputs, np.ndarray]:
+    random, size = np.random.default_rng(seed), config.vision.image_size
+    inputs = ModelInputs(
+        images=random.uniform(-1, 1, (3, 3, size, size)).astype(np.float32),
+        image_mask=np.arange(3) < cameras,
+        tokens=random.integers(0, config.vocab_size, config.max_prompt_tokens),
+        token_mask=np.arange(config.max_prompt_tokens) < prompt,
+        state=random.standard_normal(config.action_dim).astype(np.float32),
+    )
+    return inputs, random.standard_normal((config.action_horizon, config.action_dim), np.float32)
+
+
+@pytest.mark.parametrize(("cameras", "prompt"), CASES)
+@pytest.mark.parametrize("quant", ["none", "llm+expert-mlp", "llm"])
+@pytest.mark.parametrize("name", ["pi0", "pi05"])
+def test_equals_cpu_engine(name, quant, cameras, prompt, directory):
+    config, plans = policy(name, quant, directory)
+    inputs, noise = make_inputs(config, cameras, prompt)
+    executor, stages, expected = cuda_executor(plans["cuda"]), {}, {}
+    CpuExecutor(Plan(plans["cpu"])).run(inputs, noise, expected)
+    actions, _ = executor.run(inputs, noise, stages)
+    assert set(stages) == set(expected)
+    # A flipped rounding of one INT8 activation moves what follows by as much as quantisation itself does: the bound
+    # with quantisation is above that noise (docs/accuracy.md), the one without is bf16's.
+    cosines = {stage: difference(expected[stage], stages[stage]).cosine for stage in expected}
+    assert min(cosines.values()) >= (0.9999 if quant == "none" else 0.9995), cosines
+    np.testing.assert_array_equal(actions, stages["x"][-1])
+    for _ in range(2):  # from the graph: the same bits, call after call
+        np.testing.assert_array_equal(executor.run(inputs, noise)[0], actions)
+
+
+def test_padding_is_never_read(directory):
+    """What an earlier call left behind, and which rows pad the prompt, changes nothing."""
+    config, plans = policy("pi0", "llm+expert-mlp", directory)
+    executor = cuda_executor(plans["cuda"])
+    inputs, noise = make_inputs(config, 2, 7)
+    before, _ = executor.run(inputs, noise)
+    executor.run(*make_inputs(config, 3, 48, seed=1))
+    other = replace(inputs, tokens=np.where(inputs.token_mask, inputs.tokens, 3), images=inputs.images.copy())
+    other.images[2] = 5
+    np.testing.assert_array_equal(executor.run(other, noise)[0], before)
+
+
+def test_threads_and_second_policy(directory):
+    """Two threads on one executor and another executor beside it: everyone gets the actions that they get alone."""
+    config, plans = policy("pi0", "llm+expert-mlp", directory)
+    executors = [cuda_executor(plans["cuda"]), CudaExecutor(Plan(plans["cuda"]))]
+    calls = [make_inputs(config, *case, seed=seed) for seed, case in enumerate(CASES)]
+    alone = [executors[0].run(*call)[0] for call in calls]
+    failures: list = []
+
+    def work(executor: CudaExecutor, index: int) -> None:
+        for _ in range(50):
+            if not np.array_equal(executor.run(*calls[index])[0], alone[index]):
+                failures.append(index)
+
+    threads = [threading.Thread(target=work, args=(executors[i % 2], i % len(calls))) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_other_gpu_is_an_error(directory, monkeypatch):
+    _, plans = policy("pi0", "none", directory)
+    monkeypatch.setattr("runtime.executors.cuda.driver.open_device", lambda: 75)
+    with pytest.raises(PlanError, match=r"is made for SM \d+, this machine's GPU is SM 75; compile it with --sm 75"):
+        CudaExecutor(Plan(plans["cuda"]))
+
+
+def test_too_little_memory_is_an_error(directory, monkeypatch):
+    _, plans = policy("pi0", "none", directory)
+    monkeypatch.setattr("runtime.executors.cuda.driver.free_memory", lambda: (1 << 20, 80 << 30))
+    with pytest.raises(PlanError, match="needs .* GB of GPU memory, 0.00 of .* are free"):
+        CudaExecutor(Plan(plans["cuda"]))
+
+
+def test_memory_does_not_grow(directory):
+    config, plans = policy("pi0", "llm+expert-mlp", directory)
+    executor, call = cuda_executor(plans["cuda"]), make_inputs(config, 3, 48)
+    executor.warmup()
+    for _ in range(20):
+        executor.run(*call)
+    before = free_memory()[0]
+    for _ in range(500):
+        executor.run(*call)
+    assert free_memory()[0] == before

@@ -1,0 +1,192 @@
+"""The GPU suite of tools/bench.py: cuda plans against PyTorch on the same card, in one process, with the same inputs."""
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from rich.progress import Progress
+from rich.table import Table
+
+from compiler.accuracy.metrics import difference
+from compiler.checkpoint import Checkpoint
+from compiler.model import build_model
+from compiler.pipeline import Options, compile_policy, quantize_checkpoint
+from compiler.quant import Quantization, Recipe
+from compiler.quant.linears import select_linears
+from plugins.driver import free_memory, open_device
+from runtime.config import IMAGE_SLOTS, ModelConfig
+from runtime.policy import Policy
+from runtime.preprocess import ModelInputs, Preprocessor
+
+CASES = [(1, 48), (2, 48), (3, 48)]  # cameras, prompt tokens
+WARM_UP, CALLS = 20, 300
+
+
+def measure(
+    checkpoint: Checkpoint,
+    recipes: dict[str, Recipe],
+    directory: Path,
+    compile_pytorch: bool,
+    progress: Progress,
+) -> list[dict]:
+    """One record for each contender and case: milliseconds of all calls, and what the engine reports of itself."""
+    records = []
+    observations = {case: observation(checkpoint.config, *case) for case in CASES}
+    noise = np.random.default_rng(1).standard_normal((checkpoint.config.action_horizon, checkpoint.config.action_dim), np.float32)
+    expected = {}
+    model = build_model(checkpoint).cuda()
+    for name in ("PyTorch eager fp32", "PyTorch eager bf16", *(["torch.compile bf16, CUDA graph"] if compile_pytorch else [])):
+        if "bf16" in name:
+            model.to(torch.bfloat16)
+        for case, obs in observations.items():
+            if "compile" in name and case != CASES[-1]:
+                continue  # it compiles for minutes, for each case anew
+            inputs = Preprocessor(checkpoint.config).model_inputs(obs)
+            infer = (_in_graph if "compile" in name else _eager)(model, inputs, noise)
+            actions, times = _timed(infer, calls=20 if "eager" in name else 100)
+            expected.setdefault(case, actions)
+            records.append(_record(name, case, times, cosine=difference(expected[case], actions).cosine))
+    del model, infer
+    gc.collect()
+    torch.cuda.empty_cache()
+    for name, recipe in recipes.items():
+        plan = directory / f"{name}.plan"
+        start = time.perf_counter()
+        inputs = [Preprocessor(checkpoint.config).model_inputs(obs) for obs in observations.values()]
+        quantised = select_linears(recipe, checkpoint.config)
+        integers = quantize_checkpoint(checkpoint, recipe, inputs, progress) if quantised else Quantization(recipe)
+        compile_policy(checkpoint, integers, plan, Options(target="cuda", sm=(open_device(),)), progress)
+        del integers
+        gc.collect()
+        compiled = time.perf_counter()
+        free = free_memory()[0]
+        policy = Policy(plan)
+        opened = time.perf_counter()
+        policy.warmup()
+        facts = {
+            "compile_s": compiled - start,
+            "open_s": opened - compiled,
+            "warmup_s": time.perf_counter() - opened,
+            "device_bytes": free - free_memory()[0],
+            "plan_bytes": plan.stat().st_size,
+        }
+        for case, obs in observations.items():
+            stages: list[dict] = []
+
+            def infer() -> np.ndarray:
+                result = policy.infer(obs, noise)
+                stages.append(result["policy_timing"])
+                return result["actions"]
+
+            actions, times = _timed(infer, CALLS)
+            stages = stages[-CALLS:]
+            cosine = difference(expected[case], actions[:, : expected[case].shape[1]]).cosine
+            replay = [each["prefix_ms"] + each["denoise_ms"] for each in stages]
+            split = {key: float(np.median([each[key] for each in stages])) for key in ("prefix_ms", "denoise_ms")}
+            records.append(_record(f"engine, --quant {name}", case, times, cosine=cosine, replay_ms=replay, **split, **facts))
+        del policy
+        gc.collect()
+        plan.unlink()
+    return records
+
+
+def observation(config: ModelConfig, cameras: int, prompt_tokens: int) -> dict:
+    """Bare model inputs. Times depend on the sizes alone, so the contents are random."""
+    random, size = np.random.default_rng(0), config.vision.image_size
+    return {
+        "image": {slot: random.integers(0, 256, (size, size, 3), np.uint8) for slot in IMAGE_SLOTS[:cameras]},
+        "state": random.standard_normal(config.action_dim).astype(np.float32),
+        "tokenized_prompt": random.integers(1, config.vocab_size, prompt_tokens),
+        "tokenized_prompt_mask": np.ones(prompt_tokens, bool),
+    }
+
+
+def _tensors(model: torch.nn.Module, inputs: ModelInputs, noise: np.ndarray) -> list[torch.Tensor]:
+    """What `sample_actions` takes; absent cameras and prompt padding left out, as the engine leaves them out."""
+    fields = (inputs.images[inputs.image_mask], inputs.image_mask[inputs.image_mask], inputs.tokens[inputs.token_mask],
+              inputs.token_mask[inputs.token_mask], inputs.state, noise)  # fmt: skip
+    dtype = model.projector.weight.dtype if model.projector.weight.dtype == torch.bfloat16 else torch.float32
+    tensors = [torch.from_numpy(field)[None].cuda() for field in fields]
+    return [each.to(dtype) if each.is_floating_point() else each for each in tensors]
+
+
+def _eager(model: torch.nn.Module, inputs: ModelInputs, noise: np.ndarray) -> Callable[[], np.ndarray]:
+    return lambda: model.sample_actions(*_tensors(model, inputs, noise))[0].float().cpu().numpy()
+
+
+def _in_graph(model: torch.nn.Module, inputs: ModelInputs, noise: np.ndarray) -> Callable[[], np.ndarray]:
+    """The whole call, its parts compiled by Inductor, in one CUDA graph: the least that PyTorch can take."""
+    for part in ("embed_images", "prefix", "velocity"):
+        setattr(model, part, torch.compile(getattr(model, part), dynamic=False))
+    static = _tensors(model, inputs, noise)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            model.sample_actions(*static)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actions = model.sample_actions(*static)
+
+    def infer() -> np.ndarray:
+        for to, source in zip(static, _tensors(model, inputs, noise)):
+            to.copy_(source)
+        graph.replay()
+        return actions[0].float().cpu().numpy()
+
+    return infer
+
+
+def _timed(infer: Callable[[], np.ndarray], calls: int) -> tuple[np.ndarray, list[float]]:
+    times = []
+    for index in range(WARM_UP + calls if calls > 100 else 3 + calls):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        actions = infer()
+        times.append((time.perf_counter() - start) * 1e3)
+    return actions, times[-calls:]
+
+
+def _record(name: str, case: tuple[int, int], times: list[float], **more) -> dict:
+    cameras, prompt = case
+    return {"contender": name, "cameras": cameras, "prompt_tokens": prompt, "wall_ms": times, **more}
+
+
+def table(records: list[dict]) -> Table:
+    """Medians and 99th percentiles, and what else is known of a contender."""
+    columns = ["", "cameras", "wall p50", "p99", "replay p50", "p99", "prefix", "steps", "memory", "compile", "open+warm", "cosine"]
+    found = Table(*columns, title="milliseconds; memory in GB, compile and open in s; cosine of the actions to fp32", title_justify="left")
+    for each in records:
+        wall, replay = np.percentile(each["wall_ms"], [50, 99]), each.get("replay_ms")
+        cells = [f"{value:.2f}" for value in wall]
+        cells += [f"{value:.2f}" for value in np.percentile(replay, [50, 99])] if replay else ["", ""]
+        cells += [f"{each[key]:.2f}" if key in each else "" for key in ("prefix_ms", "denoise_ms")]
+        cells.append(f"{each['device_bytes'] / 1e9:.2f}" if "device_bytes" in each else "")
+        cells.append(f"{each['compile_s']:.0f}" if "compile_s" in each else "")
+        cells.append(f"{each['open_s']:.1f}+{each['warmup_s']:.1f}" if "open_s" in each else "")
+        found.add_row(each["contender"], str(each["cameras"]), *cells, f"{each['cosine']:.6f}")
+    return found
+
+
+def plot(records: list[dict], path: Path, title: str) -> None:
+    """Bars of the median wall time, a group for each number of cameras."""
+    contenders = list(dict.fromkeys(each["contender"] for each in records))
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    for index, name in enumerate(contenders):
+        chosen = [each for each in records if each["contender"] == name]
+        places = [each["cameras"] + (index - (len(contenders) - 1) / 2) * 0.8 / len(contenders) for each in chosen]
+        bars = axes.bar(places, [np.median(each["wall_ms"]) for each in chosen], 0.8 / len(contenders), label=name)
+        axes.bar_label(bars, fmt="%.1f", fontsize=7)
+    axes.set(yscale="log", ylabel="milliseconds, observation to actions (p50)", xlabel="cameras", title=title)
+    axes.set_xticks(sorted({each["cameras"] for each in records}))
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
