@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,12 +195,17 @@ def fits(tactic: Tactic, m: int, n: int, k: int, bits: int, sm: int) -> bool:
 
 
 def candidates(m: int, n: int, k: int, bits: int, sm: int) -> list[Tactic]:
-    """The tactics worth timing for y[m, n] = x[m, k] w[n, k]^T on an SM."""
+    """The tactics worth timing for y[m, n] = x[m, k] w[n, k]^T on an SM.
+
+    Those that suit the GPU's size; for a small policy, which none does, all, those with the most blocks first.
+    """
     few = m <= FEW_TOKENS
     fitting = [t for t in (_SMALL + _SMALL_WGMMA if few else _WGMMA + _LARGE) if fits(t, m, n, k, bits, sm)]
     padded = {tactic: -(-m // tactic.tile_tokens) * tactic.tile_tokens for tactic in fitting}
     least = min(padded.values(), default=0)
-    return [t for t in fitting if padded[t] <= 1.15 * least and _spread_well(t, m, n, bits)]
+    fitting = [tactic for tactic in fitting if padded[tactic] <= 1.15 * least]
+    spread_well = [tactic for tactic in fitting if _spread_well(tactic, m, n, bits)]
+    return spread_well or sorted(fitting, key=lambda tactic: -math.prod(tactic.shape(m, n, bits).grid))
 
 
 def _spread_well(tactic: Tactic, m: int, n: int, bits: int) -> bool:

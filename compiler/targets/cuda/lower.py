@@ -7,7 +7,7 @@ cannot take it in. A node that nothing covers is an error that names it.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -20,6 +20,7 @@ from compiler.graph.export import Graphs
 from compiler.targets.cuda.program import BYTES, LIBRARY, MATMUL, Argument, Buffer, Float, Launch, Matrix, Weight
 from compiler.targets.cuda.weights import Weights, label
 from plugins import attention, ops, pointwise, tactics
+from plugins.errors import KernelError
 from plugins.tactics import FEW_TOKENS, Tactic
 
 VIEWS = ("Reshape", "Unsqueeze", "Squeeze", "Transpose")
@@ -170,6 +171,8 @@ class Lowering:
             self._patch_embedding(node)
         elif node.op_type == "Gather" and "tokens" in depends_on(node.inputs[1]):
             self._prompt(node)
+        elif node.op_type == "Rotate":
+            pass  # for linears with float activations, which are refused by name
         elif not _is_table_row(node.outputs[0]):
             name = ", ".join(output.name for output in node.outputs)
             overload = f" ({node.overload})" if node.overload else ""
@@ -200,13 +203,13 @@ class Lowering:
         gain, shift, epsilon = (source.gain, source.shift, source.epsilon) if fused else (None, None, 0.0)
 
         readers = _readers(node.outputs[0])
+        name = label(readers[0].inputs[2].name)
         shapes = {(*reader.inputs[2].shape.numpy(), ops.QUANTIZED_LINEARS[reader.op_type][0]) for reader in readers}
-        chosen = {tactics.best(x.rows, n, k, bits, self.sm) for k, n, bits in shapes}
+        chosen = {self._tactic(name, tactics.best, x.rows, n, k, bits) for k, n, bits in shapes}
         if len({tactic.slab_tokens for tactic in chosen}) != 1:
-            raise GraphError(f"{readers[0].name}: linears that share activations want them in different layouts")
+            raise GraphError(f"{name}: linears that share activations want them in different layouts")
         tactic = chosen.pop()
         slabs = tactic.slab_tokens and -(-x.rows // tactic.slab_tokens) * tactic.slab_tokens
-        name = label(readers[0].inputs[2].name)
         x_q = self._new(f"{name}.x_q", slabs or x.rows, x.columns, "signed char")
         scale = self._new(f"{name}.x_scale", x.rows, 1, "float")
 
@@ -304,7 +307,7 @@ class Lowering:
         elif epilogue.bias:
             bias = self.weights.float32(*epilogue.bias, order=order)
 
-        tactic = tactics.best_float(m, n, k, self.sm)
+        tactic = self._tactic(name, tactics.best_float, m, n, k)
         how = pointwise.Launch("gemm_float.cu", tactic.expression(source.type, y.type, norm, finish), tactic.shape(m, n))
         _expect(source.stride == source.columns, name)
         key, value = (rotary.key, rotary.value) if rotary else (None, None)
@@ -566,6 +569,12 @@ class Lowering:
             return whole.slice_rows(0, rows) if is_first else whole.slice_rows(self.prefix_rows - rows, self.prefix_rows)
         stream = any(node.op_type in ("RMSNormalization", "LayerNormalization", "Add") for node in readers)
         return self._new(value.name, rows, columns, "float" if stream else "Bf16")
+
+    def _tactic(self, name: str, best: Callable[..., Tactic | tactics.Float], *problem: int) -> Tactic | tactics.Float:
+        try:
+            return best(*problem, self.sm)
+        except KernelError as error:
+            raise KernelError(f"{name}: --target cuda has {error}") from error
 
     def _workspace(self, tactic: Tactic, m: int, n: int, branch: bool) -> Matrix | None:
         """Sums of the blocks that share K, on GPUs without clusters; zero before and after each launch."""

@@ -70,12 +70,13 @@ class Weights:
         return Weight(self._add(name, 4 * steps * n, compute).name, step_bytes=4 * n)
 
     def float32(self, *values: ir.Value, order: str = "") -> Weight:
-        """Vectors (joined) or a matrix as they are; a vector perhaps in the order of an epilogue."""
+        """Scalars, vectors (joined) or a matrix as they are; a vector perhaps in the order of an epilogue."""
         name = title("+".join(value.name for value in values)) + ".float32" + _suffix(order)
         size = 4 * sum(int(np.prod(value.shape.numpy())) for value in values)
 
         def compute() -> np.ndarray:
-            return _in_order(np.concatenate([np.float32(value.const_value.numpy()) for value in values]), order)
+            arrays = [np.atleast_1d(np.float32(value.const_value.numpy())) for value in values]
+            return _in_order(np.concatenate(arrays), order)
 
         return self._add(name, size, compute)
 
