@@ -6,6 +6,7 @@ does.
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -138,31 +139,26 @@ def copy(to: int, source: int, size: int, stream: int) -> None:
     _call("cuMemcpyDtoDAsync", to, source, size, stream)
 
 
+def _release_with(owner: object, function: str, handle: object) -> None:
+    """Gives the handle back when its owner goes, at the latest while the interpreter still stands."""
+    weakref.finalize(owner, getattr(_driver(), function), handle)
+
+
 class Memory:
     """Device memory, freed with the object."""
 
     def __init__(self, size: int):
         self.address = int(_call("cuMemAlloc", max(size, 1)))
-
-    def __del__(self):
-        if hasattr(self, "address"):
-            _driver().cuMemFree(self.address)
+        _release_with(self, "cuMemFree", self.address)
 
 
 class PinnedArray:
     """Host memory that copies to and from the device run from at full speed, as `array`, uint8 [size]."""
 
     def __init__(self, size: int):
-        self._address = int(_call("cuMemHostAlloc", size, 0))
-        self.array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self._address))
-
-    @property
-    def address(self) -> int:
-        return self._address
-
-    def __del__(self):
-        if hasattr(self, "_address"):
-            _driver().cuMemFreeHost(self._address)
+        self.address = int(_call("cuMemHostAlloc", size, 0))
+        self.array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.address))
+        _release_with(self, "cuMemFreeHost", self.address)
 
 
 def free_memory() -> tuple[int, int]:
@@ -175,6 +171,7 @@ class Stream:
 
     def __init__(self):
         self.handle = int(_call("cuStreamCreate", _driver().CUstream_flags.CU_STREAM_NON_BLOCKING))
+        _release_with(self, "cuStreamDestroy", self.handle)
 
     def upload(self, to: int, source: int, size: int) -> None:
         _call("cuMemcpyHtoDAsync", to, source, size, self.handle)
@@ -198,16 +195,13 @@ class Stream:
             raise
         return Graph(_call("cuStreamEndCapture", self.handle))
 
-    def __del__(self):
-        if hasattr(self, "handle"):
-            _driver().cuStreamDestroy(self.handle)
-
 
 class Event:
     """A point in a stream, to wait for on another or to measure time between."""
 
     def __init__(self):
         self._event = _call("cuEventCreate", 0)
+        _release_with(self, "cuEventDestroy", self._event)
 
     def record(self, stream: Stream) -> None:
         _call("cuEventRecord", self._event, stream.handle)
@@ -228,22 +222,14 @@ class Event:
     def milliseconds_since(self, earlier: "Event") -> float:
         return _call("cuEventElapsedTime", earlier._event, self._event)
 
-    def __del__(self):
-        if hasattr(self, "_event"):
-            _driver().cuEventDestroy(self._event)
-
 
 class Graph:
     """A captured piece of work, launched as one."""
 
     def __init__(self, graph: object):
-        self._graph = graph
+        _release_with(self, "cuGraphDestroy", graph)
         self._executable = _call("cuGraphInstantiate", graph, 0)
+        _release_with(self, "cuGraphExecDestroy", self._executable)
 
     def launch(self, stream: Stream) -> None:
         _call("cuGraphLaunch", self._executable, stream.handle)
-
-    def __del__(self):
-        if hasattr(self, "_executable"):
-            _driver().cuGraphExecDestroy(self._executable)
-        _driver().cuGraphDestroy(self._graph)
