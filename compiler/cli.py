@@ -21,6 +21,7 @@ from compiler.quantize_cli import (
     AssetOption, CalibrationOption, PacksOption, RobotOption, TokenizerOption, open_checkpoint, progress_bar, use_packs,
     with_recipe_options,
 )
+from compiler.targets import tensorrt
 from plugins.driver import open_device
 from plugins.errors import KernelError
 from runtime.cli_errors import check_output_directory, check_output_file, one_line_errors
@@ -42,6 +43,10 @@ def _compile(
         typer.Option(help="Compute capability of the GPU without its dot, e.g. 90; may be given several times. "
                           "By default that of this machine's GPU."),  # fmt: skip
     ] = None,
+    loop: Annotated[
+        str, typer.Option(help="--target tensorrt: the denoising steps 'unrolled' into one engine, or a 'graph' of step engines.")
+    ] = "graph",
+    float_type: Annotated[str, typer.Option(help="--target tensorrt: of what is not quantised, bf16 or fp16.")] = "bf16",
     calibration: CalibrationOption = None,
     packs: PacksOption = None,
     robot: RobotOption = "none",
@@ -73,9 +78,13 @@ def _compile(
       duq-compile checkpoints/pi0_libero --robot libero --quant none --out float.plan
 
       duq-compile checkpoints/pi0_libero --robot libero --packs packs --target cuda --sm 90 --out engine.plan
+
+      duq-compile checkpoints/pi0_libero --robot libero --packs packs --target tensorrt --sm 86 --out engine.plan
     """
     start = time.perf_counter()
     _check_options(target, robot, recipe)
+    if target == "tensorrt":
+        tensorrt.check(loop, float_type)
     architectures = _architectures(target, sm or [])
     check_output_file("--out", out)
     if keep_onnx is not None:
@@ -86,7 +95,9 @@ def _compile(
     _check_robot(policy, robot, without_norm_stats)
     with progress_bar() as progress:
         quantization = _quantization(policy, recipe, packs, calibration, robot, progress)
-        options = Options(target=target, sm=architectures, robot=robot, num_steps=num_steps, cameras=cameras)
+        options = Options(
+            target=target, sm=architectures, robot=robot, num_steps=num_steps, cameras=cameras, loop=loop, float_type=float_type
+        )
         compile_policy(policy, quantization, out, options, progress, keep_onnx)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

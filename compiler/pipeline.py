@@ -29,7 +29,7 @@ from compiler.graph.passes.tokens import compact_tokens, eliminate_dead_prefix_t
 from compiler.model import build_model
 from compiler.quant import Quantization, Recipe, quantize
 from compiler.quant.transforms import LinearTransform
-from compiler.targets import cpu, cuda
+from compiler.targets import cpu, cuda, tensorrt
 from plugins import ops
 from runtime.config import GemmaConfig
 from runtime.plan import PlanWriter
@@ -49,6 +49,7 @@ class Target(NamedTuple):
 TARGETS = {
     "cpu": Target([], cpu.emit),
     "cuda": Target([merge_quantized_linears, fuse_rotary_embeddings], cuda.emit, cuda.ARCHITECTURES),
+    "tensorrt": Target([merge_quantized_linears, fuse_rotary_embeddings], tensorrt.emit, tensorrt.ARCHITECTURES),
 }
 
 
@@ -61,6 +62,8 @@ class Options:
     robot: str = "none"
     num_steps: int = 10
     cameras: int = 3
+    loop: str = "graph"  # tensorrt: "unrolled" into one network, or "graph": the executor repeats the step's engine
+    float_type: str = "bf16"  # tensorrt: of what is not quantised, "bf16" or "fp16"
 
 
 def compile_policy(

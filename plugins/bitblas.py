@@ -89,7 +89,8 @@ def fits(tile: Tile, n: int, k: int, sm: int) -> bool:
     """Whether the generator makes right code of this tile, and the SM can run it."""
     pieces = DEPTH // 16  # 16 bytes are what a thread copies at a time
     whole_copies = tile.block_m * pieces % tile.threads == 0 and tile.block_n * pieces // 2 % tile.threads == 0
-    divides = n % tile.block_n == 0 and k % DEPTH == 0 and k // DEPTH > tile.stages
+    steps = k // DEPTH - tile.stages  # of the main loop, which is no loop below two
+    divides = n % tile.block_n == 0 and k % DEPTH == 0 and steps >= 2
     resources = tile.shared_bytes <= MAX_SHARED_BYTES[sm] and tile.registers <= 255
     return whole_copies and divides and resources
 
@@ -204,6 +205,14 @@ def sources(problems: Sequence[Problem], sm: int, cache: Path | None = None) -> 
     return [kept[problem].decode() for problem in problems]
 
 
+def check_installed() -> None:
+    """Raises KernelError, naming the extra, where BitBLAS is missing."""
+    try:
+        version("bitblas")
+    except PackageNotFoundError as error:
+        raise KernelError("generating INT8 x INT4 kernels needs BitBLAS: pip install 'duq[bitblas]'") from error
+
+
 def compile_kernel(source: str, sm: int, cache: Path | None = None) -> Cubin:
     """Machine code for an SM, which may be newer than the one the source was generated for."""
     return compile_text("bitblas.cu", source, sm, [SYMBOL], cache=cache)
@@ -216,10 +225,7 @@ def _key(problem: Problem, sm: int) -> str:
 
 
 def _generate(problems: Sequence[Problem], sm: int) -> list[dict]:
-    try:
-        version("bitblas")
-    except PackageNotFoundError as error:
-        raise KernelError("generating INT8 x INT4 kernels needs BitBLAS: pip install 'duq[bitblas]'") from error
+    check_installed()
     requests = [{"sm": sm, "n": n, "k": k, "config": tile.config()} for n, k, tile in problems]
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder, "requests.json"), Path(folder, "answers.json")

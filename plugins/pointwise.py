@@ -73,3 +73,9 @@ def geglu(tokens: int, width: int) -> Launch:
     """`width` channels of gate and of up."""
     threads = 256
     return Launch("geglu.cu", "geglu", Shape((-(-width // (8 * threads)), tokens, 1), threads))
+
+
+def dequantize(tokens: int, columns: int, out_type: str, rotate: bool) -> Launch:
+    """`columns` (a multiple of 4) of integer sums; `rotate` with a dense rotation behind the scales."""
+    expression = f"dequantize<{out_type}, {str(rotate).lower()}>"
+    return Launch("dequantize.cu", expression, Shape((-(-columns // 1024), tokens, 1), 256))

@@ -1,0 +1,143 @@
+"""The `tensorrt` target: engines whose quantised linears are our plugins, running kernels that BitBLAS generated.
+
+For each SM the plan holds, under engine/sm<SM>: the engine `policy` (--loop unrolled: prefix and all denoising steps in one
+network) or `prefix` and `step` (--loop graph: the executor repeats the step), TensorRT's log, and under cubin/sm<SM> the
+kernels that the plugins ask for by name. An engine is for one SM, one flavour and version of TensorRT; the manifest says
+which. Nothing of TensorRT is needed to read what a plan holds.
+"""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+
+import onnx_ir as ir
+from rich.progress import Progress
+
+from compiler.graph.export import Graphs
+from compiler.targets.tensorrt.builder import Engine, Profile, build
+from compiler.targets.tensorrt.network import FLOAT_TYPES, Plugin, adapt, unroll
+from plugins import bitblas, trt
+from plugins.errors import DuqError
+from plugins.kernels import Cubin, compile_cubin
+from plugins.nodes import KernelName
+from runtime.config import ModelConfig
+from runtime.plan import PlanWriter
+
+ARCHITECTURES = bitblas.SMS
+LOOPS = ("unrolled", "graph")
+
+
+def check(loop: str, float_type: str) -> None:
+    """Raises DuqError where an option is unknown or an extra is missing: before any work."""
+    if loop not in LOOPS:
+        raise DuqError(f"--loop {loop}: unknown, one of {', '.join(LOOPS)}")
+    if float_type not in FLOAT_TYPES:
+        raise DuqError(f"--float-type {float_type}: unknown, one of {', '.join(FLOAT_TYPES)}")
+    trt.library()
+    bitblas.check_installed()
+
+
+def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options) -> dict:
+    """Builds the engines for every SM and writes them into the plan; returns the manifest's section.
+
+    Raises KernelError without TensorRT or BitBLAS, GraphError where the network cannot be built.
+    """
+    trt.register()
+    sections = {}
+    for sm in options.sm:
+        copies = replace(graphs, prefix=graphs.prefix.clone(), step=graphs.step.clone())
+        sections[f"sm{sm}"] = _emit(copies, sm, writer, progress, options)
+    return sections
+
+
+def _emit(graphs: Graphs, sm: int, writer: PlanWriter, progress: Progress, options) -> dict:
+    config = graphs.config
+    tokens = options.cameras * config.vision.tokens + config.max_prompt_tokens
+    plugins = adapt(graphs, options.float_type, sm, tokens)
+    kernels = _write_kernels(_kernels(plugins), sm, writer, progress)
+    counts = {name: len(found) for name, found in plugins.items()}
+    models = dict(graphs.items())
+    if options.loop == "unrolled":
+        models = {"policy": unroll(graphs)}
+        counts = {"policy": counts["prefix"] + graphs.num_steps * counts["step"]}
+    sizes, engines = profile(config, options.cameras), {}
+    for name, model in models.items():
+        engine = build(name, model, counts[name], sizes, sm, progress, writer.path.parent)
+        writer.write(f"engine/sm{sm}/{name}", engine.data)
+        writer.write(f"engine/sm{sm}/{name}.log", "\n".join(engine.log).encode())
+        engines[name] = _describe(model, engine)
+    return {
+        "flavour": trt.flavour(),
+        "version": trt.library().__version__,
+        "loop": options.loop,
+        "float_type": options.float_type,
+        "engines": engines,
+        "linears": {
+            name: plugin.kernels[0].expression for found in plugins.values() for name, plugin in found.items() if plugin.problem
+        },
+        "kernels": kernels,
+    }
+
+
+def profile(config: ModelConfig, cameras: int) -> Profile:
+    """The sizes of observations the engines are for: up to `cameras` cameras, any prompt. What is absent is not computed."""
+    image, prompt, llm = config.vision.image_size, config.max_prompt_tokens, config.llm
+    state = 0 if config.pi05 else 1  # pi0's state token is cached behind the prefix
+
+    def cache(cameras: int, prompt: int) -> tuple[int, ...]:
+        return 1, llm.kv_heads, cameras * config.vision.tokens + prompt + state, llm.head_dim
+
+    caches = cache(1, 1), cache(cameras, prompt // 2), cache(cameras, prompt)
+    return {
+        "images": ((1, 3, image, image), (cameras, 3, image, image), (cameras, 3, image, image)),
+        "tokens": ((1,), (prompt // 2,), (prompt,)),
+        **{f"{kind}.{layer}": caches for kind in ("key", "value") for layer in range(llm.depth)},
+    }
+
+
+def _kernels(plugins: dict[str, dict[str, Plugin]]) -> dict[KernelName, bitblas.Problem | None]:
+    found = {}
+    for plugin in (plugin for each in plugins.values() for plugin in each.values()):
+        for name in plugin.kernels:
+            found[name] = plugin.problem if name.source == "bitblas" else None
+    return found
+
+
+def _write_kernels(kernels: dict[KernelName, bitblas.Problem | None], sm: int, writer: PlanWriter, progress: Progress) -> list[dict]:
+    task = progress.add_task(f"Generating and compiling the kernels for SM {sm}", total=len(kernels))
+    problems = [problem for problem in kernels.values() if problem]
+    sources = dict(zip(problems, bitblas.sources(problems, sm)))
+    written = []
+    for number, (name, problem) in enumerate(kernels.items()):
+        cubin = bitblas.compile_kernel(sources[problem], sm) if problem else compile_cubin(name.source, sm, [name.expression])
+        written.append(_write_kernel(name, cubin, f"cubin/sm{sm}/{number}.{name.source.removesuffix('.cu')}", writer))
+        progress.advance(task)
+    return written
+
+
+def _write_kernel(name: KernelName, cubin: Cubin, entry: str, writer: PlanWriter) -> dict:
+    writer.write(entry, cubin.image)
+    (symbol,) = cubin.symbols.values()
+    return {**name._asdict(), "cubin": entry, "symbol": symbol}
+
+
+def _describe(model: ir.Model, engine: Engine) -> dict:
+    return {
+        "inputs": _signature(model.graph.inputs),
+        "outputs": _signature(model.graph.outputs),
+        "ops": dict(Counter(f"{node.domain}::{node.op_type}".removeprefix("::") for node in model.graph).most_common()),
+        "layers": engine.layers,
+        "plugins": engine.plugins,
+        "bytes": engine.data.nbytes,
+    }
+
+
+def _signature(values: Iterable[ir.Value]) -> dict:
+    return {
+        value.name: {
+            "dtype": value.dtype.name.lower(),
+            "shape": [size if isinstance(size, int) else str(size) for size in value.shape or ()],
+        }
+        for value in values
+    }

@@ -1,0 +1,234 @@
+"""The graphs as TensorRT takes them: plugin nodes, one float type throughout, and the denoising steps in a row.
+
+The network is strongly typed: what the ONNX says is what runs. Activations and weights become `float_type`; scales and
+rotations of the quantised linears stay float32, and so does the state x of the flow, to which every step adds a little.
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from compiler.errors import GraphError
+from compiler.graph.edit import initializer, insert_before, lazy, replace
+from compiler.graph.export import Graphs
+from plugins import bitblas, ops
+from plugins.layout import pack_bitblas, unpack_int4
+from plugins.nodes import NODES, KernelName, Node, RotateQuantize, Tensor, W4A8Linear
+from plugins.trt import attributes
+
+FLOAT_TYPES = {"bf16": (ir.DataType.BFLOAT16, ml_dtypes.bfloat16, "Bf16"), "fp16": (ir.DataType.FLOAT16, np.float16, "Half")}
+
+
+class Plugin(NamedTuple):
+    """A plugin node: what it runs, and the BitBLAS kernel's (N, K, tile) if it runs one."""
+
+    node: Node
+    kernels: list[KernelName]
+    problem: bitblas.Problem | None
+
+
+def adapt(graphs: Graphs, float_type: str, sm: int, prefix_tokens: int) -> dict[str, dict[str, Plugin]]:
+    """Rewrites both graphs in place; returns for each graph its plugin nodes by name.
+
+    prefix_tokens: of the largest observation, which the kernels of the prefix are chosen for.
+    Raises GraphError for a quantised linear that there is no plugin for, KernelError for one that has no kernel.
+    """
+    plugins = {}
+    for name, model in graphs.items():
+        common.ShapeInferencePass()(model)
+        _check_operators(model)
+        expand_attention_of_one_query(model)
+        plugins[name] = _to_plugins(model, FLOAT_TYPES[float_type][2], sm, prefix_tokens)
+        to_float_type(model, float_type)
+        model.functions.clear()
+        model.opset_imports[ops.DOMAIN] = ops.VERSION
+    return plugins
+
+
+def _check_operators(model: ir.Model) -> None:
+    unknown = sorted({node.op_type for node in model.graph if node.domain == ops.DOMAIN} - set(NODES))
+    if unknown:
+        raise GraphError(
+            f"--target tensorrt has plugins for {', '.join(NODES)}, not for {', '.join(unknown)}: quantise to 4-bit weights "
+            "and 8-bit activations, or leave those linears in float"
+        )
+
+
+def expand_attention_of_one_query(model: ir.Model) -> None:
+    """softmax(q k^T scale) v of a single token, pi0's state, as products: TensorRT-RTX has no attention kernel for it."""
+    for node in list(model.graph):
+        if node.op_type != "Attention" or node.inputs[0].shape[-2] != 1 or len(node.inputs) > 3:
+            continue
+        query, key, value = node.inputs
+        scale = node.attributes["scale"].value if "scale" in node.attributes else query.shape[-1] ** -0.5
+        (turned,) = insert_before(node, "Transpose", [key], perm=[0, 1, 3, 2])
+        factor = initializer(model.graph, f"attention_scale_{query.shape[-1]}", np.array(scale, np.float32))
+        (scaled,) = insert_before(node, "Mul", [query, factor])
+        (scores,) = insert_before(node, "MatMul", [scaled, turned])
+        (weights,) = insert_before(node, "Softmax", [scores], axis=-1)
+        (mixed,) = insert_before(node, "MatMul", [weights, value])
+        replace(node.outputs[0], mixed)
+    common.RemoveUnusedNodesPass()(model)
+
+
+def to_float_type(model: ir.Model, float_type: str) -> None:
+    """float32 -> `float_type`, save for the operands of duq nodes, and the model's inputs and outputs that are no keys or
+    values."""
+    onnx_type, numpy_type, _ = FLOAT_TYPES[float_type]
+    graph = model.graph
+    for value in list(graph.initializers.values()):
+        readers = {node.domain for node in value.consumers()}
+        if value.dtype == ir.DataType.FLOAT and readers - {ops.DOMAIN}:
+            cast = lambda array: array.astype(numpy_type)  # noqa: E731
+            replace_initializer(value, lazy(graph, f"{value.name}.{float_type}", [value], value.shape.numpy(), cast, onnx_type))
+    for node in graph:
+        target = node.attributes.get("to")
+        if node.op_type == "Cast" and target is not None and target.value == ir.DataType.FLOAT:
+            node.attributes["to"] = ir.AttrInt64("to", int(onnx_type))
+        for value in node.outputs:
+            value.type = value.shape = None  # TensorRT infers what is between inputs and outputs
+    for value in graph.inputs:
+        if value.dtype == ir.DataType.FLOAT and is_key_value(value.name):
+            value.type = ir.TensorType(onnx_type)  # a new one: clones of a graph share their types
+        elif value.dtype == ir.DataType.FLOAT:
+            _cast_input(graph, value, onnx_type)
+    for value in graph.outputs:
+        value.type = ir.TensorType(ir.DataType.FLOAT if value.name == "x_next" else onnx_type)
+        if value.name == "x_next":
+            _keep_flow_in_float32(value)
+
+
+def is_key_value(name: str) -> bool:
+    return name.split(".")[0] in ("key", "value")
+
+
+def replace_initializer(old: ir.Value, new: ir.Value) -> None:
+    graph = old.graph
+    for use in list(old.uses()):
+        if use.node.domain != ops.DOMAIN:
+            use.node.replace_input_with(use.idx, new)
+    if not old.uses():
+        del graph.initializers[old.name]
+
+
+def _cast_input(graph: ir.Graph, value: ir.Value, onnx_type: ir.DataType) -> None:
+    readers = list(value.uses())
+    (cast,) = insert_before(graph[0], "Cast", [value], to=int(onnx_type))
+    for use in readers:
+        use.node.replace_input_with(use.idx, cast)
+
+
+def _keep_flow_in_float32(x_next: ir.Value) -> None:
+    """x_next = x + change: the sum is taken in float32, of the input as it is."""
+    add = x_next.producer()
+    (cast,) = [operand.producer() for operand in add.inputs if operand.producer().op_type == "Cast"]
+    (change,) = [operand for operand in add.inputs if operand.producer() is not cast]
+    (wide,) = insert_before(add, "Cast", [change], to=int(ir.DataType.FLOAT))
+    for index, operand in enumerate(add.inputs):
+        add.replace_input_with(index, wide if operand is change else cast.inputs[0])
+
+
+def _to_plugins(model: ir.Model, float_type: str, sm: int, prefix_tokens: int) -> dict[str, Plugin]:
+    found, graph = {}, model.graph
+    for node in graph:
+        if node.domain != ops.DOMAIN:
+            continue
+        if node.op_type == "RotateQuantize":
+            plugin = _prologue(graph, node, float_type, prefix_tokens)
+        else:
+            plugin = _linear(graph, node, float_type, sm, prefix_tokens)
+        node.overload = ""
+        node.attributes.update({name: _attribute(name, value) for name, value in attributes(plugin.node).items()})
+        found[node.name] = plugin
+    common.RemoveUnusedNodesPass()(model)
+    return found
+
+
+def _prologue(graph: ir.Graph, node: ir.Node, float_type: str, prefix_tokens: int) -> Plugin:
+    plugin = RotateQuantize(node.overload)
+    operands = [Tensor((prefix_tokens, node.inputs[0].shape[-1]), float_type)]
+    operands += [Tensor(tuple(value.shape.numpy()), "float") for value in node.inputs[1:]]
+    if "permutation" in plugin.operands:
+        index = plugin.operands.index("permutation")
+        wide = node.inputs[index]
+        narrow = lazy(graph, f"{wide.name}.int32", [wide], wide.shape.numpy(), lambda a: a.astype(np.int32), ir.DataType.INT32)
+        node.replace_input_with(index, narrow)
+    return Plugin(plugin, list(plugin.launches(operands)), None)
+
+
+def _linear(graph: ir.Graph, node: ir.Node, float_type: str, sm: int, prefix_tokens: int) -> Plugin:
+    weight, tokens = node.inputs[2], node.inputs[0].producer().inputs[0].shape[:-1]
+    rows = int(np.prod(tokens)) if all(isinstance(size, int) for size in tokens) else prefix_tokens
+    k, n = weight.shape.numpy()
+    tile = bitblas.best(rows, n, k, sm)
+    plugin = W4A8Linear(node.overload, tile, float_type)
+    node.replace_input_with(2, _packed(graph, weight))
+    node.name = weight.name.replace(".weight_q", "")
+    operands = [Tensor((rows, k), "int8"), Tensor((rows, 1), "float"), Tensor((n, k // 2), "int8"), Tensor((n,), "float")]
+    return Plugin(plugin, list(plugin.launches(operands)), (n, k, tile))
+
+
+def _attribute(name: str, value) -> ir.Attr:
+    return ir.AttrInt64s(name, value) if isinstance(value, list) else ir.AttrString(name, value)
+
+
+def _packed(graph: ir.Graph, weight: ir.Value) -> ir.Value:
+    """INT4 [K, N] -> the kernels' int8 [N, K / 2], when it is written."""
+    tensor, (k, n) = weight.const_value, weight.shape.numpy()
+    name = f"{weight.name}.bitblas"
+
+    def pack() -> ir.TensorProtocol:
+        values = unpack_int4(np.frombuffer(tensor.tobytes(), np.uint8), (k, n))
+        return ir.Tensor(pack_bitblas(np.ascontiguousarray(values.T)).view(np.int8), name=name)
+
+    return initializer(graph, name, ir.LazyTensor(pack, dtype=ir.DataType.INT8, shape=ir.Shape((n, k // 2)), name=name))
+
+
+def unroll(graphs: Graphs) -> ir.Model:
+    """Prefix and all denoising steps as one model: images, tokens, (state,) x -> x_next. `graphs` are used up."""
+    model, step = graphs.prefix, graphs.step
+    graph, key_values = model.graph, {output.name: output for output in model.graph.outputs}
+    shared = {value: _adopt(graph, value) for value in step.graph.initializers.values()}
+    (x,) = [value for value in step.graph.inputs if value.name == "x"]
+    flow = ir.Value(name="x", type=x.type, shape=x.shape)
+    graph.inputs.append(flow)
+    for index in range(graphs.num_steps):
+        number = initializer(graph, f"step_{index}", np.array(index, np.int64))
+        inputs = {value: key_values.get(value.name, number) for value in step.graph.inputs} | {x: flow}
+        flow = _append(graph, step.graph, shared | inputs, f"step_{index}")
+    flow.name = "x_next"
+    flow.type, flow.shape = ir.TensorType(ir.DataType.FLOAT), x.shape
+    graph.outputs.clear()
+    graph.outputs.append(flow)
+    common.RemoveUnusedNodesPass()(model)
+    model.opset_imports[ops.DOMAIN] = ops.VERSION
+    return model
+
+
+def _adopt(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """The step's initialiser in the prefix's graph. Weights have dotted names, unique to their contents."""
+    name = value.name if "." in value.name else f"step.{value.name}"
+    return initializer(graph, name, value.const_value)
+
+
+def _append(graph: ir.Graph, step: ir.Graph, values: dict[ir.Value, ir.Value], prefix: str) -> ir.Value:
+    """Copies the step's nodes behind the graph's; returns the copy of x_next."""
+    values = dict(values)
+    for node in step:
+        copy = ir.Node(
+            node.domain,
+            node.op_type,
+            [None if operand is None else values[operand] for operand in node.inputs],
+            list(node.attributes.values()),
+            num_outputs=len(node.outputs),
+            name=f"{prefix}.{node.name}",
+        )
+        graph.append(copy)
+        for old, new in zip(node.outputs, copy.outputs):
+            new.name = f"{prefix}.{old.name}"
+            values[old] = new
+    return values[step.outputs[0]]

@@ -1,0 +1,177 @@
+"""The duq operators as TensorRT plugins (IPluginV3): a thin shell around plugins/nodes.py.
+
+Works with `tensorrt` where it is installed, else with `tensorrt_rtx`, whose Python API is the same. `register` gives
+TensorRT a creator for each operator, in namespace "duq"; the ONNX parser then finds them for nodes of that domain that
+have the attribute plugin_namespace="duq", and the runtime finds them for the plugins of a stored engine.
+"""
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import astuple
+from types import ModuleType
+
+import numpy as np
+
+from plugins.bitblas import Tile
+from plugins.errors import KernelError
+from plugins.nodes import NODES, Kernels, Node, Tensor, W4A8Linear
+from plugins.shared_object import load_alias
+
+NAMESPACE = "duq"
+VERSION = "1"  # of the fields below; an engine with plugins of another version is refused
+FLAVOURS = ("tensorrt", "tensorrt_rtx")
+
+
+@functools.cache
+def library() -> ModuleType:
+    """TensorRT's module. Raises KernelError, naming the extras, where none is installed."""
+    for name in FLAVOURS:
+        if importlib.util.find_spec(name) is not None:
+            module = importlib.import_module(name)
+            if name == "tensorrt_rtx":
+                # Its parser opens the library by its unversioned name when it meets a plugin, and aborts without.
+                load_alias("libtensorrt_rtx.so", [f"libtensorrt_rtx.so.{module.__version__.split('.')[0]}"])
+            return module
+    raise KernelError(
+        "the tensorrt target needs TensorRT: pip install 'duq[tensorrt]', or 'duq[tensorrt-rtx]' where NVIDIA's own "
+        "package index cannot be reached"
+    )
+
+
+def flavour() -> str:
+    """Which TensorRT it is: "tensorrt" or "tensorrt_rtx"; an engine of one does not run in the other."""
+    return library().__name__
+
+
+def register(kernels: Kernels | None = None) -> None:
+    """Makes the operators known to TensorRT. kernels: what their plugins launch; not needed to build an engine."""
+    registry = library().get_plugin_registry()
+    for name in NODES:
+        known = registry.get_creator(name, VERSION, NAMESPACE)
+        if known is not None:
+            registry.deregister_creator(known)
+        creator = _classes()[1](name, kernels)
+        if not registry.register_creator(creator, NAMESPACE):
+            raise KernelError(f"TensorRT refuses the plugin {name}")
+        _registered[name] = creator  # TensorRT keeps no reference of its own
+
+
+_registered: dict = {}
+
+
+def attributes(node: Node) -> dict:
+    """The ONNX attributes that a node's plugin is made from."""
+    fields = {name: getattr(node, name) for name in node.fields}
+    fields = {name: list(astuple(value)) if isinstance(value, Tile) else value for name, value in fields.items()}
+    fields["tile"] = [int(value) for value in fields["tile"]] if "tile" in fields else None
+    return {name: value for name, value in fields.items() if value is not None} | {
+        "plugin_namespace": NAMESPACE,
+        "plugin_version": VERSION,
+    }
+
+
+@functools.cache
+def _classes() -> tuple[type, type]:
+    """The plugin and its creator, which derive from classes that only the library has."""
+    trt = library()
+    type_names = {trt.float32: "float", trt.float16: "Half", trt.bfloat16: "Bf16", trt.int32: "int32", trt.int8: "int8"}
+    types = {name: each for each, name in type_names.items()}
+
+    def tensors(descriptions: Sequence, addresses: Sequence[int]) -> list[Tensor]:
+        return [Tensor(tuple(each.dims), type_names[each.type], at) for each, at in zip(descriptions, addresses)]
+
+    class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
+        def __init__(self, name: str, node: Node, kernels: Kernels | None):
+            for base in (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
+                base.__init__(self)
+            self.plugin_name, self.plugin_version, self.plugin_namespace = name, VERSION, NAMESPACE
+            self.num_outputs = node.outputs
+            self.node, self.kernels = node, kernels
+
+        def get_capability_interface(self, kind):
+            return self
+
+        def get_output_data_types(self, input_types):
+            return [types[name] for name in self.node.output_types([type_names[each] for each in input_types])]
+
+        def get_output_shapes(self, inputs, shape_inputs, expressions):
+            found = self.node.output_shapes([[shape[i] for i in range(len(shape))] for shape in inputs])
+            results = []
+            for dimensions in found:
+                result = trt.DimsExprs(len(dimensions))
+                for index, value in enumerate(dimensions):
+                    result[index] = expressions.constant(value) if isinstance(value, int) else value
+                results.append(result)
+            return results
+
+        def supports_format_combination(self, position, tensors, inputs):
+            names = [type_names.get(each.desc.type, "") for each in tensors[: position + 1]]
+            return tensors[position].desc.format == trt.TensorFormat.LINEAR and self.node.accepts(position, names)
+
+        def configure_plugin(self, inputs, outputs):
+            pass
+
+        def on_shape_change(self, inputs, outputs):
+            pass
+
+        def get_workspace_size(self, inputs, outputs):
+            return self.node.workspace_bytes([tuple(each.max) for each in inputs])
+
+        def get_valid_tactics(self):
+            return []  # the kernel is chosen by the compiler: an engine built without a GPU has nothing to time
+
+        def set_tactic(self, tactic):
+            pass
+
+        def get_fields_to_serialize(self):
+            return trt.PluginFieldCollection([_to_field(trt, name, getattr(self.node, name)) for name in self.node.fields])
+
+        def attach_to_context(self, context):
+            return self.clone()
+
+        def clone(self):
+            return Plugin(self.plugin_name, self.node, self.kernels)
+
+        def enqueue(self, input_descriptions, output_descriptions, inputs, outputs, workspace, stream):
+            operands = tensors(input_descriptions, inputs), tensors(output_descriptions, outputs)
+            self.node.enqueue(*operands, workspace, stream, self.kernels)
+
+    class Creator(trt.IPluginCreatorV3One):
+        def __init__(self, name: str, kernels: Kernels | None):
+            trt.IPluginCreatorV3One.__init__(self)
+            self.name, self.plugin_version, self.plugin_namespace = name, VERSION, NAMESPACE
+            self.field_names = trt.PluginFieldCollection(
+                [trt.PluginField(field, np.array([]), trt.PluginFieldType.UNKNOWN) for field in NODES[name].fields]
+            )
+            self.kernels = kernels
+
+        def create_plugin(self, name, fields, phase):
+            return Plugin(self.name, from_fields(self.name, fields), self.kernels)
+
+    return Plugin, Creator
+
+
+def _to_field(trt: ModuleType, name: str, value):
+    if isinstance(value, Tile):
+        return trt.PluginField(name, np.array(astuple(value), np.int32), trt.PluginFieldType.INT32)
+    return trt.PluginField(name, value.encode(), trt.PluginFieldType.CHAR)
+
+
+def from_fields(op: str, fields) -> Node:
+    """The node of an ONNX node's attributes, or of what an engine stored."""
+    values = {each.name: each.data for each in fields}
+    kind = NODES[op]
+    missing = [name for name in kind.fields if name not in values]
+    if missing:
+        raise KernelError(f"plugin {op}: fields {', '.join(missing)} are missing; compile the plan with this duq")
+    found = {}
+    for name in kind.fields:
+        if kind is W4A8Linear and name == "tile":
+            *sizes, panels = np.asarray(values[name]).reshape(-1).tolist()
+            found[name] = Tile(*map(int, sizes), bool(panels))
+        else:
+            found[name] = bytes(values[name]).decode().rstrip("\0")
+    return kind(**found)
