@@ -16,6 +16,7 @@ from compiler.checkpoint.norm_stats import read_openpi_stats
 from compiler.checkpoint.shapes import check_shapes, expected_shapes, infer_config, listing
 from compiler.checkpoint.storage import open_tensors, read_json, weight_files
 from compiler.errors import CheckpointError
+from compiler.parallel import thread_pool
 from runtime.config import ModelConfig
 
 EMBEDDING = "llm.embed_tokens.weight"
@@ -78,15 +79,19 @@ def check_finite(weights: dict[str, torch.Tensor], progress: Callable[[int, int]
 
     `progress(done, total)` is called with bytes after each tensor.
     """
+    def fault(name: str) -> str | None:
+        low, high = torch.aminmax(weights[name])  # one pass, no temporary; NaN propagates
+        if torch.isfinite(low) and torch.isfinite(high):
+            return None
+        return f"{name}: {int((~torch.isfinite(weights[name])).sum())} of {weights[name].numel()} values"
+
     total, done, faults = sum(tensor.nbytes for tensor in weights.values()), 0, []
-    for name, tensor in weights.items():
-        low, high = torch.aminmax(tensor)  # one pass, no temporary; NaN propagates
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            count = int((~torch.isfinite(tensor)).sum())
-            faults.append(f"{name}: {count} of {tensor.numel()} values")
-        done += tensor.nbytes
-        if progress:
-            progress(done, total)
+    with thread_pool() as pool:
+        for tensor, found in zip(weights.values(), pool.map(fault, weights)):
+            faults += [found] if found else []
+            done += tensor.nbytes
+            if progress:
+                progress(done, total)
     if faults:
         raise CheckpointError(f"{len(faults)} tensors hold NaN or Inf:\n{listing(faults)}")
 

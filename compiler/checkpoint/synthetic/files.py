@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import sentencepiece
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 
 from compiler.checkpoint import lerobot
 from compiler.checkpoint.synthetic.statistics import generator
+from compiler.parallel import thread_pool
 from runtime.config import ModelConfig
 
 DTYPES = {"bfloat16": (torch.bfloat16, "BF16"), "float32": (torch.float32, "F32")}
@@ -38,24 +40,34 @@ def write_safetensors(
     dtype: str,
     advance: Callable[[int], None],
 ) -> None:
-    """Streams tensors into one safetensors file, holding one block of one tensor at a time.
+    """Writes tensors into one safetensors file, a tensor a thread, of which each holds one block of its own.
 
-    `blocks(name)` yields float32 [rows, columns] from top to bottom; `advance(bytes)` is called after each block.
+    `blocks(name)` yields float32 [rows, columns] from top to bottom; `advance(bytes)` is called after each block, from
+    any thread but by one at a time.
     """
     torch_dtype, safetensors_dtype = DTYPES[dtype]
-    sizes = [int(np.prod(shape, dtype=np.int64)) * torch_dtype.itemsize for shape in shapes.values()]
-    ends = list(itertools.accumulate(sizes))
+    sizes = {name: int(np.prod(shape, dtype=np.int64)) * torch_dtype.itemsize for name, shape in shapes.items()}
+    ends = dict(zip(sizes, itertools.accumulate(sizes.values())))
     header = {
-        name: {"dtype": safetensors_dtype, "shape": list(shape), "data_offsets": [end - size, end]}
-        for (name, shape), size, end in zip(shapes.items(), sizes, ends)
+        name: {"dtype": safetensors_dtype, "shape": list(shape), "data_offsets": [ends[name] - sizes[name], ends[name]]}
+        for name, shape in shapes.items()
     }
     encoded = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with open(file, "wb") as stream:
-        stream.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name in shapes:
+    file.write_bytes(len(encoded).to_bytes(8, "little") + encoded)
+    start, turn = file.stat().st_size, Lock()
+
+    def write(name: str) -> None:
+        with open(file, "r+b") as stream:
+            stream.seek(start + ends[name] - sizes[name])
             for block in blocks(name):
-                advance(stream.write(torch.from_numpy(block).to(torch_dtype).view(torch.uint8).numpy().data))
+                written = stream.write(torch.from_numpy(block).to(torch_dtype).view(torch.uint8).numpy().data)
+                with turn:
+                    advance(written)
+
+    with thread_pool() as pool:  # the largest first: the embedding alone is a sixth of all weights
+        for _ in pool.map(write, sorted(sizes, key=lambda name: -sizes[name])):
+            pass
 
 
 def write_json(file: Path, data: dict) -> None:
