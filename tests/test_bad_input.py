@@ -13,12 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import compiler.accuracy.compare
+import compiler.cli
 import compiler.pipeline
 import runtime.plan
 import tools.compare
 import tools.make_checkpoint
 from compiler.cli import compile_main
 from compiler.quantize_cli import quantize_main
+from plugins.errors import KernelError
 from runtime import Policy
 from runtime.errors import ObservationError, PlanError
 from runtime.inspect import main as inspect_main
@@ -416,6 +418,18 @@ def test_options_of_the_compiler(good, out, refused):
     refused([*compiling, "--target", "tpu"], "--target tpu: unknown, this version compiles for cpu")
     refused([*compiling, "--scheme", "reference"], "--scheme reference is a fake quantisation for studies")
     refused([quantize_main, good[0], "--out", out / "packs"], "--calibration is missing")
+
+
+def test_architectures(good, out, refused, monkeypatch):
+    def no_driver() -> int:
+        raise KernelError("no usable NVIDIA driver on this machine")
+
+    monkeypatch.setattr(compiler.cli, "open_device", no_driver)
+    compiling = [compile_main, good[0], "--quant", "none", "--out", out / "engine.plan", "--target"]
+    refused([*compiling, "cuda", "--sm", 75], "--sm 75: --target cuda compiles for 80, 86, 89, 90")
+    refused([*compiling, "cuda", "--sm", 90, "--sm", 75], "--sm 75: --target cuda compiles for 80, 86, 89, 90")
+    refused([*compiling, "cpu", "--sm", 90], "--sm 90: --target cpu runs on no GPU; leave --sm out")
+    refused([*compiling, "cuda"], "--target cuda needs --sm, one of 80, 86, 89, 90", "no GPU to ask (no usable NVIDIA driver")
 
 
 def test_values_out_of_range(good, out, command_line):

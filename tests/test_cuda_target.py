@@ -117,7 +117,7 @@ def compiled(tiny_plans, tmp_path, monkeypatch):
         recipe = load_recipe(settings.pop("preset", None), settings, environment={})
         quantization = quantize_checkpoint(checkpoint, recipe, inputs, SILENT)
         for target in targets:
-            options = Options(target, (86, 90) if target == "cuda" else (), num_steps=2, cameras=1)
+            options = Options(target, (86, 90) if target == "cuda" else (), num_steps=4, cameras=1)
             compile_policy(checkpoint, quantization, tmp_path / f"{target}.plan", options, SILENT)
         return [Plan(tmp_path / f"{target}.plan") for target in targets]
 
@@ -129,9 +129,13 @@ def compiled(tiny_plans, tmp_path, monkeypatch):
 def test_other_recipes(policy, recipe, compiled):
     on_cpu, on_gpu = compiled(policy, RECIPES[recipe], "cpu", "cuda")
     inputs, noise = case(on_gpu, "1 camera, 1 token")
-    actions, _ = CpuExecutor(on_cpu, threads=1).run(inputs, noise)
+    expected, traced = {}, {}
+    CpuExecutor(on_cpu, threads=1).run(inputs, noise, expected)
     for sm in ARCHITECTURES:
-        assert cosine(emulate.run(on_gpu, sm, inputs, noise), actions) > 0.9999
+        emulate.run(on_gpu, sm, inputs, noise, traced)
+        for stage, value in traced.items():
+            # With duquant's, as much as the CPU engine's own values move when pixels and noise do by 0.1 %.
+            assert relative_error(value, expected[stage]) < 0.03, stage
 
 
 UNSUPPORTED = {

@@ -10,9 +10,11 @@ from rich.progress import Progress
 
 from compiler.checkpoint import load_checkpoint
 from compiler.graph.export import export
+from compiler.graph.passes.merge import merge_quantized_linears
 from compiler.model import build_model, timesteps
-from compiler.pipeline import Options, compile_policy, passes
+from compiler.pipeline import TARGETS, Options, compile_policy, passes, quantize_checkpoint
 from compiler.quant import Quantization, load_recipe
+from plugins import ops
 from runtime.executors.cpu import CpuExecutor
 from runtime.plan import Plan
 from runtime.preprocess import ModelInputs
@@ -43,6 +45,8 @@ def make_noise(config) -> np.ndarray:
 
 def run_graphs(graphs, inputs: ModelInputs, noise: np.ndarray) -> np.ndarray:
     """Runs both graphs whatever inputs they have at this point of the compiler."""
+    for _, model in graphs.items():
+        ops.add_functions(model)
     compacted = "image_mask" not in {value.name for value in graphs.prefix.graph.inputs}
     image_mask, token_mask = inputs.image_mask, inputs.token_mask
     feeds = {
@@ -75,7 +79,8 @@ def test_every_rewrite_is_exact(policy, tiny_plans):
     expected = reference(build_model(checkpoint), inputs, noise, num_steps=4)
     graphs = export(checkpoint.config, checkpoint.weights, num_steps=4)
     np.testing.assert_allclose(run_graphs(graphs, inputs, noise), expected, atol=1e-5)
-    for rewrite in passes(Quantization(load_recipe("none", environment={})), checkpoint.weights):
+    common = passes(Quantization(load_recipe("none", environment={})), checkpoint.weights)
+    for rewrite in [*common, *TARGETS["cuda"].passes]:
         graphs = rewrite(graphs)
         name = getattr(rewrite, "func", rewrite).__name__
         np.testing.assert_allclose(run_graphs(graphs, inputs, noise), expected, atol=1e-5, err_msg=name)
@@ -83,6 +88,31 @@ def test_every_rewrite_is_exact(policy, tiny_plans):
     assert {value.name for value in graphs.prefix.graph.inputs} <= {"images", "tokens", "state"}
     step_inputs = {value.name for value in graphs.step.graph.inputs if not value.name.startswith(("key.", "value."))}
     assert step_inputs == {"x", "step"}
+    # One node for each rotary embedding, of queries and keys; the last layer of the prefix has keys only, and so has
+    # that of pi0's state token.
+    rotations = sum(node.op_type == "RotaryEmbedding" for _, model in graphs.items() for node in model.graph)
+    depth = checkpoint.config.llm.depth
+    assert rotations == 2 * depth + (2 * depth - 1) * (1 if policy == "pi05" else 2)
+
+
+@pytest.mark.skipif(ONNXRUNTIME < (1, 24), reason="Python 3.10's ONNX Runtime confuses overloads")
+@pytest.mark.parametrize("policy", ["pi0", "pi05"])
+def test_merging_quantised_linears_changes_no_bit(policy, tiny_plans):
+    checkpoint = load_checkpoint(tiny_plans(policy, "none").checkpoint)
+    inputs, noise = make_inputs(checkpoint.config), make_noise(checkpoint.config)
+    with Progress(disable=True) as progress:
+        quantization = quantize_checkpoint(checkpoint, load_recipe("llm+expert-mlp", environment={}), [inputs], progress)
+    graphs = export(checkpoint.config, checkpoint.weights | quantization.float_weights, num_steps=4)
+    for rewrite in passes(quantization, checkpoint.weights):
+        graphs = rewrite(graphs)
+    expected, linears = run_graphs(graphs, inputs, noise), count_linears(graphs)
+    merged = merge_quantized_linears(graphs)
+    np.testing.assert_array_equal(run_graphs(merged, inputs, noise), expected)
+    assert 0 < count_linears(merged) < linears
+
+
+def count_linears(graphs) -> int:
+    return sum(node.op_type == "W4A8Linear" for _, model in graphs.items() for node in model.graph)
 
 
 @pytest.mark.parametrize("fixture", ["tiny_pi0", "tiny_pi05"])
