@@ -18,6 +18,7 @@ from runtime.preprocess import Preprocessor
 EXECUTORS = {
     "cpu": ("runtime.executors.cpu", "CpuExecutor"),
     "cuda": ("runtime.executors.cuda", "CudaExecutor"),
+    "tensorrt": ("runtime.executors.tensorrt", "TensorRTExecutor"),
 }
 
 

@@ -1,0 +1,254 @@
+"""Runs a `tensorrt` plan: its engines, recorded once for each size of observation in a CUDA graph of the whole call.
+
+`TensorRTExecutor` opens the plan and deserialises its engines; `Calls` does the rest: memory, bindings, recording, replay.
+`Calls` knows an engine only by `bind` and `enqueue`, so that it can be tested on GPUs that TensorRT-RTX does not serve.
+"""
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+from plugins import driver, trt
+from plugins.kernels import Cubin
+from plugins.nodes import KernelName, Kernels
+from runtime.errors import PlanError
+from runtime.plan import Plan
+from runtime.preprocess import ModelInputs
+
+ALIGNMENT = 256
+MAX_GRAPHS = 16  # kept recorded; a prompt of a length not seen lately takes two calls' time
+_ITEM_BYTES = {"float": 4, "int64": 8, "bfloat16": 2, "float16": 2}
+
+Shape = tuple[int, ...]
+
+
+class Engine(Protocol):
+    """What a call needs of an engine."""
+
+    def bind(self, name: str, address: int, shape: Shape | None) -> None:
+        """Where the next `enqueue` reads or writes a tensor; the shape is an input's."""
+
+    def enqueue(self, stream: int) -> None:
+        """Capturable, once it has run with the same shapes outside of a capture."""
+
+
+class TensorRTExecutor:
+    """Args: plan: opened, target "tensorrt", for the SM of this machine's GPU; threads: of no use here.
+
+    Raises PlanError where the plan is for another SM, or another flavour or version of TensorRT, KernelError where a wheel
+    or the driver is missing.
+    """
+
+    def __init__(self, plan: Plan, threads: int | None = None):
+        sm = driver.open_device()
+        section = section_of(plan, sm)
+        check_library(plan, section)
+        trt.register(kernels_of(plan, section))
+        engines = {name: _LoadedEngine(plan, sm, name) for name in section["engines"]}
+        signatures = {name: engine["inputs"] | engine["outputs"] for name, engine in section["engines"].items()}
+        self._calls = Calls(engines, signatures, plan.manifest)
+
+    def warmup(self) -> None:
+        """Records the graph of the largest size."""
+        driver.open_device()
+        self._calls.warmup()
+
+    def run(self, inputs: ModelInputs, noise: np.ndarray) -> tuple[np.ndarray, dict]:
+        """Denoises `noise` float32 [H, A] into normalised actions [H, A]; returns them with the stages' milliseconds."""
+        driver.open_device()  # the caller may be another thread than the one that loaded the plan
+        return self._calls.run(inputs, noise)
+
+
+def section_of(plan: Plan, sm: int) -> dict:
+    """The manifest's part about an SM."""
+    sections = plan.manifest["graphs"]
+    if f"sm{sm}" not in sections:
+        made_for = ", ".join(name.removeprefix("sm") for name in sections)
+        raise PlanError(f"{plan.path}: is made for SM {made_for}, this machine's GPU is SM {sm}; compile it with --sm {sm}")
+    return sections[f"sm{sm}"]
+
+
+def check_library(plan: Plan, section: dict) -> None:
+    """An engine is for the flavour and version of TensorRT that built it."""
+    built, here = (section["flavour"], section["version"]), (trt.flavour(), trt.library().__version__)
+    if built != here:
+        raise PlanError(
+            f"{plan.path}: is built with {' '.join(built)}, this machine has {' '.join(here)}; install that version, or "
+            "compile the plan again with this one"
+        )
+
+
+def kernels_of(plan: Plan, section: dict) -> Kernels:
+    """What the plan's plugins launch."""
+    return Kernels(
+        {
+            KernelName(each["source"], each["expression"]): Cubin(
+                bytes(plan.read(each["cubin"])), {each["expression"]: each["symbol"]}
+            )
+            for each in section["kernels"]
+        }
+    )
+
+
+class _LoadedEngine:
+    """A deserialised engine and its execution context."""
+
+    def __init__(self, plan: Plan, sm: int, name: str):
+        library = trt.library()
+        self._runtime = library.Runtime(library.Logger(library.Logger.WARNING))
+        self._engine = self._runtime.deserialize_cuda_engine(plan.read(f"engine/sm{sm}/{name}"))
+        if self._engine is None:
+            raise PlanError(f"{plan.path}: TensorRT cannot load its {name} engine on this GPU (its log says why)")
+        self._context = self._engine.create_execution_context()
+        self._name, self._path = name, plan.path
+
+    def bind(self, name: str, address: int, shape: Shape | None) -> None:
+        if shape is not None:
+            self._context.set_input_shape(name, shape)
+        self._context.set_tensor_address(name, address)
+
+    def enqueue(self, stream: int) -> None:
+        if not self._context.execute_async_v3(stream):
+            raise PlanError(f"{self._path}: TensorRT could not run the {self._name} engine (its log says why)")
+
+
+class Calls:
+    """Whole calls of engines: either `policy`, or `prefix` and then `step` for every denoising step.
+
+    Tensors are shared by name: what the prefix writes as key.0 the step reads in place. The state of the flow moves to and
+    fro between two buffers. signatures: engine -> tensor -> {"dtype", "shape"}; manifest: the plan's.
+    """
+
+    def __init__(self, engines: Mapping[str, Engine], signatures: Mapping[str, Mapping[str, dict]], manifest: dict):
+        config = manifest["model"]
+        self._engines, self._config, self._num_steps = engines, config, manifest["num_steps"]
+        self._signatures = signatures
+        self._types = {name: each["dtype"] for of_engine in signatures.values() for name, each in of_engine.items()}
+        self._largest = manifest["cameras"], config["max_prompt_tokens"]
+        self._inputs = [name for name in ("images", "tokens", "state", "x") if name in self._types]
+
+        shapes = self._shapes(self._largest)
+        self._offsets, self._upload_bytes = _side_by_side({name: self._bytes(name, shapes[name]) for name in self._inputs})
+        rest = {name: self._bytes(name, shape) for name, shape in shapes.items() if name not in self._inputs and name != "step"}
+        others, end = _side_by_side(rest | {"steps": 8 * self._num_steps}, self._upload_bytes)
+        self._offsets |= others
+        self._memory, self._stream = driver.Memory(end), driver.Stream()
+        self._upload, self._download = driver.PinnedArray(self._upload_bytes), driver.PinnedArray(rest["x_next"])
+        self._events = [driver.Event() for _ in range(3)]
+        self._graphs: dict[tuple[int, int], driver.Graph] = {}
+        self._lock = threading.Lock()
+        self._write_step_numbers()
+
+    def warmup(self) -> None:
+        with self._lock:
+            self._upload.array[:] = 0
+            self._graph(self._largest).launch(self._stream)
+            self._stream.synchronize()
+
+    def run(self, inputs: ModelInputs, noise: np.ndarray) -> tuple[np.ndarray, dict]:
+        with self._lock:
+            size = int(inputs.image_mask.sum()), int(inputs.token_mask.sum())
+            self._stage(inputs, noise)
+            self._graph(size).launch(self._stream)
+            self._stream.synchronize()
+            actions = self._download.array.view(np.float32).reshape(noise.shape).copy()
+            start, middle, end = self._events
+            if "policy" in self._engines:
+                return actions, {"policy_ms": end.milliseconds_since(start)}
+            return actions, {"prefix_ms": middle.milliseconds_since(start), "denoise_ms": end.milliseconds_since(middle)}
+
+    def _stage(self, inputs: ModelInputs, noise: np.ndarray) -> None:
+        """What is not there is not computed: absent cameras and prompt padding are left out here."""
+        values = {
+            "images": inputs.images[inputs.image_mask],
+            "tokens": inputs.tokens[inputs.token_mask],
+            "state": inputs.state,
+            "x": noise,
+        }
+        for name in self._inputs:
+            data = np.ascontiguousarray(values[name]).reshape(-1).view(np.uint8)
+            self._upload.array[self._offsets[name] : self._offsets[name] + data.size] = data
+
+    def _graph(self, size: tuple[int, int]) -> driver.Graph:
+        if size not in self._graphs:
+            if len(self._graphs) == MAX_GRAPHS:
+                del self._graphs[next(iter(self._graphs))]
+            self._follow(size, driver.Event.record)  # TensorRT prepares for new shapes in a call that is not recorded
+            self._stream.synchronize()
+            self._graphs[size] = self._stream.capture(lambda: self._follow(size, driver.Event.record_in_graph))
+        return self._graphs[size]
+
+    def _follow(self, size: tuple[int, int], mark) -> None:
+        """Enqueues a whole call."""
+        shapes = self._shapes(size)
+        self._stream.upload(self._memory.address, self._upload.address, self._upload_bytes)
+        mark(self._events[0], self._stream)
+        if "policy" in self._engines:
+            self._enqueue("policy", shapes, {})
+            mark(self._events[1], self._stream)
+            result = "x_next"
+        else:
+            self._enqueue("prefix", shapes, {})
+            mark(self._events[1], self._stream)
+            source, result = "x", "x_next"
+            for index in range(self._num_steps):
+                places = {"x": self._address(source), "x_next": self._address(result)}
+                self._enqueue("step", shapes, places | {"step": self._address("steps") + 8 * index})
+                source, result = result, source
+            result = source
+        mark(self._events[2], self._stream)
+        self._stream.download(self._download.address, self._address(result), self._bytes("x_next", shapes["x_next"]))
+
+    def _enqueue(self, name: str, shapes: dict[str, Shape], places: dict[str, int]) -> None:
+        engine = self._engines[name]
+        for tensor in self._signatures[name]:
+            is_input = tensor not in ("x_next", "image_features") and not (name == "prefix" and _is_cache(tensor))
+            address = places[tensor] if tensor in places else self._address(tensor)
+            engine.bind(tensor, address, shapes[tensor] if is_input else None)
+        engine.enqueue(self._stream.handle)
+
+    def _shapes(self, size: tuple[int, int]) -> dict[str, Shape]:
+        """Of every tensor, for a number of cameras and of prompt tokens."""
+        cameras, prompt = size
+        config, vision, llm = self._config, self._config["vision"], self._config["llm"]
+        image, actions = vision["image_size"], (config["action_horizon"], config["action_dim"])
+        patches = cameras * (image // vision["patch_size"]) ** 2
+        cache = (1, llm["kv_heads"], patches + prompt + (0 if config["pi05"] else 1), llm["head_dim"])
+        shapes = {
+            "images": (cameras, 3, image, image),
+            "tokens": (prompt,),
+            "state": (config["action_dim"],),
+            "image_features": (patches, llm["width"]),
+            "x": actions,
+            "x_next": actions,
+            "step": (),
+        }
+        return {name: cache if _is_cache(name) else shapes[name] for name in self._types}
+
+    def _bytes(self, name: str, shape: Shape) -> int:
+        return int(np.prod(shape)) * _ITEM_BYTES[self._types[name]]
+
+    def _address(self, name: str) -> int:
+        return self._memory.address + self._offsets[name]
+
+    def _write_step_numbers(self) -> None:
+        pinned = driver.PinnedArray(8 * self._num_steps)
+        pinned.array.view(np.int64)[:] = np.arange(self._num_steps)
+        self._stream.upload(self._address("steps"), pinned.address, pinned.array.nbytes)
+        self._stream.synchronize()
+
+
+def _is_cache(name: str) -> bool:
+    return name.split(".")[0] in ("key", "value")
+
+
+def _side_by_side(sizes: Mapping[str, int], start: int = 0) -> tuple[dict[str, int], int]:
+    """The offset of each, aligned, and the end."""
+    offsets, end = {}, start
+    for name, size in sizes.items():
+        offsets[name] = end
+        end += -(-size // ALIGNMENT) * ALIGNMENT
+    return offsets, end
