@@ -8,9 +8,12 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
+from plugins.driver import Event, Memory, Stream
 from plugins.errors import KernelError
 
 WORKSPACE_BYTES = 32 << 20  # NVIDIA's advice for Hopper
+ALGORITHMS = 16  # of the library's suggestions that are looked at
+COLD_BYTES = 128 << 20  # more than L2 holds
 _BF16, _FLOAT = 14, 0  # CUDA_R_16BF, CUDA_R_32F
 _COMPUTE_32F = 68
 _TRANSA, _EPILOGUE, _BIAS_POINTER = 3, 7, 8  # cublasLtMatmulDescAttributes_t
@@ -41,7 +44,7 @@ class Problem:
     batch: int
     addend_batch_stride: int
     y_bytes: int
-    gelu: bool
+    gelu: int
     has_bias: bool
     has_addend: bool
 
@@ -53,11 +56,11 @@ class CublasLt:
         self._library = _load()
         self._handle = ctypes.c_void_p()
         self._call("cublasLtCreate", ctypes.byref(self._handle))
-        self._prepared: dict[Problem, tuple] = {}
+        self._prepared: dict[tuple[Problem, int], tuple] = {}
 
-    def matmul(self, problem: Problem, weight, x, bias, addend, y, workspace: int, stream: int) -> None:
+    def matmul(self, problem: Problem, algorithm: int, weight, x, bias, addend, y, workspace: int, stream: int) -> None:
         """Enqueues one product. Operands are device addresses (bias, addend: 0 where the problem has none)."""
-        descriptor, (a, b, c, d), heuristic = self.prepare(problem)
+        descriptor, (a, b, c, d), heuristic = self.prepare(problem, algorithm)
         if problem.has_bias:
             self._set("cublasLtMatmulDescSetAttribute", descriptor, _BIAS_POINTER, ctypes.c_void_p(bias))
         one, beta = ctypes.c_float(1), ctypes.c_float(1 if problem.has_addend else 0)
@@ -67,13 +70,47 @@ class CublasLt:
             ctypes.c_void_p(workspace), ctypes.c_size_t(WORKSPACE_BYTES), ctypes.c_void_p(stream),
         )  # fmt: skip
 
-    def prepare(self, problem: Problem) -> tuple:
-        """Descriptors and the algorithm that the library thinks best. Raises KernelError where it has none."""
-        if problem not in self._prepared:
-            self._prepared[problem] = self._prepare(problem)
-        return self._prepared[problem]
+    def prepare(self, problem: Problem, algorithm: int) -> tuple:
+        """Descriptors and an algorithm: 0 is what the library thinks best. Raises KernelError where it has none."""
+        if (problem, algorithm) not in self._prepared:
+            descriptor, layouts, found = self._describe(problem)
+            if not found:
+                raise KernelError(f"cuBLASLt has no algorithm for {problem}")
+            chosen = found[min(algorithm, len(found) - 1)]  # another version of the library may know fewer
+            self._prepared[problem, algorithm] = descriptor, layouts, chosen
+        return self._prepared[problem, algorithm]
 
-    def _prepare(self, p: Problem) -> tuple:
+    def fastest(self, problem: Problem) -> int:
+        """Times the library's algorithms on this GPU, with weights that are not in its cache; returns the best's place."""
+        p = problem
+        weight_bytes, copies = 2 * p.n * p.k, max(4, -(-COLD_BYTES // (2 * p.n * p.k)))
+        weights = Memory(copies * weight_bytes)
+        rows = p.batch * p.m
+        sizes = 2 * rows * p.x_stride, p.y_bytes * p.n, 2 * p.y_bytes * rows * p.y_stride, WORKSPACE_BYTES
+        x, bias, y, workspace = (Memory(size) for size in sizes)
+        stream, start, end = Stream(), Event(), Event()
+        for memory, size in zip((weights, x, bias, y), (copies * weight_bytes, *sizes)):
+            stream.clear(memory.address, size)
+        times = []
+        for algorithm in range(len(self._describe(problem)[2])):
+            self.prepare(problem, algorithm)
+
+            def work() -> None:
+                for copy in range(copies):
+                    addresses = weights.address + copy * weight_bytes, x.address, bias.address, y.address
+                    half = y.address + sizes[2] // 2
+                    self.matmul(p, algorithm, *addresses, half, workspace.address, stream.handle)
+
+            graph = stream.capture(work)
+            for _ in range(2):
+                start.record(stream)
+                graph.launch(stream)
+                end.record(stream)
+                stream.synchronize()
+            times.append(end.milliseconds_since(start))
+        return times.index(min(times))
+
+    def _describe(self, p: Problem) -> tuple:
         descriptor = self._create("cublasLtMatmulDescCreate", _COMPUTE_32F, _FLOAT)
         self._set("cublasLtMatmulDescSetAttribute", descriptor, _TRANSA, ctypes.c_int(1))
         epilogue = _GELU_BIAS if p.gelu and p.has_bias else _GELU if p.gelu else _BIAS if p.has_bias else 1
@@ -88,15 +125,13 @@ class CublasLt:
         preference = self._create("cublasLtMatmulPreferenceCreate")
         limit = ctypes.c_size_t(WORKSPACE_BYTES)
         self._set("cublasLtMatmulPreferenceSetAttribute", preference, _MAX_WORKSPACE, limit)
-        found, count = _Heuristic(), ctypes.c_int()
+        found, count = (_Heuristic * ALGORITHMS)(), ctypes.c_int()
         self._call(
-            "cublasLtMatmulAlgoGetHeuristic", self._handle, descriptor, *layouts, preference, 1, ctypes.byref(found),
+            "cublasLtMatmulAlgoGetHeuristic", self._handle, descriptor, *layouts, preference, ALGORITHMS, found,
             ctypes.byref(count),
         )  # fmt: skip
         self._call("cublasLtMatmulPreferenceDestroy", preference)
-        if count.value == 0:
-            raise KernelError(f"cuBLASLt has no algorithm for {p}")
-        return descriptor, layouts, found
+        return descriptor, layouts, list(found[: count.value])
 
     def _layout(self, kind: int, rows: int, columns: int, stride: int, batch: int, batch_stride: int):
         dims = ctypes.c_uint64(rows), ctypes.c_uint64(columns), ctypes.c_int64(stride)

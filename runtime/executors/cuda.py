@@ -160,7 +160,7 @@ class CudaExecutor:
         """Lets cuBLASLt choose its algorithms, for which there is no time while a graph is recorded."""
         for launch in [*variant["prefix"], *variant["step"]]:
             if "call" in launch:
-                self._library.prepare(_problem(launch["args"]))
+                self._library.prepare(_problem(launch["args"]), launch["args"][5])
 
     def _run_traced(self, size: tuple[int, int], noise: np.ndarray, prompt: int) -> dict[str, np.ndarray]:
         variant = self._variants[size]
@@ -237,7 +237,7 @@ class CudaExecutor:
         else:
             operands = [address.value or 0 for address in addresses[:5]]
             workspace = self._workspaces[stream is self._branch].address
-            self._library.matmul(_problem(launch["args"]), *operands, workspace, stream.handle)
+            self._library.matmul(_problem(launch["args"]), launch["args"][5], *operands, workspace, stream.handle)
 
     def _resolve(self, argument, step: int):
         """An argument of the schedule (compiler/targets/cuda/program.py) as a launch takes it."""
@@ -290,9 +290,7 @@ def _end_of_inputs(variant: dict) -> int:
 
 def _problem(arguments: list) -> Problem:
     """Of the arguments of a library call (compiler/targets/cuda/program.py, MATMUL)."""
-    n, m, k, x_stride, y_stride, batch, addend_batch_stride, y_bytes, gelu = arguments[5:]
-    has_bias, has_addend = arguments[2] is not None, arguments[3] is not None
-    return Problem(n, m, k, x_stride, y_stride, batch, addend_batch_stride, y_bytes, bool(gelu), has_bias, has_addend)
+    return Problem(*arguments[6:], has_bias=arguments[2] is not None, has_addend=arguments[3] is not None)
 
 
 def _check_memory(plan: Plan, needed: int) -> None:

@@ -15,15 +15,20 @@ import onnx_ir.passes.common as common
 from rich.progress import Progress
 
 from compiler.graph.export import Graphs
+from compiler.parallel import in_order, thread_pool
 from compiler.targets.cuda.arena import place, schedule
 from compiler.targets.cuda.lower import Lowering, Variant
-from compiler.targets.cuda.program import ALIGNMENT, BYTES, Launch, to_json
+from compiler.targets.cuda.program import ALIGNMENT, BYTES, LIBRARY, MATMUL, Launch, to_json
 from compiler.targets.cuda.weights import Weights, to_bf16
+from plugins.cublas import CublasLt, Problem
+from plugins.driver import open_device
+from plugins.errors import KernelError
 from plugins.kernels import ARCHITECTURES as _ARCHITECTURES
 from plugins.kernels import Cubin, compile_cubin
 from runtime.plan import PlanWriter
 
 ARCHITECTURES = tuple(_ARCHITECTURES)
+IN_FLIGHT_BYTES = 1 << 30  # of the weights computed at a time; their float32 forms take several times that
 PROMPT_STEP = 32  # prompts are padded to a multiple of this: a CUDA graph has fixed sizes
 
 
@@ -42,13 +47,14 @@ def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options) -> dic
                 schedule(launches)
             arena_bytes = max(arena_bytes, place(variant.inputs, [variant.prefix, variant.step]))
             variants.append(variant)
+        timed = _choose_algorithms(sm, variants, progress)
         kernels = _write_cubins(sm, variants, writer, progress)
         schedules[sm] = {"arena_bytes": arena_bytes, **_schedule(variants, kernels)}
-        sections[f"sm{sm}"] = _summary(variants, arena_bytes, len(kernels))
+        sections[f"sm{sm}"] = _summary(variants, arena_bytes, len(kernels), timed)
 
     offsets = _write_weights(weights, writer, progress)
     table = lowering.embedding_table
-    writer.write("embedding", to_bf16(np.float32(table.const_value.numpy())))
+    writer.write("embedding", to_bf16(table.const_value.numpy()))
     for sm, data in schedules.items():
         writer.write(f"schedule/sm{sm}.json", json.dumps(data | {"weights": offsets}).encode())
     return sections
@@ -56,6 +62,30 @@ def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options) -> dic
 
 def prompt_sizes(max_tokens: int) -> list[int]:
     return [*range(PROMPT_STEP, max_tokens, PROMPT_STEP), max_tokens]
+
+
+def _choose_algorithms(sm: int, variants: list[Variant], progress: Progress) -> bool:
+    """Where a GPU of this architecture is at hand, times the library's algorithms for every product that it computes.
+
+    Elsewhere the library's own first choice stays. Returns which of the two.
+    """
+    calls = [launch for launch in _launches(variants) if launch.source == LIBRARY]
+    try:
+        if open_device() != sm:
+            return False
+        library = CublasLt()
+    except KernelError:
+        return False
+    first = MATMUL.index("algorithm")
+
+    def problem(arguments: list) -> Problem:
+        return Problem(*arguments[first + 1 :], has_bias=arguments[2] is not None, has_addend=arguments[3] is not None)
+
+    problems = {problem(call.arguments) for call in calls}
+    fastest = {each: library.fastest(each) for each in progress.track(problems, description="Timing cuBLASLt's algorithms")}
+    for call in calls:
+        call.arguments[first] = fastest[problem(call.arguments)]
+    return True
 
 
 def _write_cubins(sm: int, variants: list[Variant], writer: PlanWriter, progress: Progress) -> dict:
@@ -86,13 +116,14 @@ def _write_weights(weights: Weights, writer: PlanWriter, progress: Progress) -> 
     """Each weight as an entry; its [offset, bytes] in the device's block of weights."""
     offsets, end = {}, 0
     task = progress.add_task("Writing the weights", total=sum(weights.bytes.values()))
-    for name, compute in weights.sources.items():
-        array = compute()
-        assert array.nbytes == weights.bytes[name], name
-        writer.write(f"weights/{name}", array)
-        offsets[name] = [end, array.nbytes]
-        end += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
-        progress.advance(task, array.nbytes)
+    with thread_pool() as pool:
+        tasks = ((compute, weights.bytes[name]) for name, compute in weights.sources.items())
+        for name, array in zip(weights.sources, in_order(pool, tasks, IN_FLIGHT_BYTES)):
+            assert array.nbytes == weights.bytes[name], name
+            writer.write(f"weights/{name}", array)
+            offsets[name] = [end, array.nbytes]
+            end += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
+            progress.advance(task, array.nbytes)
     return offsets
 
 
@@ -129,11 +160,12 @@ def _launches(variants: list[Variant]) -> list[Launch]:
     return [launch for variant in variants for launch in [*variant.prefix, *variant.step]]
 
 
-def _summary(variants: list[Variant], arena_bytes: int, kernels: int) -> dict:
+def _summary(variants: list[Variant], arena_bytes: int, kernels: int, timed: bool) -> dict:
     largest = variants[-1]
     return {
         "launches": {"prefix": len(largest.prefix), "step": len(largest.step)},
         "sizes": [f"{variant.cameras} cameras, {variant.prompt} prompt tokens" for variant in variants],
         "kernels": kernels,
+        "library": f"cuBLASLt, {'algorithms timed on a GPU' if timed else 'its own choice of algorithms'}",
         "arena_bytes": arena_bytes,
     }

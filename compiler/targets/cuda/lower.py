@@ -368,7 +368,7 @@ class Lowering:
 
     def _matmul(self, name, x, weight, y, bias=None, addend=None, gelu=False, batch=1, addend_batch_stride=0) -> None:
         m, n, k = x.rows // batch, y.columns, x.columns
-        values = dict(weight=weight, x=x.pointer, bias=bias, addend=addend, y=y.pointer, n=n, m=m, k=k, x_stride=x.stride,
+        values = dict(weight=weight, x=x.pointer, bias=bias, addend=addend, y=y.pointer, algorithm=0, n=n, m=m, k=k, x_stride=x.stride,
                       y_stride=y.stride, batch=batch, addend_batch_stride=addend_batch_stride,
                       y_type=BYTES[y.type], gelu=int(gelu))  # fmt: skip
         reads = [x]

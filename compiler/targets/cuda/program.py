@@ -105,10 +105,11 @@ class Launch:
 
 LIBRARY = "cublaslt"  # Launch.source of a matrix product by cuBLASLt; its arguments are named by MATMUL
 
-MATMUL = ("weight", "x", "bias", "addend", "y", "n", "m", "k", "x_stride", "y_stride", "batch", "addend_batch_stride",
-          "y_type", "gelu")  # fmt: skip
+MATMUL = ("weight", "x", "bias", "addend", "y", "algorithm", "n", "m", "k", "x_stride", "y_stride", "batch",
+          "addend_batch_stride", "y_type", "gelu")  # fmt: skip
 """y[m, n] = gelu?(x[m, k] weight[n, k]^T + bias[n]) + addend[m, n]; `batch` products one after the other in x and y.
-Operands bf16; y, bias and addend of y_type (bf16 or float), each dense but for the strides given. Sums in float32."""
+Operands bf16; y, bias and addend of y_type (bf16 or float), each dense but for the strides given. Sums in float32.
+`algorithm` is the place of the one to use in the library's own order of preference."""
 
 
 def to_json(launch: Launch, kernel: int | None) -> dict:

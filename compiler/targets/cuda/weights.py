@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from compiler.targets.cuda.program import Weight
 from plugins.layout import interleave_gate_up, interleave_rotary, pack_float_fragments, pack_fragments
@@ -29,8 +30,7 @@ class Weights:
         order = "gate-up" if geglu else ""
 
         def compute() -> np.ndarray:
-            values = np.ascontiguousarray(weight.const_value.numpy().astype(np.int8).T)
-            return pack_fragments(_in_order(values, order), bits, layout)
+            return pack_fragments(_in_order(weight.const_value.integers().T, order), bits, layout)
 
         return self._add(f"{title(weight.name)}.int{bits}.{layout}{_suffix(order)}", n * k * bits // 8, compute)
 
@@ -43,9 +43,8 @@ class Weights:
 
         def compute() -> np.ndarray:
             values = weight.const_value.numpy()
-            padded = np.zeros((n, columns), np.float32)
-            padded[:, :k] = values.reshape(n, k) if convolution else values.T
-            return to_bf16(padded)
+            rows = values.reshape(n, k) if convolution else values.T
+            return to_bf16(rows if columns == k else np.pad(rows, ((0, 0), (0, columns - k))))
 
         return self._add(f"{title(weight.name)}.bf16", 2 * n * columns, compute)
 
@@ -54,7 +53,7 @@ class Weights:
         k, n = weight.shape.numpy()
 
         def compute() -> np.ndarray:
-            return pack_float_fragments(to_bf16(_in_order(np.ascontiguousarray(weight.const_value.numpy().T), order)))
+            return pack_float_fragments(to_bf16(_in_order(weight.const_value.numpy().T, order)))
 
         return self._add(f"{title(weight.name)}.bf16.fragments{_suffix(order)}", 2 * n * k, compute)
 
@@ -118,9 +117,10 @@ def label(name: str) -> str:
 
 
 def to_bf16(values: np.ndarray) -> np.ndarray:
-    """float32 -> the bits of the nearest bf16 (half to even), uint16."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    """float32 -> the bits of the nearest bf16 (half to even), uint16; those of bf16 as they are."""
+    if values.dtype.name == "bfloat16":
+        return values.view(np.uint16)
+    return torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(torch.bfloat16).view(torch.uint16).numpy()
 
 
 def _in_order(values: np.ndarray, order: str) -> np.ndarray:
