@@ -19,6 +19,7 @@ from plugins.errors import KernelError
 
 MULTIPROCESSORS = 132  # of an H100 or H200; more thread blocks than run at once, or fewer, are slower but right
 MAX_SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+FLOAT_CHUNK = 64  # of K, that a warp of gemm_float.cu takes at a time
 FEW_TOKENS = 64  # up to here a GEMM is bound by its weights and by latency
 TABLE = Path(__file__).parent / "tactics_sm90.json"
 
@@ -260,16 +261,18 @@ class Float:
         return f"gemm_float<{in_type}, {parameters}, {str(norm).lower()}, {finish}, {out_type}>"
 
     def shape(self, m: int, n: int) -> Shape:
+        """For x of either type; float takes more shared memory."""
         grid = (n // (16 * self.rows16), self.split, -(-m // self.tile_tokens))
+        ring, sums = self.stages * self.tile_tokens * FLOAT_CHUNK * 4, _staged_bytes(self.tile_tokens, 16 * self.rows16)
         received = self.split * -(-self.tile_tokens // self.split) if self.split > 1 else 0
-        shared_bytes = _staged_bytes(self.warps * self.tile_tokens + received, 16 * self.rows16)
+        shared_bytes = self.warps * max(ring, sums) + _staged_bytes(received, 16 * self.rows16)
         return Shape(grid, 32 * self.warps, shared_bytes, (1, self.split, 1))
 
     def divides(self, n: int, k: int) -> bool:
         return n % (16 * self.rows16) == 0 and k % 16 == 0
 
 
-_FLOAT_TILES = [(4, 4, 2), (2, 4, 2), (1, 8, 4), (1, 4, 2)]  # rows16, warps, stages
+_FLOAT_TILES = [(4, 4, 1), (4, 4, 2), (2, 4, 1), (2, 8, 1), (1, 8, 1), (1, 4, 1)]  # rows16, warps, stages
 _FLOAT_SPLITS = (1, 2, 3, 4, 8)
 
 
@@ -286,7 +289,8 @@ def float_candidates(m: int, n: int, k: int, sm: int) -> list[Float]:
         if (tactic := Float(rows16, -(-m // 8), warps, stages, split)).divides(n, k)
         and tactic.shape(m, n).shared_bytes <= MAX_SHARED_BYTES[sm]
     ]
-    spread = [t for t in fitting if 64 <= t.shape(m, n).grid[0] * t.split <= 2.2 * MULTIPROCESSORS]
+    busy = [t for t in fitting if t.split * t.warps * FLOAT_CHUNK <= k]
+    spread = [t for t in busy if 64 <= t.shape(m, n).grid[0] * t.split <= 2.2 * MULTIPROCESSORS]
     return spread or fitting
 
 

@@ -11,16 +11,18 @@
 //     ROTARY  of q, k, v rows as interleave_rotary has them, HEAD_DIMS a head, one KV head: q and k turned by the
 //             angles of their position, q to y, k and v to rows of their own; all bf16
 //
-// As in gemm_small.cu, a warp owns 16 ROWS16 rows of W, 8 TOKENS8 tokens and a share of K, and loads both operands from
-// memory straight into the tensor cores' layout (plugins/layout.py, pack_float_fragments), STAGES chunks of K = 16
-// ahead. Before the kernel ahead has ended, the first weights come to registers and the rest to L2.
+// A warp owns 16 ROWS16 rows of W, 8 TOKENS8 tokens and every WARPS-th chunk of K = 64 of its block. Weights come from
+// memory straight into the tensor cores' layout (plugins/layout.py, pack_float_fragments), one chunk ahead: the first
+// to registers and the rest to L2 before the kernel ahead has ended. Activations go through a ring of STAGES chunks in
+// shared memory, the warp's own: loaded straight into the tensor cores' layout they would be pieces of 8 cache lines at
+// a time, and the number of such requests would bound this kernel, not the bytes.
 //
 // WARPS warps of a block and SPLIT blocks of a cluster (SM 90; elsewhere SPLIT = 1) share K. A block adds its warps'
 // sums and sends those of each token to the block that finishes it, of token m block m % SPLIT; the squares ride along
 // in the padding of the rows. All additions have a fixed order, so the result is reproducible.
 //
-// grid (N / (16 ROWS16), SPLIT, ceil(M / (8 TOKENS8))), block 32 WARPS, cluster (1, SPLIT, 1), shared memory 4 bytes *
-// pitch(16 ROWS16) * (WARPS * 8 TOKENS8 + (SPLIT > 1) * SPLIT * ceil(8 TOKENS8 / SPLIT)).
+// grid (N / (16 ROWS16), SPLIT, ceil(M / (8 TOKENS8))), block 32 WARPS, cluster (1, SPLIT, 1), shared memory as in
+// plugins/tactics.py.
 #include "common.cuh"
 
 enum Finish { NONE, SILU, GEGLU, ROTARY };
@@ -41,18 +43,6 @@ __device__ inline uint4 load_weights(const uint4* from) {
   return v;
 }
 
-// Reads written-by-others data past L1, which an overlapped launch may find stale.
-__device__ inline float4 load_activations(const float* from) {
-  float4 v;
-  asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from));
-  return v;
-}
-__device__ inline uint2 load_activations(const Bf16* from) {
-  uint2 v;
-  asm volatile("ld.global.cg.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
-  return v;
-}
-
 // Asks for the bytes behind `from` (16-byte multiples) to be in L2.
 __device__ inline void prefetch(const void* from, int bytes) {
 #if __CUDA_ARCH__ >= 900
@@ -61,7 +51,8 @@ __device__ inline void prefetch(const void* from, int bytes) {
 }
 
 // 4 channels of a token: float4, or bf16 two to a word.
-template <class In> using Channels = decltype(load_activations(static_cast<const In*>(nullptr)));
+template <class In> struct Vector { using type = float4; };
+template <> struct Vector<Bf16> { using type = uint2; };
 
 __device__ inline float4 to_floats(float4 v) { return v; }
 __device__ inline float4 to_floats(uint2 v) {
@@ -97,7 +88,8 @@ __device__ inline void wait(unsigned long long* barrier) {
 }
 // Writes to block `rank` of the cluster, at the addresses that `to` and `barrier` have in one's own shared memory.
 __device__ inline void send(float4 v, const float* to, unsigned long long* barrier, int rank) {
-  asm volatile("{.reg .u32 at, signal;\nmapa.shared::cluster.u32 at, %4, %6;\nmapa.shared::cluster.u32 signal, %5, %6;\n"
+  asm volatile("{.reg .u32 at, signal;\n"
+               "mapa.shared::cluster.u32 at, %4, %6;\nmapa.shared::cluster.u32 signal, %5, %6;\n"
                "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [at], {%0,%1,%2,%3}, [signal];}"
                ::"f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(address_of(to)), "r"(address_of(barrier)), "r"(rank)
                : "memory");
@@ -125,7 +117,7 @@ template <int FINISH, class Out> struct Output {
   __device__ static int row_of(int quad) { return quad / QUADS * 16 + quad % QUADS * 4; }
 
   struct Columns { float4 scale[PARTS], bias[PARTS]; };
-  struct Inputs { float4 a, b; };  // residual; or cosine and sine
+  struct Inputs { float4 a, b; };  // residual; or cosine and sine, of v 1 and 0
 
   __device__ Columns columns(int n) const {
     Columns c;
@@ -141,6 +133,7 @@ template <int FINISH, class Out> struct Output {
 
   __device__ Inputs inputs(int token, int n) const {
     Inputs in = {};
+    if (FINISH == ROTARY) in.a = {1, 1, 1, 1};
     if (FINISH == NONE && residual)
       in.a = __ldcg(reinterpret_cast<const float4*>(residual + size_t(token) * y_stride + n));
     if (FINISH == ROTARY && !is_v(n)) {
@@ -150,45 +143,46 @@ template <int FINISH, class Out> struct Output {
     return in;
   }
 
-  // sum(offset) gives the sums of rows n + offset .. + 3.
-  template <class Sum>
-  __device__ void store(int token, int n, const Columns& c, const Inputs& in, float r, Sum sum) const {
-    float value[PARTS][4];
+  struct Values { float v[PARTS][4]; };
+
+  // Of the sums of rows n.. and n + 8...
+  __device__ Values values(const Columns& c, const Inputs& in, float r, float4 first, float4 second) const {
+    Values out;
 #pragma unroll
     for (int part = 0; part < PARTS; ++part) {
-      const float4 acc = sum(8 * part), scale = c.scale[part], add = c.bias[part];
-      value[part][0] = acc.x * r * scale.x + add.x;
-      value[part][1] = acc.y * r * scale.y + add.y;
-      value[part][2] = acc.z * r * scale.z + add.z;
-      value[part][3] = acc.w * r * scale.w + add.w;
+      const float4 sum = part ? second : first, scale = c.scale[part], add = c.bias[part];
+      out.v[part][0] = sum.x * r * scale.x + add.x;
+      out.v[part][1] = sum.y * r * scale.y + add.y;
+      out.v[part][2] = sum.z * r * scale.z + add.z;
+      out.v[part][3] = sum.w * r * scale.w + add.w;
     }
-    if constexpr (FINISH == ROTARY) {
-      store_head(token, n, in, value);
-    } else {
-      const float add[4] = {in.a.x, in.a.y, in.a.z, in.a.w};
-      for (int i = 0; i < 4; ++i) {
-        float& first = value[0][i];
-        if (FINISH == NONE) first += add[i];
-        if (FINISH == SILU) first = __fdividef(first, 1.0f + __expf(fminf(-first, 80.0f)));
-        if (FINISH == GEGLU) first = gelu_tanh(first) * value[PARTS - 1][i];
+    const float a[4] = {in.a.x, in.a.y, in.a.z, in.a.w}, b[4] = {in.b.x, in.b.y, in.b.z, in.b.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float& one = out.v[0][i];
+      float& other = out.v[PARTS - 1][i];
+      if (FINISH == NONE) one += a[i];
+      if (FINISH == SILU) one = __fdividef(one, 1.0f + __expf(fminf(-one, 80.0f)));
+      if (FINISH == GEGLU) one = gelu_tanh(one) * other;
+      if (FINISH == ROTARY) {
+        const float before = one;
+        one = before * a[i] - other * b[i], other = other * a[i] + before * b[i];
       }
-      store4(y + size_t(token) * y_stride + n / 16 * 16 / PARTS + n % 16, value[0]);
     }
+    return out;
   }
 
-  __device__ void store_head(int token, int n, const Inputs& in, float (&value)[PARTS][4]) const {
-    const float c[4] = {in.a.x, in.a.y, in.a.z, in.a.w}, s[4] = {in.b.x, in.b.y, in.b.z, in.b.w};
-    const int heads = rows / HEAD_DIMS - 2, head = n / HEAD_DIMS, row16 = n % HEAD_DIMS / 16;
-    const size_t row = size_t(first_row + token) * kv_stride;
-    Out* to = head < heads ? y + size_t(token) * y_stride + head * HEAD_DIMS : (is_v(n) ? v : k) + row;
-    to += is_v(n) ? 16 * row16 + n % 16 : 8 * row16 + n % 16;
-    if (!is_v(n))
-      for (int i = 0; i < 4; ++i) {
-        const float first = value[0][i], second = value[1][i];
-        value[0][i] = first * c[i] - second * s[i], value[1][i] = second * c[i] + first * s[i];
-      }
-    store4(to, value[0]);
-    store4(to + (is_v(n) ? 8 : HEAD_DIMS / 2), value[1]);
+  __device__ void store(int token, int n, const Values& values) const {
+    if constexpr (FINISH == ROTARY) {
+      const int heads = rows / HEAD_DIMS - 2, head = n / HEAD_DIMS, row16 = n % HEAD_DIMS / 16;
+      const size_t row = size_t(first_row + token) * kv_stride;
+      Out* const to = head < heads ? y + size_t(token) * y_stride + head * HEAD_DIMS : (is_v(n) ? v : k) + row;
+      const int channel = (is_v(n) ? 16 : 8) * row16 + n % 16;
+      store4(to + channel, values.v[0]);
+      store4(to + channel + (is_v(n) ? 8 : HEAD_DIMS / 2), values.v[1]);
+    } else {
+      store4(y + size_t(token) * y_stride + n / 16 * 16 / PARTS + n % 16, values.v[0]);
+    }
   }
 };
 
@@ -199,58 +193,75 @@ gemm_float(const In* x, const float* gain, const uint4* weight, const float* cha
            int tokens, int rows, int depth, int y_stride, int kv_stride, int first_position, int to_cache,
            float epsilon) {
   using O = Output<FINISH, Out>;
+  using Channels = typename Vector<In>::type;
   constexpr int ROWS = 16 * ROWS16, TOKENS = 8 * TOKENS8, PITCH = pitch(ROWS), THREADS = 32 * WARPS;
-  extern __shared__ __align__(16) float partial[];  // [WARPS][TOKENS][PITCH], [SPLIT][SLOTS][PITCH] of all blocks
+  constexpr int TILES = 4, ROW = TILES * 16 * int(sizeof(In));  // of K = 16 in a chunk; bytes of a token in a chunk
+  constexpr int RING = STAGES * TOKENS * ROW / 4, REGION = RING > TOKENS * PITCH ? RING : TOKENS * PITCH;
+  extern __shared__ __align__(128) float shared[];  // [WARPS][REGION]: ring, then sums; [SPLIT][SLOTS][PITCH] of all
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int rank = blockIdx.y, chunks = depth / 16, first_token = blockIdx.z * TOKENS;
-  const int begin = chunks * rank / SPLIT, end = chunks * (rank + 1) / SPLIT;
-  const int steps = (end - begin + WARPS - 1) / WARPS;  // a warp takes every WARPS-th chunk
-  tokens = min(tokens - first_token, TOKENS);           // of this block
+  const int rank = blockIdx.y, tiles = depth / 16, chunks = (tiles + TILES - 1) / TILES;
+  const int begin = chunks * rank / SPLIT, end = chunks * (rank + 1) / SPLIT, steps = (end - begin + WARPS - 1) / WARPS;
+  const int first_token = blockIdx.z * TOKENS;
+  tokens = min(tokens - first_token, TOKENS);  // of this block
+  x += size_t(first_token) * depth;
 
-  const uint4* const weights = weight + size_t(blockIdx.x) * ROWS16 * chunks * 32;
-  const In* const activations = x + size_t(first_token + g) * depth + 4 * t;
+  const uint4* const weights = weight + size_t(blockIdx.x) * ROWS16 * tiles * 32;
+  float* const own = shared + warp * REGION;
+  const unsigned ring = unsigned(__cvta_generic_to_shared(own));
 
-  uint4 w[STAGES][ROWS16];
-  float4 gains[STAGES];
-  Channels<In> a[STAGES][TOKENS8];
+  uint4 w[TILES][ROWS16];
+  float4 gains[TILES];
   float acc[ROWS16][TOKENS8][4] = {}, squares[TOKENS8] = {};
 
-  auto fetch_weights = [&](int stage, int step) {
-    const int chunk = min(begin + step * WARPS + warp, end - 1);  // beyond the end the activations are zero
+  auto fetch_weights = [&](int i, int step) {  // of tile i; beyond the end the activations are zero
+    const int tile = min((begin + step * WARPS + warp) * TILES + i, tiles - 1);
 #pragma unroll
-    for (int i = 0; i < ROWS16; ++i) w[stage][i] = load_weights(weights + (size_t(i) * chunks + chunk) * 32 + lane);
-    if (NORM) gains[stage] = gain ? __ldg(reinterpret_cast<const float4*>(gain + chunk * 16) + t) : float4{1, 1, 1, 1};
+    for (int row16 = 0; row16 < ROWS16; ++row16)
+      w[i][row16] = load_weights(weights + (size_t(row16) * tiles + tile) * 32 + lane);
+    if (NORM) gains[i] = gain ? __ldg(reinterpret_cast<const float4*>(gain + tile * 16) + t) : float4{1, 1, 1, 1};
   };
-  auto fetch_activations = [&](int stage, int step) {
-    const int chunk = begin + step * WARPS + warp;
+
+  // Pieces of 16 bytes, PIECES a token. The 16 channels of a tile are a unit; unit u of a token stands at u ^ (token %
+  // SPREAD), so that reads of neighbouring tokens find different banks.
+  constexpr int PIECES = ROW / 16, UNIT = ROW / TILES, SPREAD = 128 / UNIT, AT_ONCE = 32 / PIECES;  // tokens
+  static_assert(AT_ONCE % SPREAD == 0);
+  const int token_of_lane = lane / PIECES, piece = lane % PIECES, place = piece ^ token_of_lane % SPREAD * (UNIT / 16);
+  auto fetch_activations = [&](int step) {
+    const int channel = ((begin + step * WARPS + warp) * TILES * 16) + piece * 16 / int(sizeof(In));
+    const int valid_tokens = channel < min(end * TILES * 16, depth) ? tokens - token_of_lane : 0;
+    const In* from = x + size_t(token_of_lane) * depth + channel;
+    const unsigned to = ring + (step % STAGES * TOKENS + token_of_lane) * ROW + place * 16;
+    if (step < steps)
+#pragma unroll
+      for (int token = 0; token < TOKENS; token += AT_ONCE) {
+        copy_async(to + token * ROW, from, token < valid_tokens);
+        from += AT_ONCE * depth;
+      }
+    commit_copies();
+  };
+  auto multiply = [&](int i, int step) {
+    const char* const at = reinterpret_cast<const char*>(own) + (step % STAGES * TOKENS + g) * ROW +
+                           (i ^ g % SPREAD) * UNIT + t * int(sizeof(Channels));
 #pragma unroll
     for (int j = 0; j < TOKENS8; ++j) {
-      a[stage][j] = {};
-      if (8 * j + g < tokens && chunk < end)
-        a[stage][j] = load_activations(activations + size_t(8 * j) * depth + chunk * 16);
-    }
-  };
-  auto multiply = [&](int stage) {
-#pragma unroll
-    for (int j = 0; j < TOKENS8; ++j) {
-      uint2 b = to_bf16(a[stage][j]);
+      const Channels channels = *reinterpret_cast<const Channels*>(at + 8 * j * ROW);
+      uint2 b = to_bf16(channels);
       if (NORM) {
-        const float4 f = to_floats(a[stage][j]), factor = gains[stage];
+        const float4 f = to_floats(channels), factor = gains[i];
         squares[j] += f.x * f.x + f.y * f.y + f.z * f.z + f.w * f.w;
         b = to_bf16(float4{f.x * factor.x, f.y * factor.y, f.z * factor.z, f.w * factor.w});
       }
 #pragma unroll
-      for (int i = 0; i < ROWS16; ++i) mma(acc[i][j], w[stage][i], b);
+      for (int row16 = 0; row16 < ROWS16; ++row16) mma(acc[row16][j], w[i][row16], b);
     }
   };
 
 #pragma unroll
-  for (int stage = 0; stage < STAGES; ++stage)
-    if (stage < steps) fetch_weights(stage, stage);
-  const int rest = begin + STAGES * WARPS;
-  if (threadIdx.x < ROWS16 && rest < end)
-    prefetch(weights + (size_t(threadIdx.x) * chunks + rest) * 32, (end - rest) * 512);
+  for (int i = 0; i < TILES; ++i) fetch_weights(i, 0);
+  const int rest = (begin + WARPS) * TILES, last = min(end * TILES, tiles);
+  if (threadIdx.x < ROWS16 && rest < last)
+    prefetch(weights + (size_t(threadIdx.x) * tiles + rest) * 32, (last - rest) * 512);
   const int position = first_position + (past ? *past : 0);
   constexpr int SLOTS = (TOKENS + SPLIT - 1) / SPLIT;  // tokens that this block finishes: rank, rank + SPLIT...
   constexpr int ALL = ROWS / 4 + NORM;                 // quads of a token's sums, the one with the squares included
@@ -263,19 +274,18 @@ gemm_float(const In* x, const float* gain, const uint4* weight, const float* cha
   }
 #endif
   wait_for_inputs();
+  for (int step = 0; step < STAGES; ++step) fetch_activations(step);
+  for (int step = 0; step < steps; ++step) {
+    wait_for_copies<STAGES - 1>();
+    __syncwarp();
 #pragma unroll
-  for (int stage = 0; stage < STAGES; ++stage)
-    if (stage < steps) fetch_activations(stage, stage);
-  for (int base = 0; base < steps; base += STAGES)
-#pragma unroll
-    for (int stage = 0; stage < STAGES; ++stage) {
-      const int step = base + stage;
-      if (step >= steps) break;
-      multiply(stage);
-      if (step + STAGES >= steps) continue;
-      fetch_weights(stage, step + STAGES);
-      fetch_activations(stage, step + STAGES);
+    for (int i = 0; i < TILES; ++i) {
+      multiply(i, step);
+      if (step + 1 < steps) fetch_weights(i, step + 1);
     }
+    __syncwarp();
+    fetch_activations(step + STAGES);
+  }
   let_next_kernel_start();
 
   // Quads of this block's share of the tile: all of a thread's are in the same rows. Their operands come while the sums
@@ -295,39 +305,47 @@ gemm_float(const In* x, const float* gain, const uint4* weight, const float* cha
 
 #pragma unroll
   for (int j = 0; j < TOKENS8; ++j) {
-    float* const of_warp = partial + (warp * TOKENS + 8 * j) * PITCH;
+    float* const of_tokens = own + 8 * j * PITCH;
 #pragma unroll
-    for (int i = 0; i < ROWS16; ++i) stage_fragment<ROWS16>(of_warp, i, acc[i][j]);
+    for (int row16 = 0; row16 < ROWS16; ++row16) stage_fragment<ROWS16>(of_tokens, row16, acc[row16][j]);
     if (NORM) {
       squares[j] += __shfl_xor_sync(~0u, squares[j], 1);
       squares[j] += __shfl_xor_sync(~0u, squares[j], 2);
-      if (t == 0) of_warp[g * PITCH + ROWS] = squares[j];
+      if (t == 0) of_tokens[g * PITCH + ROWS] = squares[j];
     }
   }
   __syncthreads();
 
 #if CLUSTER
-  float* const received = partial + WARPS * TOKENS * PITCH;
+  float* const received = shared + WARPS * REGION;
   if (SPLIT > 1) {
-    for (int quad = threadIdx.x; quad < tokens * ALL; quad += THREADS) {
-      const int token = quad / ALL, row = quad % ALL * 4;
-      send(sum_quads<WARPS>(partial + token * PITCH + row, TOKENS * PITCH),
-           received + (rank * SLOTS + token / SPLIT) * PITCH + row, &arrived, token % SPLIT);
+    constexpr int EACH = (TOKENS * ALL + THREADS - 1) / THREADS;
+    auto quad_of = [&](int i) { return min(i * THREADS + int(threadIdx.x), TOKENS * ALL - 1); };
+    float4 sums[EACH];  // all of them before the first is sent
+#pragma unroll
+    for (int i = 0; i < EACH; ++i)
+      sums[i] = sum_quads<WARPS>(shared + quad_of(i) / ALL * PITCH + quad_of(i) % ALL * 4, REGION);
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      const int token = quad_of(i) / ALL, row = quad_of(i) % ALL * 4;
+      if (token < tokens && i * THREADS + threadIdx.x < TOKENS * ALL)
+        send(sums[i], received + (rank * SLOTS + token / SPLIT) * PITCH + row, &arrived, token % SPLIT);
     }
     wait(&arrived);
   }
 #else
   static_assert(SPLIT == 1, "blocks add their sums through the shared memory of a cluster");
-  float* const received = partial;
+  float* const received = shared;
 #endif
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) {
-    if (token_of(i) >= tokens) break;
+    const int slot = min(slot_of(i), SLOTS - 1);
     auto sum = [&](int row) {
-      if (SPLIT > 1) return sum_quads<SPLIT>(received + slot_of(i) * PITCH + row, SLOTS * PITCH);
-      return sum_quads<WARPS>(partial + slot_of(i) * PITCH + row, TOKENS * PITCH);
+      if (SPLIT > 1) return sum_quads<SPLIT>(received + slot * PITCH + row, SLOTS * PITCH);
+      return sum_quads<WARPS>(shared + slot * PITCH + row, REGION);
     };
-    const float r = NORM ? rsqrtf(sum(ROWS).x / depth + epsilon) : 1.0f;
-    output.store(first_token + token_of(i), n, columns, inputs[i], r, [&](int offset) { return sum(row + offset); });
+    const float r = NORM ? rsqrtf(__fdividef(sum(ROWS).x, depth) + epsilon) : 1.0f;
+    const typename O::Values values = output.values(columns, inputs[i], r, sum(row), sum(row + 8 * (O::PARTS - 1)));
+    if (slot_of(i) < SLOTS && token_of(i) < tokens) output.store(first_token + token_of(i), n, values);
   }
 }

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from plugins.layout import interleave_gate_up, interleave_rotary
-from plugins.tactics import Float, best_float
+from plugins.tactics import MAX_SHARED_BYTES, Float, best_float
 from tests.gpu import launch
 
 GUARD = 8  # rows past the last token: poisoned in x, to be left alone in y
@@ -18,10 +18,10 @@ SPLITS = [1, 2, 3, 4, 8]
 
 def tactics_for(m: int) -> list[Float]:
     """Tiles of all kinds; tokens in one block or, of more than 32, in two. Without clusters no split."""
-    clusters = launch.compute_capability() >= 90
-    tokens8 = -(-m // 8)
-    tiles = [(1, tokens8, 8, 4), (2, tokens8, 4, 2), (2, min(tokens8, 4), 8, 1), (4, tokens8, 4, 2), (1, tokens8, 4, 2)]
-    return [Float(*tile, split if clusters else 1) for tile, split in zip(tiles, SPLITS, strict=True)]
+    sm, tokens8 = launch.compute_capability(), -(-m // 8)
+    tiles = [(1, tokens8, 4, 3), (2, tokens8, 4, 2), (2, min(tokens8, 4), 8, 1), (4, tokens8, 4, 1), (1, tokens8, 8, 1)]
+    tactics = [Float(*tile, split if sm >= 90 else 1) for tile, split in zip(tiles, SPLITS, strict=True)]
+    return [tactic for tactic in tactics if tactic.shape(m, 64).shared_bytes <= MAX_SHARED_BYTES[sm]]
 
 
 def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -29,7 +29,7 @@ def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def operands(m: int, n: int, k: int, dtype: torch.dtype, seed: int = 0) -> SimpleNamespace:
-    """x [m, k], rows of different sizes in front of rows of NaN, and all that a GEMM may be given; products are O(1)."""
+    """x [m, k], rows of all sizes in front of rows of NaN, and all that a GEMM may be given; products are O(1)."""
     generator = torch.Generator("cuda").manual_seed(seed)
     randn = lambda *shape: torch.randn(shape, device="cuda", generator=generator)  # noqa: E731
     x = poisoned(m + GUARD, k, dtype=dtype)
@@ -74,7 +74,7 @@ BF16, FLOAT = torch.bfloat16, torch.float32
 )
 @pytest.mark.parametrize("m", [1, 7, 50, 64])
 def test_product_is_the_definition(m, x_dtype, norm, dtype, features):
-    n, k = 192, 1040  # an odd number of chunks, some warps with none
+    n, k = 192, 1040  # the last chunk is not whole, and some warps have none
     o = operands(m, n, k, x_dtype)
     if norm:
         o.x[m // 2] = 0  # epsilon keeps it finite
