@@ -43,18 +43,20 @@ def measure(
     noise = np.random.default_rng(1).standard_normal((checkpoint.config.action_horizon, checkpoint.config.action_dim), np.float32)
     expected = {}
     model = build_model(checkpoint).cuda()
-    for name in ("PyTorch eager fp32", "PyTorch eager bf16", *(["torch.compile bf16, CUDA graph"] if compile_pytorch else [])):
-        if "bf16" in name:
-            model.to(torch.bfloat16)
-        for case, obs in observations.items():
-            if "compile" in name and case != CASES[-1]:
-                continue  # it compiles for minutes, for each case anew
-            inputs = Preprocessor(checkpoint.config).model_inputs(obs)
-            infer = (_in_graph if "compile" in name else _eager)(model, inputs, noise)
-            actions, times = _timed(infer, calls=20 if "eager" in name else 100)
+
+    def measure_pytorch(name: str, cases: list, calls: int, prepare: Callable) -> None:
+        for case in cases:
+            infer = prepare(model, Preprocessor(checkpoint.config).model_inputs(observations[case]), noise)
+            actions, times = _timed(infer, calls)
             expected.setdefault(case, actions)
             records.append(_record(name, case, times, cosine=difference(expected[case], actions).cosine))
-    del model, infer
+
+    measure_pytorch("PyTorch eager fp32", CASES, 3, _eager)
+    model.to(torch.bfloat16)
+    measure_pytorch("PyTorch eager bf16", CASES, 20, _eager)
+    if compile_pytorch:  # for minutes, and for each case anew
+        measure_pytorch("torch.compile bf16, CUDA graph", CASES[-1:], 100, _in_graph)
+    del model
     gc.collect()
     torch.cuda.empty_cache()
     for name, recipe in recipes.items():
@@ -94,7 +96,6 @@ def measure(
             records.append(_record(f"engine, --quant {name}", case, times, cosine=cosine, replay_ms=replay, **split, **facts))
         del policy
         gc.collect()
-        plan.unlink()
     return records
 
 
@@ -147,7 +148,7 @@ def _in_graph(model: torch.nn.Module, inputs: ModelInputs, noise: np.ndarray) ->
 
 def _timed(infer: Callable[[], np.ndarray], calls: int) -> tuple[np.ndarray, list[float]]:
     times = []
-    for index in range(WARM_UP + calls if calls > 100 else 3 + calls):
+    for _ in range((WARM_UP if calls > 100 else 2) + calls):
         torch.cuda.synchronize()
         start = time.perf_counter()
         actions = infer()
