@@ -1,23 +1,33 @@
 """The tensorrt target: engines built without a GPU, what the plugins infer, what is refused. tests/gpu runs the plugins."""
+import functools
 import importlib.util
 import itertools
-import json
 from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 from rich.progress import Progress
 
+from compiler.accuracy.synthetic import synthetic_observations
+from compiler.checkpoint import load_checkpoint
 from compiler.cli import compile_main
-from compiler.targets import tensorrt
+from compiler.errors import GraphError
+from compiler.graph.export import Graphs, export
+from compiler.pipeline import Options, compile_policy, passes, quantize_checkpoint
+from compiler.quant import load_recipe
 from compiler.targets.tensorrt import builder, network
 from plugins import bitblas, nodes, ops, trt
 from plugins.bitblas import Tile
 from plugins.errors import KernelError
 from plugins.nodes import RotateQuantize, W4A8Linear
+from runtime.errors import PlanError
+from runtime.executors import tensorrt as executor
+from runtime.inspect import main as inspect_main
 from runtime.plan import Plan
+from runtime.preprocess import Preprocessor
 
 INSTALLED = any(importlib.util.find_spec(name) for name in trt.FLAVOURS) and importlib.util.find_spec("bitblas")
 needs_tensorrt = pytest.mark.skipif(not INSTALLED, reason="neither the tensorrt nor the tensorrt-rtx extra, or no bitblas")
@@ -89,14 +99,6 @@ def test_types_are_accepted_where_the_kernels_take_them():
 @pytest.fixture(scope="module")
 def compiled(tiny_plans, tmp_path_factory):
     """(policy, loop) -> the plan, compiled once with the integers of the cpu plan's preset."""
-    import functools
-
-    from compiler.accuracy.synthetic import synthetic_observations
-    from compiler.checkpoint import load_checkpoint
-    from compiler.pipeline import Options, compile_policy, quantize_checkpoint
-    from compiler.quant import load_recipe
-    from runtime.preprocess import Preprocessor
-
     directory = tmp_path_factory.mktemp("tensorrt")
 
     @functools.cache
@@ -116,6 +118,7 @@ def compiled(tiny_plans, tmp_path_factory):
             compile_policy(source, integers, out, options, progress)
         return Plan(out)
 
+    plan.quantization = quantization
     return plan
 
 
@@ -165,3 +168,147 @@ def test_loops_have_the_same_operators_per_step(compiled, policy):
 def test_fp16_builds_as_well(compiled):
     section = compiled("pi05", "graph", "fp16").manifest["graphs"]["sm86"]
     assert section["engines"]["step"]["inputs"]["key.0"]["dtype"] == "float16"
+
+
+@needs_tensorrt
+def test_unrolling_is_the_loop(tiny_plans, compiled):
+    """The unrolled float32 model in ONNX Runtime against the prefix and the step, one after the other."""
+    source, integers = compiled.quantization("pi0")
+    weights = source.weights | integers.float_weights
+
+    def graphs():
+        exported = export(source.config, weights, 3)
+        for rewrite in passes(integers, weights):
+            exported = rewrite(exported)
+        return exported
+
+    def session(model):
+        ops.add_functions(model, unsigned=True)
+        return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+
+    random = np.random.default_rng(0)
+    feeds = {
+        "images": random.uniform(-1, 1, (2, 3, 224, 224)).astype(np.float32),
+        "tokens": random.integers(0, 100, 7),
+        "state": random.standard_normal(32).astype(np.float32),
+    }
+    x = noise = random.standard_normal((8, 32)).astype(np.float32)
+    apart = graphs()
+    prefix, step = session(apart.prefix), session(apart.step)
+    names = [output.name for output in prefix.get_outputs()]
+    cache = {k: v for k, v in zip(names, prefix.run(None, feeds)) if network.is_key_value(k)}
+    for index in range(3):
+        (x,) = step.run(None, {"x": x, "step": np.array(index), **cache})
+    (whole,) = session(network.unroll(graphs())).run(None, {**feeds, "x": noise})
+    np.testing.assert_allclose(whole, x, rtol=1e-5, atol=1e-6)
+
+
+def compile_arguments(plan, *changes):
+    return [plan.checkpoint, "--robot", "libero", "--target", "tensorrt", "--out", plan.checkpoint.parent / "x.plan", *changes]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--sm", "86", "--loop", "twice"], "--loop twice: unknown, one of unrolled, graph"),
+        (["--sm", "86", "--float-type", "fp8"], "--float-type fp8: unknown, one of bf16, fp16"),
+        (["--sm", "90"], "--sm 90: --target tensorrt compiles for 80, 86, 89"),
+    ],
+)
+def test_bad_options_are_refused(tiny_plans, command_line, arguments, says):
+    plan = tiny_plans("pi0", "llm+expert-mlp")
+    ran = command_line(compile_main, *compile_arguments(plan, *arguments))
+    assert ran.code == 2 and says in ran.err.replace("\n", " ")
+    assert not list(plan.checkpoint.parent.glob("*x.plan*"))
+
+
+def test_without_tensorrt_the_extras_are_named(tiny_plans, command_line, monkeypatch):
+    trt.library.cache_clear()
+    monkeypatch.setattr(trt.importlib.util, "find_spec", lambda name: None)
+    ran = command_line(compile_main, *compile_arguments(tiny_plans("pi0", "llm+expert-mlp"), "--sm", "86"))
+    trt.library.cache_clear()
+    assert ran.code == 2 and "duq[tensorrt]" in ran.err and "duq[tensorrt-rtx]" in ran.err
+
+
+@needs_tensorrt
+def test_without_bitblas_the_extra_is_named(tiny_plans, command_line, monkeypatch):
+    def missing(name):
+        raise bitblas.PackageNotFoundError(name)
+
+    monkeypatch.setattr(bitblas, "version", missing)
+    ran = command_line(compile_main, *compile_arguments(tiny_plans("pi0", "llm+expert-mlp"), "--sm", "86"))
+    assert ran.code == 2 and "duq[bitblas]" in ran.err
+
+
+def small_model(*nodes, outputs=("y",)):
+    text = f"""<ir_version: 10, opset_import: ["" : 23, "duq" : 1]>
+        small (float[4, 8] x) => ({", ".join(f"float[4, 8] {name}" for name in outputs)}) {{ {" ".join(nodes)} }}"""
+    return ir.from_proto(onnx.parser.parse_model(text))
+
+
+@needs_tensorrt
+@pytest.mark.parametrize(
+    ("node", "plugins", "sm", "says"),
+    [
+        ("y = duq.Unheard(x)", 0, 86, "parser rejects the small graph: Unheard"),
+        ("y = Relu(x)", 1, 86, "has 0 plugins instead of 1"),
+        ("y = Relu(x)", 0, 90, "SM 90"),
+    ],
+)
+def test_what_tensorrt_cannot_build_is_one_error(tmp_path, node, plugins, sm, says):
+    with Progress(disable=True) as progress, pytest.raises(GraphError, match=says):
+        builder.build("small", small_model(node), plugins, {}, sm, progress, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@needs_tensorrt
+def test_linears_without_a_plugin_are_refused(compiled):
+    model = small_model("q = duq.W8A8Linear(x, x, x, x)", "y = Relu(q)")
+    graphs = Graphs(model, model, None, 1)
+    with pytest.raises(GraphError, match="not for W8A8Linear: quantise to 4-bit weights"):
+        network.adapt(graphs, "bf16", 86, 4)
+
+
+@needs_tensorrt
+def test_progress_is_shown(tmp_path):
+    shown = []
+    with Progress(disable=True) as progress:
+        original = progress.add_task
+        progress.add_task = lambda description, **options: (shown.append(description), original(description, **options))[1]
+        builder.build("small", small_model("y = Relu(x)"), 0, {}, 86, progress, tmp_path)
+    assert shown and all(each.startswith("small: ") for each in shown)
+
+
+@needs_tensorrt
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"flavour": "other"}, "is built with other"), ({"version": "1.0"}, "this machine has"), ({}, None)],
+)
+def test_engines_of_another_library_are_refused(compiled, change, says):
+    plan = compiled("pi0", "graph")
+    section = executor.section_of(plan, 86) | change
+    if says is None:
+        executor.check_library(plan, section)
+    else:
+        with pytest.raises(PlanError, match=says):
+            executor.check_library(plan, section)
+    with pytest.raises(PlanError, match="compile it with --sm 89"):
+        executor.section_of(plan, 89)
+
+
+@needs_tensorrt
+def test_the_executor_finds_every_kernel_in_the_plan(compiled):
+    plan = compiled("pi0", "graph")
+    section = executor.section_of(plan, 86)
+    kernels = executor.kernels_of(plan, section)
+    for each in section["kernels"]:
+        cubin = kernels._cubins[nodes.KernelName(each["source"], each["expression"])]
+        assert cubin.image.startswith(b"\x7fELF") and list(cubin.symbols.values()) == [each["symbol"]]
+
+
+@needs_tensorrt
+def test_duq_inspect_needs_no_tensorrt_to_show_the_plan(compiled, command_line, monkeypatch):
+    plan = compiled("pi0", "graph")
+    monkeypatch.setattr(trt, "library", lambda: pytest.fail("TensorRT was loaded"))
+    ran = command_line(inspect_main, plan.path)
+    assert ran.code == 0 and "engine/sm86/step" in ran.out and "general_dequant_matmul_kernel" in ran.out

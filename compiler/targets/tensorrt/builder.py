@@ -118,6 +118,7 @@ class _MappedWeights:
     def _write(self) -> dict[str, tuple[int, int]]:
         places = {}
         with open(self._path, "wb") as file:
+            file.write(bytes(64))  # nothing cannot be mapped
             for value in self._large():
                 file.write(bytes(-file.tell() % 64))
                 places[value.name] = file.tell(), value.const_value.nbytes

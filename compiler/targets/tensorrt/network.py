@@ -224,6 +224,7 @@ def _append(graph: ir.Graph, step: ir.Graph, values: dict[ir.Value, ir.Value], p
             node.op_type,
             [None if operand is None else values[operand] for operand in node.inputs],
             list(node.attributes.values()),
+            overload=node.overload,
             num_outputs=len(node.outputs),
             name=f"{prefix}.{node.name}",
         )
