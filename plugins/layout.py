@@ -76,12 +76,15 @@ def pack_fragments(values: np.ndarray, bits: int, layout: str = "direct") -> np.
         raise LayoutError(f"fragments are packed from int8 values, got {values.dtype}")
     if bits == 4 and values.size and (values.min() < -8 or values.max() > 7):
         raise LayoutError(f"INT4 holds -8..7, got values in {values.min()}..{values.max()}")
-    split = values.reshape(_split_shape(n, k, layout))
+    # The four i are neighbours in W and in the tiles: they move as one word.
+    words = np.ascontiguousarray(values).view(np.uint32).reshape(_split_shape(n, k, layout)[:-1])
+    axes = _axes(layout)[:-1]
     if bits == 8:
-        tiles = np.einsum(f"{_axes(layout)}->njcmsgthui", split)
-        return np.ascontiguousarray(tiles).view(np.uint8).reshape(-1, 16 * CHUNK_K)
-    nibbles = np.einsum(f"{_axes(layout)}->hnjcmgtsui", split).view(np.uint8)
-    return ((nibbles[0] & 0x0F) | (nibbles[1] << 4)).reshape(-1, 8 * CHUNK_K)
+        tiles = np.einsum(f"{axes}->njcmsgthu", words)
+    else:
+        low, high = np.einsum(f"{axes}->hnjcmgtsu", words)
+        tiles = (low & 0x0F0F0F0F) | (high << 4 & 0xF0F0F0F0)
+    return np.ascontiguousarray(tiles).view(np.uint8).reshape(-1, 2 * bits * CHUNK_K)
 
 
 def unpack_fragments(packed: np.ndarray, shape: tuple[int, int], bits: int, layout: str = "direct") -> np.ndarray:
@@ -159,8 +162,8 @@ def pack_float_fragments(values: np.ndarray) -> np.ndarray:
     if values.dtype != np.uint16:
         raise LayoutError(f"float fragments are packed from bf16 viewed as uint16, got {values.dtype}")
     n, k = _check_float_fragments(values.shape)
-    split = values.reshape(n // FLOAT_TILE, 2, 8, k // FLOAT_TILE, 4, 2, 2)
-    tiles = np.einsum("nugjthi->njgthui", split)
+    pairs = np.ascontiguousarray(values).view(np.uint32).reshape(n // FLOAT_TILE, 2, 8, k // FLOAT_TILE, 4, 2)
+    tiles = np.einsum("nugjth->njgthu", pairs)
     return np.ascontiguousarray(tiles).view(np.uint8).reshape(-1, 2 * FLOAT_TILE**2)
 
 

@@ -63,10 +63,11 @@ def lazy(
     dtype: ir.DataType = ir.DataType.FLOAT,
 ) -> ir.Value:
     """An initialiser computed from others only when it is written out: the policy's weights never lie in memory
-    together. `compute` gets the sources as numpy arrays."""
+    together. `compute` gets the sources as numpy arrays, and may return a view: a weight that is transposed twice is
+    never copied."""
     tensors = [source.const_value for source in sources]
     tensor = ir.LazyTensor(
-        lambda: ir.tensor(np.ascontiguousarray(compute(*(t.numpy() for t in tensors))), dtype=dtype, name=name),
+        lambda: ir.Tensor(compute(*(t.numpy() for t in tensors)), dtype=dtype, name=name),
         dtype=dtype,
         shape=ir.Shape(shape),
         name=name,

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from compiler.graph.edit import initializer, insert_before, is_weight, lazy, replace, simplify
 from compiler.graph.export import Graphs
-from compiler.graph.passes.quantize import quantized_tensor
+from compiler.graph.passes.quantize import QuantizedTensor
 from plugins import ops
 
 
@@ -65,5 +65,5 @@ def _concatenate(graph: ir.Graph, values: list[ir.Value]) -> ir.Value:
         return lazy(graph, name, values, shape, lambda *arrays: np.concatenate(arrays, axis=-1))
     tensors = [value.const_value for value in values]
     bits = 4 if dtype == ir.DataType.INT4 else 8
-    merged = lambda: np.concatenate([t.numpy().astype(np.int8) for t in tensors], axis=-1)  # noqa: E731
-    return initializer(graph, name, quantized_tensor(name, merged, shape, bits))
+    merged = lambda: np.concatenate([t.integers() for t in tensors], axis=-1)  # noqa: E731
+    return initializer(graph, name, QuantizedTensor(name, merged, shape, bits))

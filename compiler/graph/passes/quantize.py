@@ -66,7 +66,7 @@ def _lower(graph: ir.Graph, node: ir.Node, pack: LinearPack) -> None:
 
     k, n = node.inputs[1].shape.numpy()
     weight_name = f"{pack.name}.weight_q"
-    weight = initializer(graph, weight_name, quantized_tensor(weight_name, lambda: pack.weight().T, (k, n), pack.weight_bits))
+    weight = initializer(graph, weight_name, QuantizedTensor(weight_name, lambda: pack.weight().T, (k, n), pack.weight_bits))
     inputs = [*activations, weight, initializer(graph, f"{pack.name}.weight_scale", np.asarray(pack.weight_scale, np.float32))]
     overload = []
     if pack.output_rotation is not None:
@@ -105,14 +105,20 @@ def _by_content(graph: ir.Graph, kind: str, array: np.ndarray) -> ir.Value:
     return initializer(graph, f"{kind}.{digest}", array)
 
 
-def quantized_tensor(name: str, integers: Callable[[], np.ndarray], shape: Sequence[int], bits: int) -> ir.LazyTensor:
-    """A lazy INT4 (two a byte) or INT8 tensor of `integers()`, int8 values of the given shape."""
-    dtype = ir.DataType.INT4 if bits == 4 else ir.DataType.INT8
+class QuantizedTensor(ir.LazyTensor):
+    """An INT4 (two a byte) or INT8 tensor, made when it is written out from `integers()`, int8 of the given shape.
 
-    def load() -> ir.TensorProtocol:
-        values = np.ascontiguousarray(integers())
-        if bits == 8:
-            return ir.Tensor(values, name=name)
-        return ir.PackedTensor(pack_int4(values.reshape(-1)), dtype, shape=ir.Shape(shape), name=name)
+    Whoever has another form for them starts from the integers, in whatever memory order they are.
+    """
 
-    return ir.LazyTensor(load, dtype=dtype, shape=ir.Shape(shape), name=name)
+    def __init__(self, name: str, integers: Callable[[], np.ndarray], shape: Sequence[int], bits: int):
+        self.integers = integers
+        dtype = ir.DataType.INT4 if bits == 4 else ir.DataType.INT8
+
+        def load() -> ir.TensorProtocol:
+            values = np.ascontiguousarray(integers())
+            if bits == 8:
+                return ir.Tensor(values, name=name)
+            return ir.PackedTensor(pack_int4(values.reshape(-1)), dtype, shape=ir.Shape(shape), name=name)
+
+        super().__init__(load, dtype=dtype, shape=ir.Shape(shape), name=name)

@@ -10,7 +10,6 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import onnx_ir.passes.common as common
 from rich.progress import Progress
 
