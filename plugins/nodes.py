@@ -3,17 +3,22 @@
 plugins/trt.py wraps these classes for TensorRT; tests run them with no TensorRT at all. Each is made from its fields, the
 attributes of its ONNX node, which are also what an engine stores. What an operator means is in plugins/ops.py.
 
-    RotateQuantize   stages                     x, and the stages' operands  -> x_q int8, x_scale float32
+    RotateQuantize   stages, source             x, (gain,) and the stages' operands  -> x_q int8, x_scale float32
     W4A8Linear       stages, tile, out_type     x_q, x_scale, weight, weight_scale, the stages' operands -> y
 
 Operands are as in plugins/ops.py, except that the weight is int8 [N, K / 2] from plugins.layout.pack_bitblas, the
-permutation int32, and y of the network's float type: the operator's float32 result, rounded once.
+permutation int32, and y of the network's float type: the operator's float32 result, rounded once. What computes x is part
+of RotateQuantize where it can be, in float32:
+
+    PLAIN       x as it is
+    RMS_NORM    x / rms(x) * gain, with gain float32 [K]
+    GEGLU       gelu_tanh(gate) * up of x = [gate, up], [.., 2 K]
 """
 from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -23,6 +28,8 @@ from plugins.errors import KernelError
 from plugins.kernels import Cubin
 
 FLOATS = ("float", "Half", "Bf16")
+SOURCES = ("PLAIN", "RMS_NORM", "GEGLU")
+EPSILON = 1e-6  # of RMS_NORM
 _STAGE_OPERANDS = {
     "scale": "input_scale",
     "permute": "permutation",
@@ -75,13 +82,14 @@ class RotateQuantize:
     """The prologue of a group of linears."""
 
     stages: str  # the operator's overload
+    source: str = "PLAIN"
 
     outputs: ClassVar[int] = 2
-    fields: ClassVar[tuple[str, ...]] = ("stages",)
+    fields: ClassVar[tuple[str, ...]] = ("stages", "source")
 
     @property
     def operands(self) -> list[str]:
-        return ["x", *_operands_of(self.stages)]
+        return ["x", *(["gain"] if self.source == "RMS_NORM" else []), *_operands_of(self.stages)]
 
     @property
     def per_tensor(self) -> bool:
@@ -90,9 +98,10 @@ class RotateQuantize:
     def output_types(self, types: Sequence[str]) -> list[str]:
         return ["int8", "float"]
 
-    def output_shapes(self, shapes: Sequence[Sequence]) -> list[list]:
-        """Of dimensions of any kind: numbers, or TensorRT's expressions."""
-        (*tokens, channels) = shapes[0]
+    def output_shapes(self, shapes: Sequence[Sequence], halve: Callable = lambda size: size // 2) -> list[list]:
+        """Of dimensions of any kind: numbers, or TensorRT's expressions, which know another way to `halve`."""
+        (*tokens, width) = shapes[0]
+        channels = halve(width) if self.source == "GEGLU" else width
         return [[*tokens, channels], [] if self.per_tensor else [*tokens, 1]]
 
     def accepts(self, index: int, types: Sequence[str]) -> bool:
@@ -105,28 +114,30 @@ class RotateQuantize:
 
     def launches(self, inputs: Sequence[Tensor]) -> dict[KernelName, driver.Shape]:
         named = dict(zip(self.operands, inputs))
-        (*tokens, channels), in_type, _ = named["x"]
+        (*tokens, _), in_type, _ = named["x"]
         rotation = "NONE"
         if "hadamard" in named:
             rotation = named["hadamard"].shape[0]
         elif "rotation" in named:
             rotation = "DENSE"
-        launch = pointwise.rotate_quantize(math.prod(tokens), channels, in_type, "PLAIN", rotation)
+        launch = pointwise.rotate_quantize(math.prod(tokens), self._channels(named["x"]), in_type, self.source, rotation)
         return {KernelName(launch.source, launch.expression): launch.shape}
+
+    def _channels(self, x: Tensor) -> int:
+        return x.shape[-1] // 2 if self.source == "GEGLU" else x.shape[-1]
 
     def enqueue(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], workspace: int, stream: int, kernels: Kernels) -> None:
         """Launches on `stream`: nothing is allocated, waited for or copied through the host."""
         named, null = dict(zip(self.operands, inputs)), Tensor((), "float")
         x, (x_q, x_scale) = named["x"], outputs
-        channels = x.shape[-1]
         matrix = named.get("rotation", null)
         operands = [named.get(name, null) for name in ("gain", "shift", "input_scale", "permutation")]
         operands += [matrix, named.get("activation_scale", null), x_q]
         scales = ctypes.c_void_p(workspace) if self.per_tensor else x_scale.pointer  # the kernel writes one a token
         block = matrix.shape[-1] if matrix.shape else 0
-        sizes = [ctypes.c_int(value) for value in (channels, channels, block, 0)]
+        sizes = [ctypes.c_int(value) for value in (self._channels(x), x.shape[-1], block, 0)]
         ((name, shape),) = self.launches(inputs).items()
-        arguments = [*(operand.pointer for operand in operands), scales, *sizes, ctypes.c_float(0)]
+        arguments = [*(operand.pointer for operand in operands), scales, *sizes, ctypes.c_float(EPSILON)]
         kernels[name].launch(shape, [x.pointer, *arguments], stream)
         if self.per_tensor:
             driver.copy(x_scale.address, named["activation_scale"].address, 4, stream)
@@ -150,7 +161,7 @@ class W4A8Linear:
     def output_types(self, types: Sequence[str]) -> list[str]:
         return [self.out_type]
 
-    def output_shapes(self, shapes: Sequence[Sequence]) -> list[list]:
+    def output_shapes(self, shapes: Sequence[Sequence], halve: Callable | None = None) -> list[list]:
         return [[*shapes[0][:-1], shapes[3][0]]]
 
     def accepts(self, index: int, types: Sequence[str]) -> bool:

@@ -98,7 +98,8 @@ def _classes() -> tuple[type, type]:
             return [types[name] for name in self.node.output_types([type_names[each] for each in input_types])]
 
         def get_output_shapes(self, inputs, shape_inputs, expressions):
-            found = self.node.output_shapes([[shape[i] for i in range(len(shape))] for shape in inputs])
+            halve = lambda size: expressions.operation(trt.DimensionOperation.FLOOR_DIV, size, expressions.constant(2))  # noqa: E731
+            found = self.node.output_shapes([[shape[i] for i in range(len(shape))] for shape in inputs], halve)
             results = []
             for dimensions in found:
                 result = trt.DimsExprs(len(dimensions))

@@ -39,18 +39,22 @@ TILE = Tile(1, 2, 32, 32, 2, True)
 
 NODES_OF_EVERY_KIND = [
     *(("RotateQuantize", RotateQuantize(stages)) for stages in ROTATIONS),
+    ("RotateQuantize", RotateQuantize("hadamard+per_token", "RMS_NORM")),
+    ("RotateQuantize", RotateQuantize("per_token", "GEGLU")),
     *(("W4A8Linear", W4A8Linear(stages, TILE, "Bf16")) for stages in EPILOGUES),
 ]
 
 
 @pytest.mark.parametrize(("op", "node"), NODES_OF_EVERY_KIND, ids=str)
 def test_operands_are_the_operators(op, node):
-    assert node.operands == ops.inputs_of(op, node.stages)
+    gain = ["gain"] if getattr(node, "source", None) == "RMS_NORM" else []
+    x, *others = ops.inputs_of(op, node.stages)
+    assert node.operands == [x, *gain, *others]
 
 
 SHAPES = {
     "x": (1, 5, 128), "input_scale": (128,), "permutation": (128,), "hadamard": (64, 64), "rotation": (2, 64, 64),
-    "activation_scale": (), "x_q": (1, 5, 128), "x_scale": (1, 5, 1), "weight": (128, 96), "weight_scale": (96,),
+    "activation_scale": (), "gain": (128,), "x_q": (1, 5, 128), "x_scale": (1, 5, 1), "weight": (128, 96), "weight_scale": (96,),
     "output_rotation": (6, 16, 16), "bias": (96,),
 }  # fmt: skip
 DTYPES = {"permutation": np.int64, "x_q": np.int8, "weight": np.int8}
@@ -59,7 +63,7 @@ DTYPES = {"permutation": np.int64, "x_q": np.int8, "weight": np.int8}
 @pytest.mark.parametrize(("op", "node"), NODES_OF_EVERY_KIND, ids=str)
 def test_shapes_and_types_are_those_of_the_operators_function(op, node):
     """Runs the ONNX function that defines the operator and compares what comes out with what the plugin announces."""
-    names = node.operands
+    names = ops.inputs_of(op, node.stages)
     body = ir.serde.serialize_function(ops.function(op, node.stages, 23))
     body.name, body.overload = "F", ""
     outputs = list(body.output)
@@ -72,7 +76,10 @@ def test_shapes_and_types_are_those_of_the_operators_function(op, node):
     model = onnx.helper.make_model(graph, functions=[body], opset_imports=opsets, ir_version=10)
     feeds = {name: np.ones(SHAPES[name], DTYPES.get(name, np.float32)) for name in names}
     results = onnx.reference.ReferenceEvaluator(model).run(None, feeds)
-    assert [tuple(shape) for shape in node.output_shapes([SHAPES[n] for n in names])] == [each.shape for each in results]
+    shapes = [SHAPES[name] for name in node.operands]
+    if getattr(node, "source", None) == "GEGLU":
+        shapes[0] = (*shapes[0][:-1], 2 * shapes[0][-1])
+    assert [tuple(shape) for shape in node.output_shapes(shapes)] == [each.shape for each in results]
     types = {"int8": np.int8, "float": np.float32, "Bf16": np.float32}  # y is the float32 result, rounded
     assert [types[name] for name in node.output_types(["float"])] == [each.dtype for each in results]
 
@@ -160,8 +167,18 @@ def test_loops_have_the_same_operators_per_step(compiled, policy):
     graph = compiled(policy, "graph").manifest["graphs"]["sm86"]["engines"]
     (unrolled,) = compiled(policy, "unrolled").manifest["graphs"]["sm86"]["engines"].values()
     assert unrolled["plugins"] == graph["prefix"]["plugins"] + 4 * graph["step"]["plugins"]
-    for op in ("Attention", "RMSNormalization", "MatMul", "Gelu", "duq::W4A8Linear"):
+    for op in ("Attention", "RMSNormalization", "MatMul", "RotaryEmbedding", "duq::RotateQuantize", "duq::W4A8Linear"):
         assert unrolled["ops"][op] == graph["prefix"]["ops"].get(op, 0) + 4 * graph["step"]["ops"][op]
+
+
+@needs_tensorrt
+def test_norms_and_geglu_are_part_of_the_prologues(compiled):
+    """Two layers: of the norms before quantised linears none is left, nor is any GeGLU."""
+    engines = compiled("pi0", "graph").manifest["graphs"]["sm86"]["engines"]
+    assert engines["prefix"]["ops"]["Gelu"] == 1 and "Gelu" not in engines["step"]["ops"]  # the one of SigLIP
+    assert engines["step"]["ops"]["RMSNormalization"] == 3  # before the float qkv of both layers, and the last
+    kernels = [each["expression"] for each in compiled("pi0", "graph").manifest["graphs"]["sm86"]["kernels"]]
+    assert any("RMS_NORM" in each for each in kernels) and any("GEGLU" in each for each in kernels)
 
 
 @needs_tensorrt

@@ -152,6 +152,22 @@ def test_prologue_is_the_definition(stages, rotate, scale, float_type):
         assert torch.equal(x_q.float(), (ratio / x_scale.view(-1, 1)).round().clamp(-128, 127))
 
 
+@pytest.mark.parametrize("float_type", ["float", "Half", "Bf16"])
+@pytest.mark.parametrize("m", [1, 50])
+@pytest.mark.parametrize("source", ["RMS_NORM", "GEGLU"])
+def test_prologue_with_its_source(source, m, float_type):
+    k, generator = 2048, torch.Generator("cuda").manual_seed(0)
+    width = 2 * k if source == "GEGLU" else k
+    x = torch.randn(m, width, device="cuda", generator=generator).to(TORCH[float_type])
+    gain = [torch.rand(k, device="cuda", generator=generator)] if source == "RMS_NORM" else []
+    node = RotateQuantize("hadamard+per_token", source)
+    x_q, x_scale = host("RotateQuantize", node, [x.view(1, m, width), *gain, hadamard_matrix(64).float()])
+    expected = definition(x, source, 64, *(gain or [None]), None, None, None, None)
+    assert x_q.shape == (1, m, k) and x_scale.shape == (1, m, 1)
+    torch.testing.assert_close(x_scale[0].double(), expected.abs().amax(-1, keepdim=True) / 127, rtol=1e-5, atol=0)
+    check_quantised(x_q[0], expected / x_scale[0].double())
+
+
 def test_a_missing_kernel_is_named():
     with pytest.raises(trt.KernelError, match="compile it again"):
         Kernels({})[bitblas_name()]

@@ -13,11 +13,11 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from compiler.errors import GraphError
-from compiler.graph.edit import initializer, insert_before, lazy, replace
+from compiler.graph.edit import initializer, insert_before, is_weight, lazy, reader, replace
 from compiler.graph.export import Graphs
 from plugins import bitblas, ops
 from plugins.layout import pack_bitblas, unpack_int4
-from plugins.nodes import NODES, KernelName, Node, RotateQuantize, Tensor, W4A8Linear
+from plugins.nodes import EPSILON, NODES, KernelName, Node, RotateQuantize, Tensor, W4A8Linear
 from plugins.trt import attributes
 
 FLOAT_TYPES = {"bf16": (ir.DataType.BFLOAT16, ml_dtypes.bfloat16, "Bf16"), "fp16": (ir.DataType.FLOAT16, np.float16, "Half")}
@@ -134,11 +134,11 @@ def _keep_flow_in_float32(x_next: ir.Value) -> None:
 
 def _to_plugins(model: ir.Model, float_type: str, sm: int, prefix_tokens: int) -> dict[str, Plugin]:
     found, graph = {}, model.graph
-    for node in graph:
+    for node in list(graph):
         if node.domain != ops.DOMAIN:
             continue
         if node.op_type == "RotateQuantize":
-            plugin = _prologue(graph, node, float_type, prefix_tokens)
+            node, plugin = _prologue(graph, node, float_type, prefix_tokens)
         else:
             plugin = _linear(graph, node, float_type, sm, prefix_tokens)
         node.overload = ""
@@ -148,16 +148,40 @@ def _to_plugins(model: ir.Model, float_type: str, sm: int, prefix_tokens: int) -
     return found
 
 
-def _prologue(graph: ir.Graph, node: ir.Node, float_type: str, prefix_tokens: int) -> Plugin:
-    plugin = RotateQuantize(node.overload)
-    operands = [Tensor((prefix_tokens, node.inputs[0].shape[-1]), float_type)]
-    operands += [Tensor(tuple(value.shape.numpy()), "float") for value in node.inputs[1:]]
-    if "permutation" in plugin.operands:
-        index = plugin.operands.index("permutation")
-        wide = node.inputs[index]
-        narrow = lazy(graph, f"{wide.name}.int32", [wide], wide.shape.numpy(), lambda a: a.astype(np.int32), ir.DataType.INT32)
-        node.replace_input_with(index, narrow)
-    return Plugin(plugin, list(plugin.launches(operands)), None)
+def _prologue(graph: ir.Graph, node: ir.Node, float_type: str, prefix_tokens: int) -> tuple[ir.Node, Plugin]:
+    """The node of a prologue with what computes its input, and its plugin."""
+    source, computed_from = _source(node.inputs[0])
+    plugin = RotateQuantize(node.overload, source)
+    operands = dict(zip(plugin.operands, [*computed_from, *node.inputs[1:]]))
+    if "permutation" in operands:
+        wide = operands["permutation"]
+        narrow = lambda array: array.astype(np.int32)  # noqa: E731
+        operands["permutation"] = lazy(graph, f"{wide.name}.int32", [wide], wide.shape.numpy(), narrow, ir.DataType.INT32)
+    options = {"domain": ops.DOMAIN, "name": node.name}
+    outputs = insert_before(node, node.op_type, list(operands.values()), len(node.outputs), **options)
+    for old, new in zip(node.outputs, outputs):
+        old.replace_all_uses_with(new)
+    x, *others = operands.values()
+    shapes = [(prefix_tokens, x.shape[-1]), *(tuple(value.shape.numpy()) for value in others)]
+    tensors = [Tensor(shape, "float" if index else float_type) for index, shape in enumerate(shapes)]
+    return outputs[0].producer(), Plugin(plugin, list(plugin.launches(tensors)), None)
+
+
+def _source(x: ir.Value) -> tuple[str, list[ir.Value]]:
+    """How a prologue's input is computed, as RotateQuantize's `source`, and from what: what nobody else reads is left to it."""
+    node = x.producer()
+    if reader(x) is None or node is None:
+        return "PLAIN", [x]
+    if node.op_type == "RMSNormalization" and is_weight(node.inputs[1], rank=1):
+        epsilon = node.attributes["epsilon"].value if "epsilon" in node.attributes else 1e-5
+        return ("RMS_NORM", list(node.inputs)) if np.isclose(epsilon, EPSILON) else ("PLAIN", [x])
+    if node.op_type == "Mul" and all(reader(operand) is node for operand in node.inputs):
+        gelu, up = node.inputs[0].producer(), node.inputs[1]
+        if gelu.op_type == "Gelu" and gelu.attributes["approximate"].value == "tanh" and reader(gelu.inputs[0]) is gelu:
+            split = up.producer()
+            if split.op_type == "Split" and list(split.outputs) == [gelu.inputs[0], up]:
+                return "GEGLU", [split.inputs[0]]
+    return "PLAIN", [x]
 
 
 def _linear(graph: ir.Graph, node: ir.Node, float_type: str, sm: int, prefix_tokens: int) -> Plugin:
