@@ -31,8 +31,9 @@ def schedule(launches: Sequence[Launch]) -> None:
 def place(inputs: Sequence[Buffer], programs: Sequence[Sequence[Launch]]) -> int:
     """Gives every buffer its offset; returns the arena's bytes.
 
-    The inputs come first, side by side, so that one copy brings them; then what else is persistent. The others of each program share what follows: the largest first, each
-    at the lowest offset that is free while it lives. A branch runs at no fixed time, so its buffers live throughout.
+    The inputs come first, side by side, so that one copy brings them; then what else is persistent. The others of each
+    program share what follows: the largest first, each at the lowest offset that is free while it lives. A branch runs at
+    no fixed time, so its buffers live throughout.
     """
     end = 0
     used = _buffers(programs)
