@@ -2,12 +2,15 @@
 import importlib.util
 import json
 
+import numpy as np
 import pytest
 
 from plugins import bitblas
 from plugins.bitblas import DEPTH, Tile, best, candidates, compile_kernel, estimate, fits, ranked, sources
 from plugins.bitblas_generate import repaired
 from plugins.errors import KernelError
+from plugins.layout import pack_bitblas
+from tests.emulate_bitblas import Block, to_python
 from tools.bitblas_table import rows
 
 SMALL = (64, 256, Tile(1, 2, 32, 32, 2, True))  # N, K, tile
@@ -73,13 +76,29 @@ def test_source_is_generated_without_a_gpu_and_compiles(generated, tmp_path):
         assert cubin.image.startswith(b"\x7fELF") and cubin.symbols == {bitblas.SYMBOL: bitblas.SYMBOL}
 
 
+@pytest.mark.parametrize("tile", [SMALL[2], Tile(2, 2, 16, 32, 3, True), Tile(1, 4, 64, 16, 2, False)], ids=str)
+def test_data_moves_as_the_layouts_say(generated, tile):
+    """Every thread block of the generated kernel in numpy, on weights as they are packed: the exact product comes out."""
+    _, cache = generated
+    m, n, k = 70, 128, 384
+    (source,) = sources([(n, k, tile)], 86, cache)
+    random = np.random.default_rng(0)
+    x_q = random.integers(-128, 128, (m, k)).astype(np.int8)
+    weight = random.integers(-8, 8, (n, k)).astype(np.int8)
+    x_q[0], weight[0] = -128, -8
+    c, code, shape = np.full((m, n), 0x7FFFFFFF, np.int32), to_python(source), tile.shape(m, n)
+    for bx, by, _ in np.ndindex(shape.grid):
+        Block(shape.threads, shape.shared_bytes, x_q, pack_bitblas(weight), c).run(code, bx, by)
+    np.testing.assert_array_equal(c, x_q.astype(np.int64) @ weight.astype(np.int64).T)
+
+
 def test_source_is_kept_and_made_again_when_damaged(generated, monkeypatch):
     source, cache = generated
     with monkeypatch.context() as patch:
         patch.setattr(bitblas, "_generate", lambda *_: pytest.fail("generated again"))
         assert sources([SMALL], 86, cache) == [source]
-    (entry,) = cache.iterdir()
-    entry.write_bytes(entry.read_bytes()[:-1])
+    for entry in cache.iterdir():
+        entry.write_bytes(entry.read_bytes()[:-1])
     assert sources([SMALL], 86, cache) == [source]
 
 
