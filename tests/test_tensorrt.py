@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 from rich.progress import Progress
 
 from compiler.accuracy.synthetic import synthetic_observations
@@ -182,6 +183,17 @@ def test_norms_and_geglu_are_part_of_the_prologues(compiled):
 
 
 @needs_tensorrt
+def test_the_token_table_stays_on_the_host(compiled, tiny_plans):
+    """The engine takes rows of the table; the plan holds the checkpoint's."""
+    plan = compiled("pi0", "graph")
+    inputs = plan.manifest["graphs"]["sm86"]["engines"]["prefix"]["inputs"]
+    assert "tokens" not in inputs and inputs["embeddings"] == {"dtype": "bfloat16", "shape": ["prompt", 512]}
+    weights = load_checkpoint(tiny_plans("pi0", "llm+expert-mlp").checkpoint).weights
+    stored = torch.frombuffer(bytearray(plan.read("embedding")), dtype=torch.bfloat16)
+    assert torch.equal(stored, weights["llm.embed_tokens.weight"].bfloat16().flatten())
+
+
+@needs_tensorrt
 def test_fp16_builds_as_well(compiled):
     section = compiled("pi05", "graph", "fp16").manifest["graphs"]["sm86"]
     assert section["engines"]["step"]["inputs"]["key.0"]["dtype"] == "float16"
@@ -189,7 +201,8 @@ def test_fp16_builds_as_well(compiled):
 
 @needs_tensorrt
 def test_unrolling_is_the_loop(tiny_plans, compiled):
-    """The unrolled float32 model in ONNX Runtime against the prefix and the step, one after the other."""
+    """The unrolled float32 model in ONNX Runtime, given rows of the token table, against the prefix and the step, given
+    tokens, one after the other."""
     source, integers = compiled.quantization("pi0")
     weights = source.weights | integers.float_weights
 
@@ -216,7 +229,9 @@ def test_unrolling_is_the_loop(tiny_plans, compiled):
     cache = {k: v for k, v in zip(names, prefix.run(None, feeds)) if network.is_key_value(k)}
     for index in range(3):
         (x,) = step.run(None, {"x": x, "step": np.array(index), **cache})
-    (whole,) = session(network.unroll(graphs())).run(None, {**feeds, "x": noise})
+    together = graphs()
+    rows = network.take_embeddings(together.prefix).const_value.numpy()[feeds.pop("tokens")].astype(np.float32)
+    (whole,) = session(network.unroll(together)).run(None, {**feeds, "embeddings": rows, "x": noise})
     np.testing.assert_allclose(whole, x, rtol=1e-5, atol=1e-6)
 
 

@@ -49,7 +49,8 @@ class TensorRTExecutor:
         trt.register(kernels_of(plan, section))
         engines = {name: _LoadedEngine(plan, sm, name) for name in section["engines"]}
         signatures = {name: engine["inputs"] | engine["outputs"] for name, engine in section["engines"].items()}
-        self._calls = Calls(engines, signatures, plan.manifest)
+        table = np.frombuffer(plan.read("embedding"), np.uint16).reshape(plan.manifest["model"]["vocab_size"], -1)
+        self._calls = Calls(engines, signatures, plan.manifest, table)
 
     def warmup(self) -> None:
         """Records the graph of the largest size."""
@@ -119,16 +120,20 @@ class Calls:
     """Whole calls of engines: either `policy`, or `prefix` and then `step` for every denoising step.
 
     Tensors are shared by name: what the prefix writes as key.0 the step reads in place. The state of the flow moves to and
-    fro between two buffers. signatures: engine -> tensor -> {"dtype", "shape"}; manifest: the plan's.
+    fro between two buffers. signatures: engine -> tensor -> {"dtype", "shape"}; manifest: the plan's; table: the embeddings
+    of all tokens, 16-bit floats viewed as uint16 [vocabulary, width].
     """
 
-    def __init__(self, engines: Mapping[str, Engine], signatures: Mapping[str, Mapping[str, dict]], manifest: dict):
+    def __init__(
+        self, engines: Mapping[str, Engine], signatures: Mapping[str, Mapping[str, dict]], manifest: dict, table: np.ndarray
+    ):
+        self._table = table
         config = manifest["model"]
         self._engines, self._config, self._num_steps = engines, config, manifest["num_steps"]
         self._signatures = signatures
         self._types = {name: each["dtype"] for of_engine in signatures.values() for name, each in of_engine.items()}
         self._largest = manifest["cameras"], config["max_prompt_tokens"]
-        self._inputs = [name for name in ("images", "tokens", "state", "x") if name in self._types]
+        self._inputs = [name for name in ("images", "embeddings", "state", "x") if name in self._types]
 
         shapes = self._shapes(self._largest)
         self._offsets, self._upload_bytes = _side_by_side({name: self._bytes(name, shapes[name]) for name in self._inputs})
@@ -164,7 +169,7 @@ class Calls:
         """What is not there is not computed: absent cameras and prompt padding are left out here."""
         values = {
             "images": inputs.images[inputs.image_mask],
-            "tokens": inputs.tokens[inputs.token_mask],
+            "embeddings": np.take(self._table, inputs.tokens[inputs.token_mask], axis=0, mode="clip"),
             "state": inputs.state,
             "x": noise,
         }
@@ -219,7 +224,7 @@ class Calls:
         cache = (1, llm["kv_heads"], patches + prompt + (0 if config["pi05"] else 1), llm["head_dim"])
         shapes = {
             "images": (cameras, 3, image, image),
-            "tokens": (prompt,),
+            "embeddings": (prompt, llm["width"]),
             "state": (config["action_dim"],),
             "image_features": (patches, llm["width"]),
             "x": actions,

@@ -24,7 +24,8 @@ MANIFEST = {
     },
 }  # fmt: skip
 TYPES = {"float": torch.float32, "int64": torch.int64, "bfloat16": torch.bfloat16}
-INPUTS = {"images": "float", "tokens": "int64", "state": "float"}
+TABLE = torch.arange(100)[:, None].expand(100, 64).bfloat16().contiguous().view(torch.int16).numpy().view(np.uint16)
+INPUTS = {"images": "float", "embeddings": "bfloat16", "state": "float"}
 CACHES = {"key.0": "bfloat16", "value.0": "bfloat16"}
 SIGNATURES = {
     "prefix": INPUTS | CACHES | {"image_features": "bfloat16"},
@@ -62,20 +63,20 @@ class StandIn:
     def tensor(self, name):
         shapes = self.shapes | {"x_next": ACTIONS}
         if name not in shapes:  # an output of the prefix; what TensorRT would infer
-            cameras, prompt = self.shapes["images"][0], self.shapes["tokens"][0]
+            cameras, prompt = self.shapes["images"][0], self.shapes["embeddings"][0]
             shapes[name] = (cameras * 4, 64) if name == "image_features" else (1, 1, cameras * 4 + prompt + 1, CHANNELS)
         dtype, count = TYPES[self.types[name]], int(np.prod(shapes[name]))
         return torch.as_tensor(Memory(self.bound[name], count * dtype.itemsize), device="cuda").view(dtype).view(shapes[name])
 
 
 def prefix(t, shapes):
-    tokens, cameras = t["tokens"], t["images"].shape[0]
+    tokens, cameras = t["embeddings"], t["images"].shape[0]
     t["image_features"].zero_()
     t["key.0"].zero_()
     t["value.0"].fill_(1)
     t["key.0"][0, 0, 0, 0].copy_(t["images"].view(-1)[0])
     t["key.0"][0, 0, 0, 1].copy_(t["images"].view(-1)[-1])
-    t["key.0"][0, 0, -1, 0].copy_(tokens[-1])
+    t["key.0"][0, 0, -1, 0].copy_(tokens[-1, -1])
     t["key.0"][0, 0, -1, 1].copy_(t["state"][-1])
     t["value.0"][0, 0, -1, -1].copy_(t["state"][0])
     assert cameras == shapes["images"][0]
@@ -92,7 +93,7 @@ def step(t, shapes):
 
 def policy(t, shapes):
     torch.mul(t["x"], 2, out=t["x_next"])
-    t["x_next"].add_(t["tokens"][-1]).add_(t["images"].view(-1)[-1]).add_(t["state"][-1])
+    t["x_next"].add_(t["embeddings"][-1, -1]).add_(t["images"].view(-1)[-1]).add_(t["state"][-1])
 
 
 def observation(cameras: int, prompt: int, seed: int) -> ModelInputs:
@@ -127,7 +128,7 @@ SIZES = [(3, 40), (1, 1), (2, 17), (1, 40), (3, 5)]
 @contextmanager
 def calls(engines):
     launch.compute_capability()
-    yield Calls(engines, {name: {t: {"dtype": d} for t, d in SIGNATURES[name].items()} for name in engines}, MANIFEST)
+    yield Calls(engines, {name: {t: {"dtype": d} for t, d in SIGNATURES[name].items()} for name in engines}, MANIFEST, TABLE)
 
 
 def test_prefix_and_steps():

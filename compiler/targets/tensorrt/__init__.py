@@ -2,7 +2,7 @@
 
 For each SM the plan holds, under engine/sm<SM>: the engine `policy` (--loop unrolled: prefix and all denoising steps in one
 network) or `prefix` and `step` (--loop graph: the executor repeats the step), TensorRT's log, and under cubin/sm<SM> the
-kernels that the plugins ask for by name. An engine is for one SM, one flavour and version of TensorRT; the manifest says
+kernels that the plugins ask for by name. Beside them lies the token table, `embedding`, in the engines' float type. An engine is for one SM, one flavour and version of TensorRT; the manifest says
 which. Nothing of TensorRT is needed to read what a plan holds.
 """
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from compiler.graph.export import Graphs
 from compiler.targets.tensorrt.builder import Engine, Profile, build
-from compiler.targets.tensorrt.network import FLOAT_TYPES, Plugin, adapt, unroll
+from compiler.targets.tensorrt.network import FLOAT_TYPES, Plugin, adapt, take_embeddings, unroll
 from plugins import bitblas, trt
 from plugins.errors import DuqError
 from plugins.kernels import Cubin, compile_cubin
@@ -45,6 +45,8 @@ def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options) -> dic
     """
     trt.register()
     sections = {}
+    table = take_embeddings(graphs.prefix).const_value
+    writer.write("embedding", table.numpy().astype(FLOAT_TYPES[options.float_type][1]))
     for sm in options.sm:
         copies = replace(graphs, prefix=graphs.prefix.clone(), step=graphs.step.clone())
         sections[f"sm{sm}"] = _emit(copies, sm, writer, progress, options)
@@ -91,7 +93,7 @@ def profile(config: ModelConfig, cameras: int) -> Profile:
     caches = cache(1, 1), cache(cameras, prompt // 2), cache(cameras, prompt)
     return {
         "images": ((1, 3, image, image), (cameras, 3, image, image), (cameras, 3, image, image)),
-        "tokens": ((1,), (prompt // 2,), (prompt,)),
+        "embeddings": ((1, llm.width), (prompt // 2, llm.width), (prompt, llm.width)),
         **{f"{kind}.{layer}": caches for kind in ("key", "value") for layer in range(llm.depth)},
     }
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from compiler.errors import GraphError
-from compiler.graph.edit import initializer, insert_before, is_weight, lazy, reader, replace
+from compiler.graph.edit import expect, initializer, insert_before, is_weight, lazy, reader, replace
 from compiler.graph.export import Graphs
 from plugins import bitblas, ops
 from plugins.layout import pack_bitblas, unpack_int4
@@ -49,6 +49,32 @@ def adapt(graphs: Graphs, float_type: str, sm: int, prefix_tokens: int) -> dict[
     return plugins
 
 
+def take_embeddings(model: ir.Model) -> ir.Value:
+    """Makes the rows of the token table an input, `embeddings` [prompt, width], in place of `tokens`; returns the table.
+
+    The executor looks the rows up on the host: a gigabyte less on the device for 200 rows.
+    """
+    graph = model.graph
+    (tokens,) = [value for value in graph.inputs if value.name == "tokens"]
+    (gather,) = [node for node in graph if node.op_type == "Gather" and node.inputs[0].name.startswith("llm.embed_tokens")]
+    table, width = gather.inputs[0], gather.inputs[0].shape[-1]
+    embeddings = ir.Value(
+        name="embeddings", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([tokens.shape[0], width])
+    )
+    graph.inputs[list(graph.inputs).index(tokens)] = embeddings
+    widened = reader(gather.outputs[0])
+    rows = widened.outputs[0] if widened is not None and widened.op_type == "Cast" else gather.outputs[0]
+    (one_sequence,) = insert_before(gather, "Unsqueeze", [embeddings, initializer(graph, "first_axis", np.array([0], np.int64))])
+    one_sequence.shape, one_sequence.type = rows.shape, rows.type
+    rows.replace_all_uses_with(one_sequence)
+    for use in list(tokens.uses()):
+        if use.node.op_type == "Shape":  # of its first axis
+            use.node.replace_input_with(use.idx, embeddings)
+    common.RemoveUnusedNodesPass()(model)
+    expect(not tokens.uses(), "tokens are read for their rows and their number only")
+    return table
+
+
 def _check_operators(model: ir.Model) -> None:
     unknown = sorted({node.op_type for node in model.graph if node.domain == ops.DOMAIN} - set(NODES))
     if unknown:
@@ -76,8 +102,7 @@ def expand_attention_of_one_query(model: ir.Model) -> None:
 
 
 def to_float_type(model: ir.Model, float_type: str) -> None:
-    """float32 -> `float_type`, save for the operands of duq nodes, and the model's inputs and outputs that are no keys or
-    values."""
+    """float32 -> `float_type`, save for the operands of duq nodes, the observation, and the state of the flow."""
     onnx_type, numpy_type, _ = FLOAT_TYPES[float_type]
     graph = model.graph
     for value in list(graph.initializers.values()):
@@ -92,7 +117,7 @@ def to_float_type(model: ir.Model, float_type: str) -> None:
         for value in node.outputs:
             value.type = value.shape = None  # TensorRT infers what is between inputs and outputs
     for value in graph.inputs:
-        if value.dtype == ir.DataType.FLOAT and is_key_value(value.name):
+        if value.dtype == ir.DataType.FLOAT and (value.name == "embeddings" or is_key_value(value.name)):
             value.type = ir.TensorType(onnx_type)  # a new one: clones of a graph share their types
         elif value.dtype == ir.DataType.FLOAT:
             _cast_input(graph, value, onnx_type)
@@ -213,7 +238,7 @@ def _packed(graph: ir.Graph, weight: ir.Value) -> ir.Value:
 
 
 def unroll(graphs: Graphs) -> ir.Model:
-    """Prefix and all denoising steps as one model: images, tokens, (state,) x -> x_next. `graphs` are used up."""
+    """Prefix and all denoising steps as one model: images, embeddings, (state,) x -> x_next. `graphs` are used up."""
     model, step = graphs.prefix, graphs.step
     graph, key_values = model.graph, {output.name: output for output in model.graph.outputs}
     shared = {value: _adopt(graph, value) for value in step.graph.initializers.values()}
