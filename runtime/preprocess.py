@@ -140,8 +140,10 @@ class Preprocessor:
         size = self.config.vision.image_size
         images = np.zeros((len(IMAGE_SLOTS), 3, size, size), np.float32)
         for slot, image in cameras.items():
-            pixels = resize_with_pad(image, size, size).transpose(2, 0, 1).astype(np.float32)
-            images[IMAGE_SLOTS.index(slot)] = pixels / 255.0 * 2.0 - 1.0
+            planes = images[IMAGE_SLOTS.index(slot)]
+            planes[:] = resize_with_pad(image, size, size).transpose(2, 0, 1)
+            planes /= np.float32(127.5)  # in place, a third of the time of pixels / 255 * 2 - 1, and bit for bit the same:
+            planes -= np.float32(1)  # doubling is exact
         return images, np.array([slot in cameras for slot in IMAGE_SLOTS])
 
     def _prompt(self, observation: Mapping, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
