@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -78,7 +79,9 @@ def compile_policy(
     check_weights(checkpoint, progress)
     weights = checkpoint.weights | quantization.float_weights
     task = progress.add_task("Exporting", total=None)
-    graphs = export(checkpoint.config, weights, options.num_steps)
+    with ThreadPoolExecutor(1) as beside:  # the export is Python, the fingerprint reads and hashes all weights
+        beside.submit(getattr, checkpoint, "fingerprint")
+        graphs = export(checkpoint.config, weights, options.num_steps)
     progress.update(task, total=1, completed=1)
     _keep(graphs, keep_onnx, 0, "export")
     phases = [*passes(quantization, weights), *TARGETS[options.target].passes]
@@ -122,11 +125,16 @@ def passes(quantization: Quantization, weights: dict[str, torch.Tensor]) -> list
 
 
 def quantize_checkpoint(
-    checkpoint: Checkpoint, recipe: Recipe, inputs: Sequence[ModelInputs], progress: Progress, transforms=None
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    inputs: Sequence[ModelInputs],
+    progress: Progress,
+    transforms: dict[str, LinearTransform] | None = None,
+    device: str = "cpu",
 ) -> Quantization:
-    """Calibrates on `inputs` and quantises what the recipe selects."""
+    """Calibrates on `inputs` and quantises what the recipe selects, computing on PyTorch's `device`."""
     check_weights(checkpoint, progress)
-    return quantize(build_model(checkpoint), checkpoint, recipe, inputs, progress, transforms)
+    return quantize(build_model(checkpoint).to(device), checkpoint, recipe, inputs, progress, transforms)
 
 
 def check_weights(checkpoint: Checkpoint, progress: Progress) -> None:

@@ -54,11 +54,13 @@ class PlanWriter:
         self._file = open(self._temporary, "wb")
         self._zip = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED, allowZip64=True)
         self._entries: dict[str, dict] = {}
+        self._hasher = ThreadPoolExecutor(1)  # hashes a piece while it is written
 
     def __enter__(self) -> "PlanWriter":
         return self
 
     def __exit__(self, *exception) -> None:
+        self._hasher.shutdown()
         try:
             self._zip.close()
         finally:  # also when the disk is full and closing fails
@@ -81,8 +83,9 @@ class PlanWriter:
         with self._zip.open(info, "w", force_zip64=True) as entry:
             offset = self._file.tell()
             for piece in pieces:
-                digest.update(piece)
+                hashed = self._hasher.submit(digest.update, piece)
                 written += entry.write(piece)
+                hashed.result()
         info.extra = b""  # the padding belongs to the local header; the central directory does without
         self._entries[name] = {"offset": offset, "bytes": written, "sha256": digest.hexdigest()}
         return offset
