@@ -18,8 +18,8 @@ from compiler.quant.calibrate import calibration_inputs
 from compiler.quant.linears import select_linears
 from compiler.quant.store import is_quantization, load_quantization
 from compiler.quantize_cli import (
-    AssetOption, CalibrationOption, PacksOption, RobotOption, TokenizerOption, open_checkpoint, progress_bar, use_packs,
-    with_recipe_options,
+    AssetOption, CalibrationOption, DeviceOption, PacksOption, RobotOption, TokenizerOption, check_device, open_checkpoint,
+    progress_bar, use_packs, with_recipe_options,
 )
 from compiler.targets import tensorrt
 from plugins.driver import open_device
@@ -48,6 +48,7 @@ def _compile(
     ] = "graph",
     float_type: Annotated[str, typer.Option(help="--target tensorrt: of what is not quantised, bf16 or fp16.")] = "bf16",
     calibration: CalibrationOption = None,
+    device: DeviceOption = "cpu",
     packs: PacksOption = None,
     robot: RobotOption = "none",
     tokenizer: TokenizerOption = None,
@@ -83,6 +84,7 @@ def _compile(
     """
     start = time.perf_counter()
     _check_options(target, robot, recipe)
+    check_device(device)
     if target == "tensorrt":
         tensorrt.check(loop, float_type)
     architectures = _architectures(target, sm or [])
@@ -94,7 +96,7 @@ def _compile(
         policy = replace(policy, config=replace(policy.config, action_horizon=action_horizon))
     _check_robot(policy, robot, without_norm_stats)
     with progress_bar() as progress:
-        quantization = _quantization(policy, recipe, packs, calibration, robot, progress)
+        quantization = _quantization(policy, recipe, packs, calibration, robot, device, progress)
         options = Options(
             target=target, sm=architectures, robot=robot, num_steps=num_steps, cameras=cameras, loop=loop, float_type=float_type
         )
@@ -150,7 +152,7 @@ def _check_robot(checkpoint: Checkpoint, robot: str, without_norm_stats: bool) -
     )
 
 
-def _quantization(checkpoint, recipe, packs, calibration, robot, progress) -> Quantization:
+def _quantization(checkpoint, recipe, packs, calibration, robot, device, progress) -> Quantization:
     """From complete packs as they are, else by the quantiser, with the transforms of foreign packs if given."""
     if use_packs(packs) and is_quantization(packs):
         return load_quantization(packs, checkpoint)
@@ -163,7 +165,7 @@ def _quantization(checkpoint, recipe, packs, calibration, robot, progress) -> Qu
         )
     transforms = load_transforms(packs, checkpoint, recipe) if use_packs(packs) else None
     inputs = calibration_inputs(calibration, checkpoint, robot, recipe.calibration_steps)
-    return quantize_checkpoint(checkpoint, recipe, inputs, progress, transforms)
+    return quantize_checkpoint(checkpoint, recipe, inputs, progress, transforms, device)
 
 
 def compile_main() -> None:

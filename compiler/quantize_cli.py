@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from compiler.checkpoint import Checkpoint, load_checkpoint
-from compiler.errors import CalibrationError, CheckpointError
+from compiler.errors import CalibrationError, CheckpointError, DuqError
 from compiler.pipeline import quantize_checkpoint
 from compiler.quant import Quantization, Recipe, load_recipe, load_transforms, save_quantization
 from compiler.quant.calibrate import calibration_inputs
@@ -63,6 +64,7 @@ RobotOption = Annotated[str, typer.Option("--robot", help="aloha, droid, libero 
 TokenizerOption = Annotated[
     Optional[Path], typer.Option("--tokenizer", help="SentencePiece model; by default the one in the checkpoint.")
 ]
+DeviceOption = Annotated[str, typer.Option("--device", help="Where to calibrate and quantise: cpu or cuda.")]
 AssetOption = Annotated[
     Optional[str], typer.Option("--asset-id", help="Which normalisation statistics, if the checkpoint has several.")
 ]
@@ -102,6 +104,7 @@ def _quantize(
     robot: RobotOption = "none",
     tokenizer: TokenizerOption = None,
     asset_id: AssetOption = None,
+    device: DeviceOption = "cpu",
 ) -> None:
     """Quantise a policy: calibrate it on observations and write the packs that [bold]duq-compile --packs[/bold] takes.
 
@@ -113,15 +116,28 @@ def _quantize(
     """
     if calibration is None:
         raise CalibrationError("--calibration is missing: quantisation needs observations to measure activations on")
+    check_device(device)
     check_output_directory("--out", out)
     check_destination(out)
     policy = open_checkpoint(checkpoint, asset_id, tokenizer)
     transforms = load_transforms(packs, policy, recipe) if use_packs(packs) else None
     inputs = calibration_inputs(calibration, policy, robot, recipe.calibration_steps)
     with progress_bar() as progress:
-        quantization = quantize_checkpoint(policy, recipe, inputs, progress, transforms)
+        quantization = quantize_checkpoint(policy, recipe, inputs, progress, transforms, device)
         save_quantization(quantization, out, policy.fingerprint, progress)
     print_summary(quantization, policy, out)
+
+
+def check_device(device: str) -> None:
+    """Raises DuqError unless --device is one that PyTorch computes on here."""
+    if device not in ("cpu", "cuda"):
+        raise DuqError(f"--device {device}: unknown, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DuqError("--device cuda: PyTorch finds no GPU that it can use; leave --device out to quantise on the CPU")
+    try:
+        torch.ones(1, device=device).sum().item()
+    except RuntimeError as error:  # a GPU that this PyTorch has no kernels for, or whose memory is taken
+        raise DuqError(f"--device {device}: PyTorch cannot compute there: {str(error).partition(chr(10))[0]}") from error
 
 
 def open_checkpoint(path: Path, asset_id: str | None, tokenizer: Path | None) -> Checkpoint:

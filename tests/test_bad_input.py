@@ -420,6 +420,14 @@ def test_options_of_the_compiler(good, out, refused):
     refused([quantize_main, good[0], "--out", out / "packs"], "--calibration is missing")
 
 
+def test_devices(good, out, refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for program in ([compile_main, good[0], "--out", out / "engine.plan"], [quantize_main, good[0], "--out", out / "packs"]):
+        quantizing = [*program, "--calibration", good[2], "--device"]
+        refused([*quantizing, "tpu"], "--device tpu: unknown, cpu or cuda")
+        refused([*quantizing, "cuda"], "--device cuda: PyTorch finds no GPU that it can use; leave --device out")
+
+
 def test_architectures(good, out, refused, monkeypatch):
     def no_driver() -> int:
         raise KernelError("no usable NVIDIA driver on this machine")

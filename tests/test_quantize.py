@@ -13,7 +13,8 @@ from compiler.quant import fake_quantise, load_quantization, load_recipe, quanti
 from compiler.quant.calibrate import RESERVOIR_ROWS, InputStatistics, calibrate
 from compiler.quant.linears import input_group, quantisable_linears, select_linears
 from compiler.quant.quantize import float_edits, in_output_basis, place_transforms, sqnr_db
-from compiler.quant.rounding import round_compensated, round_weights, search_scales
+from compiler.quant.rounding import CHUNK, round_compensated, round_weights, search_scales
+from tests.fake_device import FakeDevice
 from tests.quant_policy import observation, sample_actions, tiny_checkpoint, tiny_config
 
 SILENT = Progress(disable=True)
@@ -73,6 +74,23 @@ def test_transforms_leave_the_policy_unchanged(policy, scheme, preset):
         setattr(moved.get_submodule(parent), child, TransformedLinear(edited, placement.online[name], bias))
     expected = sample_actions(model, inputs[3])
     torch.testing.assert_close(sample_actions(moved, inputs[3]), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+SETTINGS = [{}, {"scheme": "duquant"}, {"scheme": "reference"}, {"compensate": True, "activation_scale": "per-tensor"}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_quantises_on_another_device(policy, settings, monkeypatch):
+    """A device that refuses operations on tensors here and there. Sums are rounded otherwise, and permutations may follow."""
+    monkeypatch.setitem(CHUNK, "meta", 1 << 26)
+    checkpoint, _, inputs = policy
+    expected = quantised(policy, "all", **settings)
+    with FakeDevice():
+        found = quantised((checkpoint, build_model(checkpoint).to("meta"), inputs), "all", **settings)
+    for name, pack in found.packs.items():
+        assert abs(pack.sqnr_db - expected.packs[name].sqnr_db) < 1, name
+    assert found.float_weights.keys() == expected.float_weights.keys()
+    assert all(tensor.device.type == "cpu" for tensor in found.float_weights.values())
 
 
 @pytest.mark.parametrize("settings, minimum_db", [({"weight_bits": 8}, 25), ({"weight_bits": 8, "activation_bits": 0}, 25), ({}, 5)])

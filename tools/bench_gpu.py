@@ -64,7 +64,8 @@ def measure(
         start = time.perf_counter()
         inputs = [Preprocessor(checkpoint.config).model_inputs(obs) for obs in observations.values()]
         quantised = select_linears(recipe, checkpoint.config)
-        integers = quantize_checkpoint(checkpoint, recipe, inputs, progress) if quantised else Quantization(recipe)
+        integers = quantize_checkpoint(checkpoint, recipe, inputs, progress, device="cuda") if quantised else Quantization(recipe)
+        torch.cuda.empty_cache()
         compile_policy(checkpoint, integers, plan, Options(target="cuda", sm=(open_device(),)), progress)
         del integers
         gc.collect()

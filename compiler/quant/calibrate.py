@@ -19,7 +19,7 @@ RESERVOIR_ROWS = 1024
 
 
 class InputStatistics:
-    """Statistics of the K input channels of one linear, and a uniform sample of its input rows.
+    """Statistics of the K input channels of one linear, and a uniform sample of its input rows, kept on ``device``.
 
     Attributes:
         sum_of_squares: float64 [K] over all rows observed.
@@ -27,11 +27,11 @@ class InputStatistics:
         count: rows observed.
     """
 
-    def __init__(self, channels: int, seed: int):
-        self.sum_of_squares = torch.zeros(channels, dtype=torch.float64)
-        self.absmax = torch.zeros(channels)
+    def __init__(self, channels: int, seed: int, device: torch.device | str = "cpu"):
+        self.sum_of_squares = torch.zeros(channels, dtype=torch.float64, device=device)
+        self.absmax = torch.zeros(channels, device=device)
         self.count = 0
-        self._sample = torch.empty(0, channels)
+        self._sample = torch.empty(0, channels, device=device)
         self._priority = torch.empty(0)  # the sample is the rows with the smallest random priorities
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -100,7 +100,7 @@ def calibrate(
     progress: Progress,
     num_steps: int = 10,
 ) -> dict[str, InputStatistics]:
-    """Statistics of the inputs of ``linears``, by :func:`~compiler.quant.linears.input_group`.
+    """Statistics of the inputs of ``linears``, by :func:`~compiler.quant.linears.input_group`, on the model's device.
 
     The first ``steps`` of ``inputs`` each run through the whole policy, denoising included, from seeded noise. Rows of
     padded prompt tokens and absent cameras are left out, as the engine leaves them out.
@@ -120,7 +120,7 @@ def calibrate(
             rows = args[0].detach().flatten(0, -2).to(torch.float32)
             mask = valid.get(group.split(".")[0])
             if group not in statistics:
-                statistics[group] = InputStatistics(rows.shape[1], seed=len(statistics))
+                statistics[group] = InputStatistics(rows.shape[1], seed=len(statistics), device=rows.device)
             statistics[group].observe(rows if mask is None else rows[mask])
 
         return observe
@@ -146,7 +146,10 @@ def _run(model: nn.Module, config: ModelConfig, observation: ModelInputs, seed: 
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(1, config.action_horizon, config.action_dim, generator=generator)
     arrays = (observation.images, observation.image_mask, observation.tokens, observation.token_mask, observation.state)
-    return model.sample_actions(*(torch.as_tensor(array)[None] for array in arrays), noise, num_steps=num_steps)
+    device = next(model.parameters()).device
+    inputs = [torch.as_tensor(array)[None].to(device) for array in arrays]
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # as for products by default: float32 is float32
+        return model.sample_actions(*inputs, noise.to(device), num_steps=num_steps)
 
 
 def _valid_rows(observation: ModelInputs, config: ModelConfig) -> dict[str, Tensor]:

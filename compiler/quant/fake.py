@@ -39,11 +39,11 @@ def integer_matmul(x_q: Tensor, weight_q: Tensor) -> Tensor:
 
 def quantised_product(x: Tensor, pack: LinearPack, weight_q: Tensor) -> Tensor:
     """x' [..., K] -> y' [..., N], before R_out and bias. ``weight_q`` is the pack's weight as int8 [N, K]."""
-    weight_scale = torch.from_numpy(pack.weight_scale)
+    weight_scale = torch.from_numpy(pack.weight_scale).to(x.device)
     if pack.activation_bits == 0:
         return (x @ weight_q.to(torch.float32).T) * weight_scale
-    static = pack.activation_scale
-    x_q, activation_scale = quantise_activations(x, None if static is None else torch.from_numpy(static))
+    static = None if pack.activation_scale is None else torch.from_numpy(pack.activation_scale).to(x.device)
+    x_q, activation_scale = quantise_activations(x, static)
     if static is not None and static.ndim:  # per-channel: the scale cannot leave the sum, so there are no integers
         return ((x_q * activation_scale) @ weight_q.to(torch.float32).T) * weight_scale
     return (integer_matmul(x_q, weight_q) * weight_scale) * activation_scale

@@ -41,7 +41,7 @@ def input_transform(recipe: Recipe, statistics: InputStatistics, weights: list[T
     if recipe.scheme == "balanced":
         factors = balance(statistics.rms, _channel_rms(weights))
         return LinearTransform(
-            input_scale=factors.reciprocal().numpy(),
+            input_scale=factors.reciprocal().cpu().numpy(),
             permutation=zigzag_permutation(statistics.rms / factors, block) if recipe.permute else None,
             rotation="hadamard",
             block_size=block,
@@ -71,7 +71,7 @@ def value_transform(inputs: list[tuple[InputStatistics, Tensor]], kv_heads: int,
         logs.append(balance(input_rms, weight_rms).log())
     factors = torch.stack(logs).mean(0).exp()
     return LinearTransform(
-        input_scale=factors.reciprocal().numpy(), rotation="hadamard", block_size=block_size_for(head_dim, head_dim)
+        input_scale=factors.reciprocal().cpu().numpy(), rotation="hadamard", block_size=block_size_for(head_dim, head_dim)
     )
 
 

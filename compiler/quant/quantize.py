@@ -59,6 +59,8 @@ def quantize(
 ) -> Quantization:
     """Calibrates ``model`` (the reference model of ``checkpoint``) on ``inputs`` and quantises what the recipe selects.
 
+    Everything is computed on the model's device; the result is in main memory.
+
     Args:
         transforms: for every selected linear the transform to use, from packs made elsewhere; by default the recipe's
             scheme makes them.
@@ -68,7 +70,7 @@ def quantize(
     if not linears:
         return Quantization(recipe)
     statistics = calibrate(model, checkpoint.config, linears, inputs, recipe.calibration_steps, progress)
-    return quantize_weights(checkpoint.weights, checkpoint.config, recipe, linears, statistics, progress, transforms)
+    return quantize_weights(model.state_dict(), checkpoint.config, recipe, linears, statistics, progress, transforms)
 
 
 def quantize_weights(
@@ -83,8 +85,8 @@ def quantize_weights(
     """Quantises ``linears`` (canonical name -> weight bits), one at a time in float32.
 
     Args:
-        weights: canonical tensor name -> tensor in any float type.
-        statistics: by input group, as :func:`~compiler.quant.calibrate.calibrate` returns them.
+        weights: canonical tensor name -> tensor in any float type, on the device to compute on.
+        statistics: by input group, as :func:`~compiler.quant.calibrate.calibrate` returns them, on that device.
     """
 
     def weight(name: str) -> Tensor:
@@ -169,9 +171,9 @@ def quantize_linear(
         integers = round_weights(weight, scale, bits)
     pack = LinearPack(
         name=name,
-        weight_q=pack_weight(integers.numpy(), bits),
+        weight_q=pack_weight(integers.cpu().numpy(), bits),
         weight_bits=bits,
-        weight_scale=scale.numpy(),
+        weight_scale=scale.cpu().numpy(),
         activation_bits=recipe.activation_bits,
         activation_scale=static_activation_scale(x, recipe),
         **online.parts(),
@@ -187,7 +189,7 @@ def static_activation_scale(x: Tensor, recipe: Recipe) -> np.ndarray | None:
         return None
     magnitudes = x.abs() if recipe.activation_scale == "per-channel" else x.abs().flatten()
     rank = max(1, round(recipe.activation_percentile / 100 * len(magnitudes)))
-    return (magnitudes.kthvalue(rank, dim=0).values.clamp_min(1e-6) / 127).numpy()
+    return (magnitudes.kthvalue(rank, dim=0).values.clamp_min(1e-6) / 127).cpu().numpy()
 
 
 def sqnr_db(signal: Tensor, quantised: Tensor) -> float:
@@ -208,7 +210,7 @@ def float_edits(weights, linears, placement: Placement) -> dict[str, Tensor]:
             if kind == "weight" and name in placement.full:
                 tensor = placement.full[name].transform_weight(tensor)
             if kind == "weight" or name in placement.outputs:
-                edits[key] = tensor
+                edits[key] = tensor.cpu()
     return edits
 
 

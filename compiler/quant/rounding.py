@@ -12,7 +12,7 @@ from torch import Tensor
 COARSE = [0.40 + 0.05 * i for i in range(13)]
 FINE = [0.01 * i for i in range(-4, 5) if i]
 
-CHUNK = 1 << 17  # weights searched at a time: the temporaries stay in the cache
+CHUNK = {"cpu": 1 << 17, "cuda": 1 << 26}  # weights searched at a time; on CPUs the temporaries stay in the cache
 SEGMENT = 4096  # columns whose errors compensate each other
 LAZY = 128  # columns after which the rest of the segment is brought up to date
 
@@ -34,14 +34,15 @@ def search_scales(weight: Tensor, energy: Tensor, bits: int) -> Tensor:
         weight: W', float32 [N, K].
         energy: mean square of x' per channel, float32 [K].
     """
-    return torch.cat([_search(rows, energy, bits) for rows in weight.split(max(1, CHUNK // weight.shape[1]))])
+    rows = max(1, CHUNK[weight.device.type] // weight.shape[1])
+    return torch.cat([_search(part, energy, bits) for part in weight.split(rows)])
 
 
 def _search(rows: Tensor, energy: Tensor, bits: int) -> Tensor:
     low, high = integer_range(bits)
     # The integers reach one step further down than up: point the longer tail of the row there.
     top, bottom = rows.amax(1), -rows.amin(1)
-    widest = torch.maximum(torch.maximum(top, bottom), torch.tensor(1e-30))
+    widest = torch.maximum(top, bottom).clamp_min(1e-30)
     unclipped = torch.where(top > bottom, -widest, widest) / high
     normalised = rows / unclipped[:, None]  # in steps of the unclipped scale
     quantised = torch.empty_like(normalised)
@@ -50,10 +51,10 @@ def _search(rows: Tensor, energy: Tensor, bits: int) -> Tensor:
         torch.div(normalised, ratio[:, None], out=quantised).round_().clamp_(low, high).mul_(ratio[:, None])
         return quantised.sub_(normalised).square_() @ energy
 
-    best_ratio = torch.ones(len(rows))
-    best_error = torch.full((len(rows),), torch.inf)
+    best_ratio = torch.ones_like(top)
+    best_error = torch.full_like(top, torch.inf)
     for ratios in (COARSE, FINE):
-        centre = best_ratio.clone() if ratios is FINE else torch.zeros(len(rows))
+        centre = best_ratio.clone() if ratios is FINE else torch.zeros_like(top)
         for ratio in ratios:
             candidate = centre + ratio
             e = error(candidate)
@@ -81,10 +82,10 @@ def _compensate(weight: Tensor, scale: Tensor, x: Tensor, bits: int, damping: fl
     low, high = integer_range(bits)
     factor = _inverse_factor(x, damping)
     columns = weight.T.contiguous()  # [K, N]: a column of W' is a contiguous row here
-    quantised = torch.empty(columns.shape, dtype=torch.int8)
+    quantised = torch.empty_like(columns, dtype=torch.int8)
     for start in range(0, len(columns), LAZY):
         end = min(start + LAZY, len(columns))
-        block, errors = columns[start:end], torch.empty(end - start, len(scale))
+        block, errors = columns[start:end], torch.empty_like(columns[start:end])
         for i, k in enumerate(range(start, end)):
             q = torch.round(block[i] / scale).clamp_(low, high)
             quantised[k] = q.to(torch.int8)

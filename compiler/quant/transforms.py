@@ -74,7 +74,7 @@ def rotate(x: Tensor, rotation: np.ndarray | str, block_size: int) -> Tensor:
     """x [..., K] times the block-diagonal matrix of ``rotation`` (see :class:`LinearTransform`)."""
     blocks = x.unflatten(-1, (-1, block_size))
     if isinstance(rotation, str):
-        return (blocks @ hadamard(block_size).to(x.dtype)).flatten(-2)
+        return (blocks @ hadamard(block_size).to(x)).flatten(-2)
     return torch.einsum("...bi,bij->...bj", blocks, _like(rotation, x)).flatten(-2)
 
 
@@ -115,7 +115,7 @@ def zigzag_permutation(magnitude: Tensor, block_size: int) -> np.ndarray:
     """
     order = torch.argsort(magnitude, descending=True, stable=True).view(block_size, -1).clone()
     order[1::2] = order[1::2].flip(1)
-    return order.T.flatten().numpy()
+    return order.T.flatten().cpu().numpy()
 
 
 def interleaving_permutation(magnitude: Tensor) -> np.ndarray:
@@ -124,14 +124,14 @@ def interleaving_permutation(magnitude: Tensor) -> np.ndarray:
     half = (len(order) + 1) // 2
     interleaved = torch.empty_like(order)
     interleaved[0::2], interleaved[1::2] = order[:half], order[half:].flip(0)
-    return interleaved.numpy()
+    return interleaved.cpu().numpy()
 
 
 def weight_rotation(weight: Tensor, block_size: int) -> np.ndarray:
     """Per block of columns, the left singular vectors of W[:, block]^T: weight [N, K] -> float32 [K/B, B, B]."""
     blocks = weight.unflatten(-1, (-1, block_size)).transpose(0, 1).to(torch.float32)  # [K/B, N, B]
     gram = blocks.transpose(1, 2) @ blocks  # its eigenvectors are those singular vectors, at the cost of B x B
-    return torch.linalg.eigh(gram).eigenvectors.flip(-1).numpy()
+    return torch.linalg.eigh(gram).eigenvectors.flip(-1).cpu().numpy()
 
 
 def greedy_rotation(x: Tensor, block_size: int, seed: int = 0) -> np.ndarray:
@@ -142,19 +142,19 @@ def greedy_rotation(x: Tensor, block_size: int, seed: int = 0) -> np.ndarray:
     """
     generator = torch.Generator().manual_seed(seed)
     blocks = x.unflatten(-1, (-1, block_size)).transpose(0, 1).contiguous()  # [K/B, M, B]
-    count = torch.arange(len(blocks))
-    rotation = torch.eye(block_size).repeat(len(blocks), 1, 1)
+    count = torch.arange(len(blocks), device=x.device)
+    rotation = torch.eye(block_size, device=x.device).repeat(len(blocks), 1, 1)
     best, best_peak = rotation.clone(), blocks.abs().amax((1, 2))
     for _ in range(GREEDY_STEPS):
         outlier = blocks.abs().amax(1).argmax(1)
-        step = _spreading_rotation(block_size, generator).repeat(len(blocks), 1, 1)
+        step = _spreading_rotation(block_size, generator).to(x.device).repeat(len(blocks), 1, 1)
         # Swap row 0 (the one that spreads evenly) with the outlier's row.
         step[count, 0], step[count, outlier] = step[count, outlier].clone(), step[count, 0].clone()
         blocks, rotation = blocks @ step, rotation @ step
         peak = blocks.abs().amax((1, 2))
         better = peak < best_peak
         best[better], best_peak[better] = rotation[better], peak[better]
-    return best.numpy()
+    return best.cpu().numpy()
 
 
 def _spreading_rotation(size: int, generator: torch.Generator) -> Tensor:
@@ -171,4 +171,4 @@ def _transposed(rotation: np.ndarray | str) -> np.ndarray | str:
 
 
 def _like(array: np.ndarray, x: Tensor) -> Tensor:
-    return torch.from_numpy(array).to(x.dtype)
+    return torch.from_numpy(array).to(x)
