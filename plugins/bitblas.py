@@ -173,7 +173,7 @@ def best(m: int, n: int, k: int, sm: int) -> Tile:
 
 @functools.cache
 def _table() -> dict[tuple[int, int], list[tuple[int, Tile]]]:
-    """(N, K) -> [(M, tile)]; written by `python -m tools.bitblas_table`."""
+    """(N, K) -> [(M, tile)]; written by tools/bitblas_table.py."""
     table: dict[tuple[int, int], list[tuple[int, Tile]]] = {}
     for row in json.loads(TABLE.read_text()):
         table.setdefault((row["n"], row["k"]), []).append((row["m"], Tile(*row["tile"])))

@@ -8,7 +8,12 @@ the prompt's for the language model, the actions (and pi0's state) for the exper
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import astuple
+from pathlib import Path
+
+if __name__ == "__main__":  # import from the repository: in tools/, profile.py would pass for the standard library's
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from plugins.bitblas import TABLE, estimate, ranked
 

@@ -1,0 +1,160 @@
+"""What a call of a policy should take on a GPU that is not at hand: `python tools/estimate.py --help`.
+
+A model, not a measurement: operations and bytes of every kernel against the GPU's rates. Integer products are estimated
+by the tile that would run (plugins/bitblas.py); the other kernels by the larger of bytes over bandwidth and operations over
+rate, plus the time a launch takes.
+"""
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+if __name__ == "__main__":  # import from the repository: in tools/, profile.py would pass for the standard library's
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from plugins import bitblas
+from plugins.errors import DuqError
+from runtime.cli_errors import one_line_errors
+from runtime.config import GemmaConfig, ModelConfig
+from runtime.plan import Plan
+
+LAUNCH = 2e-6  # seconds of a kernel in a CUDA graph, beyond its work
+REACHED = 0.75  # of the tensor cores' rate, by float products and attention
+FLOAT = 2  # bytes of an activation
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+class Kernel(NamedTuple):
+    part: str
+    kind: str
+    operations: float
+    bytes: float
+    seconds: float
+
+
+@app.command()
+def _estimate(
+    plan: Annotated[Path, typer.Argument(help="Any plan: only its sizes and what is quantised matter.")],
+    sm: Annotated[int, typer.Option(help=f"The GPU: {', '.join(map(str, bitblas.DEVICES))} (A100, A40, L40S, H100).")] = 86,
+    cameras: Annotated[int, typer.Option(min=1, max=3, help="Of the observation.")] = 3,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of the observation.")] = 48,
+) -> None:
+    """Print, for every part of a policy call, launches, operations, bytes and estimated time.
+
+    [bold]Example[/bold]
+
+      python tools/estimate.py engine.plan --sm 86
+    """
+    if sm not in bitblas.DEVICES:
+        raise DuqError(f"--sm {sm}: no numbers for this GPU, there are some for {', '.join(map(str, bitblas.DEVICES))}")
+    manifest = Plan(plan, verify=False).manifest
+    config = ModelConfig.from_json(manifest["model"])
+    Console(width=110).print(table(list(kernels(config, manifest, sm, cameras, prompt_tokens)), sm))
+
+
+def kernels(config: ModelConfig, manifest: dict, sm: int, cameras: int, prompt_tokens: int) -> Iterator[Kernel]:
+    """Every launch of a call."""
+    gpu = Gpu(sm)
+    quantised = {name for name, linear in manifest["quantization"]["linears"].items() if linear["activation_bits"] == 8}
+    vision, patches = config.vision, config.vision.tokens
+    prefix = cameras * patches + prompt_tokens
+    for _ in range(vision.depth):
+        for n, k in ((3 * vision.width, vision.width), (vision.width, vision.width), (vision.mlp_width, vision.width),
+                     (vision.width, vision.mlp_width)):  # fmt: skip
+            yield gpu.float_linear("SigLIP", cameras * patches, n, k)
+        yield gpu.attention("SigLIP", cameras * vision.heads, patches, patches, vision.width // vision.heads)
+        yield from (gpu.elementwise("SigLIP", cameras * patches * vision.width) for _ in range(2))
+    for layer in range(config.llm.depth):
+        last = layer == config.llm.depth - 1  # of which only keys and values are computed
+        yield from gpu.layer("LLM", "llm", config.llm, layer, prefix, prefix, quantised, only_cache=last)
+    for _ in range(manifest["num_steps"]):
+        for layer in range(config.expert.depth):
+            keys = prefix + config.action_horizon + (0 if config.pi05 else 1)
+            yield from gpu.layer("expert", "expert", config.expert, layer, config.action_horizon, keys, quantised)
+
+
+class Gpu:
+    """The kernels of one GPU and their times."""
+
+    def __init__(self, sm: int):
+        self.sm, self.device = sm, bitblas.DEVICES[sm]
+        self.int8 = 2 * self.device.products * self.device.multiprocessors * self.device.clock
+
+    def layer(self, part: str, model: str, config: GemmaConfig, layer: int, m: int, keys: int, quantised: set[str],
+              only_cache: bool = False) -> Iterator[Kernel]:  # fmt: skip
+        """A layer of Gemma for m tokens that see `keys`: the products that plugins or TensorRT run, and what is between."""
+        heads, cache = config.heads * config.head_dim, 2 * config.kv_heads * config.head_dim
+        linears = [("self_attn.k_proj", cache if only_cache else heads + cache, config.width)]
+        if not only_cache:
+            linears += [("self_attn.o_proj", config.width, heads), ("mlp.gate_proj", 2 * config.mlp_width, config.width),
+                        ("mlp.down_proj", config.width, config.mlp_width)]  # fmt: skip
+        for name, n, k in linears:
+            if f"{model}.layers.{layer}.{name}" in quantised:
+                read = 2 * k if name == "mlp.down_proj" else k  # gate and up
+                yield self.moved(part, "prologues", m * (FLOAT * read + k), rotations(m, k))
+                yield self.integer_linear(part, m, n, k)
+                yield self.moved(part, "epilogues", m * n * (4 + FLOAT), 2 * m * n)
+            else:
+                yield self.float_linear(part, m, n, k)
+        if not only_cache:
+            yield self.attention(part, config.heads, m, keys, config.head_dim)
+        yield from (self.elementwise(part, m * config.width) for _ in range(1 if only_cache else 3))
+
+    def integer_linear(self, part: str, m: int, n: int, k: int) -> Kernel:
+        sm = self.sm if self.sm in bitblas.SMS else 86
+        tile = bitblas.best(m, n, k, sm)
+        moved = n * k / 2 + m * k + 4 * m * n
+        return Kernel(part, "integer products", 2 * m * n * k, moved, bitblas.estimate(tile, m, n, k, self.sm))
+
+    def float_linear(self, part: str, m: int, n: int, k: int) -> Kernel:
+        moved = FLOAT * (n * k + m * k + m * n)
+        return self.product(part, "float products", 2 * m * n * k, moved)
+
+    def attention(self, part: str, heads: int, queries: int, keys: int, dims: int) -> Kernel:
+        return self.product(part, "attention", 4 * heads * queries * keys * dims, FLOAT * 2 * (heads * queries + keys) * dims)
+
+    def elementwise(self, part: str, elements: int) -> Kernel:
+        return self.moved(part, "norms, rotary embeddings, sums", 3 * FLOAT * elements, elements)
+
+    def product(self, part: str, kind: str, operations: float, moved: float) -> Kernel:
+        seconds = max(operations / (REACHED * self.int8 / 2), moved / self.device.memory_bytes)
+        return Kernel(part, kind, operations, moved, seconds + LAUNCH)
+
+    def moved(self, part: str, kind: str, moved: float, operations: float) -> Kernel:
+        return Kernel(part, kind, operations, moved, moved / self.device.memory_bytes + LAUNCH)
+
+
+def rotations(m: int, k: int, block: int = 64) -> float:
+    """Additions of a block Hadamard."""
+    return m * k * (block.bit_length() - 1)
+
+
+def table(work: list[Kernel], sm: int) -> Table:
+    title = f"An estimate for SM {sm}, not a measurement"
+    result = Table("part", "what", title=title, title_justify="left")
+    for column in ("launches", "operations", "bytes", "ms"):
+        result.add_column(column, justify="right")
+    for part in dict.fromkeys(each.part for each in work):
+        own = [each for each in work if each.part == part]
+        for kind in dict.fromkeys(each.kind for each in own):
+            _add_row(result, part, kind, [each for each in own if each.kind == kind])
+        _add_row(result, part, "together", own, end_section=True)
+    _add_row(result, "the call", "", work)
+    return result
+
+
+def _add_row(result: Table, part: str, kind: str, chosen: list[Kernel], **options) -> None:
+    operations, moved, seconds = (sum(each[field] for each in chosen) for field in (2, 3, 4))
+    result.add_row(part, kind, str(len(chosen)), f"{operations / 1e9:,.1f} G", f"{moved / 1e6:,.0f} MB", f"{1e3 * seconds:.2f}", **options)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        app()
