@@ -22,6 +22,7 @@ def inspect(
     path: Annotated[Path, typer.Argument(metavar="PLAN", help="An engine.plan")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON")] = False,
     entries: Annotated[bool, typer.Option("--entries", help="List every weight, not their sum")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="cuda: the kernel of every layer, not of all alike")] = False,
 ) -> None:
     """Print what a plan holds: policy, quantisation, ops and bytes per layer, inputs and outputs, entries, hashes."""
     plan = Plan(path)
@@ -35,6 +36,7 @@ def inspect(
         _quantization_table(plan.manifest.get("quantization") or {}),
         _layer_table((plan.manifest.get("quantization") or {}).get("linears") or {}),
         *(_graph_table(name, graph) for name, graph in (plan.manifest.get("graphs") or {}).items()),
+        *(_kernel_table(plan, name, layers) for name in plan.names if name.startswith("schedule/")),
         _entry_table(plan.manifest["entries"], each_weight=entries),
     ):
         if table.row_count:
@@ -101,6 +103,27 @@ def _graph_table(name: str, graph: Any) -> Table:
     return table
 
 
+def _kernel_table(plan: Plan, name: str, each_layer: bool) -> Table:
+    """The launches of the largest size: what they compute, with which kernel, on which weights."""
+    schedule = json.loads(bytes(plan.read(name)))
+    variant = schedule["variants"][-1]
+    title = f"{name}: {variant['cameras']} cameras, {variant['prompt']} prompt tokens"
+    table = _table(title, "program", "computes", "kernel", "launches", "weights", "size")
+    rows: dict[tuple, list[int]] = {}
+    for program in ("prefix", "step"):
+        for launch in variant[program]:
+            computes = launch["name"] if each_layer else re.sub(r"\.layers\.\d+\.", ".layers.*.", launch["name"])
+            kernel = schedule["kernels"][launch["kernel"]]["expression"] if "kernel" in launch else launch["call"]
+            weights = [argument[1] for argument in launch["args"] if isinstance(argument, list) and argument[0] == "w"]
+            product = [weight for weight in weights if re.search(r"\.(int4|int8|bf16)\b", weight)]
+            dtype = re.search(r"\.(int4|int8|bf16)\b", product[0])[1] if product else "-"
+            size = sum(schedule["weights"][weight][1] for weight in product)
+            rows.setdefault((program, computes, kernel, dtype), []).append(size)
+    for (program, computes, kernel, dtype), sizes in rows.items():
+        table.add_row(program, computes, kernel, str(len(sizes)), dtype, _size(sum(sizes)) if sum(sizes) else "-")
+    return table
+
+
 def _entry_table(entries: dict[str, dict], each_weight: bool) -> Table:
     table = _table("Entries", "name", "size", "offset", "SHA-256")
     weights = [] if each_weight else [name for name in entries if name.startswith("weights/")]
@@ -117,7 +140,7 @@ def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", show_header=any(columns))
     for column in columns:
         justify = "right" if column in ("size", "offset", "worst SQNR") else "left"
-        table.add_column(column, justify=justify, no_wrap=column in ("layer", "op"))
+        table.add_column(column, justify=justify, no_wrap=column in ("layer", "op"), overflow="fold")
     return table
 
 

@@ -1,7 +1,6 @@
 """The policy: an opened plan that answers observations with actions."""
 from __future__ import annotations
 
-import importlib
 import os
 import threading
 import time
@@ -11,15 +10,9 @@ import numpy as np
 
 from runtime.config import IMAGE_SLOTS, ModelConfig
 from runtime.errors import ObservationError, PlanError
+from runtime.executors import open_executor
 from runtime.plan import Plan
 from runtime.preprocess import Preprocessor
-
-# target -> (module, class). Imported when a plan asks for it: each needs an engine library of its own.
-EXECUTORS = {
-    "cpu": ("runtime.executors.cpu", "CpuExecutor"),
-    "cuda": ("runtime.executors.cuda", "CudaExecutor"),
-    "tensorrt": ("runtime.executors.tensorrt", "TensorRTExecutor"),
-}
 
 
 class Policy:
@@ -36,17 +29,12 @@ class Policy:
         plan = Plan(path, verify)
         self._manifest = plan.manifest
         try:
-            executor = EXECUTORS.get(self._manifest["target"])
+            self._target = self._manifest["target"]
             self._config = ModelConfig.from_json(self._manifest["model"])
             self._preprocessor = preprocessor_of(plan, self._config)
         except (KeyError, TypeError) as error:
             raise PlanError(f"{plan.path}: its manifest is incomplete ({error}); compile it again") from error
-        if executor is None:
-            targets = ", ".join(EXECUTORS)
-            target = self._manifest["target"]
-            raise PlanError(f"{plan.path}: is made for target {target!r}, this runtime has {targets}; compile for that")
-        module, name = executor
-        self._executor = getattr(importlib.import_module(module), name)(plan, threads)
+        self._executor = open_executor(plan, threads)
         self._engine = threading.Lock()
         self._noise = np.random.default_rng(seed)
 
@@ -56,7 +44,7 @@ class Policy:
         return {
             "robot": self._manifest["robot"],
             "model": "pi0.5" if self._config.pi05 else "pi0",
-            "target": self._manifest["target"],
+            "target": self._target,
             "num_steps": self._manifest["num_steps"],
             "cameras": self._preprocessor.cameras,
             "action_horizon": self._config.action_horizon,

@@ -7,8 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import runtime
-import runtime.policy
+import runtime.executors
 from runtime.errors import ObservationError, PlanError
 from runtime.plan import PlanWriter
 from test_preprocess import CONFIG, bare_observation, tokenizer_bytes  # noqa: F401 (a fixture)
@@ -38,7 +37,7 @@ class FakeExecutor:
 def make_policy(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "fake_executor", type(sys)("fake_executor"))
     sys.modules["fake_executor"].FakeExecutor = FakeExecutor
-    monkeypatch.setitem(runtime.policy.EXECUTORS, "cpu", ("fake_executor", "FakeExecutor"))
+    monkeypatch.setitem(runtime.executors.EXECUTORS, "cpu", ("fake_executor", "FakeExecutor"))
 
     def make(robot="none", config=CONFIG, tokenizer=None, drop=None, **options):
         manifest = {
@@ -149,8 +148,8 @@ def test_metadata_is_plain(make_policy):
 
 
 def test_plans_that_cannot_be_run(make_policy, tmp_path):
-    with pytest.raises(PlanError, match="target 'cuda', this runtime has cpu"):
-        make_policy(target="cuda")
+    with pytest.raises(PlanError, match="target 'tpu', this runtime has cpu, cuda, tensorrt"):
+        make_policy(target="tpu")
     with pytest.raises(PlanError, match="robot 'kuka' is unknown"):
         make_policy("kuka")
     for key in ("model", "robot", "target", "checkpoint", "cameras"):

@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 
 from compiler.accuracy.worker import errors_to_parent, resident_bytes, work
-from runtime.executors.cpu import CpuExecutor
+from runtime.executors import open_executor
 from runtime.plan import Plan
 
 
 def main(directory: str, count: str, threads: str, plan: str) -> None:
     opened = resident_bytes()
-    executor = CpuExecutor(Plan(plan, verify=False), int(threads))  # the parent has verified it
+    executor = open_executor(Plan(plan, verify=False), int(threads))  # the parent has verified it
 
     def run(inputs, noise):
         return executor.run(inputs, noise)[0]
