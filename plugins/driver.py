@@ -6,6 +6,7 @@ does.
 from __future__ import annotations
 
 import ctypes
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,14 @@ def open_device(ordinal: int = 0) -> int:
 
     Raises KernelError where there is no driver, one too old for the cubins, or no such device.
     """
+    context, sm = _device(ordinal)
+    _call("cuCtxSetCurrent", context)
+    return sm
+
+
+@functools.cache
+def _device(ordinal: int) -> tuple[object, int]:
+    """The device's primary context, kept from now on, and its compute capability."""
     driver = _driver()
     _call("cuInit", 0)
     version = _call("cuDriverGetVersion")
@@ -52,11 +61,10 @@ def open_device(ordinal: int = 0) -> int:
         found, needed = (f"{v // 1000}.{v // 10 % 100}" for v in (version, OLDEST_CUDA))
         raise KernelError(f"the NVIDIA driver is for CUDA {found}; update it to one for CUDA {needed} (580 or newer)")
     device = _call("cuDeviceGet", ordinal)
-    _call("cuCtxSetCurrent", _call("cuDevicePrimaryCtxRetain", device))
     attribute = driver.CUdevice_attribute
     major = _call("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
     minor = _call("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
-    return 10 * major + minor
+    return _call("cuDevicePrimaryCtxRetain", device), 10 * major + minor
 
 
 @dataclass(frozen=True)
