@@ -173,7 +173,8 @@ class W4A8Linear:
         return 4 * math.prod(shapes[0][:-1]) * shapes[3][0]
 
     def launches(self, inputs: Sequence[Tensor]) -> dict[KernelName, driver.Shape]:
-        (*tokens, k), n, m = inputs[0].shape, inputs[3].shape[0], math.prod(inputs[0].shape[:-1])
+        (*tokens, k), n = inputs[0].shape, inputs[3].shape[0]
+        m = math.prod(tokens)
         epilogue = pointwise.dequantize(m, n, self.out_type, "output_rotation" in self.operands)
         return {
             bitblas_name(n, k, self.tile): self.tile.shape(m, n),

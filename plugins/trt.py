@@ -64,13 +64,12 @@ _registered: dict = {}
 
 def attributes(node: Node) -> dict:
     """The ONNX attributes that a node's plugin is made from."""
-    fields = {name: getattr(node, name) for name in node.fields}
-    fields = {name: list(astuple(value)) if isinstance(value, Tile) else value for name, value in fields.items()}
-    fields["tile"] = [int(value) for value in fields["tile"]] if "tile" in fields else None
-    return {name: value for name, value in fields.items() if value is not None} | {
-        "plugin_namespace": NAMESPACE,
-        "plugin_version": VERSION,
-    }
+    fields = {name: _plain(getattr(node, name)) for name in node.fields}
+    return fields | {"plugin_namespace": NAMESPACE, "plugin_version": VERSION}
+
+
+def _plain(value: str | Tile) -> str | list[int]:
+    return list(map(int, astuple(value))) if isinstance(value, Tile) else value
 
 
 @functools.cache
@@ -98,7 +97,9 @@ def _classes() -> tuple[type, type]:
             return [types[name] for name in self.node.output_types([type_names[each] for each in input_types])]
 
         def get_output_shapes(self, inputs, shape_inputs, expressions):
-            halve = lambda size: expressions.operation(trt.DimensionOperation.FLOOR_DIV, size, expressions.constant(2))  # noqa: E731
+            def halve(size):
+                return expressions.operation(trt.DimensionOperation.FLOOR_DIV, size, expressions.constant(2))
+
             found = self.node.output_shapes([[shape[i] for i in range(len(shape))] for shape in inputs], halve)
             results = []
             for dimensions in found:
@@ -156,9 +157,10 @@ def _classes() -> tuple[type, type]:
 
 
 def _to_field(trt: ModuleType, name: str, value):
-    if isinstance(value, Tile):
-        return trt.PluginField(name, np.array(astuple(value), np.int32), trt.PluginFieldType.INT32)
-    return trt.PluginField(name, value.encode(), trt.PluginFieldType.CHAR)
+    value = _plain(value)
+    if isinstance(value, str):
+        return trt.PluginField(name, value.encode(), trt.PluginFieldType.CHAR)
+    return trt.PluginField(name, np.array(value, np.int32), trt.PluginFieldType.INT32)
 
 
 def from_fields(op: str, fields) -> Node:

@@ -68,7 +68,8 @@ def test_shapes_and_types_are_those_of_the_operators_function(op, node):
     body = ir.serde.serialize_function(ops.function(op, node.stages, 23))
     body.name, body.overload = "F", ""
     outputs = list(body.output)
-    info = [onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(np.dtype(DTYPES.get(n, np.float32))), SHAPES[n]) for n in names]
+    dtypes = {name: onnx.helper.np_dtype_to_tensor_dtype(np.dtype(DTYPES.get(name, np.float32))) for name in names}
+    info = [onnx.helper.make_tensor_value_info(name, dtypes[name], SHAPES[name]) for name in names]
     graph = onnx.helper.make_graph(
         [onnx.helper.make_node("F", names, outputs, domain="duq")], "g", info,
         [onnx.ValueInfoProto(name=name) for name in outputs],
@@ -88,7 +89,8 @@ def test_shapes_and_types_are_those_of_the_operators_function(op, node):
 @pytest.mark.parametrize(("op", "node"), NODES_OF_EVERY_KIND, ids=str)
 def test_fields_make_the_same_plugin_again(op, node):
     stored = {name: value for name, value in trt.attributes(node).items() if not name.startswith("plugin_")}
-    fields = [SimpleNamespace(name=n, data=np.array(v, np.int32) if isinstance(v, list) else v.encode()) for n, v in stored.items()]
+    data = {name: value.encode() if isinstance(value, str) else np.array(value, np.int32) for name, value in stored.items()}
+    fields = [SimpleNamespace(name=name, data=value) for name, value in data.items()]
     assert trt.from_fields(op, fields) == node
     with pytest.raises(KernelError, match="compile the plan with this duq"):
         trt.from_fields(op, fields[1:])

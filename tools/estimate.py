@@ -152,7 +152,8 @@ def table(work: list[Kernel], sm: int) -> Table:
 
 def _add_row(result: Table, part: str, kind: str, chosen: list[Kernel], **options) -> None:
     operations, moved, seconds = (sum(each[field] for each in chosen) for field in (2, 3, 4))
-    result.add_row(part, kind, str(len(chosen)), f"{operations / 1e9:,.1f} G", f"{moved / 1e6:,.0f} MB", f"{1e3 * seconds:.2f}", **options)
+    numbers = f"{len(chosen)}", f"{operations / 1e9:,.1f} G", f"{moved / 1e6:,.0f} MB", f"{1e3 * seconds:.2f}"
+    result.add_row(part, kind, *numbers, **options)
 
 
 if __name__ == "__main__":

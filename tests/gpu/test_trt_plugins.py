@@ -93,7 +93,8 @@ def test_linear_is_the_definition_bit_for_bit(m, n, k, stages, scale, float_type
     packed = torch.from_numpy(pack_bitblas(weight.cpu().numpy())).view(torch.int8).cuda()
     extra = [bias] if stages == "bias" else []
     node = W4A8Linear(stages, bitblas.best(m, n, k, 86), float_type)
-    (y,) = host("W4A8Linear", node, [x_q.view(1, m, k), x_scale.view(1, m, 1) if x_scale.dim() else x_scale, packed, weight_scale, *extra])
+    scales = x_scale.view(1, m, 1) if x_scale.dim() else x_scale
+    (y,) = host("W4A8Linear", node, [x_q.view(1, m, k), scales, packed, weight_scale, *extra])
     expected = (exact.float() * weight_scale) * x_scale
     expected = (expected + bias if extra else expected).to(TORCH[float_type])
     assert y.shape == (1, m, n) and torch.equal(y[0], expected)
@@ -108,7 +109,8 @@ def test_linear_with_output_rotation(m, n, k, block, stages):
     rotation, bias = torch.randn(n // block, block, block, device="cuda"), torch.randn(n, device="cuda")
     packed = torch.from_numpy(pack_bitblas(weight.cpu().numpy())).view(torch.int8).cuda()
     extra = [rotation, bias] if "bias" in stages else [rotation]
-    (y,) = host("W4A8Linear", W4A8Linear(stages, bitblas.best(m, n, k, 86), "float"), [x_q, x_scale, packed, weight_scale, *extra])
+    node = W4A8Linear(stages, bitblas.best(m, n, k, 86), "float")
+    (y,) = host("W4A8Linear", node, [x_q, x_scale, packed, weight_scale, *extra])
     scaled = ((exact.float() * weight_scale) * x_scale).double().view(m, -1, block)
     expected = torch.einsum("mbi,bij->mbj", scaled, rotation.double()).reshape(m, n)
     expected = expected + bias if "bias" in stages else expected

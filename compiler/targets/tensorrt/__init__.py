@@ -2,8 +2,9 @@
 
 For each SM the plan holds, under engine/sm<SM>: the engine `policy` (--loop unrolled: prefix and all denoising steps in one
 network) or `prefix` and `step` (--loop graph: the executor repeats the step), TensorRT's log, and under cubin/sm<SM> the
-kernels that the plugins ask for by name. Beside them lies the token table, `embedding`, in the engines' float type. An engine is for one SM, one flavour and version of TensorRT; the manifest says
-which. Nothing of TensorRT is needed to read what a plan holds.
+kernels that the plugins ask for by name; beside them the token table, `embedding`, in the engines' float type. An engine is
+for one SM, one flavour and version of TensorRT; the manifest says which. Nothing of TensorRT is needed to read what a plan
+holds.
 """
 from __future__ import annotations
 
@@ -106,7 +107,9 @@ def _kernels(plugins: dict[str, dict[str, Plugin]]) -> dict[KernelName, bitblas.
     return found
 
 
-def _write_kernels(kernels: dict[KernelName, bitblas.Problem | None], sm: int, writer: PlanWriter, progress: Progress) -> list[dict]:
+def _write_kernels(
+    kernels: dict[KernelName, bitblas.Problem | None], sm: int, writer: PlanWriter, progress: Progress
+) -> list[dict]:
     task = progress.add_task(f"Generating and compiling the kernels for SM {sm}", total=len(kernels))
     problems = [problem for problem in kernels.values() if problem]
     sources = dict(zip(problems, bitblas.sources(problems, sm)))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 from rich.progress import Progress
 
