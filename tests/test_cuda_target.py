@@ -19,6 +19,7 @@ from plugins.errors import DuqError, KernelError
 from plugins.kernels import SOURCES, Cubin
 from runtime.config import ModelConfig
 from runtime.executors.cpu import CpuExecutor
+from runtime.inspect import main as inspect_main
 from runtime.plan import Plan
 from tests import emulate
 from tests.quant_policy import observation
@@ -201,3 +202,25 @@ def test_arguments_are_those_of_the_sources(preset, tiny_plans):
             assert kinds(launch["args"]) == parameters(source, name), launch["name"]
             checked.add(name)
     assert {"patches", "attention", "gemm_float"} <= checked
+
+
+def test_inspect_names_the_integer_kernels(tiny_plans, command_line):
+    printed = command_line(inspect_main, tiny_plans("pi0", DEFAULT_PRESET, "cuda").plan, "--layers").out
+    assert "schedule/sm86.json: 3 cameras, 48 prompt tokens" in printed and "schedule/sm90.json" in printed
+    for linear in ("llm.layers.0.mlp.down_proj", "expert.layers.1.mlp.gate_proj+up_proj"):
+        rows = [row for row in table_rows(printed) if row[1] == linear]
+        assert rows and all(row[2].startswith("gemm_") and row[4] == "int4" for row in rows), rows
+
+
+def table_rows(printed: str) -> list[list[str]]:
+    """The cells of every row of the printed tables, whose long cells go over several lines."""
+    rows: list[list[str]] = []
+    for line in printed.splitlines():
+        cells = [cell.strip() for cell in line.strip("\u2502").split("\u2502")]
+        if len(cells) != 6:
+            continue
+        if cells[0]:
+            rows.append(cells)
+        elif rows:
+            rows[-1] = [above + below for above, below in zip(rows[-1], cells)]
+    return rows
