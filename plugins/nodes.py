@@ -191,7 +191,7 @@ class W4A8Linear:
         operands = [x_q.pointer, named["weight"].pointer, sums, ctypes.c_int(m)]
         kernels[product].launch(product_shape, operands, stream)
         operands = [x_scale, named["weight_scale"], rotation, named.get("bias", null), outputs[0]]
-        sizes = [ctypes.c_int(value) for value in (n, int(bool(x_scale.shape)), block)]
+        sizes = [ctypes.c_int(value) for value in (n, int(math.prod(x_scale.shape) > 1), block)]
         kernels[epilogue].launch(epilogue_shape, [sums, *(operand.pointer for operand in operands), *sizes], stream)
 
 
