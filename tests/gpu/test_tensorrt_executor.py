@@ -66,7 +66,10 @@ class StandIn:
             cameras, prompt = self.shapes["images"][0], self.shapes["embeddings"][0]
             shapes[name] = (cameras * 4, 64) if name == "image_features" else (1, 1, cameras * 4 + prompt + 1, CHANNELS)
         dtype, count = TYPES[self.types[name]], int(np.prod(shapes[name]))
-        return torch.as_tensor(Memory(self.bound[name], count * dtype.itemsize), device="cuda").view(dtype).view(shapes[name])
+        return self.at(self.bound[name], count * dtype.itemsize).view(dtype).view(shapes[name])
+
+    def at(self, address: int, size: int) -> torch.Tensor:
+        return torch.as_tensor(Memory(address, size), device="cuda")
 
 
 def prefix(t, shapes):
