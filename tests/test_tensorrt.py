@@ -2,6 +2,7 @@
 import functools
 import importlib.util
 import itertools
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -141,34 +142,43 @@ def test_engines_are_built_without_a_gpu(compiled, policy, loop):
     plan = compiled(policy, loop)
     section = plan.manifest["graphs"]["sm86"]
     assert section["flavour"] in trt.FLAVOURS and section["version"] == trt.library().__version__
-    assert set(section["engines"]) == ({"prefix", "step"} if loop == "graph" else {"policy"})
-    for name, engine in section["engines"].items():
+    assert section["engines"] == (["prefix", "step"] if loop == "graph" else ["policy"])
+    for name, engine in engines_of(plan).items():
         assert len(plan.read(f"engine/sm86/{name}")) == engine["bytes"] > 1 << 20
         count = sum(number for op, number in engine["ops"].items() if op.startswith("duq::"))
         assert engine["plugins"] == count > 0
         assert b"Engine generation completed" in bytes(plan.read(f"engine/sm86/{name}.log"))
-    assert {kernel["cubin"] for kernel in section["kernels"]} <= set(plan.names)
-    assert all(bytes(plan.read(kernel["cubin"])).startswith(b"\x7fELF") for kernel in section["kernels"])
+    for kernel in details_of(plan)["kernels"]:
+        assert bytes(plan.read(kernel["cubin"])).startswith(b"\x7fELF")
+
+
+def engines_of(plan) -> dict:
+    graphs = plan.manifest["graphs"]
+    return {name: graphs[f"sm86/{name}"] for name in graphs["sm86"]["engines"]}
+
+
+def details_of(plan) -> dict:
+    return json.loads(bytes(plan.read("engine/sm86/kernels.json")))
 
 
 @needs_tensorrt
 @pytest.mark.parametrize("policy", ["pi0", "pi05"])
 def test_every_quantised_linear_runs_a_bitblas_kernel(compiled, policy):
     plan = compiled(policy, "graph")
-    section = plan.manifest["graphs"]["sm86"]
-    merged = {part for name in section["linears"] for part in name.split("+")}
+    details = details_of(plan)
+    merged = {part for name in details["linears"] for part in name.split("+")}
     assert merged <= set(plan.manifest["quantization"]["linears"])
     dead = {"llm.layers.1." + name for name in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.o_proj")}
     assert set(plan.manifest["quantization"]["linears"]) - merged <= dead | {"llm.layers.1.self_attn.q_proj"}
-    kernels = {kernel["expression"] for kernel in section["kernels"] if kernel["source"] == "bitblas"}
-    assert set(section["linears"].values()) == kernels
+    kernels = {kernel["expression"] for kernel in details["kernels"] if kernel["source"] == "bitblas"}
+    assert set(details["linears"].values()) == set(plan.manifest["graphs"]["sm86"]["linears"].values()) == kernels
 
 
 @needs_tensorrt
 @pytest.mark.parametrize("policy", ["pi0", "pi05"])
 def test_loops_have_the_same_operators_per_step(compiled, policy):
-    graph = compiled(policy, "graph").manifest["graphs"]["sm86"]["engines"]
-    (unrolled,) = compiled(policy, "unrolled").manifest["graphs"]["sm86"]["engines"].values()
+    graph = engines_of(compiled(policy, "graph"))
+    (unrolled,) = engines_of(compiled(policy, "unrolled")).values()
     assert unrolled["plugins"] == graph["prefix"]["plugins"] + 4 * graph["step"]["plugins"]
     for op in ("Attention", "RMSNormalization", "MatMul", "RotaryEmbedding", "duq::RotateQuantize", "duq::W4A8Linear"):
         assert unrolled["ops"][op] == graph["prefix"]["ops"].get(op, 0) + 4 * graph["step"]["ops"][op]
@@ -177,10 +187,10 @@ def test_loops_have_the_same_operators_per_step(compiled, policy):
 @needs_tensorrt
 def test_norms_and_geglu_are_part_of_the_prologues(compiled):
     """Two layers: of the norms before quantised linears none is left, nor is any GeGLU."""
-    engines = compiled("pi0", "graph").manifest["graphs"]["sm86"]["engines"]
+    engines = engines_of(compiled("pi0", "graph"))
     assert engines["prefix"]["ops"]["Gelu"] == 1 and "Gelu" not in engines["step"]["ops"]  # the one of SigLIP
     assert engines["step"]["ops"]["RMSNormalization"] == 3  # before the float qkv of both layers, and the last
-    kernels = [each["expression"] for each in compiled("pi0", "graph").manifest["graphs"]["sm86"]["kernels"]]
+    kernels = [each["expression"] for each in details_of(compiled("pi0", "graph"))["kernels"]]
     assert any("RMS_NORM" in each for each in kernels) and any("GEGLU" in each for each in kernels)
 
 
@@ -188,7 +198,7 @@ def test_norms_and_geglu_are_part_of_the_prologues(compiled):
 def test_the_token_table_stays_on_the_host(compiled, tiny_plans):
     """The engine takes rows of the table; the plan holds the checkpoint's."""
     plan = compiled("pi0", "graph")
-    inputs = plan.manifest["graphs"]["sm86"]["engines"]["prefix"]["inputs"]
+    inputs = engines_of(plan)["prefix"]["inputs"]
     assert "tokens" not in inputs and inputs["embeddings"] == {"dtype": "bfloat16", "shape": ["prompt", 512]}
     weights = load_checkpoint(tiny_plans("pi0", "llm+expert-mlp").checkpoint).weights
     stored = torch.frombuffer(bytearray(plan.read("embedding")), dtype=torch.bfloat16)
@@ -197,8 +207,8 @@ def test_the_token_table_stays_on_the_host(compiled, tiny_plans):
 
 @needs_tensorrt
 def test_fp16_builds_as_well(compiled):
-    section = compiled("pi05", "graph", "fp16").manifest["graphs"]["sm86"]
-    assert section["engines"]["step"]["inputs"]["key.0"]["dtype"] == "float16"
+    step = engines_of(compiled("pi05", "graph", "fp16"))["step"]
+    assert step["inputs"]["key.0"]["dtype"] == "float16" and step["inputs"]["x"]["dtype"] == "float"
 
 
 @needs_tensorrt
@@ -333,9 +343,8 @@ def test_engines_of_another_library_are_refused(compiled, change, says):
 @needs_tensorrt
 def test_the_executor_finds_every_kernel_in_the_plan(compiled):
     plan = compiled("pi0", "graph")
-    section = executor.section_of(plan, 86)
-    kernels = executor.kernels_of(plan, section)
-    for each in section["kernels"]:
+    kernels = executor.kernels_of(plan, 86)
+    for each in details_of(plan)["kernels"]:
         cubin = kernels._cubins[nodes.KernelName(each["source"], each["expression"])]
         assert cubin.image.startswith(b"\x7fELF") and list(cubin.symbols.values()) == [each["symbol"]]
 

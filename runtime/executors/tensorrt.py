@@ -5,6 +5,7 @@
 """
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Mapping
 from typing import Protocol
@@ -46,9 +47,10 @@ class TensorRTExecutor:
         sm = driver.open_device()
         section = section_of(plan, sm)
         check_library(plan, section)
-        trt.register(kernels_of(plan, section))
+        trt.register(kernels_of(plan, sm))
         engines = {name: _LoadedEngine(plan, sm, name) for name in section["engines"]}
-        signatures = {name: engine["inputs"] | engine["outputs"] for name, engine in section["engines"].items()}
+        described = {name: plan.manifest["graphs"][f"sm{sm}/{name}"] for name in engines}
+        signatures = {name: engine["inputs"] | engine["outputs"] for name, engine in described.items()}
         table = np.frombuffer(plan.read("embedding"), np.uint16).reshape(plan.manifest["model"]["vocab_size"], -1)
         self._calls = Calls(engines, signatures, plan.manifest, table)
 
@@ -67,7 +69,7 @@ def section_of(plan: Plan, sm: int) -> dict:
     """The manifest's part about an SM."""
     sections = plan.manifest["graphs"]
     if f"sm{sm}" not in sections:
-        made_for = ", ".join(name.removeprefix("sm") for name in sections)
+        made_for = ", ".join(name.removeprefix("sm") for name in sections if "/" not in name)
         raise PlanError(f"{plan.path}: is made for SM {made_for}, this machine's GPU is SM {sm}; compile it with --sm {sm}")
     return sections[f"sm{sm}"]
 
@@ -82,16 +84,13 @@ def check_library(plan: Plan, section: dict) -> None:
         )
 
 
-def kernels_of(plan: Plan, section: dict) -> Kernels:
+def kernels_of(plan: Plan, sm: int) -> Kernels:
     """What the plan's plugins launch."""
-    return Kernels(
-        {
-            KernelName(each["source"], each["expression"]): Cubin(
-                bytes(plan.read(each["cubin"])), {each["expression"]: each["symbol"]}
-            )
-            for each in section["kernels"]
-        }
-    )
+    found = {}
+    for each in json.loads(bytes(plan.read(f"engine/sm{sm}/kernels.json")))["kernels"]:
+        cubin = Cubin(bytes(plan.read(each["cubin"])), {each["expression"]: each["symbol"]})
+        found[KernelName(each["source"], each["expression"])] = cubin
+    return Kernels(found)
 
 
 class _LoadedEngine:

@@ -1,13 +1,16 @@
 """The `tensorrt` target: engines whose quantised linears are our plugins, running kernels that BitBLAS generated.
 
 For each SM the plan holds, under engine/sm<SM>: the engine `policy` (--loop unrolled: prefix and all denoising steps in one
-network) or `prefix` and `step` (--loop graph: the executor repeats the step), TensorRT's log, and under cubin/sm<SM> the
-kernels that the plugins ask for by name; beside them the token table, `embedding`, in the engines' float type. An engine is
+network) or `prefix` and `step` (--loop graph: the executor repeats the step), TensorRT's log, kernels.json, which says what
+each quantised linear runs and where the kernels are that the plugins ask for by name; and under cubin/sm<SM> these
+kernels. Beside them lies the token table, `embedding`, in the engines' float type. An engine is
 for one SM, one flavour and version of TensorRT; the manifest says which. Nothing of TensorRT is needed to read what a plan
 holds.
 """
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -50,7 +53,7 @@ def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options) -> dic
     writer.write("embedding", table.numpy().astype(FLOAT_TYPES[options.float_type][1]))
     for sm in options.sm:
         copies = replace(graphs, prefix=graphs.prefix.clone(), step=graphs.step.clone())
-        sections[f"sm{sm}"] = _emit(copies, sm, writer, progress, options)
+        sections |= _emit(copies, sm, writer, progress, options)
     return sections
 
 
@@ -59,6 +62,8 @@ def _emit(graphs: Graphs, sm: int, writer: PlanWriter, progress: Progress, optio
     tokens = options.cameras * config.vision.tokens + config.max_prompt_tokens
     plugins = adapt(graphs, options.float_type, sm, tokens)
     kernels = _write_kernels(_kernels(plugins), sm, writer, progress)
+    linears = {name: each.kernels[0].expression for of_graph in plugins.values() for name, each in of_graph.items() if each.problem}
+    writer.write(f"engine/sm{sm}/kernels.json", json.dumps({"kernels": kernels, "linears": linears}, indent=1).encode())
     counts = {name: len(found) for name, found in plugins.items()}
     models = dict(graphs.items())
     if options.loop == "unrolled":
@@ -69,17 +74,17 @@ def _emit(graphs: Graphs, sm: int, writer: PlanWriter, progress: Progress, optio
         engine = build(name, model, counts[name], sizes, sm, progress, writer.path.parent)
         writer.write(f"engine/sm{sm}/{name}", engine.data)
         writer.write(f"engine/sm{sm}/{name}.log", "\n".join(engine.log).encode())
-        engines[name] = _describe(model, engine)
+        engines[f"sm{sm}/{name}"] = _describe(model, engine)
     return {
-        "flavour": trt.flavour(),
-        "version": trt.library().__version__,
-        "loop": options.loop,
-        "float_type": options.float_type,
-        "engines": engines,
-        "linears": {
-            name: plugin.kernels[0].expression for found in plugins.values() for name, plugin in found.items() if plugin.problem
+        f"sm{sm}": {
+            "flavour": trt.flavour(),
+            "version": trt.library().__version__,
+            "loop": options.loop,
+            "float_type": options.float_type,
+            "engines": list(models),
+            "linears": {re.sub(r"\.\d+\.", ".*.", name): kernel for name, kernel in linears.items()},  # equal in all layers
         },
-        "kernels": kernels,
+        **engines,
     }
 
 
