@@ -62,7 +62,12 @@ def _emit(graphs: Graphs, sm: int, writer: PlanWriter, progress: Progress, optio
     tokens = options.cameras * config.vision.tokens + config.max_prompt_tokens
     plugins = adapt(graphs, options.float_type, sm, tokens)
     kernels = _write_kernels(_kernels(plugins), sm, writer, progress)
-    linears = {name: each.kernels[0].expression for of_graph in plugins.values() for name, each in of_graph.items() if each.problem}
+    linears = {
+        f"{graph}/{name}": plugin.kernels[0].expression  # pi0's state token runs linears of the step in the prefix as well
+        for graph, found in plugins.items()
+        for name, plugin in found.items()
+        if plugin.problem
+    }
     writer.write(f"engine/sm{sm}/kernels.json", json.dumps({"kernels": kernels, "linears": linears}, indent=1).encode())
     counts = {name: len(found) for name, found in plugins.items()}
     models = dict(graphs.items())
