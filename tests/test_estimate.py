@@ -1,10 +1,9 @@
-"""tools/estimate.py: what a call consists of, counted by hand, and its table."""
+"""tools/profile.py --sm: what a call consists of, counted by hand, and its table."""
 import dataclasses
 
 from compiler.checkpoint.synthetic import make_config
 from plugins import bitblas
-from runtime.cli_errors import one_line_errors
-from tools import estimate
+from tools import estimate, profile
 
 CONFIG = make_config("full", pi05=False)
 MLP = [f"{model}.layers.{i}.mlp.{name}_proj" for model in ("llm", "expert") for i in range(18) for name in ("gate", "up", "down")]
@@ -39,12 +38,8 @@ def test_fewer_actions_take_less():
 
 
 def test_the_table_of_a_plan(tiny_plans, command_line):
-    def main():
-        with one_line_errors():
-            estimate.app()
-
     plan = tiny_plans("pi0", "llm+expert-mlp").plan
-    ran = command_line(main, plan, "--sm", "86")
+    ran = command_line(profile.main, plan, "--sm", "86")
     assert ran.code == 0 and "not a measurement" in ran.out and "the call" in ran.out
-    refused = command_line(main, plan, "--sm", "75")
+    refused = command_line(profile.main, plan, "--sm", "75")
     assert refused.code == 2 and "--sm 75" in refused.err

@@ -1,4 +1,4 @@
-"""What a call of a policy should take on a GPU that is not at hand: `python tools/estimate.py --help`.
+"""What a call of a policy should take on a GPU that is not at hand, for tools/profile.py --sm.
 
 A model, not a measurement: operations and bytes of every kernel against the GPU's rates. Integer products are estimated
 by the tile that would run (plugins/bitblas.py); the other kernels by the larger of bytes over bandwidth and operations over
@@ -6,30 +6,20 @@ rate, plus the time a launch takes.
 """
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
-if __name__ == "__main__":  # import from the repository: in tools/, profile.py would pass for the standard library's
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-import typer
-from rich.console import Console
 from rich.table import Table
 
 from plugins import bitblas
 from plugins.errors import DuqError
-from runtime.cli_errors import one_line_errors
 from runtime.config import GemmaConfig, ModelConfig
 from runtime.plan import Plan
 
 LAUNCH = 2e-6  # seconds of a kernel in a CUDA graph, beyond its work
 REACHED = 0.75  # of the tensor cores' rate, by float products and attention
 FLOAT = 2  # bytes of an activation
-
-app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-
 
 class Kernel(NamedTuple):
     part: str
@@ -39,24 +29,16 @@ class Kernel(NamedTuple):
     seconds: float
 
 
-@app.command()
-def _estimate(
-    plan: Annotated[Path, typer.Argument(help="Any plan: only its sizes and what is quantised matter.")],
-    sm: Annotated[int, typer.Option(help=f"The GPU: {', '.join(map(str, bitblas.DEVICES))} (A100, A40, L40S, H100).")] = 86,
-    cameras: Annotated[int, typer.Option(min=1, max=3, help="Of the observation.")] = 3,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of the observation.")] = 48,
-) -> None:
-    """Print, for every part of a policy call, launches, operations, bytes and estimated time.
+def estimate(plan: Path, sm: int, cameras: int, prompt_tokens: int) -> Table:
+    """For every part of a policy call: launches, operations, bytes and estimated time.
 
-    [bold]Example[/bold]
-
-      python tools/estimate.py engine.plan --sm 86
+    Of the plan only sizes and what is quantised matter. Raises DuqError for a GPU without numbers.
     """
     if sm not in bitblas.DEVICES:
         raise DuqError(f"--sm {sm}: no numbers for this GPU, there are some for {', '.join(map(str, bitblas.DEVICES))}")
     manifest = Plan(plan, verify=False).manifest
     config = ModelConfig.from_json(manifest["model"])
-    Console(width=110).print(table(list(kernels(config, manifest, sm, cameras, prompt_tokens)), sm))
+    return table(list(kernels(config, manifest, sm, cameras, prompt_tokens)), sm)
 
 
 def kernels(config: ModelConfig, manifest: dict, sm: int, cameras: int, prompt_tokens: int) -> Iterator[Kernel]:
@@ -155,7 +137,3 @@ def _add_row(result: Table, part: str, kind: str, chosen: list[Kernel], **option
     numbers = f"{len(chosen)}", f"{operations / 1e9:,.1f} G", f"{moved / 1e6:,.0f} MB", f"{1e3 * seconds:.2f}"
     result.add_row(part, kind, *numbers, **options)
 
-
-if __name__ == "__main__":
-    with one_line_errors():
-        app()

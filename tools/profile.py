@@ -20,6 +20,7 @@ from runtime.cli_errors import one_line_errors
 from runtime.executors.cuda import CudaExecutor
 from runtime.plan import Plan
 from runtime.preprocess import ModelInputs
+from tools.estimate import estimate
 
 # What one H100 SXM reaches (docs/performance.md): bytes a second from memory, operations a second in dense products.
 BANDWIDTH, INT8, BF16 = 3.0e12, 1.39e15, 0.79e15
@@ -34,6 +35,9 @@ def _profile(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Of the observation; padded to the plan's next size.")] = 48,
     each_layer: Annotated[bool, typer.Option("--layers", help="Do not sum over layers.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print every launch as JSON.")] = False,
+    sm: Annotated[
+        Optional[int], typer.Option(help="Measure nothing: estimate a call on this GPU, e.g. 86 for an A40. Any plan will do.")
+    ] = None,
 ) -> None:
     """Time every launch of a call and print a table: kernel, launches, microseconds, bytes, share of the ceiling.
 
@@ -44,7 +48,12 @@ def _profile(
     [bold]Example[/bold]
 
       python tools/profile.py engine.plan --cameras 3
+
+      python tools/profile.py engine.plan --sm 86
     """
+    if sm is not None:
+        Console(width=110).print(estimate(plan, sm, cameras, prompt_tokens))
+        return
     executor = CudaExecutor(Plan(plan))
     size = min((s for s in executor.sizes if s[0] == cameras and s[1] >= prompt_tokens), default=None)
     if size is None:
