@@ -7,8 +7,9 @@ attributes of its ONNX node, which are also what an engine stores. What an opera
     W4A8Linear       stages, tile, out_type     x_q, x_scale, weight, weight_scale, the stages' operands -> y
 
 Operands are as in plugins/ops.py, except that the weight is int8 [N, K / 2] from plugins.layout.pack_bitblas, the
-permutation int32, and y of the network's float type: the operator's float32 result, rounded once. What computes x is part
-of RotateQuantize where it can be, in float32:
+permutation int32, and y of the network's float type: the operator's float32 result, rounded once. A further stage of
+W4A8Linear, `residual`, adds a tensor like y before that. What computes x is part of RotateQuantize where it can be, in
+float32:
 
     PLAIN       x as it is
     RMS_NORM    x / rms(x) * gain, with gain float32 [K]
@@ -38,6 +39,7 @@ _STAGE_OPERANDS = {
     "per_tensor": "activation_scale",
     "output_rotation": "output_rotation",
     "bias": "bias",
+    "residual": "residual",
 }
 _OPERAND_TYPES = {"permutation": "int32", "weight": "int8", "x_q": "int8"}  # of what is not float32
 
@@ -165,8 +167,8 @@ class W4A8Linear:
         return [[*shapes[0][:-1], shapes[3][0]]]
 
     def accepts(self, index: int, types: Sequence[str]) -> bool:
-        names = [*self.operands, "y"]
-        return types[index] == (self.out_type if names[index] == "y" else _OPERAND_TYPES.get(names[index], "float"))
+        name = [*self.operands, "y"][index]
+        return types[index] == (self.out_type if name in ("y", "residual") else _OPERAND_TYPES.get(name, "float"))
 
     def workspace_bytes(self, shapes: Sequence[Sequence[int]]) -> int:
         """The sums, int32 [M, N]."""
@@ -190,7 +192,8 @@ class W4A8Linear:
         (product, product_shape), (epilogue, epilogue_shape) = self.launches(inputs).items()
         operands = [x_q.pointer, named["weight"].pointer, sums, ctypes.c_int(m)]
         kernels[product].launch(product_shape, operands, stream)
-        operands = [x_scale, named["weight_scale"], rotation, named.get("bias", null), outputs[0]]
+        addends = named.get("bias", null), named.get("residual", null)
+        operands = [x_scale, named["weight_scale"], rotation, *addends, outputs[0]]
         sizes = [ctypes.c_int(value) for value in (n, int(math.prod(x_scale.shape) > 1), block)]
         kernels[epilogue].launch(epilogue_shape, [sums, *(operand.pointer for operand in operands), *sizes], stream)
 

@@ -104,6 +104,8 @@ def test_types_are_accepted_where_the_kernels_take_them():
     assert not prologue.accepts(0, ["int8"]) and not prologue.accepts(1, ["Bf16", "int64"])
     good = ["int8", "float", "int8", "float", "float", "Bf16"]
     assert all(linear.accepts(i, good) for i in range(6))
+    added = W4A8Linear("residual", TILE, "Bf16")
+    assert added.accepts(4, [*good[:4], "Bf16"]) and not added.accepts(4, [*good[:4], "float"])
     assert not linear.accepts(5, [*good[:5], "Half"]) and not linear.accepts(4, [*good[:4], "Bf16"])
 
 
@@ -190,6 +192,7 @@ def test_norms_and_geglu_are_part_of_the_prologues(compiled):
     engines = engines_of(compiled("pi0", "graph"))
     assert engines["prefix"]["ops"]["Gelu"] == 1 and "Gelu" not in engines["step"]["ops"]  # the one of SigLIP
     assert engines["step"]["ops"]["RMSNormalization"] == 3  # before the float qkv of both layers, and the last
+    assert engines["step"]["ops"]["Add"] == 7  # of nine: the sums behind the float o of both layers, but not those behind down
     kernels = [each["expression"] for each in details_of(compiled("pi0", "graph"))["kernels"]]
     assert any("RMS_NORM" in each for each in kernels) and any("GEGLU" in each for each in kernels)
 

@@ -41,7 +41,7 @@ def product(launch, a, b, c, m):
     c.write("int", (a.read("signed char", m, k).astype(np.int64) @ weight.T).astype(np.int32))
 
 
-def dequantize(launch, acc, x_scale, weight_scale, rotation, bias, y, rows, scale_stride, block):
+def dequantize(launch, acc, x_scale, weight_scale, rotation, bias, residual, y, rows, scale_stride, block):
     out_type, rotate = launch.template
     m = launch.grid[1]
     assert launch.grid[0] * 1024 >= rows and rows % 4 == 0 and (rotate == "true") == (rotation is not None)
@@ -50,7 +50,8 @@ def dequantize(launch, acc, x_scale, weight_scale, rotation, bias, y, rows, scal
     if rotation is not None:
         matrices = rotation.read("float", rows // block, block, block)
         v = np.einsum("mki,kij->mkj", v.reshape(m, -1, block), matrices).reshape(m, rows)
-    y.write(out_type, v if bias is None else v + bias.read("float", rows))
+    v = v if bias is None else v + bias.read("float", rows)
+    y.write(out_type, v if residual is None else v + residual.read(out_type, m, rows))
 
 
 KERNELS = {"rotate_quantize": rotate_quantize, bitblas.SYMBOL: product, "dequantize": dequantize}
@@ -125,6 +126,7 @@ OPERANDS = {
     "weight_scale": RANDOM.uniform(1e-3, 1e-2, N).astype(np.float32),
     "output_rotation": np.linalg.qr(RANDOM.standard_normal((N // 16, 16, 16)))[0].astype(np.float32),
     "bias": RANDOM.standard_normal(N).astype(np.float32),
+    "residual": RANDOM.standard_normal((1, M, N)).astype(np.float32),
 }
 
 
@@ -152,7 +154,7 @@ def test_prologue(stages, scale, source):
 
 
 @pytest.mark.parametrize("scale", ["per token", "per tensor"])
-@pytest.mark.parametrize("stages", ["plain", "bias", "output_rotation", "output_rotation+bias"])
+@pytest.mark.parametrize("stages", ["plain", "bias", "output_rotation", "output_rotation+bias", "residual", "bias+residual"])
 def test_linear(stages, scale):
     plugin = W4A8Linear(stages, Tile(1, 2, 32, 16, 2, True), "float")
     x_q = RANDOM.integers(-128, 128, (1, M, K)).astype(np.int8)
@@ -161,7 +163,10 @@ def test_linear(stages, scale):
     x_scale = np.asarray(x_scale, np.float32)
     operands = [OPERANDS[name] for name in plugin.operands[3:]]
     (y,) = enqueue(plugin, [x_q, x_scale, pack_bitblas(weight).view(np.int8), *operands])
-    (expected,) = by_definition("W4A8Linear", stages, [x_q, x_scale, np.ascontiguousarray(weight.T), *operands])
+    addend = operands.pop() if "residual" in stages else np.float32(0)
+    overload = ops.overload_name([stage for stage in stages.split("+") if stage not in ("plain", "residual")])
+    (expected,) = by_definition("W4A8Linear", overload, [x_q, x_scale, np.ascontiguousarray(weight.T), *operands])
+    expected = expected + addend
     if "output_rotation" in stages:
         np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
     else:

@@ -1,10 +1,10 @@
 // INT32 sums of a quantised linear -> float: the epilogue behind a GEMM that has none of its own (BitBLAS's).
 //
 //   y'[m, n] = (float(acc[m, n]) * weight_scale[n]) * x_scale[m]     float32, in this order
-//   y        = y' @ blockdiag(rotation) + bias                       one rounding to Out at the end
+//   y        = y' @ blockdiag(rotation) + bias + residual[m, n]      one rounding to Out at the end
 //
-// x_scale is one number a token (scale_stride 1) or one for all (0). rotation is [N / block, block, block], bias may be
-// null. A thread block takes CHUNK columns of a token; with ROTATE `block` is a multiple of 4 that divides CHUNK.
+// x_scale is one number a token (scale_stride 1) or one for all (0). rotation is [N / block, block, block]; bias and
+// residual may be null. A thread block takes CHUNK columns of a token; with ROTATE `block` is a multiple of 4 that divides CHUNK.
 //
 // grid (ceil(N / CHUNK), M), 256 threads; N a multiple of 4.
 #include "common.cuh"
@@ -14,7 +14,7 @@ constexpr int CHUNK = 1024;
 template <class Out, bool ROTATE>
 __global__ void __launch_bounds__(CHUNK / 4)
 dequantize(const int* acc, const float* x_scale, const float* weight_scale, const float* rotation, const float* bias,
-           Out* y, int rows, int scale_stride, int block) {
+           const Out* residual, Out* y, int rows, int scale_stride, int block) {
   __shared__ __align__(16) float chunk[ROTATE ? CHUNK : 4];
   const int token = blockIdx.y, n = blockIdx.x * CHUNK + 4 * threadIdx.x;
   const size_t at = size_t(token) * rows + n;
@@ -49,6 +49,10 @@ dequantize(const int* acc, const float* x_scale, const float* weight_scale, cons
     const float4 add = *reinterpret_cast<const float4*>(bias + n);
     v[0] = __fadd_rn(v[0], add.x), v[1] = __fadd_rn(v[1], add.y);
     v[2] = __fadd_rn(v[2], add.z), v[3] = __fadd_rn(v[3], add.w);
+  }
+  if (residual) {
+    const Four<Out> add = *reinterpret_cast<const Four<Out>*>(residual + at);
+    for (int i = 0; i < 4; ++i) v[i] = __fadd_rn(v[i], to_float(add.v[i]));
   }
   if constexpr (is_same<Out, float>)
     *reinterpret_cast<float4*>(y + at) = {v[0], v[1], v[2], v[3]};

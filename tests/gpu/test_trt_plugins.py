@@ -84,19 +84,21 @@ LINEARS = [(1, 512, 1024), (50, 2560, 1024), (131, 1024, 2048)]  # M, N, K
 
 @pytest.mark.parametrize("float_type", ["float", "Half", "Bf16"])
 @pytest.mark.parametrize("scale", ["per token", "per tensor"])
-@pytest.mark.parametrize("stages", ["plain", "bias"])
+@pytest.mark.parametrize("stages", ["plain", "bias", "residual", "bias+residual"])
 @pytest.mark.parametrize(("m", "n", "k"), LINEARS)
 def test_linear_is_the_definition_bit_for_bit(m, n, k, stages, scale, float_type):
     x_q, weight, exact = operands(m, n, k)
     x_scale = torch.rand((m, 1) if scale == "per token" else (), device="cuda") * 1e-2
     weight_scale, bias = torch.rand(n, device="cuda") * 1e-2, torch.randn(n, device="cuda")
     packed = torch.from_numpy(pack_bitblas(weight.cpu().numpy())).view(torch.int8).cuda()
-    extra = [bias] if stages == "bias" else []
+    residual = torch.randn(1, m, n, device="cuda").to(TORCH[float_type])
+    extra = [{"bias": bias, "residual": residual}[stage] for stage in stages.split("+") if stage != "plain"]
     node = W4A8Linear(stages, bitblas.best(m, n, k, 86), float_type)
     scales = x_scale.view(1, m, 1) if x_scale.dim() else x_scale
     (y,) = host("W4A8Linear", node, [x_q.view(1, m, k), scales, packed, weight_scale, *extra])
     expected = (exact.float() * weight_scale) * x_scale
-    expected = (expected + bias if extra else expected).to(TORCH[float_type])
+    expected = expected + bias if "bias" in stages else expected
+    expected = (expected + residual[0].float() if "residual" in stages else expected).to(TORCH[float_type])
     assert y.shape == (1, m, n) and torch.equal(y[0], expected)
 
 

@@ -165,7 +165,7 @@ def _to_plugins(model: ir.Model, float_type: str, sm: int, prefix_tokens: int) -
         if node.op_type == "RotateQuantize":
             node, plugin = _prologue(graph, node, float_type, prefix_tokens)
         else:
-            plugin = _linear(graph, node, float_type, sm, prefix_tokens)
+            node, plugin = _linear(graph, node, float_type, sm, prefix_tokens)
         node.overload = ""
         node.attributes.update({name: _attribute(name, value) for name, value in attributes(plugin.node).items()})
         found[node.name] = plugin
@@ -209,16 +209,33 @@ def _source(x: ir.Value) -> tuple[str, list[ir.Value]]:
     return "PLAIN", [x]
 
 
-def _linear(graph: ir.Graph, node: ir.Node, float_type: str, sm: int, prefix_tokens: int) -> Plugin:
+def _linear(graph: ir.Graph, node: ir.Node, float_type: str, sm: int, prefix_tokens: int) -> tuple[ir.Node, Plugin]:
+    """The node of a linear, with the sum behind it if there is one, and its plugin."""
     weight, tokens = node.inputs[2], node.inputs[0].producer().inputs[0].shape[:-1]
     rows = int(np.prod(tokens)) if all(isinstance(size, int) for size in tokens) else prefix_tokens
     k, n = weight.shape.numpy()
-    tile = bitblas.best(rows, n, k, sm)
-    plugin = W4A8Linear(node.overload, tile, float_type)
-    node.replace_input_with(2, _packed(graph, weight))
-    node.name = weight.name.replace(".weight_q", "")
+    tile, stages = bitblas.best(rows, n, k, sm), ops.stages(node.overload)
+    inputs = [*node.inputs[:2], _packed(graph, weight), *node.inputs[3:]]
+    last, residual = _residual(node)
+    if residual is not None:
+        stages, inputs = [*stages, "residual"], [*inputs, residual]
+    plugin = W4A8Linear(ops.overload_name(stages), tile, float_type)
+    options = {"domain": ops.DOMAIN, "name": weight.name.replace(".weight_q", "")}
+    (y,) = insert_before(last, node.op_type, inputs, **options)
+    replace(last.outputs[0], y)
     operands = [Tensor((rows, k), "int8"), Tensor((rows, 1), "float"), Tensor((n, k // 2), "int8"), Tensor((n,), "float")]
-    return Plugin(plugin, list(plugin.launches(operands)), (n, k, tile))
+    return y.producer(), Plugin(plugin, list(plugin.launches(operands)), (n, k, tile))
+
+
+def _residual(node: ir.Node) -> tuple[ir.Node, ir.Value | None]:
+    """(The node that adds a tensor of the same shape to a linear's output, that tensor), or (the linear, None)."""
+    y = node.outputs[0]
+    add = reader(y)
+    if add is None or add.op_type != "Add" or y.shape is None:
+        return node, None
+    (other,) = [operand for operand in add.inputs if operand is not y] or [y]
+    same = other is not y and other.shape is not None and list(map(str, other.shape)) == list(map(str, y.shape))
+    return (add, other) if same and not other.is_initializer() else (node, None)
 
 
 def _attribute(name: str, value) -> ir.Attr:
