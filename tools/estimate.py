@@ -82,12 +82,14 @@ class Gpu:
                 read = 2 * k if name == "mlp.down_proj" else k  # gate and up
                 yield self.moved(part, "prologues", m * (FLOAT * read + k), rotations(m, k))
                 yield self.integer_linear(part, m, n, k)
-                yield self.moved(part, "epilogues", m * n * (4 + FLOAT), 2 * m * n)
+                residual = FLOAT if name in ("self_attn.o_proj", "mlp.down_proj") else 0
+                yield self.moved(part, "epilogues", m * n * (4 + FLOAT + residual), 2 * m * n)
             else:
                 yield self.float_linear(part, m, n, k)
+                yield self.elementwise(part, m * config.width)  # the norm before it or the sum behind it
         if not only_cache:
             yield self.attention(part, config.heads, m, keys, config.head_dim)
-        yield from (self.elementwise(part, m * config.width) for _ in range(1 if only_cache else 3))
+        yield self.elementwise(part, m * (heads + cache))  # the rotary embedding
 
     def integer_linear(self, part: str, m: int, n: int, k: int) -> Kernel:
         sm = self.sm if self.sm in bitblas.SMS else 86
