@@ -85,9 +85,9 @@ def _compile(
     start = time.perf_counter()
     _check_options(target, robot, recipe)
     check_device(device)
+    architectures = _architectures(target, sm or [])
     if target == "tensorrt":
         tensorrt.check(loop, float_type)
-    architectures = _architectures(target, sm or [])
     check_output_file("--out", out)
     if keep_onnx is not None:
         check_output_directory("--keep-onnx", keep_onnx)
