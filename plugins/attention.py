@@ -120,11 +120,10 @@ MANY_QUERIES = [
     Attention(256, 8, 4, 1, 32, 2),
 ]
 FEW_QUERIES = [
+    WgmmaAttention(8, 1, 1, 112, 1, 8),
+    WgmmaAttention(8, 1, 1, 64, 1, 16),
     WgmmaAttention(8, 1, 1, 64, 3, 8, 1),
-    WgmmaAttention(8, 1, 1, 64, 2, 8, 1),
-    WgmmaAttention(8, 1, 1, 48, 3, 8, 1),
-    WgmmaAttention(8, 1, 1, 64, 3, 8),
-    WgmmaAttention(8, 1, 2, 32, 3, 8),
+    WgmmaAttention(8, 1, 1, 64, 2, 8),
     Attention(256, 8, 2, 2, 16, 3, 8),
     Attention(256, 8, 1, 4, 16, 2),
     Attention(256, 8, 1, 2, 16, 2),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from plugins.kernels import Cubin
 
 
 OLDEST_CUDA = 13000  # what the pinned NVRTC compiles for
+PORTABLE_CLUSTER = 8  # blocks of a cluster that every GPU with clusters takes
 
 
 def _driver():
@@ -85,6 +87,7 @@ class Kernel:
         self._symbol = symbol
         self._sizes = _parameter_sizes(self._function)
         self._shared_bytes = 0
+        self._large_clusters = False
 
     def launch(self, shape: Shape, arguments: Sequence, stream: int = 0, overlap: bool = False) -> None:
         """Enqueues the kernel; capturable in a CUDA graph.
@@ -101,6 +104,10 @@ class Kernel:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _call("cuFuncSetAttribute", self._function, attribute, shape.shared_bytes)
             self._shared_bytes = shape.shared_bytes
+        if math.prod(shape.cluster) > PORTABLE_CLUSTER and not self._large_clusters:  # likewise
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+            _call("cuFuncSetAttribute", self._function, attribute, 1)
+            self._large_clusters = True
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = shape.grid
         config.blockDimX, config.blockDimY, config.blockDimZ = shape.threads, 1, 1

@@ -141,9 +141,10 @@ class Wgmma:
         threads = 160 if self.groups == 1 else 128 * self.groups + 128
         ring, warps = self.stages * (self.tile_tokens * 128 + 64 * self.groups * 16 * bits), 4 * self.groups
         if self.split == 1:
-            shared_bytes = ring + warps * _warp_staging_bytes(1)
-        else:
-            shared_bytes = max(ring, warps * _staged_bytes(self.tile_tokens, 16))
+            return Shape((blocks, 1, 1), threads, ring + warps * _warp_staging_bytes(1))
+        groups = -(-self.tokens8 // self.split)  # of 8 tokens, that a block finishes
+        sums = warps * (groups * self.split * 512 + _staged_bytes(8 * groups, 16))
+        shared_bytes = ring + sums if self.tokens8 <= 8 else max(ring, sums)
         return Shape((blocks, 1, 1), threads, shared_bytes, (self.split, 1, 1))
 
     def divides(self, n: int, k: int) -> bool:

@@ -263,7 +263,7 @@ def rotary(launch: Launch, qkv, cosine, sine, k_cache, v_cache, past, first_posi
 
 
 def attention(launch: Launch, q, k, v, own_k, own_v, out, past, m, keys, own_keys, q_stride, kv_stride, own_stride,
-              out_stride, scale):  # fmt: skip
+              out_stride, cache_ready, scale):  # fmt: skip
     wgmma = launch.kernel == "attention_wgmma"
     dims, heads, rows = (256, *map(int, launch.template[:2])) if wgmma else map(int, launch.template[:3])
     blocks, kv_heads, images = launch.grid

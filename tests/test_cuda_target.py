@@ -204,6 +204,16 @@ def test_arguments_are_those_of_the_sources(preset, tiny_plans):
     assert {"patches", "attention", "gemm_float"} <= checked
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_caches_are_read_early_only_where_no_launch_writes_them(preset, tiny_plans):
+    plan = Plan(tiny_plans("pi0", preset, "cuda").plan)
+    schedule = json.loads(bytes(plan.read("schedule/sm90.json")))
+    for program, early in (("prefix", 0), ("step", 1)):
+        kernels = [(schedule["kernels"][each["kernel"]]["expression"], each) for each in schedule["variants"][0][program] if "kernel" in each]
+        attentions = [each for expression, each in kernels if expression.startswith("attention")]
+        assert attentions and all(each["args"][-2] == early for each in attentions)
+
+
 def test_inspect_names_the_integer_kernels(tiny_plans, command_line):
     printed = command_line(inspect_main, tiny_plans("pi0", DEFAULT_PRESET, "cuda").plan, "--layers").out
     assert "schedule/sm86.json: 3 cameras, 48 prompt tokens" in printed and "schedule/sm90.json" in printed

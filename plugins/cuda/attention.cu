@@ -6,6 +6,7 @@
 //   past       null, or the device's address of a number of keys to add to `keys`: how many there are is then known
 //              only when the kernel runs (a prompt shorter than its buffer)
 //   own_k..    `own_keys` more rows somewhere else: the suffix attends to the prefix's cache and to itself, in place
+//   cache_ready  of use to attention_wgmma.cu alone
 //   images     blockIdx.z: each has `tokens` rows of q and `keys` of k and v, behind those of the image before
 //
 // Queries that share K and V are the rows of one matrix, row = token * HEADS + head. A block has 16 ROW_WARPS of them
@@ -49,7 +50,7 @@ template <int DIMS, int HEADS, int ROW_WARPS, int KEY_WARPS, int KEYS, int STAGE
 __global__ void __launch_bounds__(32 * ROW_WARPS * KEY_WARPS)
 attention(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, const Bf16* own_v, Bf16* out, const int* past,
           int tokens, int keys, int own_keys, int q_stride, int kv_stride, int own_stride, int out_stride,
-          float scale) {
+          int cache_ready, float scale) {
   constexpr int THREADS = 32 * ROW_WARPS * KEY_WARPS, ROWS = 16 * ROW_WARPS, TILE = KEY_WARPS * KEYS;
   constexpr int PADDED = (DIMS + 15) / 16 * 16, PITCH = PADDED + 8;
   extern __shared__ __align__(128) unsigned char shared[];

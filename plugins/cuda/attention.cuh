@@ -11,6 +11,12 @@ __device__ inline float exp2_fast(float v) {
   return out;
 }
 
+__device__ inline float log2_fast(float v) {
+  float out;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
+  return out;
+}
+
 // Reduces over the 4 lanes that hold a row of d.
 __device__ inline float max_of_row(float v) {
   v = fmaxf(v, __shfl_xor_sync(~0u, v, 1));

@@ -2,8 +2,13 @@
 // memory once for 64 rows, mma.sync for 16.
 //
 // A block has 64 ROW_GROUPS rows (row = token * HEADS + head) and takes KEY_GROUPS * KEYS keys at a time through a ring
-// of STAGES tiles; warpgroup (i, j) holds 64 rows and sees KEYS keys of each tile. SPLIT blocks (a cluster) share the
-// keys of the same rows. HELPERS more warpgroups only copy and merge: one alone would be bound by its instructions.
+// of STAGES tiles; warpgroup (i, j) holds 64 rows and sees KEYS keys of each tile. HELPERS more warpgroups only copy
+// and merge: one alone would be bound by its instructions. SPLIT blocks (a cluster) share the keys of the same rows;
+// each sends what it found for a row, o / l in 16 bits and log2 of the sum of exponentials, to the block that finishes
+// it.
+//
+// With cache_ready the kernels ahead do not write k and v, only q and own_k.., so that k and v are fetched while the
+// kernel ahead still runs. Where one tile a block is all there is, STAGES = 1 leaves room beside that kernel's blocks.
 //
 // In shared memory a matrix [rows, 256] is four slabs of 64 channels, [rows][128 bytes], each row's 16-byte pieces
 // exchanged by piece ^ (row % 8), the 128-byte swizzle. For q and k this is the layout with channels, the depth, along
@@ -12,11 +17,10 @@
 // grid (ceil(tokens * HEADS / (64 ROW_GROUPS)) * SPLIT, kv heads, images), block 128 (ROW_GROUPS KEY_GROUPS + HELPERS),
 // cluster (SPLIT, 1, 1), shared memory as in plugins/attention.py.
 #include "attention.cuh"
+#include "cluster.cuh"
 #include "wgmma_attention.cuh"  // generated, for KEYS = 8 SCORES8
 // void wgmma_scores(float (&s)[SCORES8][4], unsigned long long q, unsigned long long k, int add)
 // void wgmma_values(float (&o)[32][4], const unsigned (&p)[4], unsigned long long v)
-
-__device__ inline unsigned address_of(const void* shared) { return unsigned(__cvta_generic_to_shared(shared)); }
 
 // Descriptors: address / 16, then bytes / 16 from one slab to the next (only v crosses slabs), 1024 bytes from 8 rows
 // to the next 8, 128-byte swizzle.
@@ -39,11 +43,61 @@ __device__ inline int offset_of(int rows, int row, int piece) {
   return piece / 8 * rows * 128 + row * 128 + (piece % 8 ^ row % 8) * 16;
 }
 
+// Of a row of 256 values in shared memory, 16 bits each, the 16-byte pieces too are exchanged by piece ^ (row % 8).
+constexpr int ROW = 512;
+
+// o / l of a warp's rows to `staging` [16][ROW]; a lane's rows are g and g + 8. The mean of values of v, it has their
+// range, far from that of a half, whose 11 bits leave the error as it is.
+__device__ inline void stage_rows(unsigned char* staging, const float (&o)[32][4], const float (&l)[2]) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float inverse = l[half] > 0 ? __fdividef(1.0f, l[half]) : 0.0f;  // 0: not one key
+#pragma unroll
+    for (int n = 0; n < 32; ++n)
+      *reinterpret_cast<unsigned*>(staging + (g + 8 * half) * ROW + (n ^ g) * 16 + t * 4) =
+          pack2<Half>(o[n][2 * half] * inverse, o[n][2 * half + 1] * inverse);
+  }
+}
+
+// sum += weight * the 8 values of a piece.
+__device__ inline void add_piece(float (&sum)[8], float weight, uint4 piece) {
+  const unsigned words[4] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    sum[i] = fmaf(weight, to_float(Half{static_cast<unsigned short>(words[i / 2] >> 16 * (i % 2))}), sum[i]);
+}
+
+// out = sum_i w_i o_i, w_i = exp2(a_i) / sum_j exp2(a_j), of the rows that this block finishes; a warp takes a row.
+// pieces [SPLIT][SHARE][ROW] and logarithms a [SPLIT][SHARE] are what the blocks have sent.
+template <int HEADS, int ROWS, int SPLIT>
+__device__ inline void merge_received(const unsigned char* pieces, const float* logarithms, int rank, int first_row,
+                                      int rows, Bf16* out, int out_stride) {
+  constexpr int SHARE = ROWS / SPLIT;
+  const int lane = threadIdx.x % 32;
+  for (int i = threadIdx.x / 32; i < SHARE; i += blockDim.x / 32) {
+    const int of_block = rank * SHARE + i, row = first_row + of_block;
+    if (row >= rows) break;
+    const float logarithm = logarithms[min(lane, SPLIT - 1) * SHARE + i];
+    const float greatest = reduce_warp<true>(logarithm);
+    const float factor = lane < SPLIT ? exp2_fast(logarithm - greatest) : 0.0f;
+    const float weight = __fdividef(factor, reduce_warp<false>(factor));
+    float sum[8] = {};
+#pragma unroll
+    for (int part = 0; part < SPLIT; ++part)
+      add_piece(sum, __shfl_sync(~0u, weight, part),
+                *reinterpret_cast<const uint4*>(pieces + (part * SHARE + i) * ROW + (lane ^ of_block % 8) * 16));
+    *reinterpret_cast<uint4*>(out + size_t(row / HEADS) * out_stride + row % HEADS * 256 + 8 * lane) = {
+        pack2<Bf16>(sum[0], sum[1]), pack2<Bf16>(sum[2], sum[3]), pack2<Bf16>(sum[4], sum[5]),
+        pack2<Bf16>(sum[6], sum[7])};
+  }
+}
+
 template <int HEADS, int ROW_GROUPS, int KEY_GROUPS, int KEYS, int STAGES, int SPLIT, int HELPERS>
 __global__ void __launch_bounds__(128 * (ROW_GROUPS * KEY_GROUPS + HELPERS), 1)
 attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, const Bf16* own_v, Bf16* out,
                 const int* past, int tokens, int keys, int own_keys, int q_stride, int kv_stride, int own_stride, int out_stride,
-                float scale) {
+                int cache_ready, float scale) {
   constexpr int GROUPS = ROW_GROUPS * KEY_GROUPS, THREADS = 128 * (GROUPS + HELPERS);
   constexpr int DIMS = 256, ROWS = 64 * ROW_GROUPS, TILE = KEY_GROUPS * KEYS;
   constexpr int PIECES = DIMS / 8, STEP = THREADS / PIECES;  // a thread copies a piece of every STEP-th row
@@ -57,57 +111,86 @@ attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
   const int rank = blockIdx.x % SPLIT, first_row = blockIdx.x / SPLIT * ROWS, rows = tokens * HEADS;
   if (past) keys += *past;
   const int share = ((keys + own_keys + SPLIT - 1) / SPLIT + 15) / 16 * 16;
-  const int begin = rank * share, end = min(begin + share, keys + own_keys), tiles = (end - begin + TILE - 1) / TILE;
+  const int begin = rank * share, end = min(begin + share, keys + own_keys);
+  const int tiles = max((end - begin + TILE - 1) / TILE, 1);  // perhaps one without keys
   q += size_t(blockIdx.z) * tokens * q_stride + blockIdx.y * HEADS * DIMS;
   k += size_t(blockIdx.z) * keys * kv_stride + blockIdx.y * DIMS;
   v += size_t(blockIdx.z) * keys * kv_stride + blockIdx.y * DIMS;
   out += size_t(blockIdx.z) * tokens * out_stride + blockIdx.y * HEADS * DIMS;
 
-  const int piece = threadIdx.x % PIECES, row_of_thread = threadIdx.x / PIECES;
-  auto fetch = [&](int tile) {
+  const int piece = threadIdx.x % PIECES, row_of_thread = threadIdx.x / PIECES % STEP;  // a known range
+  auto fetch = [&](int tile, bool cached, bool own) {  // rows of k and v, zeros behind the last key; own rows
     const int first_key = begin + tile * TILE;
     const unsigned stage = ring_address + tile % STAGES * 2 * MATRIX;
-    if (tile < tiles && first_key + TILE <= min(end, keys)) {  // the usual case, in few instructions
+    if (tile >= tiles) return;
+    if (first_key + TILE <= min(end, keys)) {  // the usual case, in few instructions
+      if (!cached) return;
       size_t at = size_t(first_key + row_of_thread) * kv_stride + 8 * piece;
-#pragma unroll
+#pragma unroll 4  // all of them would be more instructions than the caches for them like
       for (int row = 0; row < TILE; row += STEP, at += STEP * kv_stride) {
         const unsigned to = stage + offset_of(TILE, row + row_of_thread, piece);
         copy_async(to, k + at, true);
         copy_async(to + MATRIX, v + at, true);
       }
-    } else if (tile < tiles) {
-#pragma unroll
-      for (int row = 0; row < TILE; row += STEP) {
+    } else {
+      const int first = cached ? 0 : max(keys - first_key, 0) / STEP * STEP;
+      const int last = cached ? TILE : min(end - first_key, TILE);
+#pragma unroll 2
+      for (int row = first; row < last; row += STEP) {
         const int wanted = first_key + row + row_of_thread, key = min(wanted, end - 1);
+        if (!(wanted >= keys && wanted < end ? own : cached)) continue;
         const size_t at = (key < keys ? size_t(key) * kv_stride : size_t(key - keys) * own_stride) + 8 * piece;
         const unsigned to = stage + offset_of(TILE, row + row_of_thread, piece);
         copy_async(to, (key < keys ? k : own_k) + at, wanted < end);
         copy_async(to + MATRIX, (key < keys ? v : own_v) + at, wanted < end);
       }
     }
-    commit_copies();
   };
 
-  wait_for_inputs();
+  __shared__ unsigned long long arrived;
+  __shared__ float logarithms[ROWS];  // [SPLIT][ROWS / SPLIT]
+  if (SPLIT > 1 && threadIdx.x == 0) expect(&arrived, ROWS * (ROW + int(sizeof(float))));
+  constexpr int AHEAD = STAGES > 1 ? STAGES - 1 : 1;  // tiles on their way
+  if (cache_ready)
 #pragma unroll
-  for (int base = 0; base < ROWS; base += STEP) {
-    const int of_block = base + row_of_thread, row = min(first_row + of_block, rows - 1);
-    copy_async(queries_address + offset_of(ROWS, of_block, piece),
-               q + size_t(row / HEADS) * q_stride + row % HEADS * DIMS + 8 * piece, true);
+    for (int tile = 0; tile < AHEAD; ++tile) fetch(tile, true, false);
+  wait_for_inputs();
+  constexpr int TURN = STEP < 8 ? 8 / STEP : 1;  // so many times STEP rows further the swizzle is the same
+  static_assert(ROWS % STEP == 0 && TILE % STEP == 0);
+#pragma unroll
+  for (int i = 0; i < ROWS / STEP; ++i) {
+    const unsigned row = first_row + i * STEP + row_of_thread;
+    copy_async(queries_address + offset_of(ROWS, i % TURN * STEP + row_of_thread, piece) + i / TURN * TURN * STEP * 128,
+               q + (row / HEADS * q_stride + row % HEADS * DIMS + 8 * piece), row < rows);
   }
 #pragma unroll
-  for (int stage = 0; stage < STAGES - 1; ++stage) fetch(stage);
+  for (int tile = 0; tile < AHEAD; ++tile) {
+    fetch(tile, !cache_ready, true);
+    commit_copies();
+  }
 
   scale *= 1.4426950408889634f;  // exp(x) = exp2(x / ln 2)
   float o[DIMS / 8][4] = {}, m[2] = {LOWEST, LOWEST}, l[2] = {};
   for (int tile = 0; tile < tiles; ++tile) {
     const int first_key = begin + tile * TILE;
     unsigned char* const stage = ring + tile % STAGES * 2 * MATRIX;
-    wait_for_copies<STAGES - 2>();
+    if (STAGES == 1 && tile > 0) {
+      __syncthreads();
+      fetch(tile, true, true);
+      commit_copies();
+    }
+    wait_for_copies<AHEAD - 1>();
     let_tensor_cores_see();
     __syncthreads();  // this tile has landed for everyone, and everyone is done with the one refilled now
-    fetch(tile + STAGES - 1);
-    if (group >= GROUPS) continue;
+    if (STAGES > 1) {
+      fetch(tile + AHEAD, true, true);
+      commit_copies();
+    }
+    const bool is_last = tile + 1 == tiles;
+    if (group >= GROUPS) {
+      if (SPLIT > 1 && is_last) arrive_in_cluster();
+      continue;
+    }
 
     float s[KEYS / 8][4];
     const unsigned k_tile = address_of(stage) + key_group * KEYS * 128, v_tile = k_tile + MATRIX;
@@ -117,6 +200,7 @@ attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
       wgmma_scores(s, descriptor(queries_address + step / 4 * ROWS * 128 + row_group * 64 * 128, 16) + step % 4 * 2,
                    descriptor(k_tile + step / 4 * TILE * 128, 16) + step % 4 * 2, step > 0);
     finish_wgmma(s);
+    if (SPLIT > 1 && is_last) arrive_in_cluster();  // the place of q is free
 
     softmax(s, o, m, l, end - first_key - key_group * KEYS, scale);
     unsigned p[KEYS / 16][4];
@@ -129,9 +213,38 @@ attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
   }
 
   let_next_kernel_start();
-  wait_for_copies<0>();  // also where there was no tile
-  __syncthreads();       // shared memory is free
-  float* const partial = reinterpret_cast<float*>(shared);
-  if (group < GROUPS) deposit<ROWS>(partial, o, m, l, 64 * row_group + threadIdx.x / 32 % 4 * 16, key_group);
-  merge<DIMS, HEADS, ROWS, KEY_GROUPS, SPLIT>(partial, rank, first_row, rows, out, out_stride);
+  wait_for_copies<0>();
+  __syncthreads();  // the ring is free
+  if constexpr (SPLIT == 1) {
+    float* const partial = reinterpret_cast<float*>(shared);
+    if (group < GROUPS) deposit<ROWS>(partial, o, m, l, 64 * row_group + threadIdx.x / 32 % 4 * 16, key_group);
+    __syncthreads();
+    merge_in_block<DIMS, HEADS, ROWS, KEY_GROUPS>(partial, first_row, rows, out, out_stride);
+  } else {
+    static_assert(KEY_GROUPS == 1 && ROWS % SPLIT == 0 && SPLIT <= 32);
+    constexpr int SHARE = ROWS / SPLIT;
+    unsigned char* const received = queries;  // [SPLIT][SHARE][ROW]
+    if (group < GROUPS) {
+      const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16;  // row of the block that is the warp's first
+      unsigned char* const staging = ring + first * ROW;
+      l[0] = sum_of_row(l[0]), l[1] = sum_of_row(l[1]);
+      stage_rows(staging, o, l);
+      __syncwarp();
+      wait_for_cluster();
+      auto place_of = [&](int row) { return rank * SHARE + row % SHARE; };
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const uint4 piece = *reinterpret_cast<const uint4*>(staging + i * ROW + lane * 16);
+        send(piece, received + place_of(first + i) * ROW + lane * 16, &arrived, (first + i) / SHARE);
+      }
+      const int row = first + lane / 4 + lane % 4 * 8;  // of the four lanes that hold two rows, two send
+      if (lane % 4 < 2)
+        send(lane % 4 ? m[1] + log2_fast(l[1]) : m[0] + log2_fast(l[0]), logarithms + place_of(row), &arrived,
+             row / SHARE);
+    } else {
+      wait_for_cluster();
+    }
+    wait(&arrived);
+    merge_received<HEADS, ROWS, SPLIT>(received, logarithms, rank, first_row, rows, out, out_stride);
+  }
 }

@@ -227,14 +227,19 @@ __host__ __device__ constexpr int batch_of(int rows16) { return rows16 >= 4 ? 1 
 __host__ __device__ constexpr int staging_words(int rows16) { return batch_of(rows16) * 8 * pitch(16 * rows16); }
 
 // Writes a warp's tile: rows first_row.., tokens first_token... In batches of 8 or more tokens; the loads of a batch
-// are under way while the one before it is written.
+// are under way while the one before it is written. `columns` is what columns_of_lane has loaded.
+template <int ROWS16, class Epilogue>
+__device__ inline typename Epilogue::Columns columns_of_lane(int first_row, const Epilogue& epilogue) {
+  return epilogue.columns(first_row + Epilogue::first_row(threadIdx.x % 32 % (Epilogue::QUADS * ROWS16)));
+}
+
 template <int ROWS16, int TOKENS8, class Epilogue>
 __device__ inline void store_warp_tile(const int (&acc)[ROWS16][TOKENS8][4], int* staging, int first_token,
-                                       int first_row, const Epilogue& epilogue) {
+                                       int first_row, const Epilogue& epilogue,
+                                       const typename Epilogue::Columns& columns) {
   constexpr int BATCH = batch_of(ROWS16), QUADS = Epilogue::QUADS * ROWS16, COUNT = BATCH * 8 * QUADS / 32;
   static_assert(32 % QUADS == 0);  // so a lane's rows are the same in every batch
   const int lane = threadIdx.x % 32, row = Epilogue::first_row(lane % QUADS), n = first_row + row;
-  const typename Epilogue::Columns columns = epilogue.columns(n);
   typename Epilogue::Inputs now[COUNT], next[COUNT];
   auto token_of = [&](int base, int i) { return 8 * base + (lane + 32 * i) / QUADS; };
 

@@ -79,6 +79,8 @@ gemm_large(const signed char* x_q, const float* x_scale, const unsigned char* we
   wait_for_copies<0>();
   __syncthreads();
   int* const staging = reinterpret_cast<int*>(shared) + warp * staging_words(ROWS16);
-  store_warp_tile(acc, staging, first_token + warp_m * 8 * TOKENS8, 16 * (first_tile + warp_n * ROWS16),
-                  Epilogue<BITS, GEGLU, Out>{x_scale, weight_scale, bias, residual, y, tokens, rows});
+  const Epilogue<BITS, GEGLU, Out> epilogue = {x_scale, weight_scale, bias, residual, y, tokens, rows};
+  const int first_row = 16 * (first_tile + warp_n * ROWS16);
+  store_warp_tile(acc, staging, first_token + warp_m * 8 * TOKENS8, first_row, epilogue,
+                  columns_of_lane<ROWS16>(first_row, epilogue));
 }

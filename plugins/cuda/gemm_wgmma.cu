@@ -13,11 +13,10 @@
 //
 // grid: SPLIT = 1: as many blocks as run at once, or fewer; else SPLIT * tiles, cluster SPLIT.
 // block 128 GROUPS + 128 (GROUPS = 1: 160); shared memory STAGES * sizeof(Stage) + 4 GROUPS * 4 * staging_words(1),
-// with SPLIT > 1 the larger of STAGES * sizeof(Stage) and 4 GROUPS * 4 * TOKENS * pitch(16).
-#include "common.cuh"
+// with SPLIT > 1 STAGES * sizeof(Stage) and 4 GROUPS * 4 * (RECEIVED + STAGED), side by side where TOKENS8 <= 8, else
+// in the same place.
+#include "cluster.cuh"
 #include "wgmma.cuh"  // generated: void wgmma(int (&d)[TOKENS8][4], const unsigned (&a)[4], unsigned long long b)
-
-__device__ inline unsigned address_of(const void* shared) { return unsigned(__cvta_generic_to_shared(shared)); }
 
 __device__ inline void init_barrier(unsigned barrier, int arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
@@ -50,33 +49,47 @@ template <int COUNT> __device__ inline void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
-// store_warp_tile where SPLIT blocks hold parts of the sums: each finishes every SPLIT-th group of 8 tokens.
+// store_warp_tile where SPLIT blocks hold parts of the sums: each finishes every SPLIT-th group of 8 tokens, GROUPS_OF_8
+// at most, and the others send theirs, as the tensor cores left them: 16 bytes of each lane. RECEIVED and STAGED are
+// words of a warp.
+template <int SPLIT, int TOKENS8> constexpr int GROUPS_OF_8 = (TOKENS8 + SPLIT - 1) / SPLIT;
+template <int SPLIT, int TOKENS8> constexpr int RECEIVED = GROUPS_OF_8<SPLIT, TOKENS8> * SPLIT * 32 * 4;
+template <int SPLIT, int TOKENS8> constexpr int STAGED = GROUPS_OF_8<SPLIT, TOKENS8> * 8 * pitch(16);
+
 template <int SPLIT, int TOKENS8, class Epilogue>
-__device__ inline void store_split_tile(const int (&acc)[1][TOKENS8][4], int* staging, int rank, int first_token,
-                                        int first_row, const Epilogue& epilogue) {
-  constexpr int COUNT = (TOKENS8 + SPLIT - 1) / SPLIT;
+__device__ inline void store_split_tile(const int (&acc)[1][TOKENS8][4], int* received, int* staging,
+                                        unsigned long long* arrived, int rank, int first_token, int first_row,
+                                        const Epilogue& epilogue, const typename Epilogue::Columns& columns) {
+  constexpr int COUNT = GROUPS_OF_8<SPLIT, TOKENS8>;
   const int lane = threadIdx.x % 32, row = Epilogue::first_row(lane % Epilogue::QUADS), n = first_row + row;
   const int token = lane / Epilogue::QUADS;  // with GEGLU half the lanes suffice
-  const typename Epilogue::Columns columns = epilogue.columns(n);
+#pragma unroll
+  for (int j = 0; j < TOKENS8; ++j) {
+    const int (&d)[4] = acc[0][j];
+    send(uint4{unsigned(d[0]), unsigned(d[1]), unsigned(d[2]), unsigned(d[3])},
+         received + ((j / SPLIT * SPLIT + rank) * 32 + lane) * 4, arrived, j % SPLIT);
+  }
   typename Epilogue::Inputs inputs[COUNT];
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) inputs[i] = epilogue.inputs(first_token + 8 * (rank + i * SPLIT) + token, n);
+  wait(arrived);
 #pragma unroll
-  for (int j = 0; j < TOKENS8; ++j) stage_fragment<1>(staging + j * 8 * pitch(16), 0, acc[0][j]);
-  cluster_barrier();
+  for (int i = 0; i < COUNT; ++i) {
+    int4 sum = {};
+#pragma unroll
+    for (int part = 0; part < SPLIT; ++part)
+      sum = sum + *reinterpret_cast<const int4*>(received + ((i * SPLIT + part) * 32 + lane) * 4);
+    stage_fragment<1>(staging + i * 8 * pitch(16), 0, {sum.x, sum.y, sum.z, sum.w});
+  }
+  __syncwarp();
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) {
     const int j = rank + i * SPLIT;
+    const int* const at = staging + (8 * i + token) * pitch(16) + row;
     if (j < TOKENS8 && token < 8)
-      epilogue.store(first_token + 8 * j + token, n, columns, inputs[i], [&](int offset) {
-        int4 sum = {};
-#pragma unroll
-        for (int other = 0; other < SPLIT; ++other)
-          sum = sum + load_remote(staging + (8 * j + token) * pitch(16) + row + offset, other);
-        return sum;
-      });
+      epilogue.store(first_token + 8 * j + token, n, columns, inputs[i],
+                     [at](int offset) { return *reinterpret_cast<const int4*>(at + offset); });
   }
-  cluster_wait_for_all();  // no block leaves while its shared memory is being read
 }
 
 template <int BITS, int GROUPS, int TOKENS8, int STAGES, int SPLIT, bool GEGLU, class Out>
@@ -93,6 +106,7 @@ gemm_wgmma(const signed char* x_slabs, const float* x_scale, const unsigned char
   Stage* const stages = reinterpret_cast<Stage*>(shared);
   int* const staging = reinterpret_cast<int*>(stages + STAGES);
   __shared__ __align__(8) unsigned long long barriers[2 * STAGES];
+  __shared__ unsigned long long arrived;
   const unsigned full = address_of(barriers), empty = full + 8 * STAGES;
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -108,8 +122,11 @@ gemm_wgmma(const signed char* x_slabs, const float* x_scale, const unsigned char
       init_barrier(empty + 8 * stage, WARPS);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    if (SPLIT > 1) expect(&arrived, (TOKENS8 - rank + SPLIT - 1) / SPLIT * SPLIT * WARPS * 512);
   }
   __syncthreads();
+  constexpr bool FEW = TOKENS8 <= 8;
+  if (SPLIT > 1 && FEW) arrive_in_cluster();  // there is room for the others' sums beside the ring
 
   if (warp >= WARPS) {
     if (GROUPS > 1) give_registers<40>();
@@ -150,9 +167,13 @@ gemm_wgmma(const signed char* x_slabs, const float* x_scale, const unsigned char
     let_next_kernel_start();
   } else {
     if (GROUPS > 1) take_registers<232>();
-    const Epilogue<BITS, GEGLU, Out> epilogue = {x_scale, weight_scale, bias, residual, y, tokens, rows};
+    using E = Epilogue<BITS, GEGLU, Out>;
+    const E epilogue = {x_scale, weight_scale, bias, residual, y, tokens, rows};
     int count = 0;  // steps taken so far
     for (int tile = block; tile < tiles; tile += blocks) {
+      const int first_token = tile % token_blocks * TOKENS, first_row = tile / token_blocks * 64 * GROUPS + 16 * warp;
+      typename E::Columns columns;
+      if (FEW) columns = columns_of_lane<1>(first_row, epilogue);  // many tokens leave no registers to load it ahead
       int acc[1][TOKENS8][4] = {};
       auto release = [&](int count) {
         if (lane == 0) arrive(empty + 8 * (count % STAGES));
@@ -191,13 +212,18 @@ gemm_wgmma(const signed char* x_slabs, const float* x_scale, const unsigned char
       release(count - 1);
       if (tile + blocks >= tiles) let_next_kernel_start();
       wait_for_inputs();  // the epilogue reads the tokens' scales
-      const int first_token = tile % token_blocks * TOKENS, first_row = tile / token_blocks * 64 * GROUPS + 16 * warp;
+      if (!FEW) columns = columns_of_lane<1>(first_row, epilogue);
       if constexpr (SPLIT == 1)
-        store_warp_tile(acc, staging + warp * staging_words(1), first_token, first_row, epilogue);
+        store_warp_tile(acc, staging + warp * staging_words(1), first_token, first_row, epilogue, columns);
       else {  // one tile a block: the ring is free as soon as all warps are through
-        asm volatile("bar.sync 1, %0;" ::"n"(128 * GROUPS) : "memory");
-        int* const sums = reinterpret_cast<int*>(shared) + warp * TOKENS * pitch(16);
-        store_split_tile<SPLIT>(acc, sums, rank, first_token, first_row, epilogue);
+        if (!FEW) {
+          asm volatile("bar.sync 1, %0;" ::"n"(128 * GROUPS) : "memory");
+          arrive_in_cluster();
+        }
+        int* const received = (FEW ? staging : reinterpret_cast<int*>(shared)) + warp * RECEIVED<SPLIT, TOKENS8>;
+        int* const staged = received + (WARPS - warp) * RECEIVED<SPLIT, TOKENS8> + warp * STAGED<SPLIT, TOKENS8>;
+        wait_for_cluster();
+        store_split_tile<SPLIT>(acc, received, staged, &arrived, rank, first_token, first_row, epilogue, columns);
       }
     }
   }

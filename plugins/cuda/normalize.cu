@@ -38,7 +38,7 @@ normalize(const In* x, const float* gain, const float* shift, Out* y, int depth,
 #pragma unroll
     for (int n = 0; n < VECTORS; ++n)
       for (int i = 0; i < 8; ++i) sum += v[n][i];
-    const float mean = reduce_block<false>(sum) / depth;
+    const float mean = sum_of_block(sum) / depth;
 #pragma unroll
     for (int n = 0; n < VECTORS; ++n)
       if (channel(n) < depth)
@@ -48,7 +48,7 @@ normalize(const In* x, const float* gain, const float* shift, Out* y, int depth,
 #pragma unroll
   for (int n = 0; n < VECTORS; ++n)
     for (int i = 0; i < 8; ++i) squares = fmaf(v[n][i], v[n][i], squares);
-  const float factor = __frsqrt_rn(reduce_block<false>(squares) / depth + epsilon);
+  const float factor = __frsqrt_rn(sum_of_block<1>(squares) / depth + epsilon);
 
 #pragma unroll
   for (int n = 0; n < VECTORS; ++n) {

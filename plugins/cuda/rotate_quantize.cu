@@ -73,8 +73,8 @@ __device__ inline unsigned low_bytes(float a, float b, float c, float d) {
   return __byte_perm(ab, __byte_perm(__float_as_uint(c), __float_as_uint(d), 0x0040), 0x5410);
 }
 
-// The bytes of round_half_even(v * norm / scale), |quotient| below 128.5. v * (norm / scale) is within 5e-5 of it; only
-// near a tie is the true quotient, many times dearer, needed to round the same way.
+// The bytes of round_half_even(v * norm / scale), |quotient| below 128.5. v * factor, factor = norm / scale to 4e-7 of
+// it, is within 6e-5 of it; only near a tie is the true quotient, many times dearer, needed to round the same way.
 __device__ inline uint2 quantize8(const float (&v)[8], float norm, float scale, float factor) {
   float q[8], farthest = 0;
 #pragma unroll
@@ -99,6 +99,16 @@ rotate_quantize(const In* x, const float* gain, const float* shift, const float*
   float v[VECTORS][8];
 
   let_next_kernel_start();
+  // Gain, shift and input_scale are weights: where registers last, loaded while the kernel ahead still runs.
+  constexpr bool EARLY = VECTORS == 1;
+  Eight<float> factors[3];
+  auto load_factor = [&](const float* factor, int n) { return load8(factor, permutation, channel(n), depth); };
+  if (EARLY) {
+    if (gain) factors[0] = load_factor(gain, 0);
+    if (shift) factors[1] = load_factor(shift, 0);
+    if (input_scale) factors[2] = load_factor(input_scale, 0);
+  }
+  const float fixed_scale = activation_scale ? *activation_scale : 0.0f, inverse_depth = 1.0f / depth;
   wait_for_inputs();
   Eight<In> first[VECTORS], second[SOURCE == GEGLU ? VECTORS : 1];  // all loads before the first use
 #pragma unroll
@@ -119,7 +129,7 @@ rotate_quantize(const In* x, const float* gain, const float* shift, const float*
 #pragma unroll
     for (int n = 0; n < VECTORS; ++n)
       for (int i = 0; i < 8; ++i) squares = fmaf(v[n][i], v[n][i], squares);
-    normalise = __frsqrt_rn(reduce_block<false>(squares) / depth + epsilon);
+    normalise = __frsqrt_rn(sum_of_block(squares) * inverse_depth + epsilon);
   }
 
   float absmax = 0;
@@ -129,15 +139,15 @@ rotate_quantize(const In* x, const float* gain, const float* shift, const float*
     if (SOURCE == RMS_NORM)
       for (int i = 0; i < 8; ++i) v[n][i] = __fmul_rn(v[n][i], normalise);
     if (gain) {
-      const Eight<float> f = load8(gain, permutation, k, depth);
+      const Eight<float> f = EARLY ? factors[0] : load_factor(gain, n);
       for (int i = 0; i < 8; ++i) v[n][i] = __fmul_rn(v[n][i], f.v[i]);
     }
     if (shift) {
-      const Eight<float> f = load8(shift, permutation, k, depth);
+      const Eight<float> f = EARLY ? factors[1] : load_factor(shift, n);
       for (int i = 0; i < 8; ++i) v[n][i] = __fadd_rn(v[n][i], f.v[i]);
     }
     if (input_scale) {
-      const Eight<float> f = load8(input_scale, permutation, k, depth);
+      const Eight<float> f = EARLY ? factors[2] : load_factor(input_scale, n);
       for (int i = 0; i < 8; ++i) v[n][i] = __fmul_rn(v[n][i], f.v[i]);
     }
     if (BLOCK > DENSE) hadamard<BLOCK>(v[n]);
@@ -152,9 +162,11 @@ rotate_quantize(const In* x, const float* gain, const float* shift, const float*
   }
 
   constexpr float norm = NORM<BLOCK>;
-  const float scale =
-      activation_scale ? *activation_scale : __fdiv_rn(fmaxf(reduce_block<true>(absmax) * norm, 1e-12f), 127.0f);
-  const float factor = __fdiv_rn(norm, scale);
+  float scale = fixed_scale, factor = __fdividef(norm, fixed_scale);
+  if (!activation_scale) {
+    const float greatest = fmaxf(max_of_block(absmax) * norm, 1e-12f);
+    scale = __fdiv_rn(greatest, 127.0f), factor = __fdividef(127 * norm, greatest);  // not one after the other
+  }
   const float lowest = __fdiv_rn(-128 * scale, norm), highest = __fdiv_rn(127 * scale, norm);
   if (threadIdx.x == 0) x_scale[token] = scale;
 #pragma unroll

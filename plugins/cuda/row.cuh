@@ -21,14 +21,22 @@ __device__ inline void store(Bf16* to, const float (&v)[8]) {
                                    pack2<Bf16>(v[6], v[7])};
 }
 
-template <bool MAX> __device__ inline float reduce_block(float value) {
+// Each sum of a kernel wants a USE of its own.
+template <int USE = 0> __device__ inline float sum_of_block(float value) {
   __shared__ float of_warps[32];
-  auto combine = [](float a, float b) { return MAX ? fmaxf(a, b) : a + b; };
-  for (int mask = 16; mask; mask /= 2) value = combine(value, __shfl_xor_sync(~0u, value, mask));
-  __syncthreads();  // of_warps may still be read by an earlier reduction
+  for (int mask = 16; mask; mask /= 2) value += __shfl_xor_sync(~0u, value, mask);
   if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = value;
   __syncthreads();
   value = of_warps[0];
-  for (int warp = 1; warp < blockDim.x / 32; ++warp) value = combine(value, of_warps[warp]);
+  for (int warp = 1; warp < blockDim.x / 32; ++warp) value += of_warps[warp];
   return value;
+}
+
+// Of values that are not negative, whose order is that of their bits. Once in a kernel.
+__device__ inline float max_of_block(float value) {
+  __shared__ unsigned of_warps[32];
+  const unsigned lane = threadIdx.x % 32, of_warp = __reduce_max_sync(~0u, __float_as_uint(value));
+  if (lane == 0) of_warps[threadIdx.x / 32] = of_warp;
+  __syncthreads();
+  return __uint_as_float(__reduce_max_sync(~0u, lane < blockDim.x / 32 ? of_warps[lane] : 0));
 }

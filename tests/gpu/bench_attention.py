@@ -58,7 +58,7 @@ def bench(name: str, configs: list, tokens: int, keys: int, own: int, images: in
         q, own_k, own_v = matrices[i].split([width, kv_width, kv_width], 1)
         k, v = caches[i].split(kv_width, 1)
         own_operands = (own_k, own_v) if own else ()
-        launch.attention(config, q, k, v, out, *own_operands, images=images, overlap=overlap)
+        launch.attention(config, q, k, v, out, *own_operands, images=images, cache_ready=own > 0, overlap=overlap)
 
     q, own_k, own_v = matrices[0].split([width, kv_width, kv_width], 1)
     k, v = caches[0].split(kv_width, 1)

@@ -131,6 +131,7 @@ def attention(
     *,
     images: int = 1,
     past: torch.Tensor | None = None,
+    cache_ready: bool = False,
     overlap: bool = False,
 ) -> None:
     """One launch; every operand is a matrix with a row a token, dense within a row. `past`: int32, keys of k that count."""
@@ -138,7 +139,7 @@ def attention(
     own_keys, own_stride = (0, 0) if own_k is None else (len(own_k), own_k.stride(0))
     sizes = tokens, len(k) // images if past is None else 0, own_keys
     strides = q.stride(0), k.stride(0), own_stride, out.stride(0)
-    values = (q, k, v, own_k, own_v, out, past, *sizes, *strides, config.dims**-0.5)
+    values = (q, k, v, own_k, own_v, out, past, *sizes, *strides, int(cache_ready), config.dims**-0.5)
     shape = config.shape(tokens, kv_heads, images)
     function = kernel(config.source, config.expression(), tuple(config.headers().items()))
     function.launch(shape, arguments(values), torch.cuda.current_stream().cuda_stream, overlap)

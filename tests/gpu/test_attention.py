@@ -76,7 +76,7 @@ def test_suffix(config, tokens, keys):
     on_device = torch.tensor(keys, dtype=torch.int32, device="cuda")  # the number of keys: an argument, or read there
     for past in (None, on_device):
         out = poisoned(tokens, HEADS * DIMS)
-        launch.attention(config, q, k, v, out[:tokens], own_k, own_v, past=past)
+        launch.attention(config, q, k, v, out[:tokens], own_k, own_v, past=past, cache_ready=past is None)
         check(out, definition(q, torch.cat([k, own_k]), torch.cat([v, own_v]), HEADS, 1))
 
 
@@ -151,7 +151,7 @@ def test_overlapped_launches_wait_for_their_inputs(config):
         q, own_k, own_v = qkv.split([HEADS * DIMS, DIMS, DIMS], 1)
         for _ in range(20):
             launch.rotary(qkv, tables, keys, heads=HEADS, dims=DIMS, overlap=overlap)
-            launch.attention(config, q, *cache.split(DIMS, 1), out[:tokens], own_k, own_v, overlap=overlap)
+            launch.attention(config, q, *cache.split(DIMS, 1), out[:tokens], own_k, own_v, cache_ready=True, overlap=overlap)
             launch.attention(config, out[:tokens], own_k, own_v, q, overlap=overlap)  # q depends on the output before
         outputs.append(out[:tokens].clone())
     assert torch.equal(*outputs)

@@ -142,6 +142,7 @@ class Lowering:
         )
 
     def _program(self, model: ir.Model, inputs: dict[str, Matrix]) -> None:
+        self.caches_complete = model is self.graphs.step
         self.integers: dict[ir.Value, np.ndarray] = {}
         self.covered: set[ir.Node] = set()  # by a launch of another node
         self.values = {value: inputs[value.name] for value in model.graph.inputs if value.name in inputs}
@@ -452,6 +453,7 @@ class Lowering:
         arguments = [q.pointer, k.pointer, v.pointer, *(each and each.pointer for each in own), out.pointer]
         arguments.append(past and past.pointer)
         arguments += [q.rows // images, keys, own_rows, q.stride, k.stride, own[0].stride if own[0] else 0, out.stride]
+        arguments.append(int(in_cache and self.caches_complete))
         shape = kernel.shape(q.rows // images, kv_heads, images)
         how = pointwise.Launch(kernel.source, kernel.expression(), shape)
         reads = [each for each in (q, k, v, *own, past) if each]

@@ -1,0 +1,35 @@
+// How the blocks of a cluster (SM 90) exchange sums: data announce their own arrival at a barrier in the shared memory
+// that they go to. A barrier that orders them instead (release, acquire) waits for all of a block's memory traffic.
+#pragma once
+#include "common.cuh"
+
+__device__ inline unsigned address_of(const void* shared) { return unsigned(__cvta_generic_to_shared(shared)); }
+
+// One thread, before the other blocks may send: the barrier opens, once, when `bytes` have come.
+__device__ inline void expect(unsigned long long* barrier, int bytes) {
+  asm volatile("mbarrier.init.shared.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;\n"
+               "mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address_of(barrier)), "r"(bytes) : "memory");
+}
+__device__ inline void wait(unsigned long long* barrier) {
+  asm volatile("{.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n@!done bra again;}"
+               ::"r"(address_of(barrier)) : "memory");
+}
+
+// Writes to block `rank` of the cluster, at the addresses that `to` and `barrier` have in one's own shared memory.
+__device__ inline void send(uint4 v, const void* to, unsigned long long* barrier, int rank) {
+  asm volatile("{.reg .u32 at, signal;\n"
+               "mapa.shared::cluster.u32 at, %4, %6;\nmapa.shared::cluster.u32 signal, %5, %6;\n"
+               "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [at], {%0,%1,%2,%3}, [signal];}"
+               ::"r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(address_of(to)), "r"(address_of(barrier)), "r"(rank)
+               : "memory");
+}
+__device__ inline void send(float v, const void* to, unsigned long long* barrier, int rank) {
+  asm volatile("{.reg .u32 at, signal;\n"
+               "mapa.shared::cluster.u32 at, %1, %3;\nmapa.shared::cluster.u32 signal, %2, %3;\n"
+               "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [at], %0, [signal];}"
+               ::"f"(v), "r"(address_of(to)), "r"(address_of(barrier)), "r"(rank) : "memory");
+}
+
+// Each thread once: after it has made ready what the other blocks write to; before it sends.
+__device__ inline void arrive_in_cluster() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+__device__ inline void wait_for_cluster() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
