@@ -38,65 +38,71 @@ def measure(
     progress: Progress,
 ) -> list[dict]:
     """One record for each contender and case: milliseconds of all calls, and what the engine reports of itself."""
-    records = []
+    shape = checkpoint.config.action_horizon, checkpoint.config.action_dim
+    noise = np.random.default_rng(1).standard_normal(shape, np.float32)
     observations = {case: observation(checkpoint.config, *case) for case in CASES}
-    noise = np.random.default_rng(1).standard_normal((checkpoint.config.action_horizon, checkpoint.config.action_dim), np.float32)
-    expected = {}
-    model = build_model(checkpoint).cuda()
-
-    def measure_pytorch(name: str, cases: list, calls: int, prepare: Callable) -> None:
-        for case in cases:
-            infer = prepare(model, Preprocessor(checkpoint.config).model_inputs(observations[case]), noise)
-            actions, times = _timed(infer, calls)
-            expected.setdefault(case, actions)
-            records.append(_record(name, case, times, cosine=difference(expected[case], actions).cosine))
-
-    measure_pytorch("PyTorch eager fp32", CASES, 3, _eager)
-    model.to(torch.bfloat16)
-    measure_pytorch("PyTorch eager bf16", CASES, 20, _eager)
-    if compile_pytorch:  # for minutes, and for each case anew
-        measure_pytorch("torch.compile bf16, CUDA graph", CASES[-1:], 100, _in_graph)
-    del model
-    gc.collect()
-    torch.cuda.empty_cache()
+    records = _measure_pytorch(checkpoint, observations, noise, compile_pytorch)
+    expected = {case: records[index]["actions"] for index, case in enumerate(CASES)}  # the first: float32
     for name, recipe in recipes.items():
-        plan = directory / f"{name}.plan"
-        start = time.perf_counter()
+        gc.collect()
+        torch.cuda.empty_cache()  # the quantiser's memory is not the engine's
+        plan, start = directory / f"{name}.plan", time.perf_counter()
         inputs = [Preprocessor(checkpoint.config).model_inputs(obs) for obs in observations.values()]
         quantised = select_linears(recipe, checkpoint.config)
         integers = quantize_checkpoint(checkpoint, recipe, inputs, progress, device="cuda") if quantised else Quantization(recipe)
-        torch.cuda.empty_cache()
         compile_policy(checkpoint, integers, plan, Options(target="cuda", sm=(open_device(),)), progress)
+        seconds = time.perf_counter() - start
         del integers
-        gc.collect()
-        compiled = time.perf_counter()
-        free = free_memory()[0]
-        policy = Policy(plan)
-        opened = time.perf_counter()
-        policy.warmup()
-        facts = {
-            "compile_s": compiled - start,
-            "open_s": opened - compiled,
-            "warmup_s": time.perf_counter() - opened,
-            "device_bytes": free - free_memory()[0],
-            "plan_bytes": plan.stat().st_size,
-        }
-        for case, obs in observations.items():
-            stages: list[dict] = []
+        torch.cuda.empty_cache()
+        records += _measure_engine(f"engine, --quant {name}", plan, seconds, observations, noise)
+    for record in records:
+        actions = record.pop("actions")
+        record["cosine"] = difference(expected[record["cameras"], record["prompt_tokens"]], actions).cosine
+    return records
 
-            def infer() -> np.ndarray:
-                result = policy.infer(obs, noise)
-                stages.append(result["policy_timing"])
-                return result["actions"]
 
-            actions, times = _timed(infer, CALLS)
-            stages = stages[-CALLS:]
-            cosine = difference(expected[case], actions[:, : expected[case].shape[1]]).cosine
-            replay = [each["prefix_ms"] + each["denoise_ms"] for each in stages]
-            split = {key: float(np.median([each[key] for each in stages])) for key in ("prefix_ms", "denoise_ms")}
-            records.append(_record(f"engine, --quant {name}", case, times, cosine=cosine, replay_ms=replay, **split, **facts))
-        del policy
-        gc.collect()
+def _measure_pytorch(checkpoint: Checkpoint, observations: dict, noise: np.ndarray, compile_pytorch: bool) -> list[dict]:
+    model, records = build_model(checkpoint).cuda(), []
+
+    def measure(name: str, cases: list, calls: int, prepare: Callable) -> None:
+        for case in cases:
+            infer = prepare(model, Preprocessor(checkpoint.config).model_inputs(observations[case]), noise)
+            records.append(_record(name, case, *_timed(infer, calls)))
+
+    measure("PyTorch eager fp32", CASES, 3, _eager)
+    model.to(torch.bfloat16)
+    measure("PyTorch eager bf16", CASES, 20, _eager)
+    if compile_pytorch:  # for minutes, and for each case anew
+        measure("torch.compile bf16, CUDA graph", CASES[-1:], 100, _in_graph)
+    return records
+
+
+def _measure_engine(name: str, plan: Path, compile_s: float, observations: dict, noise: np.ndarray) -> list[dict]:
+    free, start = free_memory()[0], time.perf_counter()
+    policy = Policy(plan)
+    opened = time.perf_counter()
+    policy.warmup()
+    facts = {
+        "compile_s": compile_s,
+        "open_s": opened - start,
+        "warmup_s": time.perf_counter() - opened,
+        "device_bytes": free - free_memory()[0],
+        "plan_bytes": plan.stat().st_size,
+    }
+    records = []
+    for case, obs in observations.items():
+        stages: list[dict] = []
+
+        def infer(obs=obs, stages=stages) -> np.ndarray:
+            result = policy.infer(obs, noise)
+            stages.append(result["policy_timing"])
+            return result["actions"]
+
+        actions, times = _timed(infer, CALLS)
+        stages = stages[-CALLS:]
+        replay = [each["prefix_ms"] + each["denoise_ms"] for each in stages]
+        split = {key: float(np.median([each[key] for each in stages])) for key in ("prefix_ms", "denoise_ms")}
+        records.append(_record(name, case, actions, times, replay_ms=replay, **split, **facts))
     return records
 
 
@@ -157,15 +163,16 @@ def _timed(infer: Callable[[], np.ndarray], calls: int) -> tuple[np.ndarray, lis
     return actions, times[-calls:]
 
 
-def _record(name: str, case: tuple[int, int], times: list[float], **more) -> dict:
+def _record(name: str, case: tuple[int, int], actions: np.ndarray, times: list[float], **more) -> dict:
     cameras, prompt = case
-    return {"contender": name, "cameras": cameras, "prompt_tokens": prompt, "wall_ms": times, **more}
+    return {"contender": name, "cameras": cameras, "prompt_tokens": prompt, "wall_ms": times, "actions": actions, **more}
 
 
 def table(records: list[dict]) -> Table:
     """Medians and 99th percentiles, and what else is known of a contender."""
     columns = ["", "cameras", "wall p50", "p99", "replay p50", "p99", "prefix", "steps", "memory", "compile", "open+warm", "cosine"]
-    found = Table(*columns, title="milliseconds; memory in GB, compile and open in s; cosine of the actions to fp32", title_justify="left")
+    title = "milliseconds; memory in GB, compile and open in s; cosine of the actions to fp32"
+    found = Table(*columns, title=title, title_justify="left")
     for each in records:
         wall, replay = np.percentile(each["wall_ms"], [50, 99]), each.get("replay_ms")
         cells = [f"{value:.2f}" for value in wall]

@@ -65,7 +65,10 @@ def _profile(
     launches = executor.launch_times(size)
     if as_json:
         keys = ("name", "work", "moved")
-        rows = [{"program": p, **{k: launch[k] for k in keys}, "kernel": executor.kernel_name(launch), "us": us} for p, launch, us in launches]
+        rows = [
+            {"program": program, **{k: launch[k] for k in keys}, "kernel": executor.kernel_name(launch), "us": us}
+            for program, launch, us in launches
+        ]
         typer.echo(json.dumps({"graph_ms": whole, "launches": rows}, indent=1))
         return
     for program in ("prefix", "step"):

@@ -1,7 +1,6 @@
 """SigLIP vision tower: a pre-norm ViT over 14-pixel patches, no class token (arXiv 2303.15343)."""
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -11,7 +11,7 @@ which lets nothing but a permutation pass.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from compiler.quant.calibrate import InputStatistics
-from compiler.quant.linears import input_group
 from compiler.quant.recipe import Recipe
 from compiler.quant.transforms import (
     LinearTransform,

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from plugins.kernels import compile_cubin
-from plugins.tactics import Float, best_float, float_candidates
+from plugins.tactics import Float, float_candidates
 from tests.gpu import launch
 from tests.gpu.bench_kernels import copies_of, time_us
 from tests.gpu.test_gemm_float import DIMS, HEADS, operands

@@ -106,7 +106,7 @@ def _write_cubins(sm: int, variants: list[Variant], writer: PlanWriter, progress
             entry = f"cubin/sm{sm}/{number}.{key[0].removesuffix('.cu')}"
             writer.write(entry, cubin.image)
             for expression in expressions:
-                index[*key, expression] = {"cubin": entry, "symbol": cubin.symbols[expression], "expression": expression}
+                index[(*key, expression)] = {"cubin": entry, "symbol": cubin.symbols[expression], "expression": expression}
             progress.advance(task)
     return index
 

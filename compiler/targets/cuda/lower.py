@@ -240,7 +240,8 @@ class Lowering:
         elif isinstance(x, Matrix) and x.type == "float" and x.columns <= NARROW:
             y = self._narrow_linear(name, x, weight, epilogue)
         elif node.op_type == "MatMul" and _source(x).rows <= FEW_TOKENS and not epilogue.activation == "gelu":
-            y = self._small_linear(name, x if isinstance(x, Normed) and not x.centre else self._matrix(node.inputs[0]), weight, epilogue)
+            fused = isinstance(x, Normed) and not x.centre
+            y = self._small_linear(name, x if fused else self._matrix(node.inputs[0]), weight, epilogue)
         elif node.op_type == "MatMul":
             y = self._float_linear(name, self._matrix(node.inputs[0]), weight, epilogue)
         else:
@@ -364,7 +365,8 @@ class Lowering:
         _expect(epilogue.out.is_graph_output() and not epilogue.activation and epilogue.gate is None, name)
         bias = self.weights.float32(*epilogue.bias) if epilogue.bias else None
         arguments = [x.x.pointer, x.gain, x.shift, self.weights.float32(weight), bias, self.flow.pointer, k, Float(x.epsilon)]
-        self._kernel(name, pointwise.flow_step(x.x.rows, n), arguments, [x.x, self.flow], [self.flow], 2.0 * x.x.rows * n * k, 4 * n * k)
+        how, work = pointwise.flow_step(x.x.rows, n), 2.0 * x.x.rows * n * k
+        self._kernel(name, how, arguments, [x.x, self.flow], [self.flow], work, 4 * n * k)
         return self.flow
 
     def _matmul(self, name, x, weight, y, bias=None, addend=None, gelu=False, batch=1, addend_batch_stride=0) -> None:
@@ -421,7 +423,8 @@ class Lowering:
     def _cache(self, value: ir.Value) -> Matrix | None:
         """The cache that keys or values belong in: those that the prefix hands to the steps."""
         names = [value.name] if value.is_graph_output() else []
-        names += [reader.outputs[0].name for reader in _readers(value) if reader.op_type == "Concat" and reader.outputs[0].is_graph_output()]
+        joined = [reader.outputs[0] for reader in _readers(value) if reader.op_type == "Concat"]
+        names += [each.name for each in joined if each.is_graph_output()]
         if not names:
             return None
         if names[0] not in self.caches:
@@ -488,7 +491,8 @@ class Lowering:
         size, tokens = self.images.columns, self.graphs.config.vision.tokens
         columns = -(-3 * patch * patch // 8) * 8  # whole 16 bytes
         x = self._new("patches", self.cameras * tokens, columns, "Bf16")
-        self._kernel("patches", pointwise.patches(self.cameras, size, patch), [self.images.pointer, x.pointer, size, columns], [self.images], [x])
+        arguments = [self.images.pointer, x.pointer, size, columns]
+        self._kernel("patches", pointwise.patches(self.cameras, size, patch), arguments, [self.images], [x])
         y = self._new_output(Epilogue(added.outputs[0]), x.rows, n)
 
         def offsets() -> np.ndarray:
