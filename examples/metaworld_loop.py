@@ -162,8 +162,10 @@ def _infer(env: MetaworldEnv, plan: Path | None, server: str | None, seed: int) 
         policy.warmup()
         return policy.infer
     if server is not None:
-        from openpi_client.websocket_client_policy import WebsocketClientPolicy
-
+        try:
+            from openpi_client.websocket_client_policy import WebsocketClientPolicy
+        except ModuleNotFoundError as error:
+            raise DuqError(f"--server needs {error.name}: pip install --no-deps openpi-client") from error
         return WebsocketClientPolicy(server).infer
     return lambda observation: {"actions": env.expert_action()[None]}
 

@@ -1,5 +1,6 @@
 """The closed loop of examples/metaworld_loop.py, in the simulator itself."""
 import importlib.util
+import sys
 from concurrent.futures import Future
 from functools import partial
 
@@ -234,3 +235,9 @@ def test_asynchronously_with_a_plan(command_line, small_images, tiny_plans):
 def test_bad_options(command_line, arguments, message):
     ran = run(command_line, *arguments)
     assert ran.code == 2 and message in ran.err and "Traceback" not in ran.err
+
+
+def test_a_missing_client_is_named(command_line, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openpi_client.websocket_client_policy", None)
+    ran = run(command_line, "--server", "ws://127.0.0.1:9")
+    assert ran.code == 2 and ran.err.endswith("pip install --no-deps openpi-client\n")

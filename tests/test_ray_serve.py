@@ -171,5 +171,6 @@ def test_the_configuration_deploys_what_is_there():
     Arguments(**application["args"])
     module, name = application["import_path"].split(":")
     assert (module, name) == (app.__module__, app.__name__)
+    assert app.__annotations__["arguments"] is Arguments  # as Ray needs it to make one from the file's args
     assert [each["name"] for each in application["deployments"]] == [PolicyReplica.name]
     ServeApplicationSchema.model_validate(application)

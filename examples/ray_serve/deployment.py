@@ -6,8 +6,6 @@ POST an observation, get its actions; both are the messages of the websocket ser
 that a stranger sends is unpickled. What is wrong with a request is answered in words: 400 no such message, 422 an
 observation that does not fit the policy.
 """
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Callable
@@ -73,7 +71,7 @@ class PolicyReplica:
             self._call_since = None
 
 
-class Arguments(BaseModel):
+class Arguments(BaseModel):  # Ray makes one for `app`, whose annotation must hence be a class, not postponed to a str
     """Of `app`. plan: a path that exists on every node; threads: of each replica's engine."""
 
     plan: str

@@ -1,6 +1,6 @@
 """The kernels that BitBLAS generates for SM 86, compiled for the GPU at hand, against exact integer sums.
 
-    python -m pytest -s tests/gpu/test_bitblas.py        also prints a table: shape, tile, time, rate, exact
+    python -m pytest -s tests/gpu/test_bitblas_kernels.py        also prints a table: shape, tile, time, rate, exact
 """
 from __future__ import annotations
 
