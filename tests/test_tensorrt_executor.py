@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from runtime.executors import tensorrt as executor
-from tests.gpu.test_tensorrt_executor import (
+from tests.gpu.test_executor_calls import (
     ACTIONS, MANIFEST, SIGNATURES, SIZES, TABLE, StandIn, expected_of_steps, observation, parts, policy, prefix, step,
 )
 

@@ -18,7 +18,7 @@ from plugins.kernels import compile_cubin
 from plugins.layout import pack_bitblas
 from plugins.nodes import Kernels, RotateQuantize, Tensor, W4A8Linear
 from tests.gpu import launch
-from tests.gpu.test_bitblas import operands
+from tests.gpu.test_bitblas_kernels import operands
 from tests.gpu.test_kernels import check_quantised, definition, hadamard_matrix
 
 TORCH = {"float": torch.float32, "Half": torch.float16, "Bf16": torch.bfloat16, "int8": torch.int8, "int32": torch.int32}
