@@ -17,7 +17,7 @@ demo: .venv/installed
 	$(BIN)/python tools/compare.py $(WORK)/checkpoint $(WORK)/engine.plan --observations $(WORK)/observations.npz --report $(WORK)/report.html
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
