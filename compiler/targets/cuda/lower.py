@@ -8,7 +8,7 @@ cannot take it in. A node that nothing covers is an error that names it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -16,14 +16,18 @@ from onnx.reference import ReferenceEvaluator
 
 from compiler.errors import GraphError
 from compiler.graph.edit import depends_on, is_weight, small_constant
+from compiler.graph.edit import reader as reader_of
 from compiler.graph.export import Graphs
+from compiler.targets.cuda.patterns import (
+    Epilogue, epilogue_of, final_readers, is_rotated, is_table_row, is_view, other_input, past_views, readers_of,
+    views_between, views_of,
+)
 from compiler.targets.cuda.program import BYTES, LIBRARY, MATMUL, Argument, Buffer, Float, Launch, Matrix, Weight
 from compiler.targets.cuda.weights import Weights, label
 from plugins import attention, ops, pointwise, tactics
 from plugins.errors import KernelError
 from plugins.tactics import FEW_TOKENS, Tactic
 
-VIEWS = ("Reshape", "Unsqueeze", "Squeeze", "Transpose")
 INTEGERS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
 NARROW = 64  # products over so few channels, a robot's actions and state, are computed in float32
 
@@ -55,20 +59,6 @@ class Joined:
 
     past: Matrix
     own: Matrix
-
-
-@dataclass
-class Epilogue:
-    """What follows a product: (y * gate + bias) -> activation -> + residual, and the value or the parts it ends in."""
-
-    out: ir.Value
-    nodes: list[ir.Node] = field(default_factory=list)
-    bias: list[ir.Value] = field(default_factory=list)
-    bias_table: ir.Value | None = None
-    gate: ir.Value | None = None
-    activation: str = ""
-    residual: ir.Value | None = None
-    parts: list[ir.Value] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -156,7 +146,7 @@ class Lowering:
                 self.outputs[value.name] = matrix, max(writers)
 
     def _lower(self, node: ir.Node) -> None:
-        if _is_view(node) or (node.op_type == "Slice" and node.outputs[0].shape == node.inputs[0].shape):
+        if is_view(node) or (node.op_type == "Slice" and node.outputs[0].shape == node.inputs[0].shape):
             self.values[node.outputs[0]] = self._value(node.inputs[0])
         elif node.op_type in ops.QUANTIZED_LINEARS or (node.op_type == "MatMul" and is_weight(node.inputs[1], rank=2)):
             self._linear(node)
@@ -174,7 +164,7 @@ class Lowering:
             self._prompt(node)
         elif node.op_type == "Rotate":
             pass  # for linears with float activations, which are refused by name
-        elif not _is_table_row(node.outputs[0]):
+        elif not is_table_row(node.outputs[0]):
             name = ", ".join(output.name for output in node.outputs)
             overload = f" ({node.overload})" if node.overload else ""
             raise GraphError(f"--target cuda has no kernel for {node.domain or 'onnx'}::{node.op_type}{overload}, computing {name}")
@@ -184,12 +174,12 @@ class Lowering:
     def _norm(self, node: ir.Node) -> None:
         gain, shift = (*node.inputs[1:3], None)[:2]
         out, vectors = node.outputs[0], [self._vector(gain), self._vector(shift)]
-        scaled = _reader(out)
-        if scaled is not None and scaled.op_type == "Mul" and _is_table_row(_other(scaled, out)):  # an adaptive norm
-            shifted = _reader(scaled.outputs[0])
+        scaled = reader_of(out)
+        if scaled is not None and scaled.op_type == "Mul" and is_table_row(other_input(scaled, out)):  # an adaptive norm
+            shifted = reader_of(scaled.outputs[0])
             _expect(vectors == [None, None] and shifted is not None and shifted.op_type == "Add", node)
-            rows = _other(scaled, out), _other(shifted, scaled.outputs[0])
-            _expect(all(map(_is_table_row, rows)), node)
+            rows = other_input(scaled, out), other_input(shifted, scaled.outputs[0])
+            _expect(all(map(is_table_row, rows)), node)
             vectors = [self.weights.table(row.producer().inputs[0]) for row in rows]
             self.covered |= {scaled, shifted}
             out = shifted.outputs[0]
@@ -203,12 +193,12 @@ class Lowering:
         x = source.x if fused else self._matrix(node.inputs[0])
         gain, shift, epsilon = (source.gain, source.shift, source.epsilon) if fused else (None, None, 0.0)
 
-        readers = _readers(node.outputs[0])
+        readers = readers_of(node.outputs[0])
         name = label(readers[0].inputs[2].name)
         shapes = {(*reader.inputs[2].shape.numpy(), ops.QUANTIZED_LINEARS[reader.op_type][0]) for reader in readers}
         chosen = {self._tactic(name, tactics.best, x.rows, n, k, bits) for k, n, bits in shapes}
-        if len({tactic.slab_tokens for tactic in chosen}) != 1:
-            raise GraphError(f"{name}: linears that share activations want them in different layouts")
+        if len(chosen) != 1:
+            raise GraphError(f"{name}: linears that share activations want different kernels for them")
         tactic = chosen.pop()
         slabs = tactic.slab_tokens and -(-x.rows // tactic.slab_tokens) * tactic.slab_tokens
         x_q = self._new(f"{name}.x_q", slabs or x.rows, x.columns, "signed char")
@@ -230,7 +220,7 @@ class Lowering:
     # Products
 
     def _linear(self, node: ir.Node) -> None:
-        epilogue = _epilogue(node)
+        epilogue = epilogue_of(node)
         weight = node.inputs[2 if node.op_type in ops.QUANTIZED_LINEARS else 1]
         name, x = label(weight.name), self._value(node.inputs[0])
         if isinstance(x, Quantized):
@@ -251,7 +241,7 @@ class Lowering:
             pass  # its parts are known
         elif not epilogue.parts:
             self.values[epilogue.out] = y
-        elif _is_rotated(epilogue):
+        elif is_rotated(epilogue):
             self._rotary(name, epilogue.parts, y)
         else:
             self.values |= dict(zip(epilogue.parts, y.split([part.shape[-1] for part in epilogue.parts])))
@@ -289,7 +279,7 @@ class Lowering:
         included; then the parts are bound here and None is returned."""
         source, norm = _source(x), isinstance(x, Normed)
         (k, n), m = weight.shape.numpy(), source.rows
-        rotary = self._rotation(name, epilogue.parts, m) if _is_rotated(epilogue) and len(epilogue.parts) == 3 else None
+        rotary = self._rotation(name, epilogue.parts, m) if is_rotated(epilogue) and len(epilogue.parts) == 3 else None
         finish = "ROTARY" if rotary else epilogue.activation.upper() or "NONE"
         order = {"ROTARY": "rotary", "GEGLU": "gate-up"}.get(finish, "")
         residual = self._residual(epilogue)
@@ -387,8 +377,8 @@ class Lowering:
     def _rotation(self, name: str, parts: Sequence[ir.Value], rows: int) -> Rotation:
         """What becomes of the q, k and v (or k and v) of a product: a rotary embedding of q and k, perhaps the cache."""
         columns = [part.shape[-1] for part in parts]
-        turned = [_past_views(part) for part in parts]
-        nodes = [_readers(value)[0] for value in turned[:-1]]
+        turned = [past_views(part) for part in parts]
+        nodes = [readers_of(value)[0] for value in turned[:-1]]
         _expect(len(parts) in (2, 3) and all(node.op_type == "RotaryEmbedding" for node in nodes), name)
         results = [*(node.outputs[0] for node in nodes), turned[-1]]
         dims = nodes[-1].inputs[0].shape[-1]
@@ -399,7 +389,7 @@ class Lowering:
         first = int(positions[0]) - self.prefix_rows if behind else 0
         key, value = (self._cache(result) for result in results[-2:])
         tables = [self.weights.float32(operand) for operand in nodes[0].inputs[1:3]]
-        views = [view for part, last in zip(parts, turned) for view in _views_between(part, last)]
+        views = [view for part, last in zip(parts, turned) for view in views_between(part, last)]
         return Rotation(columns, dims, results, [*nodes, *views], tables, first, self.past if behind else None, key, value)
 
     def _rotary(self, name: str, parts: Sequence[ir.Value], y: Matrix) -> None:
@@ -423,7 +413,7 @@ class Lowering:
     def _cache(self, value: ir.Value) -> Matrix | None:
         """The cache that keys or values belong in: those that the prefix hands to the steps."""
         names = [value.name] if value.is_graph_output() else []
-        joined = [reader.outputs[0] for reader in _readers(value) if reader.op_type == "Concat"]
+        joined = [reader.outputs[0] for reader in readers_of(value) if reader.op_type == "Concat"]
         names += [each.name for each in joined if each.is_graph_output()]
         if not names:
             return None
@@ -484,7 +474,7 @@ class Lowering:
     def _patch_embedding(self, node: ir.Node) -> None:
         """A convolution without overlap is a product over the pixels of a patch; the positions are added to it."""
         weight, bias = node.inputs[1:3]
-        added = _readers(_past_views(node.outputs[0]))[0]
+        added = readers_of(past_views(node.outputs[0]))[0]
         position = added.inputs[1]
         _expect(added.op_type == "Add" and is_weight(position, rank=2), node)
         n, _, patch, _ = weight.shape.numpy()
@@ -501,16 +491,16 @@ class Lowering:
         addend = self.weights.sum(f"{position.name}+{bias.name}.float32", tokens * n, offsets)
         name = label(weight.name).removesuffix(".weight")
         self._matmul(name, x, self.weights.matrix(weight, columns), y, addend=addend, batch=self.cameras)
-        self.covered |= {added, *_views_between(node.outputs[0], _past_views(node.outputs[0]))}
+        self.covered |= {added, *views_between(node.outputs[0], past_views(node.outputs[0]))}
         self.values[added.outputs[0]] = y
 
     def _prompt(self, node: ir.Node) -> None:
         """The host looks up the tokens' rows (it alone keeps the table, a gigabyte); here they become float32, scaled."""
         value, factor = node.outputs[0], 1.0
         self.embedding_table = node.inputs[0]
-        while (reader := _reader(value)) is not None and reader.op_type in ("Cast", "Mul"):
+        while (reader := reader_of(value)) is not None and reader.op_type in ("Cast", "Mul"):
             if reader.op_type == "Mul":
-                factor *= float(small_constant(_other(reader, value), limit=1).item())
+                factor *= float(small_constant(other_input(reader, value), limit=1).item())
             self.covered.add(reader)
             value = reader.outputs[0]
         y = self._new_output(Epilogue(value), self.prompt, self.embeddings.columns)
@@ -564,14 +554,14 @@ class Lowering:
         """Where a launch writes its result: float32 for the residual stream, bf16 for what a product reads; rows that
         are concatenated later are written where they end up."""
         value = epilogue.out
-        readers = [] if epilogue.parts else _final_readers(value)
+        readers = [] if epilogue.parts else final_readers(value)
         concat = next((node for node in readers if node.op_type == "Concat" and node.attributes["axis"].value != 2), None)
         if concat is not None:
             _expect(len(concat.inputs) == 2, concat)
             if concat not in self.joined_rows:
                 self.joined_rows[concat] = self._new("prefix", self.prefix_rows, columns, "float")
             whole = self.joined_rows[concat]
-            is_first = any(_past_views(value) is operand or operand in _views_of(value) for operand in concat.inputs[:1])
+            is_first = any(past_views(value) is operand or operand in views_of(value) for operand in concat.inputs[:1])
             return whole.slice_rows(0, rows) if is_first else whole.slice_rows(self.prefix_rows - rows, self.prefix_rows)
         stream = any(node.op_type in ("RMSNormalization", "LayerNormalization", "Add") for node in readers)
         return self._new(value.name, rows, columns, "float" if stream else "Bf16")
@@ -633,126 +623,6 @@ class Lowering:
 
 def _source(x: Matrix | Normed) -> Matrix:
     return x.x if isinstance(x, Normed) else x
-
-
-def _is_rotated(epilogue: Epilogue) -> bool:
-    readers = [reader for part in epilogue.parts for reader in _readers(_past_views(part))]
-    return any(reader.op_type == "RotaryEmbedding" for reader in readers)
-
-
-def _epilogue(node: ir.Node) -> Epilogue:
-    """Collects the element-wise nodes behind a product, as far as each result has one reader."""
-    epilogue = Epilogue(node.outputs[0])
-    while not epilogue.out.is_graph_output():
-        value, readers = epilogue.out, _readers(epilogue.out)
-        if sorted(reader.op_type for reader in readers) == ["Mul", "Sigmoid"]:
-            multiply = next(reader for reader in readers if reader.op_type == "Mul")
-            if _other(multiply, value).producer() not in readers:
-                break
-            epilogue.activation, epilogue.out = "silu", multiply.outputs[0]
-            epilogue.nodes += readers
-            continue
-        if len(readers) != 1:
-            break
-        (following,) = readers
-        other = _other(following, value) if len(following.inputs) == 2 else None
-        plain = not epilogue.activation and epilogue.residual is None
-        if following.op_type == "Split":
-            epilogue.nodes.append(following)
-            _split(following, epilogue)
-            if epilogue.parts:
-                break
-            continue
-        if following.op_type == "Add" and is_weight(other, rank=1) and plain:
-            epilogue.bias = [other]
-        elif following.op_type == "Add" and _is_table_row(other) and plain:
-            epilogue.bias_table = other
-        elif following.op_type == "Mul" and _is_table_row(other) and plain:
-            epilogue.gate = other
-        elif following.op_type == "Gelu" and plain:
-            epilogue.activation = "gelu"
-        elif following.op_type == "Add" and other is not None and not other.is_initializer() and plain:
-            epilogue.residual = other
-        elif not (_is_view(following) and following.op_type == "Gather"):
-            break
-        epilogue.out = following.outputs[0]
-        epilogue.nodes.append(following)
-    return epilogue
-
-
-def _split(node: ir.Node, epilogue: Epilogue) -> None:
-    """A Split of gate and up that become GeGLU; or of q, k and v, perhaps with a bias each."""
-    if len(node.outputs) == 2:
-        gate, up = node.outputs
-        gelu = _reader(gate)
-        multiply = _reader(gelu.outputs[0]) if gelu is not None and gelu.op_type == "Gelu" else None
-        if multiply is not None and multiply.op_type == "Mul" and _other(multiply, gelu.outputs[0]) is up:
-            epilogue.activation, epilogue.out = "geglu", multiply.outputs[0]
-            epilogue.nodes += [gelu, multiply]
-            return
-    epilogue.parts = list(node.outputs)
-    adds = [_reader(part) for part in node.outputs]
-    if all(add is not None and add.op_type == "Add" and is_weight(add.inputs[1], rank=1) for add in adds):
-        epilogue.nodes += adds
-        epilogue.bias = [add.inputs[1] for add in adds]
-        epilogue.parts = [add.outputs[0] for add in adds]
-
-
-def _is_view(node: ir.Node) -> bool:
-    """Whether the node only sees the same matrix in another shape, the choice of the only batch included."""
-    if node.op_type == "Gather" and not node.inputs[0].is_initializer():
-        index = small_constant(node.inputs[1], limit=1)
-        return index is not None and index.item() == 0 and node.inputs[0].shape[0] == 1
-    return node.op_type in VIEWS
-
-
-def _is_table_row(value: ir.Value | None) -> bool:
-    """table[step], a table of the time."""
-    node = value.producer() if value is not None else None
-    return node is not None and node.op_type == "Gather" and node.inputs[0].name.startswith("time_table.")
-
-
-def _readers(value: ir.Value) -> list[ir.Node]:
-    return [use.node for use in value.uses()]
-
-
-def _reader(value: ir.Value) -> ir.Node | None:
-    readers = _readers(value)
-    return readers[0] if len(readers) == 1 and not value.is_graph_output() else None
-
-
-def _other(node: ir.Node, value: ir.Value) -> ir.Value:
-    return node.inputs[1] if node.inputs[0] is value else node.inputs[0]
-
-
-def _past_views(value: ir.Value) -> ir.Value:
-    """The value behind the reshapes and transposes that follow, as far as each is the only reader."""
-    while (node := _reader(value)) is not None and _is_view(node):
-        value = node.outputs[0]
-    return value
-
-
-def _views_between(first: ir.Value, last: ir.Value) -> list[ir.Node]:
-    """The nodes from one value to a view of it."""
-    nodes = []
-    while last is not first:
-        nodes.append(last.producer())
-        last = last.producer().inputs[0]
-    return nodes
-
-
-def _views_of(value: ir.Value) -> list[ir.Value]:
-    """The value and all its views."""
-    found = [value]
-    for node in _readers(value):
-        if _is_view(node):
-            found += _views_of(node.outputs[0])
-    return found
-
-
-def _final_readers(value: ir.Value) -> list[ir.Node]:
-    """Who reads the value, through views."""
-    return [node for view in _views_of(value) for node in _readers(view) if not _is_view(node)]
 
 
 def _expect(condition: bool, where: ir.Node | str) -> None:

@@ -1,0 +1,145 @@
+"""What lowering looks for in the graph: chains of element-wise nodes behind products, and views of one matrix."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from compiler.graph.edit import is_weight, small_constant
+from compiler.graph.edit import reader as reader_of
+
+VIEWS = ("Reshape", "Unsqueeze", "Squeeze", "Transpose")
+
+
+@dataclass
+class Epilogue:
+    """What follows a product: (y * gate + bias) -> activation -> + residual, and the value or the parts it ends in."""
+
+    out: ir.Value
+    nodes: list[ir.Node] = field(default_factory=list)
+    bias: list[ir.Value] = field(default_factory=list)
+    bias_table: ir.Value | None = None
+    gate: ir.Value | None = None
+    activation: str = ""
+    residual: ir.Value | None = None
+    parts: list[ir.Value] = field(default_factory=list)
+
+
+def is_rotated(epilogue: Epilogue) -> bool:
+    readers = [reader for part in epilogue.parts for reader in readers_of(past_views(part))]
+    return any(reader.op_type == "RotaryEmbedding" for reader in readers)
+
+
+def epilogue_of(node: ir.Node) -> Epilogue:
+    """Collects the element-wise nodes behind a product, as far as each result has one reader."""
+    epilogue = Epilogue(node.outputs[0])
+    while not epilogue.out.is_graph_output():
+        value, readers = epilogue.out, readers_of(epilogue.out)
+        if sorted(reader.op_type for reader in readers) == ["Mul", "Sigmoid"]:
+            multiply = next(reader for reader in readers if reader.op_type == "Mul")
+            if other_input(multiply, value).producer() not in readers:
+                break
+            epilogue.activation, epilogue.out = "silu", multiply.outputs[0]
+            epilogue.nodes += readers
+            continue
+        if len(readers) != 1:
+            break
+        (following,) = readers
+        other = other_input(following, value) if len(following.inputs) == 2 else None
+        plain = not epilogue.activation and epilogue.residual is None
+        if following.op_type == "Split":
+            epilogue.nodes.append(following)
+            split_parts(following, epilogue)
+            if epilogue.parts:
+                break
+            continue
+        if following.op_type == "Add" and is_weight(other, rank=1) and plain:
+            epilogue.bias = [other]
+        elif following.op_type == "Add" and is_table_row(other) and plain:
+            epilogue.bias_table = other
+        elif following.op_type == "Mul" and is_table_row(other) and plain:
+            epilogue.gate = other
+        elif is_gelu(following) and plain:
+            epilogue.activation = "gelu"
+        elif following.op_type == "Add" and other is not None and not other.is_initializer() and plain:
+            epilogue.residual = other
+        elif not (is_view(following) and following.op_type == "Gather"):
+            break
+        epilogue.out = following.outputs[0]
+        epilogue.nodes.append(following)
+    return epilogue
+
+
+def split_parts(node: ir.Node, epilogue: Epilogue) -> None:
+    """A Split of gate and up that become GeGLU; or of q, k and v, perhaps with a bias each."""
+    if len(node.outputs) == 2:
+        gate, up = node.outputs
+        gelu = reader_of(gate)
+        multiply = reader_of(gelu.outputs[0]) if gelu is not None and is_gelu(gelu) else None
+        if multiply is not None and multiply.op_type == "Mul" and other_input(multiply, gelu.outputs[0]) is up:
+            epilogue.activation, epilogue.out = "geglu", multiply.outputs[0]
+            epilogue.nodes += [gelu, multiply]
+            return
+    epilogue.parts = list(node.outputs)
+    adds = [reader_of(part) for part in node.outputs]
+    if all(add is not None and add.op_type == "Add" and is_weight(add.inputs[1], rank=1) for add in adds):
+        epilogue.nodes += adds
+        epilogue.bias = [add.inputs[1] for add in adds]
+        epilogue.parts = [add.outputs[0] for add in adds]
+
+
+def is_view(node: ir.Node) -> bool:
+    """Whether the node only sees the same matrix in another shape, the choice of the only batch included."""
+    if node.op_type == "Gather" and not node.inputs[0].is_initializer():
+        index = small_constant(node.inputs[1], limit=1)
+        return index is not None and index.item() == 0 and node.inputs[0].shape[0] == 1
+    return node.op_type in VIEWS
+
+
+def is_gelu(node: ir.Node) -> bool:
+    """In the form that the kernels have, with tanh."""
+    return node.op_type == "Gelu" and node.attributes.get_string("approximate", "none") == "tanh"
+
+
+def is_table_row(value: ir.Value | None) -> bool:
+    """table[step], a table of the time."""
+    node = value.producer() if value is not None else None
+    return node is not None and node.op_type == "Gather" and node.inputs[0].name.startswith("time_table.")
+
+
+def readers_of(value: ir.Value) -> list[ir.Node]:
+    return [use.node for use in value.uses()]
+
+
+def other_input(node: ir.Node, value: ir.Value) -> ir.Value:
+    return node.inputs[1] if node.inputs[0] is value else node.inputs[0]
+
+
+def past_views(value: ir.Value) -> ir.Value:
+    """The value behind the reshapes and transposes that follow, as far as each is the only reader."""
+    while (node := reader_of(value)) is not None and is_view(node):
+        value = node.outputs[0]
+    return value
+
+
+def views_between(first: ir.Value, last: ir.Value) -> list[ir.Node]:
+    """The nodes from one value to a view of it."""
+    nodes = []
+    while last is not first:
+        nodes.append(last.producer())
+        last = last.producer().inputs[0]
+    return nodes
+
+
+def views_of(value: ir.Value) -> list[ir.Value]:
+    """The value and all its views."""
+    found = [value]
+    for node in readers_of(value):
+        if is_view(node):
+            found += views_of(node.outputs[0])
+    return found
+
+
+def final_readers(value: ir.Value) -> list[ir.Node]:
+    """Who reads the value, through views."""
+    return [node for view in views_of(value) for node in readers_of(view) if not is_view(node)]
