@@ -127,9 +127,7 @@ class Lowering:
         self._program(self.graphs.step, {"x": self.flow, **self.caches})
         inputs = [each.buffer for each in (self.images, self.embeddings, self.state, self.flow, self.past)]
         zeroed = [workspace for workspace in self.workspaces if workspace.bytes]
-        return Variant(
-            self.cameras, self.prompt, prefix_launches, self.launches, inputs, zeroed, self.outputs
-        )
+        return Variant(self.cameras, self.prompt, prefix_launches, self.launches, inputs, zeroed, self.outputs)
 
     def _program(self, model: ir.Model, inputs: dict[str, Matrix]) -> None:
         self.caches_complete = model is self.graphs.step
@@ -262,7 +260,7 @@ class Lowering:
         else:  # (acc * weight_scale * x_scale) * gate: one table of weight_scale * gate
             scale = self.weights.table(epilogue.gate.producer().inputs[0], operands["weight_scale"])
         bias = self.weights.float32(*biases, order="gate-up" if geglu else "") if biases else None
-        residual = self._residual(epilogue)
+        residual = self._residual(epilogue, y)
         packed = self.weights.packed(operands["weight"], bits, tactic.layout, geglu)
         workspace = self._workspace(tactic, m, n, x.x.buffer.branch)
         arguments = [x.x.pointer, x.scale.pointer, packed, scale, bias, residual and residual.pointer, y.pointer]
@@ -282,15 +280,16 @@ class Lowering:
         rotary = self._rotation(name, epilogue.parts, m) if is_rotated(epilogue) and len(epilogue.parts) == 3 else None
         finish = "ROTARY" if rotary else epilogue.activation.upper() or "NONE"
         order = {"ROTARY": "rotary", "GEGLU": "gate-up"}.get(finish, "")
-        residual = self._residual(epilogue)
-        _expect(finish in ("NONE", "SILU", "GEGLU", "ROTARY") and (residual is None or finish == "NONE"), name)
         y = self._new(name, m, n, "Bf16") if rotary else self._new_output(epilogue, m, n // 2 if finish == "GEGLU" else n)
+        residual = self._residual(epilogue, y)
+        _expect(finish in ("NONE", "SILU", "GEGLU", "ROTARY") and (residual is None or finish == "NONE"), name)
 
         # norm(x) W with norm(x) = x r gain + shift: (x gain) W r + shift W, the last a bias, for each step one.
         biases = [value for value in (*epilogue.bias, epilogue.bias_table) if value is not None]
         scaled = None if epilogue.gate is None else self.weights.table(epilogue.gate.producer().inputs[0])
         shifted = norm and x.shift is not None
         _expect(not (biases and (scaled or shifted)) and not (epilogue.bias and epilogue.bias_table), name)
+        _expect(not order or (epilogue.bias_table is None and scaled is None), name)
         bias = None
         if shifted:
             bias = self.weights.shift_product(x.shift, weight, order)
@@ -325,7 +324,7 @@ class Lowering:
         _expect(epilogue.gate is None, name)
         geglu = epilogue.activation == "geglu"
         y = self._new(name, x.rows, n, "Bf16") if geglu else self._new_output(epilogue, x.rows, n)
-        residual = self._residual(epilogue)
+        residual = self._residual(epilogue, y)
         bias = None
         if epilogue.bias:
             bias = self.weights.float32(*epilogue.bias) if y.type == "float" else self.weights.bf16(epilogue.bias)
@@ -527,9 +526,11 @@ class Lowering:
             return found.written
         return found
 
-    def _residual(self, epilogue: Epilogue) -> Matrix | None:
+    def _residual(self, epilogue: Epilogue, y: Matrix) -> Matrix | None:
+        """What is added to a product: the residual stream, which goes on in y."""
         residual = self._value(epilogue.residual)
-        _expect(residual is None or (isinstance(residual, Matrix) and residual.type == "float"), epilogue.out.name)
+        fits = isinstance(residual, Matrix) and residual.type == y.type == "float" and residual.stride == residual.columns
+        _expect(residual is None or fits, epilogue.out.name)
         return residual
 
     def _vector(self, value: ir.Value | None) -> Weight | None:
