@@ -23,6 +23,13 @@ __device__ inline void send(uint4 v, const void* to, unsigned long long* barrier
                ::"r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(address_of(to)), "r"(address_of(barrier)), "r"(rank)
                : "memory");
 }
+__device__ inline void send(float4 v, const void* to, unsigned long long* barrier, int rank) {
+  asm volatile("{.reg .u32 at, signal;\n"
+               "mapa.shared::cluster.u32 at, %4, %6;\nmapa.shared::cluster.u32 signal, %5, %6;\n"
+               "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [at], {%0,%1,%2,%3}, [signal];}"
+               ::"f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(address_of(to)), "r"(address_of(barrier)), "r"(rank)
+               : "memory");
+}
 __device__ inline void send(float v, const void* to, unsigned long long* barrier, int rank) {
   asm volatile("{.reg .u32 at, signal;\n"
                "mapa.shared::cluster.u32 at, %1, %3;\nmapa.shared::cluster.u32 signal, %2, %3;\n"

@@ -74,26 +74,7 @@ template <int COUNT> __device__ inline float4 sum_quads(const float* at, int str
 }
 
 #if CLUSTER
-// Between the blocks of a cluster, data announce their own arrival: a barrier that orders them instead (release,
-// acquire) waits for all of a block's memory traffic.
-__device__ inline unsigned address_of(const void* shared) { return unsigned(__cvta_generic_to_shared(shared)); }
-
-__device__ inline void expect(unsigned long long* barrier, int bytes) {  // one thread, before the others may send
-  asm volatile("mbarrier.init.shared.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;\n"
-               "mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address_of(barrier)), "r"(bytes) : "memory");
-}
-__device__ inline void wait(unsigned long long* barrier) {
-  asm volatile("{.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n@!done bra again;}"
-               ::"r"(address_of(barrier)) : "memory");
-}
-// Writes to block `rank` of the cluster, at the addresses that `to` and `barrier` have in one's own shared memory.
-__device__ inline void send(float4 v, const float* to, unsigned long long* barrier, int rank) {
-  asm volatile("{.reg .u32 at, signal;\n"
-               "mapa.shared::cluster.u32 at, %4, %6;\nmapa.shared::cluster.u32 signal, %5, %6;\n"
-               "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [at], {%0,%1,%2,%3}, [signal];}"
-               ::"f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(address_of(to)), "r"(address_of(barrier)), "r"(rank)
-               : "memory");
-}
+#include "cluster.cuh"
 #endif
 
 __device__ inline void store4(float* to, const float (&v)[4]) {
