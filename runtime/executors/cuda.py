@@ -121,7 +121,7 @@ class CudaExecutor:
         """(program, launch of the schedule, microseconds) of the prefix and of the first denoising step, medians.
 
         Measured by events between the launches of one graph. Launches cannot overlap across an event, and each includes
-        one event's time, about a microsecond: the whole call is faster than the sum.
+        one event's time, 3 to 4 us on an H100: the whole call is faster than the sum.
         """
         variant, events, measured = self._variants[size], [], []
 

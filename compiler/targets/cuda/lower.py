@@ -171,7 +171,9 @@ class Lowering:
 
     def _norm(self, node: ir.Node) -> None:
         gain, shift = (*node.inputs[1:3], None)[:2]
-        out, vectors = node.outputs[0], [self._vector(gain), self._vector(shift)]
+        ones = small_constant(gain)  # a gain that was folded into the weights
+        vectors = [None if ones is not None and (ones == 1).all() else self._float32(gain), self._float32(shift)]
+        out = node.outputs[0]
         scaled = reader_of(out)
         if scaled is not None and scaled.op_type == "Mul" and is_table_row(other_input(scaled, out)):  # an adaptive norm
             shifted = reader_of(scaled.outputs[0])
@@ -337,6 +339,7 @@ class Lowering:
 
     def _narrow_linear(self, name: str, x: Matrix, weight: ir.Value, epilogue: Epilogue) -> Matrix:
         k, n = weight.shape.numpy()
+        _expect(k % 4 == 0 and n % 8 == 0, name)
         _expect(epilogue.activation in ("", "silu") and epilogue.gate is None and epilogue.residual is None, name)
         y = self._new_output(epilogue, x.rows, n)
         bias = self.weights.float32(*epilogue.bias) if epilogue.bias else None
@@ -352,7 +355,8 @@ class Lowering:
         """x + (norm(h) W + b): the last layer's output becomes the next state of the flow, in place."""
         k, n = weight.shape.numpy()
         _expect(epilogue.out.is_graph_output() and not epilogue.activation and epilogue.gate is None, name)
-        bias = self.weights.float32(*epilogue.bias) if epilogue.bias else None
+        _expect(bool(epilogue.bias) and n % 16 == 0, name)
+        bias = self.weights.float32(*epilogue.bias)
         arguments = [x.x.pointer, x.gain, x.shift, self.weights.float32(weight), bias, self.flow.pointer, k, Float(x.epsilon)]
         how, work = pointwise.flow_step(x.x.rows, n), 2.0 * x.x.rows * n * k
         self._kernel(name, how, arguments, [x.x, self.flow], [self.flow], work, 4 * n * k)
@@ -487,7 +491,7 @@ class Lowering:
         def offsets() -> np.ndarray:
             return np.float32(position.const_value.numpy()) + np.float32(bias.const_value.numpy())
 
-        addend = self.weights.sum(f"{position.name}+{bias.name}.float32", tokens * n, offsets)
+        addend = self.weights.computed(f"{position.name}+{bias.name}.float32", tokens * n, offsets)
         name = label(weight.name).removesuffix(".weight")
         self._matmul(name, x, self.weights.matrix(weight, columns), y, addend=addend, batch=self.cameras)
         self.covered |= {added, *views_between(node.outputs[0], past_views(node.outputs[0]))}
@@ -533,20 +537,17 @@ class Lowering:
         _expect(residual is None or fits, epilogue.out.name)
         return residual
 
-    def _vector(self, value: ir.Value | None) -> Weight | None:
-        """A norm's gain or shift; None where it is all ones or absent."""
-        if value is None or (small_constant(value) == 1).all():
-            return None
-        return self.weights.float32(value)
-
     def _float32(self, value: ir.Value | None) -> Weight | None:
         return None if value is None else self.weights.float32(value)
 
     def _permutation(self, value: ir.Value | None) -> Weight | None:
         if value is None:
             return None
-        compute = lambda: value.const_value.numpy().astype(np.int32)  # noqa: E731
-        return self.weights.sum(f"{value.name}.int32", value.shape[0], compute)
+
+        def indices() -> np.ndarray:
+            return value.const_value.numpy().astype(np.int32)
+
+        return self.weights.computed(f"{value.name}.int32", value.shape[0], indices)
 
     def _new(self, name: str, rows: int, columns: int, kind: str) -> Matrix:
         return Matrix(Buffer(name, rows * columns * BYTES[kind]), rows, columns, kind)

@@ -97,7 +97,8 @@ class Weights:
         weight = self._add(name, 4 * steps * columns, compute)
         return Weight(weight.name, step_bytes=4 * columns)
 
-    def sum(self, name: str, columns: int, compute: Callable[[], np.ndarray]) -> Weight:
+    def computed(self, name: str, columns: int, compute: Callable[[], np.ndarray]) -> Weight:
+        """Whatever `compute` returns, `columns` elements of 4 bytes."""
         return self._add(name, 4 * columns, compute)
 
 
