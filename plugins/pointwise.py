@@ -48,8 +48,8 @@ def rotary(tokens: int, heads: int, dims: int) -> Launch:
 
 
 def patches(cameras: int, size: int, patch: int) -> Launch:
-    """Images of `size` x `size` pixels in patches of `patch` x `patch`."""
-    threads = 32 * -(-3 * patch**2 // (8 * 32))
+    """Images of `size` x `size` pixels in patches of `patch` x `patch`; a thread takes two pixels."""
+    threads = 32 * -(-(patch**2) // (2 * 32))
     return Launch("embed.cu", f"patches<{patch}>", Shape(((size // patch) ** 2, cameras, 1), threads))
 
 

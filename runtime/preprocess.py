@@ -22,11 +22,24 @@ from runtime.tokenizer import Tokenizer
 class ModelInputs:
     """What the model reads, padded and masked (S = image size, L = max_prompt_tokens, A = action_dim)."""
 
-    images: np.ndarray  # float32 [3, 3, S, S] in [-1, 1]: slot (in the order of IMAGE_SLOTS), RGB, H, W; absent: zeros
+    images: np.ndarray  # uint8 [3, S, S, 3]: slot (in the order of IMAGE_SLOTS), H, W, RGB; absent: zeros
     image_mask: np.ndarray  # bool [3]
     tokens: np.ndarray  # int64 [L]
     token_mask: np.ndarray  # bool [L]
     state: np.ndarray  # float32 [A], normalised, zero-padded
+
+    def pixels(self) -> np.ndarray:
+        """The images as the model's vision tower takes them: float32 [3, 3, S, S] (slot, RGB, H, W) in [-1, 1].
+
+        byte / 127.5 - 1, each step rounded to float32; bit for bit byte / 255 * 2 - 1, as doubling is exact. Absent
+        slots are zeros.
+        """
+        planes = np.zeros((len(self.images), 3, *self.images.shape[1:3]), np.float32)
+        for slot in np.flatnonzero(self.image_mask):
+            planes[slot] = self.images[slot].transpose(2, 0, 1)
+            planes[slot] /= np.float32(127.5)
+            planes[slot] -= np.float32(1)
+        return planes
 
 
 class Normalizer:
@@ -131,19 +144,16 @@ class Preprocessor:
         return checks.vector(observation, "state", dims[0] if fits else self.config.action_dim)
 
     def _pad(self, state: np.ndarray) -> np.ndarray:
-        return np.pad(state, (0, self.config.action_dim - state.size))
+        return _padded(state, self.config.action_dim)
 
     def _stack(self, cameras: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Resizes and stacks the cameras in slot order; what is absent stays zero and masked off."""
         if not 1 <= len(cameras) <= self.cameras:
             raise ObservationError(f"observation has {len(cameras)} cameras, the plan takes 1 to {self.cameras}")
         size = self.config.vision.image_size
-        images = np.zeros((len(IMAGE_SLOTS), 3, size, size), np.float32)
+        images = np.zeros((len(IMAGE_SLOTS), size, size, 3), np.uint8)
         for slot, image in cameras.items():
-            planes = images[IMAGE_SLOTS.index(slot)]
-            planes[:] = resize_with_pad(image, size, size).transpose(2, 0, 1)
-            planes /= np.float32(127.5)  # in place, a third of the time of pixels / 255 * 2 - 1, and bit for bit the same:
-            planes -= np.float32(1)  # doubling is exact
+            _copy(resize_with_pad(image, size, size), images[IMAGE_SLOTS.index(slot)])
         return images, np.array([slot in cameras for slot in IMAGE_SLOTS])
 
     def _prompt(self, observation: Mapping, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -158,8 +168,7 @@ class Preprocessor:
         unknown = ids[mask & ((ids < 0) | (ids >= self.config.vocab_size))]
         if unknown.size:
             raise ObservationError(f"prompt: token {unknown[0]} is not in the vocabulary of {self.config.vocab_size}")
-        padding = (0, limit - ids.size)
-        return np.pad(np.where(mask, ids, 0), padding), np.pad(mask, padding)
+        return _padded(np.where(mask, ids, 0), limit), _padded(mask, limit)
 
     def _tokenize(self, prompt: str, state: np.ndarray) -> list[int]:
         if self.tokenizer is None:
@@ -172,6 +181,13 @@ class Preprocessor:
         return self.tokenizer.encode(prompt, self._pad(state) if self.transforms["pad_state_in_prompt"] else state)
 
 
+def _padded(values: np.ndarray, size: int) -> np.ndarray:
+    """[N] -> [size], zeros behind the values."""
+    padded = np.zeros(size, values.dtype)
+    padded[: values.size] = values
+    return padded
+
+
 def resize_with_pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resizes uint8 [H, W, 3] to [height, width, 3] without distortion: bilinear, centred on black.
 
@@ -181,11 +197,28 @@ def resize_with_pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
         return image
     ratio = max(image.shape[1] / width, image.shape[0] / height)
     new_height, new_width = max(1, int(image.shape[0] / ratio)), max(1, int(image.shape[1] / ratio))
-    resized = Image.fromarray(np.ascontiguousarray(image)).resize((new_width, new_height), Image.Resampling.BILINEAR)
+    resized = Image.fromarray(_contiguous(image)).resize((new_width, new_height), Image.Resampling.BILINEAR)
     top, left = (height - new_height) // 2, (width - new_width) // 2
     canvas = np.zeros((height, width, 3), np.uint8)
     canvas[top : top + new_height, left : left + new_width] = resized
     return canvas
+
+
+def _contiguous(image: np.ndarray) -> np.ndarray:
+    if image.flags.c_contiguous:
+        return image
+    copy = np.empty(image.shape, np.uint8)
+    _copy(image, copy)
+    return copy
+
+
+def _copy(image: np.ndarray, to: np.ndarray) -> None:
+    """Copies uint8 [H, W, 3]; a view of [3, H, W] plane by plane, in a sixth of the time numpy takes for pixel by pixel."""
+    if image.strides[2] == 1:
+        to[:] = image
+    else:
+        for channel in range(3):
+            to[..., channel] = image[..., channel]
 
 
 def _bare_cameras(observation: Mapping) -> dict[str, np.ndarray]:

@@ -80,8 +80,8 @@ def patches(launch: Launch, images, y, size, pitch):
     patch, (count, cameras, _) = int(launch.template[0]), launch.grid
     across = size // patch
     assert count == across**2
-    pixels = images.read("float", cameras, 3, across, patch, across, patch)
-    rows = pixels.transpose(0, 2, 4, 1, 3, 5).reshape(cameras * count, -1)
+    pixels = images.read("unsigned char", cameras, across, patch, across, patch, 3) / np.float32(127.5) - np.float32(1)
+    rows = pixels.transpose(0, 1, 3, 5, 2, 4).reshape(cameras * count, -1)
     y.write("Bf16", np.pad(rows, ((0, 0), (0, pitch - rows.shape[1]))))
 
 

@@ -45,7 +45,7 @@ def observation(config: ModelConfig, seed: int, cameras: int = 3) -> ModelInputs
     size, length = config.vision.image_size, config.max_prompt_tokens
     present, prompt = np.arange(3) < cameras, np.arange(length) < length - 2
     return ModelInputs(
-        images=(random.uniform(-1, 1, (3, 3, size, size)) * present[:, None, None, None]).astype(np.float32),
+        images=random.uniform(0, 256, (3, size, size, 3)).astype(np.uint8) * present[:, None, None, None],
         image_mask=present,
         tokens=np.where(prompt, random.integers(1, config.vocab_size, length), 0),
         token_mask=prompt,
@@ -56,7 +56,7 @@ def observation(config: ModelConfig, seed: int, cameras: int = 3) -> ModelInputs
 def sample_actions(model: torch.nn.Module, inputs: ModelInputs) -> torch.Tensor:
     config = model.config
     noise = torch.randn(1, config.action_horizon, config.action_dim, generator=torch.Generator().manual_seed(9))
-    arrays = (inputs.images, inputs.image_mask, inputs.tokens, inputs.token_mask, inputs.state)
+    arrays = (inputs.pixels(), inputs.image_mask, inputs.tokens, inputs.token_mask, inputs.state)
     return model.sample_actions(*(torch.as_tensor(array)[None] for array in arrays), noise, num_steps=2)
 
 

@@ -65,7 +65,7 @@ def run_recorded(path, inputs: ModelInputs, noise: np.ndarray) -> tuple[np.ndarr
             calls[linear].append((integers.reshape(-1, integers.shape[-1]).astype(np.int8), values[scale].reshape(-1, 1)))
         return values
 
-    feeds = {"images": inputs.images, "tokens": inputs.tokens, "state": inputs.state}
+    feeds = {"images": inputs.pixels(), "tokens": inputs.tokens, "state": inputs.state}
     feeds |= run(executor._prefix, "prefix", feeds)
     x = noise
     for step in range(plan.manifest["num_steps"]):
@@ -113,7 +113,7 @@ def replay(
         replayed.append(ReplayedLinear(fake.get_submodule(name), runs))
         parent, _, child = name.rpartition(".")
         setattr(fake.get_submodule(parent), child, replayed[-1])
-    fields = (inputs.images, inputs.image_mask, inputs.tokens, inputs.token_mask, inputs.state, noise)
+    fields = (inputs.pixels(), inputs.image_mask, inputs.tokens, inputs.token_mask, inputs.state, noise)
     actions = fake.sample_actions(*(torch.from_numpy(field)[None] for field in fields), num_steps=num_steps)
     assert not any(linear.calls for linear in replayed), "the engine ran a linear more often than the oracle"
     return actions[0].numpy(), sum(linear.flipped for linear in replayed)

@@ -86,9 +86,8 @@ def test_the_same_noise_gives_the_same_actions(tiny_plans):
 
 def observation_of(compiled) -> dict:
     inputs = observation(load_checkpoint(compiled.checkpoint).config, 3, cameras=2)
-    pixels = ((inputs.images.transpose(0, 2, 3, 1) + 1) * 127.5).astype(np.uint8)
     return {
-        "image": {"base_0_rgb": pixels[0], "left_wrist_0_rgb": pixels[1]},
+        "image": {"base_0_rgb": inputs.images[0], "left_wrist_0_rgb": inputs.images[1]},
         "state": inputs.state,
         "tokenized_prompt": inputs.tokens[inputs.token_mask],
         "tokenized_prompt_mask": np.ones(int(inputs.token_mask.sum()), bool),

@@ -26,7 +26,7 @@ def make_inputs(config, cameras=(True, True, False), prompt=9, seed=0) -> ModelI
     rng = np.random.default_rng(seed)
     slots = np.arange(config.max_prompt_tokens)
     return ModelInputs(
-        images=rng.uniform(-1, 1, (3, 3, config.vision.image_size, config.vision.image_size)).astype(np.float32),
+        images=rng.uniform(0, 256, (3, config.vision.image_size, config.vision.image_size, 3)).astype(np.uint8),
         image_mask=np.array(cameras),
         tokens=rng.integers(0, config.vocab_size, config.max_prompt_tokens),
         token_mask=slots < prompt,
@@ -35,7 +35,7 @@ def make_inputs(config, cameras=(True, True, False), prompt=9, seed=0) -> ModelI
 
 
 def reference(model, inputs: ModelInputs, noise: np.ndarray, num_steps: int = 10) -> np.ndarray:
-    fields = (inputs.images, inputs.image_mask, inputs.tokens, inputs.token_mask, inputs.state, noise)
+    fields = (inputs.pixels(), inputs.image_mask, inputs.tokens, inputs.token_mask, inputs.state, noise)
     return model.sample_actions(*(torch.from_numpy(field)[None] for field in fields), num_steps=num_steps)[0].numpy()
 
 
@@ -50,7 +50,7 @@ def run_graphs(graphs, inputs: ModelInputs, noise: np.ndarray) -> np.ndarray:
     compacted = "image_mask" not in {value.name for value in graphs.prefix.graph.inputs}
     image_mask, token_mask = inputs.image_mask, inputs.token_mask
     feeds = {
-        "images": inputs.images[image_mask] if compacted else inputs.images,
+        "images": inputs.pixels()[image_mask] if compacted else inputs.pixels(),
         "tokens": inputs.tokens[token_mask] if compacted else inputs.tokens,
         "image_mask": image_mask,
         "token_mask": token_mask,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from runtime.config import IMAGE_SLOTS, GemmaConfig, ModelConfig, VisionConfig
 from runtime.errors import ObservationError, PlanError
-from runtime.preprocess import Normalizer, Preprocessor, resize_with_pad
+from runtime.preprocess import ModelInputs, Normalizer, Preprocessor, resize_with_pad
 from runtime.tokenizer import Tokenizer
 
 CONFIG = ModelConfig(
@@ -92,16 +92,33 @@ def test_resize_keeps_a_constant_image_and_pads_with_black(height, width, out_he
     assert abs(np.argmax(rows) - np.argmax(rows[::-1])) <= 1 and abs(np.argmax(columns) - np.argmax(columns[::-1])) <= 1
 
 
-def test_images_in_slot_order_scaled_and_masked():
+def test_images_in_slot_order_and_masked():
     observation = bare_observation()
     del observation["image"]["left_wrist_0_rgb"], observation["image_mask"]["left_wrist_0_rgb"]
     observation["image_mask"]["right_wrist_0_rgb"] = np.False_
     inputs = Preprocessor(CONFIG).model_inputs(observation)
-    expected = observation["image"]["base_0_rgb"].astype(np.float32) / 255.0 * 2.0 - 1.0
-    assert inputs.images.dtype == np.float32 and inputs.images.shape == (3, 3, 28, 28)
-    assert np.array_equal(inputs.images[0], expected.transpose(2, 0, 1))
-    assert not inputs.images[1:].any()
+    assert inputs.images.dtype == np.uint8 and inputs.images.shape == (3, 28, 28, 3)
+    assert np.array_equal(inputs.images[0], observation["image"]["base_0_rgb"])
+    assert not inputs.images[1:].any() and not inputs.pixels()[1:].any()
     assert inputs.image_mask.tolist() == [True, False, False]
+
+
+def test_pixels_are_openpi_s_bit_for_bit():
+    images = np.resize(np.arange(256, dtype=np.uint8), (3, 28, 28, 3))
+    pixels = ModelInputs(images, np.array([True, False, True]), None, None, None).pixels()
+    expected = images.astype(np.float32) / 255.0 * 2.0 - 1.0
+    assert pixels.dtype == np.float32 and not pixels[1].any()
+    assert np.array_equal(pixels[::2], expected[::2].transpose(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("size", [28, 40])
+def test_layouts_in_memory_do_not_matter(size):
+    """A view of channels first, rows upside down, every second pixel: the same images."""
+    image = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
+    expected = Preprocessor(CONFIG).model_inputs(bare_observation(image=dict.fromkeys(IMAGE_SLOTS, image)))
+    views = [np.ascontiguousarray(image.transpose(2, 0, 1)).transpose(1, 2, 0), image[::-1].copy()[::-1], image.repeat(2, 1)[:, ::2]]
+    found = Preprocessor(CONFIG).model_inputs(bare_observation(image=dict(zip(IMAGE_SLOTS, views))))
+    assert np.array_equal(found.images, expected.images)
 
 
 def test_images_are_there_unless_masked():

@@ -97,9 +97,10 @@ def test_quantises_on_another_device(policy, settings, monkeypatch):
 def test_the_fake_quantised_policy_is_close_to_float(policy, settings, minimum_db):
     checkpoint, model, inputs = policy
     quantization = quantised(policy, "llm+expert-mlp", **settings)
-    expected = sample_actions(model, inputs[0])
-    assert sqnr_db(expected, sample_actions(fake_quantise(model, quantization), inputs[0])) > minimum_db
-    torch.testing.assert_close(sample_actions(model, inputs[0]), expected, rtol=0, atol=0)  # the model itself is as it was
+    expected = [sample_actions(model, each) for each in inputs]
+    fake = fake_quantise(model, quantization)
+    assert np.median([sqnr_db(actions, sample_actions(fake, each)) for actions, each in zip(expected, inputs)]) > minimum_db
+    torch.testing.assert_close(sample_actions(model, inputs[0]), expected[0], rtol=0, atol=0)  # the model itself is as it was
 
 
 def test_both_gemmas_share_the_basis_of_their_values(policy):
@@ -217,7 +218,7 @@ def test_padding_and_absent_cameras_are_not_seen(policy):
     "broken, message",
     [
         ({"state": np.zeros(3, np.float32)}, "state has shape"),
-        ({"images": np.zeros((3, 3, 8, 8), np.float32)}, "images has shape"),
+        ({"images": np.zeros((3, 8, 8, 3), np.uint8)}, "images has shape"),
         ({"tokens": np.zeros(3, np.int64)}, "tokens has shape"),
         ({"tokens": np.full(6, 50)}, "vocabulary"),
         ({"state": np.full(8, np.nan, np.float32)}, "NaN or infinity"),

@@ -207,7 +207,7 @@ def test_the_network_computes_what_the_cpu_engine_does(tiny_plans, policy, loop,
     (inputs,) = [preprocessor.model_inputs(each) for each in synthetic_observations(source.config, cameras=1, count=1)]
     noise = np.random.default_rng(0).standard_normal((8, 32)).astype(np.float32)
     feeds = {
-        "images": inputs.images[inputs.image_mask],
+        "images": inputs.pixels()[inputs.image_mask],
         "embeddings": table[inputs.tokens[inputs.token_mask]],
         "state": inputs.state,
     }

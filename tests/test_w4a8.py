@@ -121,7 +121,7 @@ def test_float_activations(policy, tmp_path, settings):
     noise = noise_of(policy)
     actions, _ = CpuExecutor(Plan(tmp_path / "engine.plan"), threads=1).run(inputs, noise)
     fake = fake_quantise(build_model(checkpoint), quantization)
-    fields = (inputs.images, inputs.image_mask, inputs.tokens, inputs.token_mask, inputs.state, noise)
+    fields = (inputs.pixels(), inputs.image_mask, inputs.tokens, inputs.token_mask, inputs.state, noise)
     expected = fake.sample_actions(*(torch.from_numpy(field)[None] for field in fields), num_steps=NUM_STEPS)[0]
     np.testing.assert_allclose(actions, expected, atol=1e-4)
 

@@ -139,7 +139,7 @@ def _inputs(config: ModelConfig, cameras: int, prompt_tokens: int) -> tuple[Mode
     """One observation and its noise. Times depend on the sizes alone, so the contents are random."""
     random, size = np.random.default_rng(0), config.vision.image_size
     inputs = ModelInputs(
-        images=random.uniform(-1, 1, (len(IMAGE_SLOTS), 3, size, size)).astype(np.float32),
+        images=random.integers(0, 256, (len(IMAGE_SLOTS), size, size, 3), np.uint8),
         image_mask=np.arange(len(IMAGE_SLOTS)) < cameras,
         tokens=random.integers(0, config.vocab_size, config.max_prompt_tokens),
         token_mask=np.arange(config.max_prompt_tokens) < prompt_tokens,
@@ -150,7 +150,7 @@ def _inputs(config: ModelConfig, cameras: int, prompt_tokens: int) -> tuple[Mode
 
 def _pytorch(model: torch.nn.Module) -> Infer:
     def infer(inputs: ModelInputs, noise: np.ndarray) -> torch.Tensor:
-        fields = (inputs.images, inputs.image_mask, inputs.tokens, inputs.token_mask, inputs.state, noise)
+        fields = (inputs.pixels(), inputs.image_mask, inputs.tokens, inputs.token_mask, inputs.state, noise)
         return model.sample_actions(*(torch.from_numpy(field)[None] for field in fields))
 
     return infer

@@ -119,7 +119,7 @@ def observation(config: ModelConfig, cameras: int, prompt_tokens: int) -> dict:
 
 def _tensors(model: torch.nn.Module, inputs: ModelInputs, noise: np.ndarray) -> list[torch.Tensor]:
     """What `sample_actions` takes; absent cameras and prompt padding left out, as the engine leaves them out."""
-    fields = (inputs.images[inputs.image_mask], inputs.image_mask[inputs.image_mask], inputs.tokens[inputs.token_mask],
+    fields = (inputs.pixels()[inputs.image_mask], inputs.image_mask[inputs.image_mask], inputs.tokens[inputs.token_mask],
               inputs.token_mask[inputs.token_mask], inputs.state, noise)  # fmt: skip
     dtype = model.projector.weight.dtype if model.projector.weight.dtype == torch.bfloat16 else torch.float32
     tensors = [torch.from_numpy(field)[None].cuda() for field in fields]

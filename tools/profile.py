@@ -81,7 +81,7 @@ def _inputs(manifest: dict, cameras: int, prompt_tokens: int) -> tuple[ModelInpu
     random, config = np.random.default_rng(0), manifest["model"]
     size, slots = config["vision"]["image_size"], np.arange(config["max_prompt_tokens"])
     inputs = ModelInputs(
-        images=random.uniform(-1, 1, (3, 3, size, size)).astype(np.float32),
+        images=random.integers(0, 256, (3, size, size, 3), np.uint8),
         image_mask=np.arange(3) < cameras,
         tokens=random.integers(0, config["vocab_size"], len(slots)),
         token_mask=slots < prompt_tokens,

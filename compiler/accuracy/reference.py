@@ -56,7 +56,8 @@ def trace_reference(
 
 def tensors(inputs: ModelInputs) -> list[Tensor]:
     """A batch of one, in the order of Pi0.sample_actions."""
-    return [torch.from_numpy(array)[None] for array in vars(inputs).values()]
+    arrays = vars(inputs) | {"images": inputs.pixels()}
+    return [torch.from_numpy(array)[None] for array in arrays.values()]
 
 
 def _with_state_token(model: Pi0, state: Tensor, mask: Tensor, past: list) -> list:

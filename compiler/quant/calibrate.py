@@ -145,7 +145,7 @@ def calibrate(
 def _run(model: nn.Module, config: ModelConfig, observation: ModelInputs, seed: int, num_steps: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(1, config.action_horizon, config.action_dim, generator=generator)
-    arrays = (observation.images, observation.image_mask, observation.tokens, observation.token_mask, observation.state)
+    arrays = (observation.pixels(), observation.image_mask, observation.tokens, observation.token_mask, observation.state)
     device = next(model.parameters()).device
     inputs = [torch.as_tensor(array)[None].to(device) for array in arrays]
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # as for products by default: float32 is float32
@@ -162,7 +162,7 @@ def _valid_rows(observation: ModelInputs, config: ModelConfig) -> dict[str, Tens
 def _check(observation: ModelInputs, index: int, config: ModelConfig) -> None:
     size, cameras = config.vision.image_size, len(observation.image_mask)
     expected = {
-        "images": (cameras, 3, size, size),
+        "images": (cameras, size, size, 3),
         "tokens": (config.max_prompt_tokens,),
         "token_mask": (config.max_prompt_tokens,),
         "state": (config.action_dim,),
@@ -176,9 +176,8 @@ def _check(observation: ModelInputs, index: int, config: ModelConfig) -> None:
         raise CalibrationError(
             f"calibration observation {index}: token ids reach {int(tokens.max())}, the vocabulary has {config.vocab_size}"
         )
-    for key in ("images", "state"):
-        if not torch.isfinite(torch.as_tensor(getattr(observation, key))).all():
-            raise CalibrationError(f"calibration observation {index}: {key} holds NaN or infinity")
+    if not torch.isfinite(torch.as_tensor(observation.state)).all():
+        raise CalibrationError(f"calibration observation {index}: state holds NaN or infinity")
 
 
 def _check_finite(statistics: dict[str, InputStatistics], actions: Tensor, index: int) -> None:

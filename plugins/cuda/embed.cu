@@ -1,32 +1,33 @@
 // What enters the transformers: patches of the images, rows of the token table.
 #include "row.cuh"
 
-// Images -> a matrix with a row a patch, so that SigLIP's patch convolution is a GEMM.
+// Cameras' bytes -> a matrix with a row a patch, so that SigLIP's patch convolution is a GEMM.
 //
-//   images  [cameras, 3, size, size] float32
-//   y       [cameras * (size / PATCH)^2, pitch]; column (c * PATCH + row) * PATCH + column, the order of a convolution
-//           weight [out, 3, PATCH, PATCH]; zeros from 3 PATCH^2 on. pitch is a multiple of 8
+//   images  [cameras, size, size, 3] bytes, red, green and blue of a pixel side by side
+//   y       [cameras * (size / PATCH)^2, pitch] of byte / 127.5 - 1; column (c * PATCH + row) * PATCH + column, the order of a
+//           convolution weight [out, 3, PATCH, PATCH]; zeros from 3 PATCH^2 on. pitch is even
 //
-// grid (patches of an image, cameras), any block. PATCH is even: two neighbouring columns are one 8-byte load.
-template <int PATCH> __global__ void patches(const float* images, Bf16* y, int size, int pitch) {
+// grid (patches of an image, cameras), any block. A thread takes two neighbouring pixels, three 2-byte loads (PATCH is
+// even, and a patch begins at any even byte), to a word of each of the three planes.
+template <int PATCH> __global__ void patches(const unsigned char* images, Bf16* y, int size, int pitch) {
   static_assert(PATCH % 2 == 0);
+  constexpr int PLANE = PATCH * PATCH;
   const int across = size / PATCH, top = blockIdx.x / across * PATCH, left = blockIdx.x % across * PATCH;
-  const float* const corner = images + (size_t(3 * blockIdx.y) * size + top) * size + left;
+  const unsigned char* const corner = images + 3 * ((size_t(blockIdx.y) * size + top) * size + left);
   Bf16* const to = y + (size_t(blockIdx.y) * gridDim.x + blockIdx.x) * pitch;
+  // Division and difference are rounded to float32 one after the other, as on the host.
+  auto value = [](unsigned byte) { return __fsub_rn(__fdiv_rn(float(byte & 255), 127.5f), 1.f); };
 
   let_next_kernel_start();
   wait_for_inputs();
-  for (int first = 8 * threadIdx.x; first < pitch; first += 8 * blockDim.x) {
-    float v[8] = {};
-#pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-      const int at = first + i, c = at / (PATCH * PATCH), row = at / PATCH % PATCH, column = at % PATCH;
-      if (c >= 3) break;
-      const float2 pair = *reinterpret_cast<const float2*>(corner + (size_t(c) * size + row) * size + column);
-      v[i] = pair.x, v[i + 1] = pair.y;
-    }
-    store(to + first, v);
+  for (int at = 2 * threadIdx.x; at < PLANE; at += 2 * blockDim.x) {
+    const auto* const from = reinterpret_cast<const unsigned short*>(corner + 3 * (at / PATCH * size + at % PATCH));
+    const unsigned rg = from[0], br = from[1], gb = from[2];
+    *reinterpret_cast<unsigned*>(to + at) = pack2<Bf16>(value(rg), value(br >> 8));
+    *reinterpret_cast<unsigned*>(to + PLANE + at) = pack2<Bf16>(value(rg >> 8), value(gb));
+    *reinterpret_cast<unsigned*>(to + 2 * PLANE + at) = pack2<Bf16>(value(br), value(gb >> 8));
   }
+  for (int at = 3 * PLANE + 2 * threadIdx.x; at < pitch; at += 2 * blockDim.x) *reinterpret_cast<unsigned*>(to + at) = 0;
 }
 
 // Rows of the token table -> the residual stream: y = rows * scale.

@@ -40,7 +40,7 @@ class CpuExecutor:
         config, cameras = self._plan.manifest["model"], self._plan.manifest["cameras"]
         size, prompt = config["vision"]["image_size"], config["max_prompt_tokens"]
         inputs = ModelInputs(
-            images=np.zeros((len(IMAGE_SLOTS), 3, size, size), np.float32),
+            images=np.zeros((len(IMAGE_SLOTS), size, size, 3), np.uint8),
             image_mask=np.arange(len(IMAGE_SLOTS)) < cameras,
             tokens=np.zeros(prompt, np.int64),
             token_mask=np.ones(prompt, bool),
@@ -58,7 +58,7 @@ class CpuExecutor:
         start = time.perf_counter()
         # What is not there is not computed: absent cameras and prompt padding are left out here.
         feeds = {
-            "images": inputs.images[inputs.image_mask],
+            "images": inputs.pixels()[inputs.image_mask],
             "tokens": inputs.tokens[inputs.token_mask],
             "state": inputs.state,
         }

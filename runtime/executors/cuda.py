@@ -105,7 +105,7 @@ class CudaExecutor:
         if size is None:
             raise PlanError(f"{self._plan.path}: is not for {cameras} cameras and {len(tokens)} prompt tokens; compile again")
         into = self._inputs(self._variants[size])
-        images = into["images"].view(np.float32).reshape(cameras, *inputs.images.shape[1:])
+        images = into["images"].reshape(cameras, *inputs.images.shape[1:])
         for image, slot in zip(images, np.flatnonzero(inputs.image_mask)):
             image[:] = inputs.images[slot]
         rows = into["embeddings"].view(np.uint16).reshape(size[1], -1)

@@ -167,7 +167,7 @@ class Calls:
     def _stage(self, inputs: ModelInputs, noise: np.ndarray) -> None:
         """What is not there is not computed: absent cameras and prompt padding are left out here."""
         values = {
-            "images": inputs.images[inputs.image_mask],
+            "images": inputs.pixels()[inputs.image_mask],
             "embeddings": np.take(self._table, inputs.tokens[inputs.token_mask], axis=0, mode="clip"),
             "state": inputs.state,
             "x": noise,

@@ -28,7 +28,7 @@ def cases() -> dict:
     for name, m, k, centre in [("SigLIP", 768, 1152, True), ("prefix", 816, 2048, False), ("suffix", 50, 1024, False)]:
         operands = random(m, k, seed=1), empty(m, k), random(k, seed=2), random(k, seed=3) if centre else None
         calls[f"normalize {name} {m} x {k}"] = partial(launch.normalize, *operands, centre=centre)
-    calls["patches 3 x 224"] = partial(launch.patches, random(3, 3, 224, 224, seed=1), empty(768, 592), 14)
+    calls["patches 3 x 224"] = partial(launch.patches, random(3, 224, 224, 3, seed=1).to(torch.uint8), empty(768, 592), 14)
     tokens = random(48, 2048, seed=1, dtype=BF16), empty(48, 2048, dtype=torch.float32), 45.0
     calls["tokens 48 x 2048"] = partial(launch.tokens, *tokens)
     for m in (1, 50):

@@ -178,8 +178,8 @@ def normalize(
 
 
 def patches(images: torch.Tensor, y: torch.Tensor, patch: int, overlap: bool = False) -> None:
-    """One launch on images [cameras, 3, size, size] -> y [cameras (size / patch)^2, pitch]."""
-    cameras, _, size, _ = images.shape
+    """One launch on images [cameras, size, size, 3] -> y [cameras (size / patch)^2, pitch]."""
+    cameras, size, _, _ = images.shape
     run(pointwise.patches(cameras, size, patch), (images, y, size, y.shape[1]), overlap)
 
 
@@ -253,4 +253,4 @@ def gemm_float(
     tensors = (x, gain, weight, channel_scale, bias, residual, y, k, v, *tables, past)
     values = (*tensors, m, n, depth, y.stride(0), kv_stride, first_position, int(to_cache), epsilon)
     function = kernel(tactic.source, tactic.expression(TYPES[x.dtype], TYPES[y.dtype], norm, finish))
-    function.launch(tactic.shape(m, n), arguments(values), torch.cuda.current_stream().cuda_stream, overlap)
+    function.launch(tactic.shape(m, n, TYPES[x.dtype]), arguments(values), torch.cuda.current_stream().cuda_stream, overlap)

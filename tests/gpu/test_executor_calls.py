@@ -100,12 +100,12 @@ def policy(t, shapes):
 
 
 def observation(cameras: int, prompt: int, seed: int) -> ModelInputs:
-    """Small whole numbers, exact in every type."""
+    """Small whole numbers, exact in every type; so are the pixels of black and white, -1 and 1."""
     random = np.random.default_rng(seed)
     mask = np.zeros(3, bool)
     mask[random.permutation(3)[:cameras]] = True
     return ModelInputs(
-        images=random.integers(-8, 8, (3, 3, IMAGE, IMAGE)).astype(np.float32),
+        images=255 * random.integers(0, 2, (3, IMAGE, IMAGE, 3), np.uint8),
         image_mask=mask,
         tokens=random.integers(0, 99, 40),
         token_mask=np.arange(40) < prompt,
@@ -114,7 +114,7 @@ def observation(cameras: int, prompt: int, seed: int) -> ModelInputs:
 
 
 def parts(inputs: ModelInputs):
-    images, tokens = inputs.images[inputs.image_mask].reshape(-1), inputs.tokens[inputs.token_mask]
+    images, tokens = inputs.pixels()[inputs.image_mask].reshape(-1), inputs.tokens[inputs.token_mask]
     return images[0], images[-1], float(tokens[-1]), inputs.state[-1], inputs.state[0]
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 import math
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
+from runtime.preprocess import ModelInputs
 from tests.gpu import launch
 
 GUARD = 8  # rows past the last token and, in strided matrices, columns past the last channel
@@ -84,10 +86,11 @@ def test_norm_of_a_zero_row_is_its_shift():
     [(1, 224, 14, 592), (3, 224, 14, 640), (2, 56, 14, 1024), (2, 32, 16, 768), (1, 6, 2, 16)],
 )
 def test_patches(cameras, size, patch, pitch):
-    images = random(cameras, 3, size, size, seed=size)
-    exact = functional.unfold(images, patch, stride=patch).transpose(1, 2).flatten(0, 1).bfloat16()
+    images = np.random.default_rng(size).integers(0, 256, (cameras, size, size, 3), np.uint8)
+    pixels = ModelInputs(images, np.ones(cameras, bool), None, None, None).pixels()
+    exact = functional.unfold(torch.from_numpy(pixels), patch, stride=patch).transpose(1, 2).flatten(0, 1).bfloat16().cuda()
     y = poisoned(len(exact), pitch, torch.bfloat16)
-    launch.patches(images, y[: len(exact)], patch)
+    launch.patches(torch.from_numpy(images).cuda(), y[: len(exact)], patch)
     assert torch.equal(y[: len(exact)], functional.pad(exact, (0, pitch - exact.shape[1])))
     assert y[len(exact) :].isnan().all()
 
@@ -152,7 +155,7 @@ def test_overlapped_launches_wait_for_their_inputs():
     outputs = []
     for overlap in (False, True):
         flow, wide, normal = random(m, k, seed=5), poisoned(m, n)[:m], poisoned(m, n, torch.bfloat16)[:m]
-        images, patches = wide.flatten()[: 3 * 112**2].view(1, 3, 112, 112), poisoned(64, 592, torch.bfloat16)[:64]
+        images, patches = wide.view(torch.uint8).flatten()[: 3 * 224**2].view(1, 224, 224, 3), poisoned(256, 592, torch.bfloat16)[:256]
         gated, residual = poisoned(m, n // 2, torch.bfloat16)[:m], poisoned(m, n // 2)[:m]
         for _ in range(20):
             launch.linear_narrow(flow, weight_in, None, wide, "SILU", overlap=overlap)

@@ -56,7 +56,7 @@ def cuda_executor(path) -> CudaExecutor:
 def make_inputs(config, cameras: int, prompt: int, seed: int = 0) -> tuple[ModelInputs, np.ndarray]:
     random, size = np.random.default_rng(seed), config.vision.image_size
     inputs = ModelInputs(
-        images=random.uniform(-1, 1, (3, 3, size, size)).astype(np.float32),
+        images=random.integers(0, 256, (3, size, size, 3), np.uint8),
         image_mask=np.arange(3) < cameras,
         tokens=random.integers(0, config.vocab_size, config.max_prompt_tokens),
         token_mask=np.arange(config.max_prompt_tokens) < prompt,

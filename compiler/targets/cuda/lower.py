@@ -97,7 +97,7 @@ class Lowering:
         self.prefix_rows = cameras * config.vision.tokens + prompt
         size, width = config.vision.image_size, config.llm.width
         self.past = self._input("past", 1, 1, "int")  # how many tokens of the prefix are real
-        self.images = self._input("images", 3 * cameras * size, size, "float")
+        self.images = self._input("images", cameras * size, 3 * size, "unsigned char")  # [cameras, size, size, RGB]
         self.embeddings = self._input("embeddings", prompt, width, "Bf16")
         self.state = self._input("state", 1, config.action_dim, "float", branch=True)
         self.flow = self._input("x", config.action_horizon, config.action_dim, "float")
@@ -475,13 +475,17 @@ class Lowering:
     # Inputs
 
     def _patch_embedding(self, node: ir.Node) -> None:
-        """A convolution without overlap is a product over the pixels of a patch; the positions are added to it."""
+        """A convolution without overlap is a product over the pixels of a patch; the positions are added to it.
+
+        The graph's input is float, byte / 127.5 - 1 of the camera's bytes (ModelInputs.pixels). Here the bytes are uploaded, a
+        quarter, and the kernel that makes patches computes the same float32 values before it rounds them to bf16.
+        """
         weight, bias = node.inputs[1:3]
         added = readers_of(past_views(node.outputs[0]))[0]
         position = added.inputs[1]
         _expect(added.op_type == "Add" and is_weight(position, rank=2), node)
         n, _, patch, _ = weight.shape.numpy()
-        size, tokens = self.images.columns, self.graphs.config.vision.tokens
+        size, tokens = self.graphs.config.vision.image_size, self.graphs.config.vision.tokens
         columns = -(-3 * patch * patch // 8) * 8  # whole 16 bytes
         x = self._new("patches", self.cameras * tokens, columns, "Bf16")
         arguments = [self.images.pointer, x.pointer, size, columns]

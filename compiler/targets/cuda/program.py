@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from plugins.driver import Shape
 
-BYTES = {"float": 4, "int": 4, "Bf16": 2, "signed char": 1}  # by the name of the C++ type
+BYTES = {"float": 4, "int": 4, "Bf16": 2, "signed char": 1, "unsigned char": 1}  # by the name of the C++ type
 ALIGNMENT = 256
 
 
