@@ -1,0 +1,104 @@
+"""Episodes of a policy in Meta-World, in worker processes of `tools/evaluate.py`."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from compiler.accuracy.reference import tensors
+from compiler.checkpoint import load_checkpoint
+from compiler.model import build_model
+from compiler.quant import Quantization, fake_quantise
+from examples.metaworld_env import ACTION_DIM, MetaworldEnv
+from runtime import Policy
+from runtime.preprocess import Preprocessor
+
+CAMERAS = 2
+Infer = Callable[[dict, np.ndarray], np.ndarray]  # (observation, noise [H, A]) -> actions [H, ACTION_DIM]
+
+
+@dataclass
+class Source:
+    """What a policy is made of: a plan; or, if there is none, the checkpoint in PyTorch, quantised in float arithmetic."""
+
+    checkpoint: Path
+    quantization: Quantization
+    plan: Path | None = None
+
+    def infer(self) -> Infer:
+        """On one thread: the processes share the machine."""
+        if self.plan is not None:
+            policy = Policy(self.plan, threads=1)
+            policy.warmup()
+            return lambda observation, noise: policy.infer(observation, noise)["actions"][:, :ACTION_DIM]
+        torch.set_num_threads(1)
+        checkpoint = load_checkpoint(self.checkpoint)
+        model = fake_quantise(build_model(checkpoint).float(), self.quantization)
+        preprocessor = Preprocessor(checkpoint.config, tokenizer=checkpoint.tokenizer.read_bytes(), cameras=CAMERAS)
+
+        def infer(observation: dict, noise: np.ndarray) -> np.ndarray:
+            images, mask, *others = tensors(preprocessor.model_inputs(observation))
+            inputs = images[:, :CAMERAS], mask[:, :CAMERAS], *others
+            return model.sample_actions(*inputs, torch.from_numpy(noise)[None])[0, :, :ACTION_DIM].numpy()
+
+        return infer
+
+
+def record(task: str, first_seed: int, count: int) -> list[dict]:
+    """Observations of the scripted expert at work, each of a start of its own, at moments all over the episode."""
+    env = environment(task)
+    observations = []
+    for seed in range(first_seed, first_seed + count):
+        env.reset(seed)
+        for _ in range(int(np.random.default_rng(seed).integers(0, 60))):
+            if env.step(env.expert_action()):
+                break
+        observations.append(env.observation())
+    return observations
+
+
+def episode(infer: Infer, env: MetaworldEnv, start: int, noise_shape: tuple[int, int], execute: int, limit: int) -> int | None:
+    """Steps to success, or None. The start and the noise are the same for every policy; of each chunk the first `execute`
+    actions are carried out."""
+    env.reset(start)
+    noise = np.random.default_rng(start)
+    for step in range(0, limit, execute):
+        actions = infer(env.observation(), noise.standard_normal(noise_shape, np.float32))
+        for index, action in enumerate(actions[:execute]):
+            if env.step(action):
+                return step + index + 1
+    return None
+
+
+# --- in a worker process -----------------------------------------------------------------------------------------------
+
+_sources: dict[str, Source] = {}
+
+
+def start_worker(sources: dict[str, Source]) -> None:
+    _sources.update(sources)
+
+
+@lru_cache(maxsize=None)
+def environment(task: str) -> MetaworldEnv:
+    return MetaworldEnv(task)
+
+
+@lru_cache(maxsize=None)
+def policy(scheme: str) -> Infer:
+    return _sources[scheme].infer()
+
+
+def run_episode(job: tuple[str, str, int], noise_shape: tuple[int, int], execute: int, limit: int) -> int | None:
+    """`job`: scheme, task, start."""
+    scheme, task, start = job
+    return episode(policy(scheme), environment(task), start, noise_shape, execute, limit)
+
+
+def run_chunks(scheme: str, observations: list[dict], noise: np.ndarray) -> np.ndarray:
+    """What a scheme answers: actions [N, H, ACTION_DIM] for N observations and noise [N, H, A]."""
+    return np.stack([policy(scheme)(observation, each) for observation, each in zip(observations, noise)])
