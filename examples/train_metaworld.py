@@ -6,12 +6,12 @@ network sees x_t = t e + (1 - t) a and learns the velocity u = e - a.
 from __future__ import annotations
 
 import copy
-import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +30,7 @@ from compiler.checkpoint.names import openpi_name
 from compiler.checkpoint.synthetic.files import TOKENIZER_SIZE, dimensions, openpi_settings, train_tokenizer, write_json
 from compiler.model import Pi0
 from examples import metaworld_data
+from plugins.errors import DuqError
 from runtime.cli_errors import check_output_directory, one_line_errors
 from runtime.config import GemmaConfig, ModelConfig, VisionConfig
 from runtime.tokenizer import Tokenizer
@@ -191,13 +192,22 @@ def evaluate(model: Pi0, data: Batches) -> float:
         return flow_matching_loss(model, batch, *draw_noise(batch, NOISES)).item()
 
 
-def save_checkpoint(out: Path, model: Pi0, tokenizer: bytes) -> None:
-    """Writes openpi's layout in bfloat16, without norm stats: the simulator's observations are bare model inputs."""
-    out.mkdir(parents=True, exist_ok=True)
-    weights = {openpi_name(name): tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, out / "model.safetensors", {"format": "pt"})
-    write_json(out / "config.json", openpi_settings(model.config, "bfloat16", dimensions(model.config)))
-    (out / "tokenizer.model").write_bytes(tokenizer)
+def save_checkpoint(out: Path, model: Pi0, tokenizer: bytes, losses: list[dict]) -> None:
+    """Writes openpi's layout in bfloat16, without norm stats: the simulator's observations are bare model inputs.
+
+    `out`, a new or empty directory, appears when everything is written; `losses` go into training.json.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    weights = {openpi_name(name): tensor.to("cpu", torch.bfloat16) for name, tensor in model.state_dict().items()}
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as directory:
+        draft = Path(directory) / out.name
+        draft.mkdir()
+        save_file(weights, draft / "model.safetensors", {"format": "pt"})
+        (draft / "model.safetensors").chmod(0o644)
+        write_json(draft / "config.json", openpi_settings(model.config, "bfloat16", dimensions(model.config)))
+        write_json(draft / "training.json", {"losses": losses})
+        (draft / "tokenizer.model").write_bytes(tokenizer)
+        draft.replace(out)
 
 
 @app.command()
@@ -222,6 +232,8 @@ def _train(
       python examples/train_metaworld.py demonstrations.npz --out checkpoint --device cpu --steps 100 --batch 16
     """
     check_output_directory("--out", out)
+    if out.exists() and any(out.iterdir()):
+        raise DuqError(f"--out {out}: already exists; choose another directory or remove it")
     recorded, tokenizer = metaworld_data.load(demonstrations), train_tokenizer()
     everything = Batches.of(recorded, POLICY, tokenizer, device)
     episodes = torch.from_numpy(np.unique(recorded.episodes, return_inverse=True)[1]).to(device)
@@ -237,8 +249,7 @@ def _train(
             progress.console.print(", ".join(f"{key} {value:.4g}" for key, value in losses.items()))
 
         model = train(POLICY, data, held_out, Schedule(steps, minutes, batch, learning_rate), seed, report)
-    save_checkpoint(out, model, tokenizer)
-    write_json(out / "training.json", {"losses": history})
+    save_checkpoint(out, model, tokenizer, history)
     print(f"{out}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M weights")
 
 

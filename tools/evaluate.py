@@ -4,14 +4,12 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import NormalDist
 from typing import Annotated, Any, Optional
 
 if __name__ in ("__main__", "__mp_main__"):  # import from the repository: tools/profile.py would pass for the standard library's
@@ -25,6 +23,7 @@ from rich.table import Table
 
 from compiler.accuracy.metrics import jerk
 from compiler.accuracy.plots import ENGINE, REFERENCE, STYLE
+from compiler.accuracy.rates import paired_difference, wilson
 from compiler.checkpoint import Checkpoint, load_checkpoint
 from compiler.pipeline import Options, compile_policy, quantize_checkpoint
 from compiler.quant import load_recipe
@@ -83,28 +82,12 @@ class Outcome:
     def episodes(self) -> list[bool]:
         return [episode for task in self.success.values() for episode in task]
 
-
-Interval = tuple[float, float]
-
-
-def wilson(successes: int, episodes: int, confidence: float = 0.95) -> Interval:
-    """Wilson's interval for a rate: right also at 0 % and 100 %."""
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    rate, shrink = successes / episodes, 1 + z * z / episodes
-    middle = (rate + z * z / (2 * episodes)) / shrink
-    half = z * (rate * (1 - rate) / episodes + z * z / (4 * episodes**2)) ** 0.5 / shrink
-    return max(0.0, middle - half), min(1.0, middle + half)
+    @property
+    def rate(self) -> float:
+        return sum(self.episodes) / len(self.episodes)
 
 
-def paired_difference(reference: Sequence[bool], found: Sequence[bool], confidence: float = 0.95) -> tuple[float, Interval]:
-    """Difference of two rates over the same episodes, and Agresti and Min's interval for it: half an episode is added to
-    each of the four outcomes of a pair."""
-    z, n = NormalDist().inv_cdf(0.5 + confidence / 2), len(reference) + 2
-    gained = sum(f and not r for r, f in zip(reference, found)) + 0.5
-    lost = sum(r and not f for r, f in zip(reference, found)) + 0.5
-    middle = (gained - lost) / n
-    half = z * ((gained + lost) - (gained - lost) ** 2 / n) ** 0.5 / n
-    return (gained - lost) / len(reference), (max(-1.0, middle - half), min(1.0, middle + half))
+Rows = dict[str, list[str]]  # of a table, by scheme; the first, "", has the names of the columns
 
 
 def prepare(name: str, checkpoint: Checkpoint, inputs: list, directory: Path, progress: Progress) -> rollout.Source:
@@ -168,8 +151,12 @@ def _evaluate(
     if plot is not None:
         draw(found, plot)
     if markdown is not None:
-        markdown.write_text("\n".join(markdown_lines(found)) + "\n")
-    typer.echo(to_json(found)) if as_json else Console().print(table(found))
+        markdown.write_text(f"{markdown_table(measures(found))}\n{markdown_table(successes(found))}")
+    if as_json:
+        typer.echo(to_json(found))
+    else:
+        count = f"{episodes} episodes of each of {len(tasks)} tasks"
+        Console().print(table(f"{count}; 95 % intervals", measures(found)), table("Success by task, %", successes(found)))
 
 
 def _check_choice(flag: str, chosen: list[str], known) -> None:
@@ -216,39 +203,41 @@ def outcome(name, source, tasks, episodes, lengths, actions) -> Outcome:
     )
 
 
-def rows(found: dict[str, Outcome]) -> list[list[str]]:
-    """Title, success by task, of all with its interval, difference from fp32 with its interval, action error, jerk."""
-    shown = []
+def measures(found: dict[str, Outcome]) -> Rows:
+    """By scheme: success over all tasks and its difference from fp32, with their intervals, and what leads to it."""
+    shown = {"": ["success, %", "against fp32", "action error", "jerk", "SQNR, dB"]}
     for name, o in found.items():
-        rates = [f"{100 * sum(each) / len(each):.0f}" for each in o.success.values()]
         low, high = wilson(sum(o.episodes), len(o.episodes))
-        overall = f"{100 * sum(o.episodes) / len(o.episodes):.1f} ({100 * low:.1f} to {100 * high:.1f})"
         difference, (lower, upper) = paired_difference(found["fp32"].episodes, o.episodes)
-        paired = "" if name == "fp32" else f"{100 * difference:+.1f} ({100 * lower:+.1f} to {100 * upper:+.1f})"
-        sqnr = "" if o.sqnr_db is None else f"{o.sqnr_db:.1f}"
-        shown.append([SCHEMES[name].title, *rates, overall, paired, f"{o.action_error:.4f}", f"{o.jerk:.4f}", sqnr])
+        shown[name] = [
+            f"{100 * o.rate:.1f} ({100 * low:.1f} to {100 * high:.1f})",
+            "" if name == "fp32" else f"{100 * difference:+.1f} ({100 * lower:+.1f} to {100 * upper:+.1f})",
+            f"{o.action_error:.4f}",
+            f"{o.jerk:.4f}",
+            "" if o.sqnr_db is None else f"{o.sqnr_db:.1f}",
+        ]
     return shown
 
 
-def columns(found: dict[str, Outcome]) -> list[str]:
-    tasks = next(iter(found.values())).success
-    return ["", *tasks, "all", "against fp32", "action error", "jerk", "SQNR dB"]
+def successes(found: dict[str, Outcome]) -> Rows:
+    """By scheme: success at each task, %."""
+    rates = {name: [f"{100 * sum(each) / len(each):.0f}" for each in o.success.values()] for name, o in found.items()}
+    return {"": list(next(iter(found.values())).success), **rates}
 
 
-def table(found: dict[str, Outcome]) -> Table:
-    count = len(next(iter(next(iter(found.values())).success.values())))
-    shown = Table(title=f"Episodes that succeed, %, of {count} for each task (95 % intervals)", title_justify="left")
-    for index, column in enumerate(columns(found)):
+def table(title: str, rows: Rows) -> Table:
+    shown = Table(title=title, title_justify="left")
+    for index, column in enumerate(["", *rows[""]]):
         shown.add_column(column, justify="right" if index else "left")
-    for row in rows(found):
-        shown.add_row(*row)
+    for name, cells in rows.items():
+        if name:
+            shown.add_row(name, *cells)
     return shown
 
 
-def markdown_lines(found: dict[str, Outcome]) -> list[str]:
-    head = columns(found)
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows(found)]
-    return [f"| {' | '.join(line)} |" for line in lines]
+def markdown_table(rows: Rows) -> str:
+    head, *body = [[f"`{name}`" if name else "", *cells] for name, cells in rows.items()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---", *["---:"] * (len(head) - 1)], *body))
 
 
 def to_json(found: dict[str, Outcome]) -> str:
@@ -263,13 +252,13 @@ def draw(found: dict[str, Outcome], file: Path) -> None:
     with matplotlib.rc_context(STYLE):
         canvas = Figure(figsize=(7.2, 0.8 + 0.28 * len(found)), layout="constrained")
         axes = canvas.subplots()
-        for row, o in enumerate(found.values()):
-            episodes = o.episodes
-            rate, (low, high) = 100 * sum(episodes) / len(episodes), wilson(sum(episodes), len(episodes))
-            axes.plot((100 * low, 100 * high), (row, row), color=ENGINE if row else REFERENCE)
-            axes.plot(rate, row, "o", color=ENGINE if row else REFERENCE)
-        axes.set(xlabel="episodes that succeed, % (95 % interval)", yticks=range(len(found)))
-        axes.set_yticklabels([SCHEMES[name].title for name in found])
+        for row, (name, o) in enumerate(found.items()):
+            low, high = wilson(sum(o.episodes), len(o.episodes))
+            colour = ENGINE if SCHEMES[name].engine else REFERENCE
+            axes.plot((100 * low, 100 * high), (row, row), color=colour)
+            axes.plot(100 * o.rate, row, "o", color=colour)
+        titles = [SCHEMES[name].title for name in found]
+        axes.set(xlabel="episodes that succeed, % (95 % interval)", yticks=range(len(found)), yticklabels=titles)
         axes.grid(axis="y", visible=False)
         axes.invert_yaxis()
         canvas.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
