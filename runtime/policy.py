@@ -66,7 +66,7 @@ class Policy:
         obs: the robot's observation dict or bare model inputs (see `runtime.preprocess.Preprocessor`).
         noise: float32 [H, A], the start of the denoising; drawn if absent. The same noise gives the same actions.
         Returns {"actions": float32 [H, robot dims], "policy_timing": milliseconds: "infer_ms" is the whole call,
-        "preprocess_ms", "prefix_ms", "denoise_ms" its parts}.
+        "preprocess_ms", "prefix_ms", "denoise_ms" its parts; engines may add others}.
         Raises ObservationError, before any work of the model, if the observation does not fit.
         """
         start = time.perf_counter()

@@ -106,9 +106,10 @@ def _bench(
         typer.echo(json.dumps({"versions": versions, "results": results}, indent=1))
         return
     for result in results:
-        Console(width=160 if suite == "gpu" else None).print(
-            bench_gpu.table(result["records"]) if suite == "gpu" else _table(result)
-        )
+        if suite == "gpu":
+            Console(width=160).print(bench_gpu.table(result["records"]), bench_gpu.host_table(result["records"]))
+        else:
+            Console().print(_table(result))
 
 
 def _measure(path, recipes, directory, cameras, prompt_tokens, threads, rounds, torch_compile, progress) -> dict[str, list[float]]:

@@ -102,8 +102,16 @@ def _measure_engine(name: str, plan: Path, compile_s: float, observations: dict,
         stages = stages[-CALLS:]
         replay = [each["prefix_ms"] + each["denoise_ms"] for each in stages]
         split = {key: float(np.median([each[key] for each in stages])) for key in ("prefix_ms", "denoise_ms")}
-        records.append(_record(name, case, actions, times, replay_ms=replay, **split, **facts))
+        records.append(_record(name, case, actions, times, replay_ms=replay, host_ms=_host(stages), **split, **facts))
     return records
+
+
+def _host(stages: list[dict]) -> dict[str, list[float]]:
+    """Milliseconds of each call's parts on the host, the wait without the replay that it is for."""
+    parts = {name: [each[f"{name}_ms"] for each in stages] for name in ("preprocess", "stage", "launch")}
+    parts["wait"] = [each["wait_ms"] - each["prefix_ms"] - each["denoise_ms"] for each in stages]
+    known = ("preprocess_ms", "stage_ms", "launch_ms", "wait_ms")
+    return parts | {"rest": [each["infer_ms"] - sum(each[key] for key in known) for each in stages]}
 
 
 def observation(config: ModelConfig, cameras: int, prompt_tokens: int) -> dict:
@@ -182,6 +190,19 @@ def table(records: list[dict]) -> Table:
         cells.append(f"{each['compile_s']:.0f}" if "compile_s" in each else "")
         cells.append(f"{each['open_s']:.1f}+{each['warmup_s']:.1f}" if "open_s" in each else "")
         found.add_row(each["contender"], str(each["cameras"]), *cells, f"{each['cosine']:.6f}")
+    return found
+
+
+def host_table(records: list[dict]) -> Table:
+    """What the engines' calls take beyond the replay of their graphs, and where."""
+    names = ("preprocess", "stage", "launch", "wait", "rest")
+    title = "microseconds of the host, p50 / p99; wait: beyond the replay"
+    found = Table("", "cameras", *names, title=title, title_justify="left")
+    for each in records:
+        if "host_ms" in each:
+            spread = {name: 1e3 * np.percentile(each["host_ms"][name], [50, 99]) for name in names}
+            cells = [f"{median:.0f} / {tail:.0f}" for median, tail in spread.values()]
+            found.add_row(each["contender"], str(each["cameras"]), *cells)
     return found
 
 

@@ -60,7 +60,7 @@ def _profile(
         raise DuqError(f"{plan}: is not for {cameras} cameras and {prompt_tokens} prompt tokens")
     inputs, noise = _inputs(Plan(plan, verify=False).manifest, cameras, prompt_tokens)
     calls = [executor.run(inputs, noise)[1] for _ in range(100)][20:]
-    whole = {key: float(np.median([call[key] for call in calls])) for key in calls[0]}
+    whole = {key: float(np.median([call[key] for call in calls])) for key in ("prefix_ms", "denoise_ms")}
     executor.stage(inputs, noise)
     launches = executor.launch_times(size)
     if as_json:

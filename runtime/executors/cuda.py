@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -79,22 +80,33 @@ class CudaExecutor:
             self._stream.synchronize()
 
     def run(self, inputs: ModelInputs, noise: np.ndarray, trace: dict | None = None) -> tuple[np.ndarray, dict]:
-        """Denoises `noise` float32 [H, A] into normalised actions [H, A]; returns them with the stages' milliseconds.
+        """Denoises `noise` float32 [H, A] into normalised actions [H, A]; returns them with milliseconds: on the GPU
+        "prefix_ms" and "denoise_ms"; on the host "stage_ms", "launch_ms" and "wait_ms", which has those two in it.
 
         trace: if given, receives what the stages produced, as numpy: "image_features", "key.0", ..., and "x", the
         states of the flow [num_steps + 1, H, A]. The launches are then made one by one, without a graph.
         """
         driver.open_device()  # the caller may be another thread than the one that loaded the plan
         with self._lock:
+            start = time.perf_counter()
             size = self.stage(inputs, noise)
+            staged = time.perf_counter()
             if trace is None:
                 self._graph(size).launch(self._stream)
             else:
                 trace |= self._run_traced(size, noise, int(inputs.token_mask.sum()))
+            launched = time.perf_counter()
             self._stream.synchronize()
+            done = time.perf_counter()
             actions = self._download.array.view(np.float32).reshape(self._actions_shape).copy()
-            start, middle, end = self._events
-            timing = {"prefix_ms": middle.milliseconds_since(start), "denoise_ms": end.milliseconds_since(middle)}
+            first, middle, last = self._events
+            timing = {
+                "stage_ms": (staged - start) * 1e3,
+                "launch_ms": (launched - staged) * 1e3,
+                "wait_ms": (done - launched) * 1e3,
+                "prefix_ms": middle.milliseconds_since(first),
+                "denoise_ms": last.milliseconds_since(middle),
+            }
         return actions, timing
 
     def stage(self, inputs: ModelInputs, noise: np.ndarray) -> tuple[int, int]:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.nn import functional
 
-from runtime.preprocess import ModelInputs
 from tests.gpu import launch
 
 GUARD = 8  # rows past the last token and, in strided matrices, columns past the last channel
@@ -87,8 +86,8 @@ def test_norm_of_a_zero_row_is_its_shift():
 )
 def test_patches(cameras, size, patch, pitch):
     images = np.random.default_rng(size).integers(0, 256, (cameras, size, size, 3), np.uint8)
-    pixels = ModelInputs(images, np.ones(cameras, bool), None, None, None).pixels()
-    exact = functional.unfold(torch.from_numpy(pixels), patch, stride=patch).transpose(1, 2).flatten(0, 1).bfloat16().cuda()
+    pixels = torch.from_numpy(images.astype(np.float32) / np.float32(127.5) - np.float32(1)).permute(0, 3, 1, 2)
+    exact = functional.unfold(pixels, patch, stride=patch).transpose(1, 2).flatten(0, 1).bfloat16().cuda()
     y = poisoned(len(exact), pitch, torch.bfloat16)
     launch.patches(torch.from_numpy(images).cuda(), y[: len(exact)], patch)
     assert torch.equal(y[: len(exact)], functional.pad(exact, (0, pitch - exact.shape[1])))
