@@ -145,7 +145,7 @@ class CudaExecutor:
         driver.open_device()
         with self._lock:
             self._prepare_library(variant)
-            graph = self._stream.capture(lambda: self._follow(variant, after_launch=mark))
+            graph = self._stream.capture(lambda: self._follow(variant, driver.Event.record_in_graph, mark))
             times = []
             for _ in range(calls):
                 graph.launch(self._stream)
@@ -165,7 +165,7 @@ class CudaExecutor:
     def _graph(self, size: tuple[int, int]) -> driver.Graph:
         if size not in self._graphs:
             self._prepare_library(self._variants[size])
-            self._graphs[size] = self._stream.capture(lambda: self._follow(self._variants[size]))
+            self._graphs[size] = self._stream.capture(lambda: self._follow(self._variants[size], driver.Event.record_in_graph))
         return self._graphs[size]
 
     def _prepare_library(self, variant: dict) -> None:
@@ -198,7 +198,7 @@ class CudaExecutor:
     def _follow(
         self,
         variant: dict,
-        mark: Callable[[driver.Event, driver.Stream], None] = driver.Event.record_in_graph,
+        mark: Callable[[driver.Event, driver.Stream], None],
         after_launch: Callable[[str, dict, driver.Stream], None] = lambda program, launch, stream: None,
     ) -> None:
         """Enqueues a whole call. `after_launch` gets the program ("prefix", "step" or "later step") and the launch."""

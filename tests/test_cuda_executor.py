@@ -1,0 +1,117 @@
+"""The CUDA executor without a GPU: its driver is host memory, its kernels those of tests/emulated_kernels.py."""
+from __future__ import annotations
+
+import ctypes
+from dataclasses import astuple
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from compiler.quant.recipe import DEFAULT_PRESET
+from compiler.targets.cuda.program import LIBRARY
+from plugins.driver import Shape
+from runtime.config import ModelConfig
+from runtime.errors import PlanError
+from runtime.executors import cuda as executor
+from runtime.plan import Plan
+from tests import emulate
+from tests.emulated_kernels import KERNELS, Launch, Memory, Pointer
+from tests.test_pipeline import make_inputs, make_noise
+from tests.test_tensorrt_executor import Event, Stream
+
+CALLS = [((True, False, True), 37), ((False, True, False), 1)]  # the second finds the first one's rows as padding
+
+
+class Block:
+    """Memory that is NaN, and remembered for whoever has but an address."""
+
+    all: list["Block"] = []
+
+    def __init__(self, size: int):
+        self.array = np.full(size, 0xFF, np.uint8)
+        self.address, self.memory = self.array.ctypes.data, Memory(self.array)
+        Block.all.append(self)
+
+
+class OneStream(Stream):
+    def clear(self, to: int, size: int) -> None:
+        ctypes.memset(to, 0, size)
+
+
+class Ordered(Event):
+    def wait(self, stream) -> None:
+        pass
+
+
+def pointer(address: int | None) -> Pointer | None:
+    if not address:
+        return None
+    (block,) = [each for each in Block.all if each.address <= address < each.address + each.array.size]
+    return Pointer(block.memory, address - block.address)
+
+
+class Kernel:
+    def __init__(self, expression: str):
+        self.name, _, template = expression.rstrip(">").partition("<")
+        self.template = template.split(", ")
+
+    def launch(self, shape: Shape, arguments, stream: int, overlap: bool) -> None:
+        launch = Launch(self.name, self.template, shape.grid, shape.threads, int(np.prod(shape.cluster)))
+        values = (pointer(each.value) if isinstance(each, ctypes.c_void_p) else each.value for each in arguments)
+        KERNELS[self.name](launch, *values)
+
+
+class Library:
+    def prepare(self, problem, algorithm: int) -> None:
+        pass
+
+    def matmul(self, problem, algorithm: int, *addresses) -> None:
+        *operands, workspace, stream = addresses
+        KERNELS[LIBRARY](Launch(LIBRARY, [], (1, 1, 1), 0, 1), *map(pointer, operands), algorithm, *astuple(problem)[:-2])
+
+
+@pytest.fixture
+def on_the_host(monkeypatch):
+    driver = SimpleNamespace(
+        open_device=lambda: 90, free_memory=lambda: (1 << 40, 1 << 40), Shape=Shape, Memory=Block, PinnedArray=Block,
+        Stream=OneStream, Event=Ordered, load=lambda cubin: {each: Kernel(each) for each in cubin.symbols},
+    )  # fmt: skip
+    monkeypatch.setattr(executor, "driver", driver)
+    monkeypatch.setattr(executor, "CublasLt", Library)
+    monkeypatch.setattr(Block, "all", [])
+
+
+@pytest.mark.parametrize("name", ["pi0", "pi05"])
+def test_follows_the_schedule(name, on_the_host, tiny_plans):
+    """Call after call of any size, the same bits as from the schedule in a memory of its own."""
+    plan = Plan(tiny_plans(name, DEFAULT_PRESET, "cuda").plan)
+    config = ModelConfig.from_json(plan.manifest["model"])
+    policy, noise = executor.CudaExecutor(plan), make_noise(config)
+    for seed, (cameras, prompt) in enumerate(CALLS):
+        inputs = make_inputs(config, cameras, prompt, seed)
+        actions, timing = policy.run(inputs, noise)
+        np.testing.assert_array_equal(actions, emulate.run(plan, 90, inputs, noise))
+        assert timing.keys() == {"stage_ms", "launch_ms", "wait_ms", "prefix_ms", "denoise_ms"}
+        assert all(type(value) is float for value in timing.values())
+
+
+def test_traces_what_the_stages_produce(on_the_host, tiny_plans):
+    plan = Plan(tiny_plans("pi0", DEFAULT_PRESET, "cuda").plan)
+    config, found, expected = ModelConfig.from_json(plan.manifest["model"]), {}, {}
+    inputs, noise = make_inputs(config, *CALLS[1]), make_noise(config)
+    executor.CudaExecutor(plan).run(inputs, noise, found)
+    emulate.run(plan, 90, inputs, noise, expected)
+    assert found.keys() == expected.keys()
+    for stage, value in found.items():
+        np.testing.assert_array_equal(value, expected[stage], err_msg=stage)
+
+
+def test_what_the_plan_is_not_for(on_the_host, tiny_plans, monkeypatch):
+    plan = Plan(tiny_plans("pi0", DEFAULT_PRESET, "cuda").plan)
+    policy, config = executor.CudaExecutor(plan), ModelConfig.from_json(plan.manifest["model"])
+    with pytest.raises(PlanError, match="is not for 0 cameras and 1 prompt tokens; compile again"):
+        policy.run(make_inputs(config, (False, False, False), 1), make_noise(config))
+    monkeypatch.setattr(executor.driver, "free_memory", lambda: (1 << 20, 80 << 30))
+    with pytest.raises(PlanError, match="needs .* GB of GPU memory, 0.00 of .* are free"):
+        executor.CudaExecutor(plan)
