@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
@@ -41,7 +42,8 @@ def measure(
     shape = checkpoint.config.action_horizon, checkpoint.config.action_dim
     noise = np.random.default_rng(1).standard_normal(shape, np.float32)
     observations = {case: observation(checkpoint.config, *case) for case in CASES}
-    records = _measure_pytorch(checkpoint, observations, noise, compile_pytorch)
+    with _paused(progress):
+        records = _measure_pytorch(checkpoint, observations, noise, compile_pytorch)
     expected = {case: records[index]["actions"] for index, case in enumerate(CASES)}  # the first: float32
     for name, recipe in recipes.items():
         gc.collect()
@@ -54,11 +56,20 @@ def measure(
         seconds = time.perf_counter() - start
         del integers
         torch.cuda.empty_cache()
-        records += _measure_engine(f"engine, --quant {name}", plan, seconds, observations, noise)
+        with _paused(progress):
+            records += _measure_engine(f"engine, --quant {name}", plan, seconds, observations, noise)
     for record in records:
         actions = record.pop("actions")
         record["cosine"] = difference(expected[record["cameras"], record["prompt_tokens"]], actions).cosine
     return records
+
+
+@contextmanager
+def _paused(progress: Progress) -> Iterator[None]:
+    """Without the bar's thread, which draws ten times a second: a call that ends meanwhile waits for the interpreter."""
+    progress.stop()
+    yield
+    progress.start()
 
 
 def _measure_pytorch(checkpoint: Checkpoint, observations: dict, noise: np.ndarray, compile_pytorch: bool) -> list[dict]:
