@@ -68,7 +68,7 @@ def episode(infer: Infer, env: MetaworldEnv, start: int, noise_shape: tuple[int,
     noise = np.random.default_rng(start)
     for step in range(0, limit, execute):
         actions = infer(env.observation(), noise.standard_normal(noise_shape, np.float32))
-        for index, action in enumerate(actions[:execute]):
+        for index, action in enumerate(actions[: min(execute, limit - step)]):
             if env.step(action):
                 return step + index + 1
     return None
