@@ -5,16 +5,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from rich.progress import Progress
 from safetensors.torch import load_file
 
 from compiler.accuracy.reference import tensors
 from compiler.checkpoint import load_checkpoint
 from compiler.checkpoint.synthetic.files import train_tokenizer
 from compiler.model import Pi0, build_model
+from compiler.pipeline import Options, compile_policy
+from compiler.quant import Quantization, load_recipe
 from examples import metaworld_data, train_metaworld
 from examples.metaworld_data import Demonstrations
 from examples.train_metaworld import Batches, Schedule, flow_matching_loss
-from runtime.config import GemmaConfig, VisionConfig
+from runtime import Policy
+from runtime.config import IMAGE_SLOTS, GemmaConfig, VisionConfig
+from runtime.observations import load_observations, save_observations
 from runtime.preprocess import Preprocessor
 
 SIZE, HORIZON = 28, 4
@@ -75,6 +80,18 @@ def test_an_image_survives_its_compression():
     found = metaworld_data.decode([[metaworld_data.encode(source)]])
     assert found.shape == (1, 1, SIZE, SIZE, 3) and found.dtype == np.uint8
     assert np.abs(found[0, 0].astype(int) - source).mean() < 5
+
+
+def test_some_moments_become_observations(demonstrations, tmp_path):
+    save_observations(tmp_path / "o.npz", metaworld_data.observations(demonstrations, 5))
+    found = load_observations(tmp_path / "o.npz")
+    preprocessor = Preprocessor(TINY, tokenizer=train_tokenizer(), cameras=2)
+    assert len(found) == 5
+    for observation, i in zip(found, (0, 20, 40, 59, 79)):  # rounded to even
+        inputs = preprocessor.model_inputs(observation)
+        np.testing.assert_array_equal(inputs.images[:2], metaworld_data.decode(demonstrations.images[i : i + 1])[0])
+        np.testing.assert_array_equal(inputs.state[:4], demonstrations.states[i])
+        assert observation["prompt"] == demonstrations.prompts[i]
 
 
 # --- batches and the loss --------------------------------------------------------------------------------------------
@@ -172,6 +189,26 @@ def test_it_learns_to_look_and_to_listen(trained, demonstrations, batches, tmp_p
     assert (found.sign() == wanted.sign()).float().mean() > 0.95
     far, near = wanted.abs() > 0.7, wanted.abs() < 0.7
     assert found[far].abs().mean() > found[near].abs().mean() + 0.2
+
+
+def test_an_untrained_policy_runs_in_the_engine(tmp_path):
+    """Its norms and some biases are all zeros: equal tensors, of which the exporter keeps one."""
+    torch.manual_seed(0)
+    train_metaworld.save_checkpoint(tmp_path / "policy", Pi0(TINY), train_tokenizer(), [])
+    checkpoint = load_checkpoint(tmp_path / "policy")
+    float_recipe = Quantization(load_recipe("none", environment={}))
+    compile_policy(checkpoint, float_recipe, tmp_path / "engine.plan", Options(cameras=2), Progress(disable=True))
+    rng = np.random.default_rng(0)
+    observation = {
+        "image": {slot: rng.integers(0, 256, (SIZE, SIZE, 3)).astype(np.uint8) for slot in IMAGE_SLOTS[:2]},
+        "state": rng.uniform(-1, 1, 4).astype(np.float32),
+        "prompt": "press",
+    }
+    noise = rng.standard_normal((HORIZON, 8), np.float32)
+    found = Policy(tmp_path / "engine.plan", threads=1).infer(observation, noise)["actions"]
+    inputs = Preprocessor(TINY, tokenizer=train_tokenizer()).model_inputs(observation)
+    expected = build_model(checkpoint).sample_actions(*tensors(inputs), torch.from_numpy(noise)[None])[0].numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_a_seed_determines_the_weights(batches, tmp_path):

@@ -27,7 +27,8 @@ def weights_as_matmul_reads_them(graphs: Graphs) -> Graphs:
                 replace(node.outputs[0], _transposed(model.graph, node.inputs[0]))
             elif node.op_type == "RMSNormalization" and node.inputs[1].producer() is not None:
                 weight, one = node.inputs[1].producer().inputs
-                gain = lazy(model.graph, weight.name.replace(".weight", ".gain"), [weight, one], weight.shape, np.add)
+                name = f"{weight.name.removesuffix('.weight')}.gain"  # of equal weights the exporter keeps one, a bias perhaps
+                gain = lazy(model.graph, name, [weight, one], weight.shape, np.add)
                 node.replace_input_with(1, gain)
         simplify(model)
     return graphs
