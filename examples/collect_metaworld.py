@@ -7,7 +7,7 @@ from functools import lru_cache, partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 if __name__ in ("__main__", "__mp_main__"):  # import from the repository
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -17,9 +17,10 @@ import typer
 from rich.console import Console
 
 from compiler.quantize_cli import progress_bar
-from examples.metaworld_data import Demonstrations, encode, save
+from examples.metaworld_data import Demonstrations, encode, observations, save
 from plugins.errors import DuqError
 from runtime.cli_errors import check_output_file, one_line_errors
+from runtime.observations import save_observations
 from runtime.preprocess import resize_with_pad
 
 try:
@@ -32,6 +33,7 @@ TASKS = ("button-press-topdown", "coffee-button", "drawer-close", "handle-press"
 IMAGE_SIZE = 112
 FIRST_SEED = 1_000_000  # of the starts to learn from: evaluation counts from 0
 LIMIT = 250  # steps of an episode
+CALIBRATION = 20
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -98,10 +100,13 @@ def _demonstrate(start: tuple[str, int], horizon: int, every: int) -> Demonstrat
 def _collect(
     out: Annotated[Path, typer.Argument(help="The .npz file to write.")],
     task: Annotated[list[str], typer.Option(help="Repeatable.")] = list(TASKS),
-    episodes: Annotated[int, typer.Option(min=1, help="Of each task.")] = 210,
+    episodes: Annotated[int, typer.Option(min=1, help="Of each task.")] = 300,
     horizon: Annotated[int, typer.Option(min=1, help="Actions recorded from each moment on.")] = 16,
     every: Annotated[int, typer.Option(min=1, help="Steps from one recorded moment to the next.")] = 2,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
+    calibration: Annotated[
+        Optional[Path], typer.Option(help=f"An .npz file to write {CALIBRATION} of the moments to, for duq-compile --calibration.")
+    ] = None,
 ) -> None:
     """Record demonstrations of Meta-World's scripted expert, to train a policy on with train_metaworld.py.
 
@@ -111,9 +116,11 @@ def _collect(
 
       python examples/collect_metaworld.py demonstrations.npz
 
-      python examples/collect_metaworld.py drawer.npz --task drawer-close --episodes 20
+      python examples/collect_metaworld.py drawer.npz --task drawer-close --episodes 20 --calibration calibration.npz
     """
     check_output_file("OUT", out)
+    if calibration is not None:
+        check_output_file("--calibration", calibration)
     for name in task:
         if name not in PROMPTS:
             raise DuqError(f"--task {name}: unknown, one of {', '.join(PROMPTS)}")
@@ -123,6 +130,8 @@ def _collect(
         parts = [part for part in progress.track(found, len(starts), description="Recording") if part is not None]
     demonstrations = Demonstrations.join(parts)
     save(out, demonstrations)
+    if calibration is not None:
+        save_observations(calibration, observations(demonstrations, CALIBRATION))
     Console(highlight=False).print(
         f"{out}: {len(demonstrations):,} moments of {len(parts)} episodes ({len(starts) - len(parts)} failed), "
         f"{out.stat().st_size / 1e6:.1f} MB",

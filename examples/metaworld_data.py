@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from runtime.config import IMAGE_SLOTS
+
 QUALITY = 75  # of the WebP images
 
 
@@ -49,8 +51,21 @@ def encode(image: np.ndarray) -> bytes:
 def decode(images: list[list[bytes]]) -> np.ndarray:
     """[N][C] WebP of one size -> uint8 [N, C, H, W, 3], on all cores."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        rows = pool.map(lambda cameras: np.stack([np.asarray(Image.open(io.BytesIO(c)).convert("RGB")) for c in cameras]), images)
-        return np.stack(list(rows))
+        return np.stack(list(pool.map(lambda cameras: [np.asarray(Image.open(io.BytesIO(file))) for file in cameras], images)))
+
+
+def observations(demonstrations: Demonstrations, count: int) -> list[dict]:
+    """`count` moments from all over the demonstrations as the robot's observations, to calibrate a quantiser on."""
+    chosen = np.linspace(0, len(demonstrations) - 1, count).round().astype(int)
+    cameras = decode([demonstrations.images[i] for i in chosen])
+    return [
+        {
+            "image": dict(zip(IMAGE_SLOTS, images)),
+            "state": demonstrations.states[i],
+            "prompt": str(demonstrations.prompts[i]),
+        }
+        for i, images in zip(chosen, cameras)
+    ]
 
 
 def save(path: Path, demonstrations: Demonstrations) -> None:
