@@ -40,6 +40,7 @@ RECIPE_OPTIONS = {
     "exclude": _option(str, "--exclude", "But not those whose name contains this (regular expression)."),
     "weight_bits": _option(int, "--weight-bits", "4, 8, or 16 for float weights."),
     "layer_bits": _option(list[str], "--layer-bits", "PATTERN:BITS, such as layers.0:8. Repeatable; the last match counts."),
+    "auto_bits": _option(float, "--auto-bits", "Mean weight bits to spend, such as 4.5: the linears that lose most get 8."),
     "activation_bits": _option(int, "--activation-bits", "8, or 0 for float activations (W4A16)."),
     "activation_scale": _option(str, "--activation-scale", "per-token (dynamic) or per-tensor (calibrated)."),
     "block_size": _option(int, "--block-size", "Channels in a block of the input rotation: 16, 32, 64 or 128."),

@@ -1,6 +1,7 @@
 """The quantiser on a policy of a few thousand weights: exact folding, calibration, rounding, and the command line."""
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from rich.progress import Progress
 from compiler.errors import CalibrationError
 from compiler.model import build_model
 from compiler.quant import fake_quantise, load_quantization, load_recipe, quantize, save_quantization
+from compiler.quant.auto_bits import spend_bits
 from compiler.quant.calibrate import RESERVOIR_ROWS, InputStatistics, calibrate
 from compiler.quant.linears import input_group, quantisable_linears, select_linears
 from compiler.quant.quantize import float_edits, in_output_basis, place_transforms, sqnr_db
@@ -283,3 +285,48 @@ def test_compensation_lowers_the_error_of_the_output():
     assert noise(compensated) < 0.5 * noise(plain)
     unlinked = round_compensated(weight, scale, x, 4, damping=1e6)  # nothing but the damping: nothing to make up for
     torch.testing.assert_close(unlinked, plain, rtol=0, atol=0)
+
+
+# --- bits by sensitivity ---------------------------------------------------------------------------------------------
+
+
+def pack_of(sqnr_db, shape=(64, 64), bits=4):
+    return SimpleNamespace(weight_bits=bits, shape=shape, sqnr_db=sqnr_db)
+
+
+def test_bits_go_where_they_take_away_most_noise_for_their_cost():
+    packs = {
+        "expert.layers.0.self_attn.o_proj": pack_of(15.0),
+        "expert.layers.0.mlp.down_proj": pack_of(13.0, (64, 256)),  # 1.6 times the noise, 4 times the cost
+        "expert.layers.1.self_attn.o_proj": pack_of(25.0),
+        "expert.layers.1.mlp.down_proj": pack_of(5.0, (64, 256), bits=8),
+    }
+    assert spend_bits(packs, 4.0) == {name: pack.weight_bits for name, pack in packs.items()}  # over the budget as it is
+    total, spent = 10 * 4096, (4 * 6 + 8 * 4) * 4096
+    assert [spend_bits(packs, (spent + extra * 4096) / total)[name] for extra in (3, 4, 8, 20) for name in packs] == [
+        4, 4, 4, 8,
+        8, 4, 4, 8,
+        8, 4, 8, 8,  # the large one does not fit any more, a small one does
+        8, 8, 4, 8,
+    ]  # fmt: skip
+    assert set(spend_bits(packs, 8.0).values()) == {8}
+
+
+def test_linears_that_share_their_input_change_together():
+    names = [f"llm.layers.0.self_attn.{x}_proj" for x in "qkv"]
+    packs = {name: pack_of(sqnr_db) for name, sqnr_db in zip(names, (30.0, 30.0, 10.0))}
+    assert set(spend_bits(packs, 7.9).values()) == {4}
+    assert set(spend_bits(packs, 8.0).values()) == {8}
+
+
+def test_auto_bits_lower_the_noise_within_the_budget(policy):
+    plain, mixed = quantised(policy), quantised(policy, auto_bits=5.0)
+    weights = {name: pack.shape[0] * pack.shape[1] for name, pack in plain.packs.items()}
+    mean = sum(pack.weight_bits * weights[name] for name, pack in mixed.packs.items()) / sum(weights.values())
+    assert 4.7 < mean <= 5.0 and {pack.weight_bits for pack in mixed.packs.values()} == {4, 8}
+
+    def noise(quantization):
+        return sum(10 ** (-pack.sqnr_db / 10) for pack in quantization.packs.values())
+
+    assert noise(mixed) < 0.8 * noise(plain)
+    assert mixed.packs.keys() == plain.packs.keys() and mixed.recipe.auto_bits == 5.0

@@ -9,6 +9,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from compiler.quant.auto_bits import spend_bits
 from compiler.quant.calibrate import InputStatistics, calibrate
 from compiler.quant.fake import quantised_product
 from compiler.quant.folding import change_output, fold, input_transform, repeat_for_queries, sibling, value_transform
@@ -70,7 +71,12 @@ def quantize(
     if not linears:
         return Quantization(recipe)
     statistics = calibrate(model, checkpoint.config, linears, inputs, recipe.calibration_steps, progress)
-    return quantize_weights(model.state_dict(), checkpoint.config, recipe, linears, statistics, progress, transforms)
+
+    def quantized(bits: Mapping[str, int]) -> Quantization:
+        return quantize_weights(model.state_dict(), checkpoint.config, recipe, bits, statistics, progress, transforms)
+
+    quantization = quantized(linears)
+    return quantized(spend_bits(quantization.packs, recipe.auto_bits)) if recipe.auto_bits else quantization
 
 
 def quantize_weights(

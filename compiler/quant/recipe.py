@@ -44,6 +44,8 @@ class Recipe:
         weight_bits: 4, 8 or 16 (16 leaves the linear in float).
         layer_bits: (pattern, bits) pairs overriding ``weight_bits``; a pattern covers whole components of the name,
             so ``layers.1`` is not ``layers.10``, and the last one that matches counts.
+        auto_bits: mean bits of the quantised weights to spend, 4 to 8: of the 4-bit linears, those get 8 that lose most for
+            their size. 0: none do.
         activation_bits: 8, or 0 for float activations.
         activation_scale: ``per-token`` (dynamic) or ``per-tensor`` (calibrated); ``per-channel`` in ``reference`` only.
         block_size: block of the input rotation, 16..128; narrowed to what divides a linear's input.
@@ -60,6 +62,7 @@ class Recipe:
     exclude: str = ""
     weight_bits: int = 4
     layer_bits: tuple[tuple[str, int], ...] = ()
+    auto_bits: float = 0.0
     activation_bits: int = 8
     activation_scale: str = "per-token"
     block_size: int = 64
@@ -79,6 +82,8 @@ class Recipe:
         _one_of("activation_bits", self.activation_bits, (8, 0))
         for pattern, bits in self.layer_bits:
             _one_of(f"weight bits of {pattern!r}", bits, (4, 8, 16))
+        if self.auto_bits and not 4.0 <= self.auto_bits <= 8.0:
+            raise RecipeError(f"auto_bits is {self.auto_bits}; a mean of 4 to 8 bits, such as 4.5, or 0 for none")
         if self.block_size not in (16, 32, 64, 128):
             raise RecipeError(f"block_size is {self.block_size}; a block is 16, 32, 64 or 128 channels")
         if not 50.0 <= self.activation_percentile <= 100.0:
