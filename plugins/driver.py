@@ -86,6 +86,10 @@ class Kernel:
         self._function = _call("cuModuleGetFunction", module, symbol.encode())
         self._symbol = symbol
         self._sizes = _parameter_sizes(self._function)
+        # A multiprocessor divides its memory between cache and shared memory as the kernel on it prefers, and can do so
+        # only while it is idle: with one division for all, a kernel's blocks may start beside those of the kernel ahead.
+        attribute = _driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        _call("cuFuncSetAttribute", self._function, attribute, 100)  # per cent
         self._shared_bytes = 0
         self._large_clusters = False
 

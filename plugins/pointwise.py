@@ -10,7 +10,7 @@ from typing import NamedTuple
 from plugins.driver import Shape
 
 MAX_THREADS = 512  # of a block that keeps a row in registers
-NARROW_COLUMNS = 8  # of a block of linear_narrow
+NARROW_COLUMNS = 16  # of a block of linear_narrow
 FLOW_COLUMNS = 16  # of a block of flow_step
 
 
@@ -59,9 +59,9 @@ def tokens(count: int, depth: int) -> Launch:
 
 
 def linear_narrow(tokens: int, columns: int, activation: str, out_type: str) -> Launch:
-    """A linear of at most 64 inputs and `columns` (a multiple of 8) outputs; `activation` is NONE or SILU."""
+    """A linear of at most 64 inputs and `columns` (a multiple of 16) outputs; `activation` is NONE or SILU."""
     expression = f"linear_narrow<{activation}, {out_type}, {tokens}>"
-    return Launch("linear_narrow.cu", expression, Shape((columns // NARROW_COLUMNS, 1, 1), 128))
+    return Launch("linear_narrow.cu", expression, Shape((columns // NARROW_COLUMNS, 1, 1), 256))
 
 
 def flow_step(tokens: int, columns: int) -> Launch:

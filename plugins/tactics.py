@@ -144,14 +144,52 @@ class Wgmma:
             return Shape((blocks, 1, 1), threads, ring + warps * _warp_staging_bytes(1))
         groups = -(-self.tokens8 // self.split)  # of 8 tokens, that a block finishes
         sums = warps * (groups * self.split * 512 + _staged_bytes(8 * groups, 16))
-        shared_bytes = ring + sums if self.tokens8 <= 8 else max(ring, sums)
-        return Shape((blocks, 1, 1), threads, shared_bytes, (self.split, 1, 1))
+        return Shape((blocks, 1, 1), threads, max(ring, sums), (self.split, 1, 1))
 
     def divides(self, n: int, k: int) -> bool:
         return n % (64 * self.groups) == 0 and k % 128 == 0 and k // 128 >= self.split
 
 
-Tactic = Small | Large | Wgmma
+@dataclass(frozen=True)
+class WgmmaFew:
+    """gemm_wgmma_few.cu: SM 90, few tokens; `groups` warpgroups of a thread block and `split` blocks share K."""
+
+    tokens8: int
+    stages: int
+    groups: int
+    split: int = 1
+
+    source: ClassVar[str] = "gemm_wgmma_few.cu"
+    layout: ClassVar[str] = "wgmma"
+
+    @property
+    def tile_tokens(self) -> int:
+        return 8 * self.tokens8
+
+    @property
+    def slab_tokens(self) -> int:
+        return self.tile_tokens
+
+    def expression(self, bits: int, out: str, geglu: bool = False) -> str:
+        parameters = f"{self.tokens8}, {self.stages}, {self.groups}, {self.split}"
+        return f"gemm_wgmma_few<{bits}, {parameters}, {str(geglu).lower()}, {out}>"
+
+    def headers(self) -> Mapping[str, str]:
+        return {"wgmma.cuh": wgmma_header(self.tokens8)}
+
+    def shape(self, m: int, n: int, bits: int) -> Shape:
+        grid = (n // 64 * self.split, -(-m // self.tile_tokens), 1)
+        holders, warps = self.groups * self.split, 4 * self.groups
+        finished = -(-self.tokens8 // holders)  # groups of 8 tokens, of a warpgroup
+        sums = warps * ((holders > 1) * finished * holders * 512 + _staged_bytes(8 * finished, 16))
+        ring = self.stages * (self.tile_tokens * 128 + 64 * 16 * bits)
+        return Shape(grid, 128 * self.groups + 32, ring + sums, (self.split, 1, 1))
+
+    def divides(self, n: int, k: int) -> bool:
+        return n % 64 == 0 and k % 128 == 0 and k // 128 >= self.split
+
+
+Tactic = Small | Large | Wgmma | WgmmaFew
 
 
 def wgmma_header(tokens8: int) -> str:
@@ -178,7 +216,9 @@ _SMALL: list[Tactic] = [
     for tokens8 in (7, 8)
     for split in (1, 2, 4, 8)
 ]
-_SMALL_WGMMA: list[Tactic] = [Wgmma(1, 8, stages, split) for stages in (4, 8) for split in (1, 2, 4, 8)]
+_SMALL_WGMMA: list[Tactic] = [
+    WgmmaFew(8, stages, groups, split) for stages in (4, 6, 8) for groups in (1, 2) for split in (1, 2, 4, 8)
+]
 _WGMMA_TILES = [(26, 5), (26, 4), (24, 5), (20, 6), (20, 4), (18, 6), (16, 7), (14, 7), (12, 8)]
 _WGMMA: list[Tactic] = [
     *(Wgmma(2, tokens8, stages) for tokens8, stages in _WGMMA_TILES),
@@ -191,7 +231,7 @@ _LARGE: list[Tactic] = [Large(*tile, stages) for tile in _LARGE_TILES for stages
 
 def fits(tactic: Tactic, m: int, n: int, k: int, bits: int, sm: int) -> bool:
     """Whether the tactic computes this problem on this SM at all."""
-    if isinstance(tactic, Wgmma) and sm != 90:
+    if isinstance(tactic, (Wgmma, WgmmaFew)) and sm != 90:
         return False
     return tactic.divides(n, k) and tactic.shape(m, n, bits).shared_bytes <= MAX_SHARED_BYTES[sm]
 
@@ -235,7 +275,7 @@ def _timed() -> dict[tuple[int, int, int], list[tuple[int, Tactic]]]:
     """(N, K, bits) -> [(M, the fastest tactic)], as tests/gpu/bench_kernels.py --table wrote it on an H100."""
     table: dict[tuple[int, int, int], list[tuple[int, Tactic]]] = {}
     for row in json.loads(TABLE.read_text()):
-        tactic = {kind.__name__: kind for kind in (Small, Large, Wgmma)}[row["kernel"]](*row["parameters"])
+        tactic = {kind.__name__: kind for kind in (Small, Large, Wgmma, WgmmaFew)}[row["kernel"]](*row["parameters"])
         table.setdefault((row["n"], row["k"], row["bits"]), []).append((row["m"], tactic))
     return table
 
@@ -256,15 +296,14 @@ class Float:
     def tile_tokens(self) -> int:
         return 8 * self.tokens8
 
-    def expression(self, in_type: str, out_type: str, norm: bool = False, finish: str = "NONE") -> str:
-        """The instance for C++ types "float" or "Bf16", `finish` NONE, SILU, GEGLU or ROTARY."""
+    def expression(self, out_type: str, norm: bool = False, finish: str = "NONE") -> str:
+        """The instance for the C++ type "float" or "Bf16", `finish` NONE, SILU, GEGLU or ROTARY."""
         parameters = f"{self.rows16}, {self.tokens8}, {self.warps}, {self.stages}, {self.split}"
-        return f"gemm_float<{in_type}, {parameters}, {str(norm).lower()}, {finish}, {out_type}>"
+        return f"gemm_float<{parameters}, {str(norm).lower()}, {finish}, {out_type}>"
 
     def shape(self, m: int, n: int) -> Shape:
-        """For x of either type; float takes more shared memory."""
         grid = (n // (16 * self.rows16), self.split, -(-m // self.tile_tokens))
-        ring, sums = self.stages * self.tile_tokens * FLOAT_CHUNK * 4, _staged_bytes(self.tile_tokens, 16 * self.rows16)
+        ring, sums = self.stages * self.tile_tokens * FLOAT_CHUNK * 2, _staged_bytes(self.tile_tokens, 16 * self.rows16)
         received = self.split * -(-self.tile_tokens // self.split) if self.split > 1 else 0
         shared_bytes = self.warps * max(ring, sums) + _staged_bytes(received, 16 * self.rows16)
         return Shape(grid, 32 * self.warps, shared_bytes, (1, self.split, 1))
@@ -273,7 +312,7 @@ class Float:
         return n % (16 * self.rows16) == 0 and k % 16 == 0
 
 
-_FLOAT_TILES = [(4, 4, 1), (4, 4, 2), (2, 4, 1), (2, 8, 1), (1, 8, 1), (1, 4, 1)]  # rows16, warps, stages
+_FLOAT_TILES = [(4, 4, 1), (2, 4, 1), (2, 8, 1), (2, 8, 2), (1, 8, 1), (1, 8, 2), (1, 4, 1)]  # rows16, warps, stages
 _FLOAT_SPLITS = (1, 2, 3, 4, 8)
 
 
@@ -291,15 +330,15 @@ def float_candidates(m: int, n: int, k: int, sm: int) -> list[Float]:
         and tactic.shape(m, n).shared_bytes <= MAX_SHARED_BYTES[sm]
     ]
     busy = [t for t in fitting if t.split * t.warps * FLOAT_CHUNK <= k]
-    spread = [t for t in busy if 64 <= t.shape(m, n).grid[0] * t.split <= 2.2 * MULTIPROCESSORS]
+    spread = [t for t in busy if 64 <= n // (16 * t.rows16) * t.split <= 2.2 * MULTIPROCESSORS]
     return spread or fitting
 
 
 # (N, K) -> rows16, warps, stages, split: the fastest on an H100 for 50 tokens, overlapped with the kernels around it
 # (tests/gpu/bench_gemm_float.py).
 _FLOAT_TIMED = {
-    (2560, 1024): (4, 4, 1, 4),
-    (1024, 2048): (1, 8, 1, 2),
+    (2560, 1024): (2, 8, 2, 1),
+    (1024, 2048): (1, 8, 2, 2),
     (1024, 1024): (1, 8, 1, 2),
     (8192, 1024): (4, 4, 1, 2),
     (1024, 4096): (2, 4, 1, 8),
@@ -317,5 +356,5 @@ def best_float(m: int, n: int, k: int, sm: int) -> Float:
     timed = [t for t in candidates if (t.rows16, t.warps, t.stages, t.split) == _FLOAT_TIMED.get((n, k))]
     if timed:
         return timed[0]
-    blocks = {t: t.shape(m, n).grid[0] * t.split for t in candidates if t.rows16 == candidates[0].rows16}
+    blocks = {t: n // (16 * t.rows16) * t.split for t in candidates if t.rows16 == candidates[0].rows16}
     return next((t for t in blocks if blocks[t] > MULTIPROCESSORS), max(blocks, key=blocks.get))

@@ -137,11 +137,11 @@ def rotate_quantize(launch: Launch, x, gain, shift, input_scale, permutation, ro
 # Products: gemm_small.cu, gemm_large.cu, gemm_wgmma.cu, gemm_float.cu, linear_narrow.cu, and the library's
 
 
-def gemm(launch: Launch, x_q, x_scale, weight, weight_scale, bias, residual, y, workspace, m, n, k):
+def gemm(launch: Launch, x_q, x_scale, weight, weight_scale, bias, residual, y, workspace, m, n, k, *for_norm):
     bits, *tile, geglu, out_type = launch.template
     w = unpack_fragments(weight.read("unsigned char", n * k * int(bits) // 8), (n, k), int(bits), _check_tiles(launch, m, n))
-    if launch.kernel == "gemm_wgmma":
-        padded = _padded(m, 8 * int(tile[1]))
+    if launch.kernel.startswith("gemm_wgmma"):
+        padded = _padded(m, 8 * int(tile[0 if launch.kernel == "gemm_wgmma_few" else 1]))
         pieces = x_q.read("signed char", k // 128, padded, 8, 16)
         token = np.arange(m)[:, None]
         x = pieces[:, token, np.arange(8) ^ token % 8].transpose(1, 0, 2, 3).reshape(m, k)
@@ -159,6 +159,7 @@ def gemm(launch: Launch, x_q, x_scale, weight, weight_scale, bias, residual, y, 
     elif residual is not None:
         v = v + residual.read(out_type, m, n)
     y.write(out_type, v)
+    _leave_for_norm(v, *for_norm)
 
 
 def _check_tiles(launch: Launch, m: int, n: int) -> str:
@@ -169,6 +170,7 @@ def _check_tiles(launch: Launch, m: int, n: int) -> str:
         "gemm_small": (16 * a, 8 * b),
         "gemm_large": (16 * a * c, 8 * b * d),
         "gemm_wgmma": (64 * a, 8 * b),
+        "gemm_wgmma_few": (64, 8 * a),
     }[launch.kernel]
     across, down = n // rows, -(-m // tokens)
     assert n % rows == 0
@@ -176,22 +178,28 @@ def _check_tiles(launch: Launch, m: int, n: int) -> str:
         assert launch.grid[::2] == (across, down)
     elif launch.kernel == "gemm_large":
         assert launch.grid == (down, across, 1)
+    elif launch.kernel == "gemm_wgmma_few":
+        assert launch.split == d and launch.grid == (across * d, down, 1)
     else:
         assert launch.split == d and (d == 1 or launch.grid[0] == across * down * d)  # without a split, persistent
-    return "wgmma" if launch.kernel == "gemm_wgmma" else "direct"
+    return "wgmma" if launch.kernel.startswith("gemm_wgmma") else "direct"
 
 
-def gemm_float(launch: Launch, x, gain, weight, channel_scale, bias, residual, y, k, v, cosine, sine, past,
-               m, n, depth, y_stride, kv_stride, first_position, to_cache, epsilon):  # fmt: skip
-    in_type, rows16, tokens8, _, _, split, norm, finish, out_type = launch.template
+def _leave_for_norm(y: np.ndarray, x, gain, squares) -> None:
+    if x is not None:
+        x.write("Bf16", _affine(y, gain))
+        squares.write("float", (y * y).reshape(len(y), -1, 16).sum(-1))
+
+
+def gemm_float(launch: Launch, x, squares, weight, channel_scale, bias, residual, y, k, v, cosine, sine, past,
+               m, n, depth, y_stride, kv_stride, first_position, to_cache, epsilon, *for_norm):  # fmt: skip
+    rows16, tokens8, _, _, split, norm, finish, out_type = launch.template
     assert launch.grid == (n // (16 * int(rows16)), int(split), -(-m // (8 * int(tokens8))))
-    values = x.read(in_type, m, depth)
     w = from_bf16(unpack_float_fragments(weight.read("unsigned char", 2 * n * depth), (n, depth)))
+    product = x.read("Bf16", m, depth) @ w.T
     if norm == "true":
-        product = (_rounded(_affine(values, gain)) @ w.T) * _inverse_rms(values, epsilon)
-    else:
-        assert gain is None
-        product = _rounded(values) @ w.T
+        mean = squares.read("float", m, depth // 16).sum(-1, keepdims=True) / np.float32(depth)
+        product = product / np.sqrt(mean + np.float32(epsilon))
     product = _affine(product, channel_scale, bias)
     if finish == "ROTARY":
         dims = 256
@@ -205,14 +213,20 @@ def gemm_float(launch: Launch, x, gain, weight, channel_scale, bias, residual, y
         return
     if finish == "NONE" and residual is not None:
         product = product + residual.read("float", m, n, stride=y_stride)
-    y.write(out_type, {"NONE": np.asarray, "SILU": _silu, "GEGLU": _geglu_of_16}[finish](product), y_stride)
+    product = {"NONE": np.asarray, "SILU": _silu, "GEGLU": _geglu_of_16}[finish](product)
+    y.write(out_type, product, y_stride)
+    if (finish, out_type) == ("NONE", "float"):
+        _leave_for_norm(product, *for_norm)
 
 
-def linear_narrow(launch: Launch, x, weight, bias, y, depth, columns):
+def linear_narrow(launch: Launch, x, weight, bias, y, depth, columns, *for_norm):
     activation, out_type, count = launch.template
-    assert depth <= 64 and launch.grid[0] * 8 == columns
+    assert depth <= 64 and launch.grid[0] * 16 == columns
     v = _affine(x.read("float", int(count), depth) @ weight.read("float", depth, columns), None, bias)
-    y.write(out_type, _silu(v) if activation == "SILU" else v)
+    v = _silu(v) if activation == "SILU" else v
+    y.write(out_type, v)
+    if out_type == "float":
+        _leave_for_norm(v, *for_norm)
 
 
 def flow_step(launch: Launch, x, gain, shift, weight, bias, flow, depth, epsilon):
@@ -286,7 +300,7 @@ def attention(launch: Launch, q, k, v, own_k, own_v, out, past, m, keys, own_key
 KERNELS: dict[str, Callable] = {
     each.__name__: each
     for each in (patches, tokens, normalize, rotate_quantize, gemm_float, linear_narrow, flow_step, geglu, rotary, attention)
-} | {"gemm_small": gemm, "gemm_large": gemm, "gemm_wgmma": gemm, "attention_wgmma": attention, LIBRARY: matmul}
+} | {"gemm_small": gemm, "gemm_large": gemm, "gemm_wgmma": gemm, "gemm_wgmma_few": gemm, "attention_wgmma": attention, LIBRARY: matmul}
 
 
 # Formulas
@@ -337,10 +351,6 @@ def _hadamard(size: int) -> np.ndarray:
     while len(h) < size:
         h = np.block([[h, h], [h, -h]])
     return h / np.float32(np.sqrt(size))
-
-
-def _rounded(v: np.ndarray) -> np.ndarray:
-    return from_bf16(rounded_to_bf16(v))
 
 
 def _padded(count: int, multiple: int) -> int:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from plugins import attention, driver, kernels, pointwise, tactics
 from plugins.errors import KernelError
 from plugins.kernels import ARCHITECTURES, Cubin, compile_cubin, read_cached
-from plugins.tactics import Wgmma, best, best_float, candidates, fits, wgmma_header
+from plugins.tactics import Wgmma, WgmmaFew, best, best_float, candidates, fits, wgmma_header
 
 
 POINTWISE = [
@@ -34,8 +34,8 @@ SMALLEST = "gemm_small<4, 1, 1, 1, 1, false, int>"
     [
         ("gemm_small.cu", SMALLEST),
         ("gemm_large.cu", "gemm_large<8, 1, 1, 1, 1, 2, true, Bf16>"),
-        ("gemm_float.cu", "gemm_float<float, 1, 1, 1, 1, 1, true, ROTARY, Bf16>"),
-        ("gemm_float.cu", "gemm_float<Bf16, 1, 1, 1, 1, 1, false, GEGLU, float>"),
+        ("gemm_float.cu", "gemm_float<1, 1, 1, 1, 1, true, ROTARY, Bf16>"),
+        ("gemm_float.cu", "gemm_float<1, 1, 1, 1, 1, false, GEGLU, float>"),
         ("rotate_quantize.cu", "rotate_quantize<Half, RMS_NORM, 64, 1>"),
         ("attention.cu", "attention<72, 1, 1, 2, 16, 2, 1>"),
         ("rotary.cu", "rotary<8, 256>"),
@@ -47,8 +47,8 @@ def test_compiles_for_every_architecture(source, expression, sm, tmp_path):
     assert cubin.image.startswith(b"\x7fELF") and cubin.symbols[expression].encode() in cubin.image
 
 
-def test_compiles_wgmma(tmp_path):
-    tactic = Wgmma(1, 1, 2)
+@pytest.mark.parametrize("tactic", [Wgmma(1, 1, 2), Wgmma(1, 1, 2, 2), WgmmaFew(1, 4, 2)], ids=str)
+def test_compiles_wgmma(tactic, tmp_path):
     expression = tactic.expression(4, "float")
     cubin = compile_cubin(tactic.source, 90, [expression], tactic.headers(), cache=tmp_path)
     assert cubin.image.startswith(b"\x7fELF")

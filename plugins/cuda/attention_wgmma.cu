@@ -78,14 +78,16 @@ __device__ inline void merge_received(const unsigned char* pieces, const float* 
   for (int i = threadIdx.x / 32; i < SHARE; i += blockDim.x / 32) {
     const int of_block = rank * SHARE + i, row = first_row + of_block;
     if (row >= rows) break;
-    const float logarithm = logarithms[min(lane, SPLIT - 1) * SHARE + i];
-    const float greatest = reduce_warp<true>(logarithm);
-    const float factor = lane < SPLIT ? exp2_fast(logarithm - greatest) : 0.0f;
-    const float weight = __fdividef(factor, reduce_warp<false>(factor));
+    float weights[SPLIT], greatest = LOWEST, total = 0;  // by every lane for itself, which is shorter than by shuffles
+#pragma unroll
+    for (int part = 0; part < SPLIT; ++part) greatest = fmaxf(greatest, weights[part] = logarithms[part * SHARE + i]);
+#pragma unroll
+    for (int part = 0; part < SPLIT; ++part) total += weights[part] = exp2_fast(weights[part] - greatest);
+    const float inverse = __fdividef(1.0f, total);
     float sum[8] = {};
 #pragma unroll
     for (int part = 0; part < SPLIT; ++part)
-      add_piece(sum, __shfl_sync(~0u, weight, part),
+      add_piece(sum, weights[part] * inverse,
                 *reinterpret_cast<const uint4*>(pieces + (part * SHARE + i) * ROW + (lane ^ of_block % 8) * 16));
     *reinterpret_cast<uint4*>(out + size_t(row / HEADS) * out_stride + row % HEADS * 256 + 8 * lane) = {
         pack2<Bf16>(sum[0], sum[1]), pack2<Bf16>(sum[2], sum[3]), pack2<Bf16>(sum[4], sum[5]),
@@ -110,41 +112,36 @@ attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
   const int group = threadIdx.x / 128, row_group = group % ROW_GROUPS, key_group = group / ROW_GROUPS;
   const int rank = blockIdx.x % SPLIT, first_row = blockIdx.x / SPLIT * ROWS, rows = tokens * HEADS;
   if (past) keys += *past;
-  const int share = ((keys + own_keys + SPLIT - 1) / SPLIT + 15) / 16 * 16;
-  const int begin = rank * share, end = min(begin + share, keys + own_keys);
-  const int tiles = max((end - begin + TILE - 1) / TILE, 1);  // perhaps one without keys
+  // Of either kind of keys a block takes its share, so that all wait alike for the kernel that computes the own ones.
+  const auto begin_of = [](int count, int rank) { return count * rank / SPLIT; };
+  const int first_key = begin_of(keys, rank), cached_keys = begin_of(keys, rank + 1) - first_key;
+  const int first_own = begin_of(own_keys, rank), all_keys = cached_keys + begin_of(own_keys, rank + 1) - first_own;
+  const int tiles = max((all_keys + TILE - 1) / TILE, 1);  // perhaps one without keys
   q += size_t(blockIdx.z) * tokens * q_stride + blockIdx.y * HEADS * DIMS;
   k += size_t(blockIdx.z) * keys * kv_stride + blockIdx.y * DIMS;
   v += size_t(blockIdx.z) * keys * kv_stride + blockIdx.y * DIMS;
   out += size_t(blockIdx.z) * tokens * out_stride + blockIdx.y * HEADS * DIMS;
 
   const int piece = threadIdx.x % PIECES, row_of_thread = threadIdx.x / PIECES % STEP;  // a known range
-  auto fetch = [&](int tile, bool cached, bool own) {  // rows of k and v, zeros behind the last key; own rows
-    const int first_key = begin + tile * TILE;
-    const unsigned stage = ring_address + tile % STAGES * 2 * MATRIX;
+  auto fetch = [&](int tile, bool cached, bool own) {  // rows of k and v: those in the cache; own rows, and zeros behind
     if (tile >= tiles) return;
-    if (first_key + TILE <= min(end, keys)) {  // the usual case, in few instructions
-      if (!cached) return;
-      size_t at = size_t(first_key + row_of_thread) * kv_stride + 8 * piece;
+    const unsigned stage = ring_address + tile % STAGES * 2 * MATRIX;
+    const int before = tile * TILE, in_cache = max(min(cached_keys - before, TILE), 0);
+    auto copy = [&](const Bf16* k, const Bf16* v, size_t at, int row, bool valid) {
+      const unsigned to = stage + offset_of(TILE, row, piece);
+      copy_async(to, k + at + 8 * piece, valid);
+      copy_async(to + MATRIX, v + at + 8 * piece, valid);
+    };
+    if (cached)
 #pragma unroll 4  // all of them would be more instructions than the caches for them like
-      for (int row = 0; row < TILE; row += STEP, at += STEP * kv_stride) {
-        const unsigned to = stage + offset_of(TILE, row + row_of_thread, piece);
-        copy_async(to, k + at, true);
-        copy_async(to + MATRIX, v + at, true);
+      for (int row = row_of_thread; row < in_cache; row += STEP)
+        copy(k, v, size_t(first_key + before + row) * kv_stride, row, true);
+    if (own)
+      for (int row = in_cache + row_of_thread; row < TILE; row += STEP) {
+        const bool valid = before + row < all_keys;
+        const size_t at = valid ? size_t(first_own + before + row - cached_keys) * own_stride : 0;
+        copy(valid ? own_k : k, valid ? own_v : v, at, row, valid);
       }
-    } else {
-      const int first = cached ? 0 : max(keys - first_key, 0) / STEP * STEP;
-      const int last = cached ? TILE : min(end - first_key, TILE);
-#pragma unroll 2
-      for (int row = first; row < last; row += STEP) {
-        const int wanted = first_key + row + row_of_thread, key = min(wanted, end - 1);
-        if (!(wanted >= keys && wanted < end ? own : cached)) continue;
-        const size_t at = (key < keys ? size_t(key) * kv_stride : size_t(key - keys) * own_stride) + 8 * piece;
-        const unsigned to = stage + offset_of(TILE, row + row_of_thread, piece);
-        copy_async(to, (key < keys ? k : own_k) + at, wanted < end);
-        copy_async(to + MATRIX, (key < keys ? v : own_v) + at, wanted < end);
-      }
-    }
   };
 
   __shared__ unsigned long long arrived;
@@ -172,7 +169,6 @@ attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
   scale *= 1.4426950408889634f;  // exp(x) = exp2(x / ln 2)
   float o[DIMS / 8][4] = {}, m[2] = {LOWEST, LOWEST}, l[2] = {};
   for (int tile = 0; tile < tiles; ++tile) {
-    const int first_key = begin + tile * TILE;
     unsigned char* const stage = ring + tile % STAGES * 2 * MATRIX;
     if (STAGES == 1 && tile > 0) {
       __syncthreads();
@@ -202,7 +198,7 @@ attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
     finish_wgmma(s);
     if (SPLIT > 1 && is_last) arrive_in_cluster();  // the place of q is free
 
-    softmax(s, o, m, l, end - first_key - key_group * KEYS, scale);
+    softmax(s, o, m, l, all_keys - tile * TILE - key_group * KEYS, scale);
     unsigned p[KEYS / 16][4];
 #pragma unroll
     for (int j = 0; j < KEYS / 16; ++j) to_operand(s, j, p[j]);

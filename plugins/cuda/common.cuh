@@ -47,6 +47,16 @@ __device__ inline void let_next_kernel_start() {
 #endif
 }
 
+// Past the multiprocessor's own cache: a line there may be older than what blocks elsewhere have written to it, when
+// kernels overlap.
+template <class T> __device__ inline T load_fresh(const T* from) { return __ldcg(from); }
+template <class T> __device__ inline Four<T> load_fresh(const Four<T>* from) {
+  union { Four<T> value; uint2 pair; uint4 quad; } bits;
+  if constexpr (sizeof(Four<T>) == 8) bits.pair = __ldcg(reinterpret_cast<const uint2*>(from));
+  else bits.quad = __ldcg(reinterpret_cast<const uint4*>(from));
+  return bits.value;
+}
+
 __device__ inline int4 operator+(int4 a, int4 b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
 
 // Copies to shared memory, in the background and in groups.
@@ -131,6 +141,28 @@ __device__ inline float gelu_tanh(float g) {
   return __fdividef(g, 1.0f + __expf(fminf(-2.0f * u, 80.0f)));  // 80: the quotient stays finite and below 1e-34 g
 }
 
+// What the residual stream's writer leaves for a norm whose reader is gemm_float: y * gain[n] in bf16 (gain may be null),
+// [tokens, N], and of every 16 channels the sum of y^2, [tokens, N / 16]. `x` is null where nobody wants it.
+struct ForNorm {
+  Bf16* x;
+  const float* gain;
+  float* squares;
+
+  // Channels n..n + 3 of a token; four neighbouring lanes have 16 channels.
+  __device__ void store(int token, int n, int channels, const float (&v)[4]) const {
+    if (!x) return;
+    float4 factor = {1, 1, 1, 1};
+    if (gain) factor = *reinterpret_cast<const float4*>(gain + n);
+    *reinterpret_cast<uint2*>(x + size_t(token) * channels + n) = {
+        pack2<Bf16>(v[0] * factor.x, v[1] * factor.y), pack2<Bf16>(v[2] * factor.z, v[3] * factor.w)};
+    const unsigned lanes = 0xFu << threadIdx.x % 32 / 4 * 4;
+    float sum = v[0] * v[0] + v[1] * v[1] + v[2] * v[2] + v[3] * v[3];
+    sum += __shfl_xor_sync(lanes, sum, 1);
+    sum += __shfl_xor_sync(lanes, sum, 2);
+    if (threadIdx.x % 4 == 0) squares[size_t(token) * (channels / 16) + n / 16] = sum;
+  }
+};
+
 // y = (float(acc) * weight_scale[n]) * x_scale[m] (+ bias[n]) (+ residual[m, n]), float32 in this order, one rounding
 // at the end. bias and residual may be null; residual may be y itself. Out = int stores acc.
 //
@@ -146,6 +178,7 @@ template <int BITS, bool GEGLU, class Out> struct Epilogue {
   const Out* residual;
   Out* y;
   int tokens, rows;  // M, N
+  ForNorm for_norm;  // with y in float32
 
   static constexpr int PARTS = GEGLU ? 2 : 1;       // gate and up
   static constexpr int QUADS = 4 / PARTS;           // of 16 rows
@@ -167,8 +200,8 @@ template <int BITS, bool GEGLU, class Out> struct Epilogue {
   __device__ Inputs inputs(int token, int n) const {
     Inputs in = {};
     if (is_same<Out, int> || token >= tokens) return in;
-    in.scale = x_scale[token];
-    if (residual) in.residual = *reinterpret_cast<const Four<Out>*>(residual + size_t(token) * rows + n);
+    in.scale = load_fresh(x_scale + token);
+    if (residual) in.residual = load_fresh(reinterpret_cast<const Four<Out>*>(residual + size_t(token) * rows + n));
     return in;
   }
 
@@ -195,9 +228,10 @@ template <int BITS, bool GEGLU, class Out> struct Epilogue {
           v[0][i] = gelu_tanh(v[0][i]) * v[PARTS - 1][i];
         else if (residual)
           v[0][i] = __fadd_rn(v[0][i], to_float(in.residual.v[i]));
-      if constexpr (is_same<Out, float>)
+      if constexpr (is_same<Out, float>) {
         *reinterpret_cast<float4*>(target) = {v[0][0], v[0][1], v[0][2], v[0][3]};
-      else
+        if (!GEGLU) for_norm.store(token, n, rows, v[0]);
+      } else
         *reinterpret_cast<uint2*>(target) = {pack2<Out>(v[0][0], v[0][1]), pack2<Out>(v[0][2], v[0][3])};
     }
   }

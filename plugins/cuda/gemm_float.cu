@@ -1,25 +1,26 @@
-// y[M, N] = x'[M, K] w[N, K]^T for few tokens, M up to about 64: bf16 operands, float32 sums. What the float linears of
+// y[M, N] = x[M, K] w[N, K]^T for few tokens, M up to about 64: bf16 operands, float32 sums. What the float linears of
 // the action expert need in one kernel: the norm before, the epilogue after. mma.sync, SM 80 and up.
 //
-//   x'  = x, or with NORM x * gain[k] (gain may be null): bf16
-//   r   = 1, or with NORM 1 / sqrt(mean_k x[m, k]^2 + epsilon). It scales a whole row, so it can follow the product,
-//         and a block sums the squares of the x that it reads anyway
+//   r   = 1, or with NORM 1 / sqrt(mean_k X[m, k]^2 + epsilon), where x = X * gain is what the writer of the residual
+//         stream X has left, with sums of squares (common.cuh, ForNorm): r scales a whole row, so it can follow the
+//         product
 //   y   = (acc * r) * channel_scale[n] + bias[n], either may be null; then, by `FINISH`,
-//     NONE    + residual[m, n] (float32, may be null or, when y is float, y itself)
+//     NONE    + residual[m, n] (float32, may be null or, when y is float, y itself); y in float32 may leave something
+//             for a norm itself
 //     SILU    y / (1 + exp(-y))
 //     GEGLU   rows as plugins/layout.py interleave_gate_up has them: gelu_tanh(gate) * up, [M, N / 2]
 //     ROTARY  of q, k, v rows as interleave_rotary has them, HEAD_DIMS a head, one KV head: q and k turned by the
 //             angles of their position, q to y, k and v to rows of their own; all bf16
 //
 // A warp owns 16 ROWS16 rows of W, 8 TOKENS8 tokens and every WARPS-th chunk of K = 64 of its block. Weights come from
-// memory straight into the tensor cores' layout (plugins/layout.py, pack_float_fragments), one chunk ahead: the first
+// memory straight into the tensor cores' layout (plugins/layout.py, pack_float_fragments), STAGES chunks ahead: the first
 // to registers and the rest to L2 before the kernel ahead has ended. Activations go through a ring of STAGES chunks in
 // shared memory, the warp's own: loaded straight into the tensor cores' layout they would be pieces of 8 cache lines at
 // a time, and the number of such requests would bound this kernel, not the bytes.
 //
 // WARPS warps of a block and SPLIT blocks of a cluster (SM 90; elsewhere SPLIT = 1) share K. A block adds its warps'
-// sums and sends those of each token to the block that finishes it, of token m block m % SPLIT; the squares ride along
-// in the padding of the rows. All additions have a fixed order, so the result is reproducible.
+// sums and sends those of each token to the block that finishes it, of token m block m % SPLIT. All additions have a
+// fixed order, so the result is reproducible.
 //
 // grid (N / (16 ROWS16), SPLIT, ceil(M / (8 TOKENS8))), block 32 WARPS, cluster (1, SPLIT, 1), shared memory as in
 // plugins/tactics.py.
@@ -49,18 +50,6 @@ __device__ inline void prefetch(const void* from, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 #endif
 }
-
-// 4 channels of a token: float4, or bf16 two to a word.
-template <class In> struct Vector { using type = float4; };
-template <> struct Vector<Bf16> { using type = uint2; };
-
-__device__ inline float4 to_floats(float4 v) { return v; }
-__device__ inline float4 to_floats(uint2 v) {
-  return {__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xFFFF0000u), __uint_as_float(v.y << 16),
-          __uint_as_float(v.y & 0xFFFF0000u)};
-}
-__device__ inline uint2 to_bf16(float4 v) { return {pack2<Bf16>(v.x, v.y), pack2<Bf16>(v.z, v.w)}; }
-__device__ inline uint2 to_bf16(uint2 v) { return v; }
 
 __device__ inline float4 load4(const float* from) { return *reinterpret_cast<const float4*>(from); }
 __device__ inline float4 operator+(float4 a, float4 b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
@@ -92,6 +81,7 @@ template <int FINISH, class Out> struct Output {
   int rows, y_stride, kv_stride;
   int position;   // of token 0
   int first_row;  // of k and v, that token 0 goes to
+  ForNorm for_norm;
 
   static constexpr int PARTS = FINISH == GEGLU || FINISH == ROTARY ? 2 : 1;
   static constexpr int QUADS = 4 / PARTS;  // of 16 rows
@@ -116,7 +106,7 @@ template <int FINISH, class Out> struct Output {
     Inputs in = {};
     if (FINISH == ROTARY) in.a = {1, 1, 1, 1};
     if (FINISH == NONE && residual)
-      in.a = __ldcg(reinterpret_cast<const float4*>(residual + size_t(token) * y_stride + n));
+      in.a = load_fresh(reinterpret_cast<const float4*>(residual + size_t(token) * y_stride + n));
     if (FINISH == ROTARY && !is_v(n)) {
       const size_t at = size_t(position + token) * (HEAD_DIMS / 2) + n % HEAD_DIMS / 16 * 8 + n % 16;
       in.a = load4(cosine + at), in.b = load4(sine + at);
@@ -163,20 +153,20 @@ template <int FINISH, class Out> struct Output {
       store4(to + channel + (is_v(n) ? 8 : HEAD_DIMS / 2), values.v[1]);
     } else {
       store4(y + size_t(token) * y_stride + n / 16 * 16 / PARTS + n % 16, values.v[0]);
+      if (FINISH == NONE && is_same<Out, float>) for_norm.store(token, n, rows, values.v[0]);
     }
   }
 };
 
-template <class In, int ROWS16, int TOKENS8, int WARPS, int STAGES, int SPLIT, bool NORM, int FINISH, class Out>
+template <int ROWS16, int TOKENS8, int WARPS, int STAGES, int SPLIT, bool NORM, int FINISH, class Out>
 __global__ void __launch_bounds__(32 * WARPS)
-gemm_float(const In* x, const float* gain, const uint4* weight, const float* channel_scale, const float* bias,
+gemm_float(const Bf16* x, const float* squares, const uint4* weight, const float* channel_scale, const float* bias,
            const float* residual, Out* y, Out* k, Out* v, const float* cosine, const float* sine, const int* past,
            int tokens, int rows, int depth, int y_stride, int kv_stride, int first_position, int to_cache,
-           float epsilon) {
+           float epsilon, Bf16* normed, const float* normed_gain, float* normed_squares) {
   using O = Output<FINISH, Out>;
-  using Channels = typename Vector<In>::type;
   constexpr int ROWS = 16 * ROWS16, TOKENS = 8 * TOKENS8, PITCH = pitch(ROWS), THREADS = 32 * WARPS;
-  constexpr int TILES = 4, ROW = TILES * 16 * int(sizeof(In));  // of K = 16 in a chunk; bytes of a token in a chunk
+  constexpr int TILES = 4, ROW = TILES * 16 * 2;  // of K = 16 in a chunk; bytes of a token in a chunk
   constexpr int RING = STAGES * TOKENS * ROW / 4, REGION = RING > TOKENS * PITCH ? RING : TOKENS * PITCH;
   extern __shared__ __align__(128) float shared[];  // [WARPS][REGION]: ring, then sums; [SPLIT][SLOTS][PITCH] of all
 
@@ -191,16 +181,14 @@ gemm_float(const In* x, const float* gain, const uint4* weight, const float* cha
   float* const own = shared + warp * REGION;
   const unsigned ring = unsigned(__cvta_generic_to_shared(own));
 
-  uint4 w[TILES][ROWS16];
-  float4 gains[TILES];
-  float acc[ROWS16][TOKENS8][4] = {}, squares[TOKENS8] = {};
+  uint4 w[STAGES][TILES][ROWS16];
+  float acc[ROWS16][TOKENS8][4] = {};
 
-  auto fetch_weights = [&](int i, int step) {  // of tile i; beyond the end the activations are zero
+  auto fetch_weights = [&](int stage, int i, int step) {  // of tile i; beyond the end the activations are zero
     const int tile = min((begin + step * WARPS + warp) * TILES + i, tiles - 1);
 #pragma unroll
     for (int row16 = 0; row16 < ROWS16; ++row16)
-      w[i][row16] = load_weights(weights + (size_t(row16) * tiles + tile) * 32 + lane);
-    if (NORM) gains[i] = gain ? __ldg(reinterpret_cast<const float4*>(gain + tile * 16) + t) : float4{1, 1, 1, 1};
+      w[stage][i][row16] = load_weights(weights + (size_t(row16) * tiles + tile) * 32 + lane);
   };
 
   // Pieces of 16 bytes, PIECES a token. The 16 channels of a tile are a unit; unit u of a token stands at u ^ (token %
@@ -209,9 +197,9 @@ gemm_float(const In* x, const float* gain, const uint4* weight, const float* cha
   static_assert(AT_ONCE % SPREAD == 0);
   const int token_of_lane = lane / PIECES, piece = lane % PIECES, place = piece ^ token_of_lane % SPREAD * (UNIT / 16);
   auto fetch_activations = [&](int step) {
-    const int channel = ((begin + step * WARPS + warp) * TILES * 16) + piece * 16 / int(sizeof(In));
+    const int channel = ((begin + step * WARPS + warp) * TILES * 16) + piece * 8;
     const int valid_tokens = channel < min(end * TILES * 16, depth) ? tokens - token_of_lane : 0;
-    const In* from = x + size_t(token_of_lane) * depth + channel;
+    const Bf16* from = x + size_t(token_of_lane) * depth + channel;
     const unsigned to = ring + (step % STAGES * TOKENS + token_of_lane) * ROW + place * 16;
     if (step < steps)
 #pragma unroll
@@ -221,31 +209,28 @@ gemm_float(const In* x, const float* gain, const uint4* weight, const float* cha
       }
     commit_copies();
   };
-  auto multiply = [&](int i, int step) {
-    const char* const at = reinterpret_cast<const char*>(own) + (step % STAGES * TOKENS + g) * ROW +
-                           (i ^ g % SPREAD) * UNIT + t * int(sizeof(Channels));
+  auto multiply = [&](int stage, int i) {
+    const char* const at = reinterpret_cast<const char*>(own) + (stage * TOKENS + g) * ROW + (i ^ g % SPREAD) * UNIT +
+                           t * 8;
+    uint2 b[TOKENS8];  // all loads before the first use
 #pragma unroll
-    for (int j = 0; j < TOKENS8; ++j) {
-      const Channels channels = *reinterpret_cast<const Channels*>(at + 8 * j * ROW);
-      uint2 b = to_bf16(channels);
-      if (NORM) {
-        const float4 f = to_floats(channels), factor = gains[i];
-        squares[j] += f.x * f.x + f.y * f.y + f.z * f.z + f.w * f.w;
-        b = to_bf16(float4{f.x * factor.x, f.y * factor.y, f.z * factor.z, f.w * factor.w});
-      }
+    for (int j = 0; j < TOKENS8; ++j) b[j] = *reinterpret_cast<const uint2*>(at + 8 * j * ROW);
 #pragma unroll
-      for (int row16 = 0; row16 < ROWS16; ++row16) mma(acc[row16][j], w[i][row16], b);
-    }
+    for (int j = 0; j < TOKENS8; ++j)
+#pragma unroll
+      for (int row16 = 0; row16 < ROWS16; ++row16) mma(acc[row16][j], w[stage][i][row16], b[j]);
   };
 
 #pragma unroll
-  for (int i = 0; i < TILES; ++i) fetch_weights(i, 0);
-  const int rest = (begin + WARPS) * TILES, last = min(end * TILES, tiles);
+  for (int stage = 0; stage < STAGES; ++stage)
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) fetch_weights(stage, i, stage);
+  const int rest = (begin + STAGES * WARPS) * TILES, last = min(end * TILES, tiles);
   if (threadIdx.x < ROWS16 && rest < last)
     prefetch(weights + (size_t(threadIdx.x) * tiles + rest) * 32, (last - rest) * 512);
   const int position = first_position + (past ? *past : 0);
   constexpr int SLOTS = (TOKENS + SPLIT - 1) / SPLIT;  // tokens that this block finishes: rank, rank + SPLIT...
-  constexpr int ALL = ROWS / 4 + NORM;                 // quads of a token's sums, the one with the squares included
+  constexpr int ALL = ROWS / 4;                        // quads of a token's sums
 #if CLUSTER
   __shared__ unsigned long long arrived;
   if (SPLIT > 1) {
@@ -256,17 +241,37 @@ gemm_float(const In* x, const float* gain, const uint4* weight, const float* cha
 #endif
   wait_for_inputs();
   for (int step = 0; step < STAGES; ++step) fetch_activations(step);
-  for (int step = 0; step < steps; ++step) {
-    wait_for_copies<STAGES - 1>();
-    __syncwarp();
+  // Four lanes add the squares of a token. Each has 4 quads of them under way while the products are computed, enough
+  // for K = 1024.
+  constexpr int TOKENS_A_ROUND = THREADS / 4, ROUNDS = NORM ? (TOKENS + TOKENS_A_ROUND - 1) / TOKENS_A_ROUND : 0;
+  const int quads = depth / 64;
+  auto load_squares = [&](int round, int quad) {
+    const int token = min(round * TOKENS_A_ROUND + int(threadIdx.x) / 4, tokens - 1);
+    const float4 four = load_fresh(reinterpret_cast<const float4*>(squares) + size_t(first_token + token) * quads +
+                                   min(quad, quads - 1));
+    return quad < quads ? four : float4{0, 0, 0, 0};
+  };
+  float4 early[ROUNDS > 0 ? ROUNDS : 1][4];
 #pragma unroll
-    for (int i = 0; i < TILES; ++i) {
-      multiply(i, step);
-      if (step + 1 < steps) fetch_weights(i, step + 1);
+  for (int round = 0; round < ROUNDS; ++round)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) early[round][i] = load_squares(round, lane % 4 + 4 * i);
+
+  for (int first_step = 0; first_step < steps; first_step += STAGES)
+#pragma unroll
+    for (int stage = 0; stage < STAGES; ++stage) {
+      const int step = first_step + stage;
+      if (step >= steps) break;
+      wait_for_copies<STAGES - 1>();
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < TILES; ++i) {
+        multiply(stage, i);
+        if (step + STAGES < steps) fetch_weights(stage, i, step + STAGES);
+      }
+      __syncwarp();
+      fetch_activations(step + STAGES);
     }
-    __syncwarp();
-    fetch_activations(step + STAGES);
-  }
   let_next_kernel_start();
 
   // Quads of this block's share of the tile: all of a thread's are in the same rows. Their operands come while the sums
@@ -274,7 +279,7 @@ gemm_float(const In* x, const float* gain, const uint4* weight, const float* cha
   constexpr int QUADS = O::QUADS * ROWS16, COUNT = (SLOTS * QUADS + THREADS - 1) / THREADS;
   static_assert(THREADS % QUADS == 0);
   const O output = {channel_scale, bias, residual, cosine, sine, y, k, v, rows, y_stride, kv_stride, position,
-                    to_cache ? position : 0};
+                    to_cache ? position : 0, {normed, normed_gain, normed_squares}};
   const int row = O::row_of(threadIdx.x % QUADS), n = blockIdx.x * ROWS + row;
   auto slot_of = [&](int i) { return (i * THREADS + int(threadIdx.x)) / QUADS; };
   auto token_of = [&](int i) { return slot_of(i) * SPLIT + rank; };
@@ -284,16 +289,22 @@ gemm_float(const In* x, const float* gain, const uint4* weight, const float* cha
   for (int i = 0; i < COUNT; ++i)
     if (token_of(i) < tokens) inputs[i] = output.inputs(first_token + token_of(i), n);
 
+  __shared__ float inverse_rms[TOKENS];
+#pragma unroll
+  for (int round = 0; round < ROUNDS; ++round) {
+    float4 four = early[round][0] + early[round][1] + early[round][2] + early[round][3];
+    for (int quad = 16 + lane % 4; quad < quads; quad += 4) four = four + load_squares(round, quad);
+    float sum = four.x + four.y + four.z + four.w;
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    const int token = round * TOKENS_A_ROUND + threadIdx.x / 4;
+    if (lane % 4 == 0 && token < TOKENS) inverse_rms[token] = rsqrtf(__fdividef(sum, depth) + epsilon);
+  }
 #pragma unroll
   for (int j = 0; j < TOKENS8; ++j) {
     float* const of_tokens = own + 8 * j * PITCH;
 #pragma unroll
     for (int row16 = 0; row16 < ROWS16; ++row16) stage_fragment<ROWS16>(of_tokens, row16, acc[row16][j]);
-    if (NORM) {
-      squares[j] += __shfl_xor_sync(~0u, squares[j], 1);
-      squares[j] += __shfl_xor_sync(~0u, squares[j], 2);
-      if (t == 0) of_tokens[g * PITCH + ROWS] = squares[j];
-    }
   }
   __syncthreads();
 
@@ -325,7 +336,7 @@ gemm_float(const In* x, const float* gain, const uint4* weight, const float* cha
       if (SPLIT > 1) return sum_quads<SPLIT>(received + slot * PITCH + row, SLOTS * PITCH);
       return sum_quads<WARPS>(shared + slot * PITCH + row, REGION);
     };
-    const float r = NORM ? rsqrtf(__fdividef(sum(ROWS).x, depth) + epsilon) : 1.0f;
+    const float r = NORM && token_of(i) < TOKENS ? inverse_rms[token_of(i)] : 1.0f;
     const typename O::Values values = output.values(columns, inputs[i], r, sum(row), sum(row + 8 * (O::PARTS - 1)));
     if (slot_of(i) < SLOTS && token_of(i) < tokens) output.store(first_token + token_of(i), n, values);
   }

@@ -9,37 +9,12 @@
 // Blocks are persistent and take tiles of 64 GROUPS rows x 8 TOKENS8 tokens in turn. A thread of its own keeps a ring
 // of STAGES stages filled and runs on into the next tile while the GROUPS warpgroups are in the epilogue of the last.
 // Where tiles are fewer than multiprocessors, SPLIT blocks, a cluster, share the K of a tile and add through
-// distributed shared memory.
+// distributed shared memory. For few tokens there is gemm_wgmma_few.cu.
 //
 // grid: SPLIT = 1: as many blocks as run at once, or fewer; else SPLIT * tiles, cluster SPLIT.
 // block 128 GROUPS + 128 (GROUPS = 1: 160); shared memory STAGES * sizeof(Stage) + 4 GROUPS * 4 * staging_words(1),
-// with SPLIT > 1 STAGES * sizeof(Stage) and 4 GROUPS * 4 * (RECEIVED + STAGED), side by side where TOKENS8 <= 8, else
-// in the same place.
-#include "cluster.cuh"
-#include "wgmma.cuh"  // generated: void wgmma(int (&d)[TOKENS8][4], const unsigned (&a)[4], unsigned long long b)
-
-__device__ inline void init_barrier(unsigned barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
-}
-__device__ inline void arrive(unsigned barrier) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ inline void arrive_expecting(unsigned barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ inline void wait(unsigned barrier, int parity) {
-  asm volatile("{.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;}"
-               ::"r"(barrier), "r"(parity) : "memory");
-}
-__device__ inline void copy(unsigned to, const void* from, int bytes, unsigned barrier) {  // announced at the barrier
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-               ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
-}
-
-// Matrix descriptor of B: address / 16, 1024 bytes from 8 tokens to the next 8, 128-byte swizzle. K = 32 further: + 2.
-__device__ inline unsigned long long descriptor(unsigned address) {
-  return (address >> 4 & 0x3FFF) | 1ull << 16 | 64ull << 32 | 1ull << 62;
-}
+// with SPLIT > 1 the larger of STAGES * sizeof(Stage) and 4 GROUPS * 4 * (RECEIVED + STAGED), one after the other.
+#include "gemm_wgmma.cuh"
 
 // Three warpgroups share 64 K registers, 168 a thread; the producer hands most of its own to the other two.
 template <int COUNT> __device__ inline void take_registers() {
@@ -49,53 +24,11 @@ template <int COUNT> __device__ inline void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
-// store_warp_tile where SPLIT blocks hold parts of the sums: each finishes every SPLIT-th group of 8 tokens, GROUPS_OF_8
-// at most, and the others send theirs, as the tensor cores left them: 16 bytes of each lane. RECEIVED and STAGED are
-// words of a warp.
-template <int SPLIT, int TOKENS8> constexpr int GROUPS_OF_8 = (TOKENS8 + SPLIT - 1) / SPLIT;
-template <int SPLIT, int TOKENS8> constexpr int RECEIVED = GROUPS_OF_8<SPLIT, TOKENS8> * SPLIT * 32 * 4;
-template <int SPLIT, int TOKENS8> constexpr int STAGED = GROUPS_OF_8<SPLIT, TOKENS8> * 8 * pitch(16);
-
-template <int SPLIT, int TOKENS8, class Epilogue>
-__device__ inline void store_split_tile(const int (&acc)[1][TOKENS8][4], int* received, int* staging,
-                                        unsigned long long* arrived, int rank, int first_token, int first_row,
-                                        const Epilogue& epilogue, const typename Epilogue::Columns& columns) {
-  constexpr int COUNT = GROUPS_OF_8<SPLIT, TOKENS8>;
-  const int lane = threadIdx.x % 32, row = Epilogue::first_row(lane % Epilogue::QUADS), n = first_row + row;
-  const int token = lane / Epilogue::QUADS;  // with GEGLU half the lanes suffice
-#pragma unroll
-  for (int j = 0; j < TOKENS8; ++j) {
-    const int (&d)[4] = acc[0][j];
-    send(uint4{unsigned(d[0]), unsigned(d[1]), unsigned(d[2]), unsigned(d[3])},
-         received + ((j / SPLIT * SPLIT + rank) * 32 + lane) * 4, arrived, j % SPLIT);
-  }
-  typename Epilogue::Inputs inputs[COUNT];
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) inputs[i] = epilogue.inputs(first_token + 8 * (rank + i * SPLIT) + token, n);
-  wait(arrived);
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) {
-    int4 sum = {};
-#pragma unroll
-    for (int part = 0; part < SPLIT; ++part)
-      sum = sum + *reinterpret_cast<const int4*>(received + ((i * SPLIT + part) * 32 + lane) * 4);
-    stage_fragment<1>(staging + i * 8 * pitch(16), 0, {sum.x, sum.y, sum.z, sum.w});
-  }
-  __syncwarp();
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) {
-    const int j = rank + i * SPLIT;
-    const int* const at = staging + (8 * i + token) * pitch(16) + row;
-    if (j < TOKENS8 && token < 8)
-      epilogue.store(first_token + 8 * j + token, n, columns, inputs[i],
-                     [at](int offset) { return *reinterpret_cast<const int4*>(at + offset); });
-  }
-}
-
 template <int BITS, int GROUPS, int TOKENS8, int STAGES, int SPLIT, bool GEGLU, class Out>
 __global__ void __launch_bounds__(128 * GROUPS + (GROUPS > 1 ? 128 : 32), 1)
 gemm_wgmma(const signed char* x_slabs, const float* x_scale, const unsigned char* weight, const float* weight_scale,
-           const float* bias, const Out* residual, Out* y, int* workspace, int tokens, int rows, int depth) {
+           const float* bias, const Out* residual, Out* y, int* workspace, int tokens, int rows, int depth, Bf16* normed,
+           const float* normed_gain, float* squares) {
   constexpr int TOKENS = 8 * TOKENS8, WARPS = 4 * GROUPS, TILE_BYTES = Fragment<BITS>::bytes();
   struct Stage {
     unsigned char x[TOKENS * 128];               // swizzled; 1024-byte aligned
@@ -122,11 +55,9 @@ gemm_wgmma(const signed char* x_slabs, const float* x_scale, const unsigned char
       init_barrier(empty + 8 * stage, WARPS);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    if (SPLIT > 1) expect(&arrived, (TOKENS8 - rank + SPLIT - 1) / SPLIT * SPLIT * WARPS * 512);
+    if (SPLIT > 1) expect(&arrived, GROUPS * received_bytes<SPLIT, 1, TOKENS8>(rank));
   }
   __syncthreads();
-  constexpr bool FEW = TOKENS8 <= 8;
-  if (SPLIT > 1 && FEW) arrive_in_cluster();  // there is room for the others' sums beside the ring
 
   if (warp >= WARPS) {
     if (GROUPS > 1) give_registers<40>();
@@ -168,12 +99,10 @@ gemm_wgmma(const signed char* x_slabs, const float* x_scale, const unsigned char
   } else {
     if (GROUPS > 1) take_registers<232>();
     using E = Epilogue<BITS, GEGLU, Out>;
-    const E epilogue = {x_scale, weight_scale, bias, residual, y, tokens, rows};
+    const E epilogue = {x_scale, weight_scale, bias, residual, y, tokens, rows, {normed, normed_gain, squares}};
     int count = 0;  // steps taken so far
     for (int tile = block; tile < tiles; tile += blocks) {
       const int first_token = tile % token_blocks * TOKENS, first_row = tile / token_blocks * 64 * GROUPS + 16 * warp;
-      typename E::Columns columns;
-      if (FEW) columns = columns_of_lane<1>(first_row, epilogue);  // many tokens leave no registers to load it ahead
       int acc[1][TOKENS8][4] = {};
       auto release = [&](int count) {
         if (lane == 0) arrive(empty + 8 * (count % STAGES));
@@ -181,23 +110,7 @@ gemm_wgmma(const signed char* x_slabs, const float* x_scale, const unsigned char
       auto consume = [&](int count, bool first, unsigned (&a)[4][4]) {
         const int stage = count % STAGES;
         wait(full + 8 * stage, count / STAGES & 1);
-        const unsigned char(&mine)[2][TILE_BYTES] = stages[stage].w[warp / 4][warp % 4];
-#pragma unroll
-        for (int chunk = 0; chunk < 2; ++chunk) {
-          Fragment<BITS> w;
-#pragma unroll
-          for (int part = 0; part < BITS / 4; ++part)
-            w.raw[part] = *reinterpret_cast<const uint4*>(mine[chunk] + part * 512 + lane * 16);
-          w.operand(0, a[2 * chunk]);
-          w.operand(1, a[2 * chunk + 1]);
-        }
-        for (int k = 0; k < 4; ++k)  // the operands are computed here, not between the instructions below
-          asm volatile("" : "+r"(a[k][0]), "+r"(a[k][1]), "+r"(a[k][2]), "+r"(a[k][3])::"memory");
-        const unsigned long long b = descriptor(address_of(stages[stage].x));
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-        for (int k = 0; k < 4; ++k) wgmma(acc[0], a[k], b + 2 * k);
-        asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;" ::: "memory");
+        multiply_step<BITS>(acc[0], stages[stage].w[warp / 4][warp % 4], stages[stage].x, a);
         if (!first) release(count - 1);  // its instructions are done, this step's are running
       };
       unsigned even[4][4], odd[4][4];  // the operands of running instructions must stay as they are
@@ -207,23 +120,23 @@ gemm_wgmma(const signed char* x_slabs, const float* x_scale, const unsigned char
         consume(count + step + 1, false, odd);
       }
       if (step < steps) consume(count + step, step == 0, even);
-      asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+      finish_steps();
       count += steps;
       release(count - 1);
       if (tile + blocks >= tiles) let_next_kernel_start();
       wait_for_inputs();  // the epilogue reads the tokens' scales
-      if (!FEW) columns = columns_of_lane<1>(first_row, epilogue);
+      const typename E::Columns columns = columns_of_lane<1>(first_row, epilogue);  // no registers to load it ahead
       if constexpr (SPLIT == 1)
         store_warp_tile(acc, staging + warp * staging_words(1), first_token, first_row, epilogue, columns);
       else {  // one tile a block: the ring is free as soon as all warps are through
-        if (!FEW) {
-          asm volatile("bar.sync 1, %0;" ::"n"(128 * GROUPS) : "memory");
-          arrive_in_cluster();
-        }
-        int* const received = (FEW ? staging : reinterpret_cast<int*>(shared)) + warp * RECEIVED<SPLIT, TOKENS8>;
+        asm volatile("bar.sync 1, %0;" ::"n"(128 * GROUPS) : "memory");
+        arrive_in_cluster();
+        int* const received = reinterpret_cast<int*>(shared) + warp * RECEIVED<SPLIT, TOKENS8>;
         int* const staged = received + (WARPS - warp) * RECEIVED<SPLIT, TOKENS8> + warp * STAGED<SPLIT, TOKENS8>;
+        const Share<SPLIT, TOKENS8, E> share(rank, first_token, first_row, epilogue);
         wait_for_cluster();
-        store_split_tile<SPLIT>(acc, received, staged, &arrived, rank, first_token, first_row, epilogue, columns);
+        store_shared_tile<SPLIT, 1>(acc[0], received, 0, staged, &arrived, first_token, first_row, epilogue, columns,
+                                    share);
       }
     }
   }

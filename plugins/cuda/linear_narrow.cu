@@ -14,27 +14,29 @@ __device__ inline void store(Bf16* to, const float (&v)[4]) {
 //
 //   x       [TOKENS, depth], depth = K <= 64, a multiple of 4
 //   weight  [depth, columns]; bias [columns], may be null
-//   y       [TOKENS, columns]
+//   y       [TOKENS, columns]; in float32 it may leave something for a norm (common.cuh, ForNorm)
 //
-// A block has 8 columns for all tokens, so that the weight is read once, ahead of the wait, with one load a thread. Two
+// A block has 16 columns for all tokens, so that the weight is read once, ahead of the wait, with one load a thread. Four
 // threads share a token.
-// grid columns / 8, block 128.
+// grid columns / 16, block 256.
 template <int ACTIVATION, class Out, int TOKENS>
-__global__ void __launch_bounds__(128)
-linear_narrow(const float* x, const float* weight, const float* bias, Out* y, int depth, int columns) {
+__global__ void __launch_bounds__(256)
+linear_narrow(const float* x, const float* weight, const float* bias, Out* y, int depth, int columns, Bf16* normed,
+              const float* normed_gain, float* squares) {
   constexpr int MAX_DEPTH = 64;
-  __shared__ Four<float> of_block[MAX_DEPTH][2];
-  const int half = threadIdx.x % 2, column = 8 * blockIdx.x + 4 * half;
+  __shared__ Four<float> of_block[MAX_DEPTH][4];
+  const int quarter = threadIdx.x % 4, column = 16 * blockIdx.x + 4 * quarter;
+  const ForNorm for_norm = {normed, normed_gain, squares};
   let_next_kernel_start();
-  if (threadIdx.x / 2 < depth)
-    of_block[threadIdx.x / 2][half] =
-        *reinterpret_cast<const Four<float>*>(weight + size_t(threadIdx.x / 2) * columns + column);
+  if (threadIdx.x / 4 < depth)
+    of_block[threadIdx.x / 4][quarter] =
+        *reinterpret_cast<const Four<float>*>(weight + size_t(threadIdx.x / 4) * columns + column);
   Four<float> add = {};
   if (bias) add = *reinterpret_cast<const Four<float>*>(bias + column);
   __syncthreads();
   wait_for_inputs();
 
-  for (int token = threadIdx.x / 2; token < TOKENS; token += 64) {
+  for (int token = threadIdx.x / 4; token < TOKENS; token += 64) {
     Four<float> in[MAX_DEPTH / 4];  // all loads before the first use
 #pragma unroll
     for (int i = 0; i < MAX_DEPTH / 4; ++i)
@@ -43,12 +45,13 @@ linear_narrow(const float* x, const float* weight, const float* bias, Out* y, in
 #pragma unroll
     for (int k = 0; k < MAX_DEPTH; ++k) {
       if (k >= depth) break;
-      const Four<float> w = of_block[k][half];
+      const Four<float> w = of_block[k][quarter];
       for (int j = 0; j < 4; ++j) sums[j] = fmaf(in[k / 4].v[k % 4], w.v[j], sums[j]);
     }
     if (ACTIVATION == SILU)
       for (int i = 0; i < 4; ++i) sums[i] = sums[i] / (1.0f + expf(-sums[i]));
     store(y + size_t(token) * columns + column, sums);
+    if (is_same<Out, float>) for_norm.store(token, column, columns, sums);
   }
 }
 

@@ -5,6 +5,7 @@ import ctypes
 import dataclasses
 import functools
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,14 @@ from plugins.layout import activation_slabs, pack_float_fragments, pack_fragment
 from plugins.tactics import Float, Tactic
 
 TYPES = {torch.bfloat16: "Bf16", torch.float16: "Half", torch.float32: "float", torch.int32: "int"}
+
+
+class ForNorm(NamedTuple):
+    """What a launch leaves for a norm of its y [M, N]: y * gain bf16 [M, N], sums of squares float32 [M, N / 16]."""
+
+    x: torch.Tensor | None = None
+    gain: torch.Tensor | None = None
+    squares: torch.Tensor | None = None
 
 
 @functools.cache
@@ -72,6 +81,7 @@ def gemm(
     n: int,
     k: int,
     geglu: bool = False,
+    for_norm: ForNorm = ForNorm(),
     options: tuple[str, ...] = (),
     overlap: bool = False,
 ) -> None:
@@ -82,7 +92,7 @@ def gemm(
         shape = dataclasses.replace(shape, cluster=(1, 1, 1))
     expression = tactic.expression(bits, TYPES[y.dtype], geglu)
     function = kernel(tactic.source, expression, tuple(tactic.headers().items()), options)
-    values = (x, x_scale, weight, weight_scale, bias, residual, y, workspace, m, n, k)
+    values = (x, x_scale, weight, weight_scale, bias, residual, y, workspace, m, n, k, *for_norm)
     function.launch(shape, arguments(values), torch.cuda.current_stream().cuda_stream, overlap)
 
 
@@ -194,11 +204,12 @@ def linear_narrow(
     bias: torch.Tensor | None,
     y: torch.Tensor,
     activation: str = "NONE",
+    for_norm: ForNorm = ForNorm(),
     overlap: bool = False,
 ) -> None:
     """One launch on x [M, K] and weight [K, N] -> y [M, N], all dense."""
     launch = pointwise.linear_narrow(len(x), weight.shape[1], activation, TYPES[y.dtype])
-    run(launch, (x, weight, bias, y, *weight.shape), overlap)
+    run(launch, (x, weight, bias, y, *weight.shape, *for_norm), overlap)
 
 
 def flow_step(
@@ -235,8 +246,7 @@ def gemm_float(
     *,
     n: int,
     finish: str = "NONE",
-    norm: bool = False,
-    gain: torch.Tensor | None = None,
+    squares: torch.Tensor | None = None,
     channel_scale: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
@@ -245,12 +255,14 @@ def gemm_float(
     first_position: int = 0,
     to_cache: bool = False,
     epsilon: float = 1e-6,
+    for_norm: ForNorm = ForNorm(),
     overlap: bool = False,
 ) -> None:
-    """One launch on x [M, K], dense, and a packed weight [n, K]; `k` and `v` are for ROTARY."""
+    """One launch on x [M, K], dense, and a packed weight [n, K]; with `squares` [M, K / 16] the norm ahead; `k` and `v`
+    are for ROTARY."""
     m, depth = x.shape
     kv_stride = k.stride(0) if k is not None else 0
-    tensors = (x, gain, weight, channel_scale, bias, residual, y, k, v, *tables, past)
-    values = (*tensors, m, n, depth, y.stride(0), kv_stride, first_position, int(to_cache), epsilon)
-    function = kernel(tactic.source, tactic.expression(TYPES[x.dtype], TYPES[y.dtype], norm, finish))
-    function.launch(tactic.shape(m, n, TYPES[x.dtype]), arguments(values), torch.cuda.current_stream().cuda_stream, overlap)
+    tensors = (x, squares, weight, channel_scale, bias, residual, y, k, v, *tables, past)
+    values = (*tensors, m, n, depth, y.stride(0), kv_stride, first_position, int(to_cache), epsilon, *for_norm)
+    function = kernel(tactic.source, tactic.expression(TYPES[y.dtype], squares is not None, finish))
+    function.launch(tactic.shape(m, n), arguments(values), torch.cuda.current_stream().cuda_stream, overlap)

@@ -28,33 +28,41 @@ def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.full(shape, math.nan, dtype=dtype, device="cuda")
 
 
-def operands(m: int, n: int, k: int, dtype: torch.dtype, seed: int = 0) -> SimpleNamespace:
-    """x [m, k], rows of all sizes in front of rows of NaN, and all that a GEMM may be given; products are O(1)."""
+def operands(m: int, n: int, k: int, seed: int = 0) -> SimpleNamespace:
+    """All that a GEMM may be given. x [m, k] and the squares are made from a `stream`, rows of all sizes in front of rows
+    of NaN, as its writer would; products are O(1)."""
     generator = torch.Generator("cuda").manual_seed(seed)
     randn = lambda *shape: torch.randn(shape, device="cuda", generator=generator)  # noqa: E731
-    x = poisoned(m + GUARD, k, dtype=dtype)
-    x[:m] = (randn(m, k) * (0.5 + torch.rand(m, 1, device="cuda", generator=generator))).to(dtype)
+    stream, gain = poisoned(m + GUARD, k, dtype=torch.float32), 1 + 0.3 * randn(k)
+    stream[:m] = randn(m, k) * (0.5 + torch.rand(m, 1, device="cuda", generator=generator))
+    stream[m // 2] = 0  # epsilon keeps it finite
     return SimpleNamespace(
-        x=x[:m],
+        stream=stream[:m],
+        x=(stream * gain).bfloat16()[:m],
+        squares=left_squares(stream)[:m],
         weight=(randn(n, k) / math.sqrt(k)).bfloat16(),
-        gain=1 + 0.3 * randn(k),
         channel_scale=1 + 0.3 * randn(n),
         bias=randn(n),
         residual=randn(m, n),
     )
 
 
+def left_squares(stream: torch.Tensor) -> torch.Tensor:
+    """Of every 16 channels the sum of squares; the channels behind the last 16 are left out."""
+    return stream[:, : stream.shape[1] // 16 * 16].unflatten(1, (-1, 16)).square().sum(-1)
+
+
 def definition(o: SimpleNamespace, norm: bool, features: str, epsilon: float) -> torch.Tensor:
-    """y before the last step, in float64, with the operands of the product rounded to bf16."""
-    x = o.x.float() * o.gain if norm and "gain" in features else o.x
-    y = x.bfloat16().double() @ o.weight.double().T
-    y = y * torch.rsqrt(o.x.double().pow(2).mean(-1, keepdim=True) + epsilon) if norm else y
+    """y before the last step, in float64."""
+    y = o.x.double() @ o.weight.double().T
+    if norm:
+        y = y * torch.rsqrt(o.stream.double().pow(2).mean(-1, keepdim=True) + epsilon)
     y = y * o.channel_scale if "scale" in features else y
     return y + o.bias if "bias" in features else y
 
 
 def chosen(o: SimpleNamespace, features: str) -> dict:
-    names = {"gain": "gain", "scale": "channel_scale", "bias": "bias", "residual": "residual"}
+    names = {"norm": "squares", "scale": "channel_scale", "bias": "bias", "residual": "residual"}
     return {name: getattr(o, name) for feature, name in names.items() if feature in features}
 
 
@@ -66,28 +74,48 @@ def check(y: torch.Tensor, expected: torch.Tensor):
 BF16, FLOAT = torch.bfloat16, torch.float32
 
 
-@pytest.mark.parametrize("features", ["", "gain scale bias", "gain scale bias residual"])
-@pytest.mark.parametrize(
-    ("x_dtype", "norm", "dtype"),
-    [(BF16, False, BF16), (BF16, False, FLOAT), (FLOAT, True, BF16), (BF16, True, FLOAT)],
-    ids=str,
-)
+@pytest.mark.parametrize("features", ["", "scale bias", "scale bias residual", "norm", "norm scale bias residual"])
+@pytest.mark.parametrize("dtype", [BF16, FLOAT], ids=str)
 @pytest.mark.parametrize("m", [1, 7, 50, 64])
-def test_product_is_the_definition(m, x_dtype, norm, dtype, features):
-    n, k = 192, 1040  # the last chunk is not whole, and some warps have none
-    o = operands(m, n, k, x_dtype)
-    if norm:
-        o.x[m // 2] = 0  # epsilon keeps it finite
-    expected = definition(o, norm, features, 1e-6)
+def test_product_is_the_definition(m, dtype, features):
+    n, k = 192, 1088 if "norm" in features else 1040  # the last chunk is not whole, and some warps have none
+    o = operands(m, n, k)
+    expected = definition(o, "norm" in features, features, 1e-6)
     expected = expected + o.residual if "residual" in features else expected
-    if not norm:
-        o.gain = None
     packed = launch.pack_float_weight(o.weight)
     for tactic in tactics_for(m):
         y = poisoned(m + GUARD, n, dtype=dtype)
-        launch.gemm_float(tactic, o.x, packed, y, n=n, norm=norm, **chosen(o, features))
+        launch.gemm_float(tactic, o.x, packed, y, n=n, **chosen(o, features))
         check(y[:m], expected)
         assert y[m:].isnan().all()
+
+
+def left_for_norm(m: int, n: int, gain: bool) -> launch.ForNorm:
+    """Where a launch leaves it, poisoned."""
+    x, squares = poisoned(m + GUARD, n, dtype=BF16), poisoned(m + GUARD, n // 16, dtype=FLOAT)
+    return launch.ForNorm(x, 1 + 0.3 * torch.randn(n, device="cuda") if gain else None, squares)
+
+
+def check_left(left: launch.ForNorm, y: torch.Tensor) -> None:
+    """Of y [m, n], in whose rows it was computed."""
+    m = len(y)
+    scaled = y if left.gain is None else y * left.gain
+    assert torch.equal(left.x[:m], scaled.bfloat16()) and left.x[m:].isnan().all()
+    torch.testing.assert_close(left.squares[:m], left_squares(y), rtol=1e-5, atol=0)
+    assert left.squares[m:].isnan().all()
+
+
+@pytest.mark.parametrize("gain", [False, True])
+@pytest.mark.parametrize("m", [1, 50, 64])
+def test_what_is_left_for_a_norm(m, gain):
+    n, k = 192, 1024
+    o = operands(m, n, k)
+    packed = launch.pack_float_weight(o.weight)
+    for tactic in tactics_for(m):
+        y, left = poisoned(m + GUARD, n, dtype=FLOAT), left_for_norm(m, n, gain)
+        launch.gemm_float(tactic, o.x, packed, y, n=n, residual=o.residual, for_norm=left)
+        check(y[:m], definition(o, False, "", 0) + o.residual)
+        check_left(left, y[:m])
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -95,7 +123,7 @@ def test_residual_in_place_and_the_same_again(split):
     m, n, k, tactic = 50, 256, 1024, Float(2, 7, 4, 2, split)
     if split > 1 and launch.compute_capability() < 90:
         pytest.skip("no clusters on this GPU")
-    o = operands(m, n, k, torch.bfloat16)
+    o = operands(m, n, k)
     packed, outputs = launch.pack_float_weight(o.weight), []
     for _ in range(3):
         y = poisoned(m + GUARD, n, dtype=torch.float32)
@@ -111,8 +139,8 @@ def test_residual_in_place_and_the_same_again(split):
 @pytest.mark.parametrize("m", [1, 50])
 def test_activations(m, finish, dtype):
     n, k = 256, 512
-    o = operands(m, n, k, torch.float32)
-    y = definition(o, True, "gain scale bias", 1e-6)
+    o = operands(m, n, k)
+    y = definition(o, True, "scale bias", 1e-6)
     if finish == "GEGLU":
         gate, up = y.chunk(2, -1)
         expected = torch.nn.functional.gelu(gate, approximate="tanh") * up
@@ -126,8 +154,8 @@ def test_activations(m, finish, dtype):
     packed = launch.pack_float_weight(o.weight)
     for tactic in tactics_for(m):
         y = poisoned(m + GUARD, width + 16, dtype=dtype)  # rows further apart than they are long
-        features = chosen(o, "gain scale bias")
-        launch.gemm_float(tactic, o.x, packed, y[:, :width], n=n, norm=True, finish=finish, **features)
+        features = chosen(o, "norm scale bias")
+        launch.gemm_float(tactic, o.x, packed, y[:, :width], n=n, finish=finish, **features)
         check(y[:m, :width], expected)
         assert y[m:].isnan().all() and y[:, width:].isnan().all()
 
@@ -144,11 +172,11 @@ def turned(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> tor
 @pytest.mark.parametrize("m", [1, 7, 50, 64])
 def test_rotary(m, past, to_cache):
     n, k, first_position = (HEADS + 2) * DIMS, 256, 3
-    o = operands(m, n, k, torch.float32)
+    o = operands(m, n, k)
     cosine, sine = tables = launch.rotary_tables(128, DIMS)
     start = first_position + (past or 0)
     angles = cosine[start : start + m], sine[start : start + m]
-    heads = definition(o, True, "gain bias", 1e-6).unflatten(-1, (HEADS + 2, DIMS))
+    heads = definition(o, True, "bias", 1e-6).unflatten(-1, (HEADS + 2, DIMS))
     expected_q, expected_k = turned(heads[:, :HEADS], *angles).flatten(-2), turned(heads[:, HEADS:-1], *angles)[:, 0]
     for name in ("weight", "bias"):
         value = getattr(o, name)
@@ -160,8 +188,8 @@ def test_rotary(m, past, to_cache):
         q = poisoned(m + GUARD, HEADS * DIMS + 8, dtype=torch.bfloat16)
         cache = poisoned(128, 2 * DIMS, dtype=torch.bfloat16)
         launch.gemm_float(
-            tactic, o.x, packed, q, cache[:, :DIMS], cache[:, DIMS:], n=n, norm=True, finish="ROTARY", gain=o.gain,
-            bias=o.bias, tables=tables, past=past_tokens, first_position=first_position, to_cache=to_cache,
+            tactic, o.x, packed, q, cache[:, :DIMS], cache[:, DIMS:], n=n, squares=o.squares, finish="ROTARY", bias=o.bias,
+            tables=tables, past=past_tokens, first_position=first_position, to_cache=to_cache,
         )  # fmt: skip
         check(q[:m, : HEADS * DIMS], expected_q)
         assert q[m:].isnan().all() and q[:, HEADS * DIMS :].isnan().all()
@@ -174,7 +202,7 @@ def test_rotary(m, past, to_cache):
 @pytest.mark.parametrize("m", [1, 50, 51, 64])
 @pytest.mark.parametrize(("n", "k"), [(2560, 1024), (1024, 2048), (1024, 1024), (8192, 1024), (1024, 4096)])
 def test_best_tactic_at_full_size(n, k, m):
-    o = operands(m, n, k, torch.bfloat16)
+    o = operands(m, n, k)
     y = poisoned(m + GUARD, n, dtype=torch.float32)
     tactic = best_float(m, n, k, launch.compute_capability())
     packed = launch.pack_float_weight(o.weight)

@@ -8,8 +8,9 @@ import torch
 
 from plugins import tactics
 from plugins.layout import activation_slabs, interleave_gate_up
-from plugins.tactics import Large, Small, Wgmma, best
+from plugins.tactics import Large, Small, Wgmma, WgmmaFew, best
 from tests.gpu import launch
+from tests.gpu.test_gemm_float import check_left, left_for_norm
 
 TACTICS = [
     Small(1, 7, 4, 4),
@@ -22,9 +23,11 @@ TACTICS = [
     Large(2, 10, 4, 2, 3),
     Wgmma(2, 26, 3),
     Wgmma(2, 24, 3),
-    Wgmma(1, 8, 8),
-    Wgmma(1, 8, 4, split=4),
-    Wgmma(1, 8, 4, split=8),
+    WgmmaFew(8, 8, 1),
+    WgmmaFew(8, 6, 2),
+    WgmmaFew(8, 8, 4),
+    WgmmaFew(8, 4, 1, split=4),
+    WgmmaFew(8, 4, 2, split=8),
     Wgmma(2, 26, 5, split=2),
     Wgmma(1, 20, 5, split=2),
     Wgmma(1, 20, 4),
@@ -78,7 +81,7 @@ def test_integer_sums_are_exact(tactic, m, bits):
 @pytest.mark.parametrize("extras", ["", "bias", "residual", "bias residual", "in place"])
 @pytest.mark.parametrize(
     "tactic",
-    [Small(2, 7, 4, 2), Small(1, 7, 4, 2, split=4), Large(4, 8, 4, 2, 3), Wgmma(2, 26, 3), Wgmma(1, 8, 4, split=4)],
+    [Small(2, 7, 4, 2), Small(1, 7, 4, 2, split=4), Large(4, 8, 4, 2, 3), Wgmma(2, 26, 3), WgmmaFew(8, 4, 2, split=4)],
     ids=str,
 )
 def test_epilogue_is_the_definition_in_float32(tactic, extras, dtype):
@@ -113,7 +116,9 @@ def test_epilogue_is_the_definition_in_float32(tactic, extras, dtype):
         Large(4, 8, 4, 2, 3),
         Large(2, 13, 2, 2, 3),
         Wgmma(2, 26, 3),
-        Wgmma(1, 8, 4, split=4),
+        Wgmma(2, 26, 5, split=2),
+        WgmmaFew(8, 4, 2),
+        WgmmaFew(8, 4, 1, split=4),
     ],
     ids=str,
 )
@@ -134,6 +139,19 @@ def test_geglu_epilogue(tactic, m, dtype):
     tolerance = 2e-6 if dtype == torch.float32 else 2**-8
     torch.testing.assert_close(y[:m].double(), expected, rtol=tolerance, atol=1e-12)
     assert y[m:].isnan().all()
+
+
+@pytest.mark.parametrize("gain", [False, True])
+@pytest.mark.parametrize("tactic", TACTICS, ids=str)
+def test_what_is_left_for_a_norm(tactic, gain):
+    m, n, k = 51, 256, 1024
+    if not fits(tactic, m, n, k, 4):
+        pytest.skip("the tactic does not fit this GPU")
+    x_q, weight, _ = operands(m, n, k, 4)
+    scales = torch.rand(m, device="cuda") * 1e-2, torch.rand(n, device="cuda") * 1e-2
+    y, left = poisoned(m, n, torch.float32), left_for_norm(m, n, gain)
+    run(tactic, 4, x_q, weight, y, scales, residual=torch.randn(m, n, device="cuda"), for_norm=left)
+    check_left(left, y[:m])
 
 
 @pytest.mark.parametrize("bits", [4, 8])

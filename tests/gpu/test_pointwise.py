@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from tests.gpu import launch
+from tests.gpu.test_gemm_float import check_left, left_for_norm
 
 GUARD = 8  # rows past the last token and, in strided matrices, columns past the last channel
 BF16 = 2**-8  # relative: half a unit in the last place, and as much for a value that is rounded the other way
@@ -104,7 +105,7 @@ def test_tokens(count, depth):
 
 @pytest.mark.parametrize("activation", ["NONE", "SILU"])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("k", "n"), [(32, 1024), (64, 128), (4, 8), (20, 1032)])
+@pytest.mark.parametrize(("k", "n"), [(32, 1024), (64, 128), (4, 16), (20, 1040)])
 @pytest.mark.parametrize("m", [1, 50, 51, 130])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_linear_narrow(dtype, m, k, n, bias, activation):
@@ -115,10 +116,17 @@ def test_linear_narrow(dtype, m, k, n, bias, activation):
     check(y, functional.silu(exact) if activation == "SILU" else exact)
 
 
+@pytest.mark.parametrize("m", [1, 50])
+def test_linear_narrow_leaves_what_a_norm_wants(m):
+    x, weight, y, left = random(m, 32, seed=1), random(32, 1024, seed=2), poisoned(m, 1024), left_for_norm(m, 1024, True)
+    launch.linear_narrow(x, weight, None, y[:m], for_norm=left)
+    check_left(left, y[:m])
+
+
 def test_silu_of_extreme_values():
-    x = torch.tensor([[-1e4, -100, -88, -1, 0, 1, 100, 1e4]], device="cuda")
-    y = poisoned(1, 8)
-    launch.linear_narrow(x, torch.eye(8, device="cuda"), None, y[:1], "SILU")
+    x = torch.tensor([[-1e4, -100, -88, -30, -20, -10, -3, -1, 0, 1, 3, 10, 20, 30, 100, 1e4]], device="cuda")
+    y = poisoned(1, 16)
+    launch.linear_narrow(x, torch.eye(16, device="cuda"), None, y[:1], "SILU")
     torch.testing.assert_close(y[:1].double(), functional.silu(x.double()), rtol=1e-6, atol=1e-30)
 
 

@@ -22,7 +22,9 @@ from compiler.targets.cuda.patterns import (
     Epilogue, epilogue_of, final_readers, is_rotated, is_table_row, is_view, other_input, past_views, readers_of,
     views_between, views_of,
 )
-from compiler.targets.cuda.program import BYTES, LIBRARY, MATMUL, Argument, Buffer, Float, Launch, Matrix, Weight
+from compiler.targets.cuda.program import (
+    BYTES, LIBRARY, MATMUL, Argument, Buffer, Float, ForNorm, Launch, Matrix, Weight,
+)
 from compiler.targets.cuda.weights import Weights, label
 from plugins import attention, ops, pointwise, tactics
 from plugins.errors import KernelError
@@ -230,8 +232,7 @@ class Lowering:
         elif isinstance(x, Matrix) and x.type == "float" and x.columns <= NARROW:
             y = self._narrow_linear(name, x, weight, epilogue)
         elif node.op_type == "MatMul" and _source(x).rows <= FEW_TOKENS and not epilogue.activation == "gelu":
-            fused = isinstance(x, Normed) and not x.centre
-            y = self._small_linear(name, x if fused else self._matrix(node.inputs[0]), weight, epilogue)
+            y = self._small_linear(name, node.inputs[0], weight, epilogue)
         elif node.op_type == "MatMul":
             y = self._float_linear(name, self._matrix(node.inputs[0]), weight, epilogue)
         else:
@@ -266,18 +267,21 @@ class Lowering:
         packed = self.weights.packed(operands["weight"], bits, tactic.layout, geglu)
         workspace = self._workspace(tactic, m, n, x.x.buffer.branch)
         arguments = [x.x.pointer, x.scale.pointer, packed, scale, bias, residual and residual.pointer, y.pointer]
-        arguments += [workspace and workspace.pointer, m, n, k]
+        arguments += [workspace and workspace.pointer, m, n, k, None, None, None]
         how = pointwise.Launch(tactic.source, tactic.expression(bits, y.type, geglu), tactic.shape(m, n, bits))
         reads = [x.x, x.scale, *([residual] if residual else [])]
         writes = [y, *([workspace] if workspace else [])]
         weight_bytes = n * k * bits // 8
         self._kernel(name, how, arguments, reads, writes, 2.0 * m * n * k, weight_bytes, headers=dict(tactic.headers()))
+        self._offer_norm(y)
         return y
 
-    def _small_linear(self, name: str, x: Matrix | Normed, weight: ir.Value, epilogue: Epilogue) -> Matrix | None:
+    def _small_linear(self, name: str, value: ir.Value, weight: ir.Value, epilogue: Epilogue) -> Matrix | None:
         """A float product of few tokens: one kernel with the norm in front and everything behind it, a rotary embedding
         included; then the parts are bound here and None is returned."""
-        source, norm = _source(x), isinstance(x, Normed)
+        x = self._value(value)
+        norm = self._norm_ahead(x) if isinstance(x, Normed) else None
+        source = norm.x if norm else self._matrix(value)
         (k, n), m = weight.shape.numpy(), source.rows
         rotary = self._rotation(name, epilogue.parts, m) if is_rotated(epilogue) and len(epilogue.parts) == 3 else None
         finish = "ROTARY" if rotary else epilogue.activation.upper() or "NONE"
@@ -289,7 +293,7 @@ class Lowering:
         # norm(x) W with norm(x) = x r gain + shift: (x gain) W r + shift W, the last a bias, for each step one.
         biases = [value for value in (*epilogue.bias, epilogue.bias_table) if value is not None]
         scaled = None if epilogue.gate is None else self.weights.table(epilogue.gate.producer().inputs[0])
-        shifted = norm and x.shift is not None
+        shifted = norm is not None and x.shift is not None
         _expect(not (biases and (scaled or shifted)) and not (epilogue.bias and epilogue.bias_table), name)
         _expect(not order or (epilogue.bias_table is None and scaled is None), name)
         bias = None
@@ -301,21 +305,25 @@ class Lowering:
             bias = self.weights.float32(*epilogue.bias, order=order)
 
         tactic = self._tactic(name, tactics.best_float, m, n, k)
-        how = pointwise.Launch("gemm_float.cu", tactic.expression(source.type, y.type, norm, finish), tactic.shape(m, n))
-        _expect(source.stride == source.columns, name)
+        how = pointwise.Launch("gemm_float.cu", tactic.expression(y.type, norm is not None, finish), tactic.shape(m, n))
+        _expect(source.stride == source.columns and source.type == "Bf16", name)
         key, value = (rotary.key, rotary.value) if rotary else (None, None)
         if rotary and key is None:  # the suffix's own, beside its queries
             key, value = y.split([n - 2 * rotary.dims, rotary.dims, rotary.dims])[1:]
         past = rotary.past if rotary else None
-        arguments = [source.pointer, x.gain if norm else None, self.weights.float_fragments(weight, order), scaled, bias]
+        squares = norm and norm.squares
+        arguments = [source.pointer, squares and squares.pointer, self.weights.float_fragments(weight, order), scaled, bias]
         arguments += [residual and residual.pointer, y.pointer, key and key.pointer, value and value.pointer]
         arguments += rotary.tables if rotary else [None, None]
         arguments += [past and past.pointer, m, n, k, y.stride, key.stride if key else 0, rotary.first if rotary else 0]
         arguments += [int(rotary is not None and rotary.key is not None), Float(x.epsilon if norm else 0.0)]
-        reads = [each for each in (source, residual, past) if each]
+        arguments += [None, None, None]
+        reads = [each for each in (source, squares, residual, past) if each]
         writes = [y, *([rotary.key, rotary.value] if rotary and rotary.key else [])]
         self._kernel(name, how, arguments, reads, writes, 2.0 * m * n * k, 2 * n * k)
         if rotary is None:
+            if finish == "NONE":
+                self._offer_norm(y)
             return y
         self._bind_rotation(rotary, y)
         return None
@@ -339,7 +347,7 @@ class Lowering:
 
     def _narrow_linear(self, name: str, x: Matrix, weight: ir.Value, epilogue: Epilogue) -> Matrix:
         k, n = weight.shape.numpy()
-        _expect(k % 4 == 0 and n % 8 == 0, name)
+        _expect(k % 4 == 0 and n % 16 == 0, name)
         _expect(epilogue.activation in ("", "silu") and epilogue.gate is None and epilogue.residual is None, name)
         y = self._new_output(epilogue, x.rows, n)
         bias = self.weights.float32(*epilogue.bias) if epilogue.bias else None
@@ -347,8 +355,9 @@ class Lowering:
             _expect(bias is None, name)
             bias = self.weights.table(epilogue.bias_table.producer().inputs[0])
         how = pointwise.linear_narrow(x.rows, n, epilogue.activation.upper() or "NONE", y.type)
-        arguments = [x.pointer, self.weights.float32(weight), bias, y.pointer, k, n]
+        arguments = [x.pointer, self.weights.float32(weight), bias, y.pointer, k, n, None, None, None]
         self._kernel(name, how, arguments, [x], [y], 2.0 * x.rows * n * k, 4 * n * k)
+        self._offer_norm(y)
         return y
 
     def _flow_step(self, name: str, x: Normed, weight: ir.Value, epilogue: Epilogue) -> Matrix:
@@ -515,6 +524,28 @@ class Lowering:
         self._kernel("prompt", pointwise.tokens(self.prompt, y.columns), arguments, [self.embeddings], [y])
         self.values[value] = y
 
+    # What a norm asks of the launch that writes its input
+
+    def _offer_norm(self, y: Matrix) -> None:
+        """The latest launch may leave something for a norm of y: sums of squares, read 4 at a time."""
+        if y.type == "float" and y.stride == y.columns and y.columns % 64 == 0:
+            self.launches[-1].for_norm = ForNorm(y)
+
+    def _norm_ahead(self, norm: Normed) -> ForNorm | None:
+        """x * gain and the sums of squares from the launch that writes x; None where it has none to give."""
+        writer = next((launch for launch in reversed(self.launches) if norm.x.buffer in launch.writes), None)
+        ahead = writer and writer.for_norm
+        if norm.centre or ahead is None or ahead.y != norm.x or (ahead.x is not None and ahead.gain != norm.gain):
+            return None
+        if ahead.x is None:
+            rows, columns = norm.x.rows, norm.x.columns
+            ahead.gain, ahead.x = norm.gain, self._new(f"{writer.name} (normed)", rows, columns, "Bf16")
+            ahead.squares = self._new(f"{writer.name} (squares)", rows, columns // 16, "float")
+            writer.arguments[-3:] = [ahead.x.pointer, norm.gain, ahead.squares.pointer]
+            self._writes(writer, [ahead.x, ahead.squares])
+            writer.moved += ahead.x.buffer.bytes + ahead.squares.buffer.bytes
+        return ahead
+
     # Values, memory, launches
 
     def _value(self, value: ir.Value | None):
@@ -616,11 +647,15 @@ class Lowering:
     def _add(self, launch: Launch, reads: Sequence[Matrix], writes: Sequence[Matrix]) -> None:
         """The state token's own pass through the expert (pi0) needs each layer's keys and values and nothing else of the
         prefix, so it is a branch, to run beside it: whatever is computed from the state, until it is in the caches."""
-        launch.reads, launch.writes = [each.buffer for each in reads], [each.buffer for each in writes]
+        launch.reads = [each.buffer for each in reads]
         launch.branch = any(buffer.branch for buffer in launch.reads)
+        self._writes(launch, writes)
+        self.launches.append(launch)
+
+    def _writes(self, launch: Launch, matrices: Sequence[Matrix]) -> None:
+        launch.writes = [*launch.writes, *(each.buffer for each in matrices)]
         for buffer in launch.writes:
             buffer.branch |= launch.branch and not buffer.persistent
-        self.launches.append(launch)
 
     def _input(self, name: str, rows: int, columns: int, kind: str, branch: bool = False) -> Matrix:
         buffer = Buffer(name, rows * columns * BYTES[kind], persistent=True, branch=branch)

@@ -81,6 +81,19 @@ class Matrix:
 
 
 @dataclass
+class ForNorm:
+    """Three last arguments of a launch that writes the residual stream, null unless a norm asks for what they are.
+
+    y: what it writes. Then, once asked for: y * gain in bf16, and of every 16 channels the sum of y^2.
+    """
+
+    y: Matrix
+    gain: Argument = None
+    x: Matrix | None = None
+    squares: Matrix | None = None
+
+
+@dataclass
 class Launch:
     """One kernel, or one call of a library, on the stream.
 
@@ -99,6 +112,7 @@ class Launch:
     branch: bool = False
     wait_for: int | None = None  # on the second stream: the launch of the first whose results it reads
     overlap: bool = False  # may start before the launch ahead of it has ended (programmatic dependent launch)
+    for_norm: "ForNorm | None" = None
     work: float = 0
     moved: int = 0
 

@@ -1,0 +1,114 @@
+"""A full-size policy with made weights: the cuda engine against the CPU engine stage by stage, then many calls.
+
+    python -m tests.gpu.full_size [--pi05] [--quant llm+expert-mlp] [--calls 10000] [--directory DIR]
+
+The CPU engine computes the same INT8 x INT4 products exactly and everything else in float32. Prints the cosine of what
+every stage of a call produces, and of the many calls the median of the first and the last tenth and what memory grew by.
+Exits with 1 if a stage is below BOUND, or if memory grew.
+"""
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from compiler.accuracy.metrics import Difference, difference
+from compiler.checkpoint import load_checkpoint
+from compiler.checkpoint.synthetic import make_checkpoint
+from compiler.pipeline import Options, compile_policy, quantize_checkpoint
+from compiler.quant import Quantization, load_recipe
+from compiler.quantize_cli import progress_bar
+from plugins.driver import free_memory, open_device
+from runtime.executors.cpu import CpuExecutor
+from runtime.plan import Plan
+from runtime.policy import Policy
+from runtime.preprocess import Preprocessor
+from tools.bench_gpu import observation
+
+CAMERAS, PROMPT_TOKENS = 3, 48
+BOUND = 0.9999  # of a stage's cosine
+GROWTH = 4 << 20  # bytes of the host, of which Python's own allocator keeps some
+
+
+def make_plans(directory: Path, pi05: bool, quant: str) -> dict[str, Path]:
+    """The cpu and the cuda plan of the same integers."""
+    checkpoint = load_checkpoint(make_checkpoint(directory / "checkpoint", variant="full", pi05=pi05))
+    recipe, preprocessor = load_recipe(quant, environment={}), Preprocessor(checkpoint.config)
+    inputs = [preprocessor.model_inputs(observation(checkpoint.config, cameras, PROMPT_TOKENS)) for cameras in (1, 2, 3)]
+    with progress_bar() as progress:
+        if quant == "none":
+            integers = Quantization(recipe)
+        else:
+            integers = quantize_checkpoint(checkpoint, recipe, inputs, progress, device="cuda")
+        plans = {target: directory / f"{target}.plan" for target in ("cpu", "cuda")}
+        for target, sm in (("cuda", (open_device(),)), ("cpu", ())):
+            compile_policy(checkpoint, integers, plans[target], Options(target=target, sm=sm), progress)
+    return plans
+
+
+def compare(policy: Policy, cpu_plan: Path) -> tuple[Table, float]:
+    """A table of the stages' cosines and SQNRs, and the lowest cosine."""
+    inputs = policy._preprocessor.model_inputs(observation(policy._config, CAMERAS, PROMPT_TOKENS))
+    noise = np.random.default_rng(1).standard_normal(policy._noise_shape, np.float32)
+    expected, found = {}, {}
+    CpuExecutor(Plan(cpu_plan)).run(inputs, noise, expected)
+    policy._executor.run(inputs, noise, found)
+    stages: dict[str, Difference] = {"image features": difference(expected["image_features"], found["image_features"])}
+    for kind in ("key", "value"):
+        names = [name for name in expected if name.startswith(f"{kind}.")]
+        of_layers = [difference(expected[name], found[name]) for name in names]
+        stages[f"{kind}s, the worst of {len(names)} layers"] = min(of_layers, key=lambda each: each.cosine)
+    for step in range(1, len(expected["x"])):
+        stages[f"x after step {step}"] = difference(expected["x"][step], found["x"][step])
+    table = Table("stage", "cosine", "SQNR dB")
+    for name, each in stages.items():
+        table.add_row(name, f"{each.cosine:.6f}", f"{each.sqnr_db:.1f}")
+    return table, min(each.cosine for each in stages.values())
+
+
+def endure(policy: Policy, calls: int) -> tuple[str, bool]:
+    """What `calls` calls took, and whether memory stayed as it was after the first tenth."""
+    obs, tenth = observation(policy._config, CAMERAS, PROMPT_TOKENS), calls // 10
+    times, memory = [], []
+    for index in range(calls):
+        if index in (tenth, calls - 1):
+            memory.append((free_memory()[0], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+        start = time.perf_counter()
+        policy.infer(obs)
+        times.append((time.perf_counter() - start) * 1e3)
+    (free, host), (free_later, host_later) = memory
+    first, last = np.median(times[:tenth]), np.median(times[-tenth:])
+    text = f"{calls} calls: p50 of the first tenth {first:.2f} ms, of the last {last:.2f}; "
+    text += f"device memory grew by {free - free_later} bytes, the host's peak by {host_later - host}"
+    return text, free == free_later and host_later - host <= GROWTH
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pi05", action="store_true")
+    parser.add_argument("--quant", default="llm+expert-mlp", help="preset or recipe")
+    parser.add_argument("--calls", type=int, default=10_000)
+    parser.add_argument("--directory", type=Path, help="keep the plans here, and use those that are there")
+    options = parser.parse_args()
+    directory = options.directory or Path(tempfile.mkdtemp())
+    plans = {target: directory / f"{target}.plan" for target in ("cpu", "cuda")}
+    if not all(path.exists() for path in plans.values()):
+        plans = make_plans(directory, options.pi05, options.quant)
+    policy = Policy(plans["cuda"])
+    policy.warmup()
+    table, lowest = compare(policy, plans["cpu"])
+    Console().print(table)
+    text, steady = endure(policy, options.calls)
+    print(text)
+    return int(lowest < BOUND or not steady)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
