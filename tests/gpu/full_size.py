@@ -1,6 +1,6 @@
 """A full-size policy with made weights: the cuda engine against the CPU engine stage by stage, then many calls.
 
-    python -m tests.gpu.full_size [--pi05] [--quant llm+expert-mlp] [--calls 10000] [--directory DIR]
+    python -m tests.gpu.full_size [--pi05] [--quant llm+expert-mlp] [--calls 10000] [--only-calls] [--directory DIR]
 
 The CPU engine computes the same INT8 x INT4 products exactly and everything else in float32. Prints the cosine of what
 every stage of a call produces, and of the many calls the median of the first and the last tenth and what memory grew by.
@@ -94,7 +94,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pi05", action="store_true")
     parser.add_argument("--quant", default="llm+expert-mlp", help="preset or recipe")
-    parser.add_argument("--calls", type=int, default=10_000)
+    parser.add_argument("--calls", type=int, default=10_000, help="0: none")
+    parser.add_argument("--only-calls", action="store_true", help="no comparison")
     parser.add_argument("--directory", type=Path, help="keep the plans here, and use those that are there")
     options = parser.parse_args()
     directory = options.directory or Path(tempfile.mkdtemp())
@@ -103,10 +104,13 @@ def main() -> int:
         plans = make_plans(directory, options.pi05, options.quant)
     policy = Policy(plans["cuda"])
     policy.warmup()
-    table, lowest = compare(policy, plans["cpu"])
-    Console().print(table)
-    text, steady = endure(policy, options.calls)
-    print(text)
+    lowest, steady = 1.0, True
+    if not options.only_calls:
+        table, lowest = compare(policy, plans["cpu"])
+        Console().print(table)
+    if options.calls:
+        text, steady = endure(policy, options.calls)
+        print(text)
     return int(lowest < BOUND or not steady)
 
 
