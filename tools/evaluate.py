@@ -61,6 +61,7 @@ SCHEMES = {
     "w4a8-compensated": Scheme("- with error compensation", "llm+expert-mlp", {"compensate": True}),
     "w4a8-all": Scheme("W4A8: all linears", "all"),
     "w4a8-all-compensated": Scheme("- with error compensation", "all", {"compensate": True}),
+    "w4a8-all-auto-bits": Scheme("- with 5 bits on average", "all", {"auto_bits": 5.0}),
     "w4a16": Scheme("W4A16: all linears", "all", {"activation_bits": 0}),
     "w8a8": Scheme("W8A8: all linears", "all", {"weight_bits": 8}),
     "reference": Scheme("original fake quantisation: default scope", "llm+expert-mlp", {"scheme": "reference"}, engine=False),
@@ -205,13 +206,14 @@ def outcome(name, source, tasks, episodes, lengths, actions) -> Outcome:
 
 def measures(found: dict[str, Outcome]) -> Rows:
     """By scheme: success over all tasks and its difference from fp32, with their intervals, and what leads to it."""
-    shown = {"": ["success, %", "against fp32", "action error", "jerk", "SQNR, dB"]}
+    shown = {"": ["success, %", "against fp32", "steps", "action error", "jerk", "SQNR, dB"]}
     for name, o in found.items():
         low, high = wilson(sum(o.episodes), len(o.episodes))
         difference, (lower, upper) = paired_difference(found["fp32"].episodes, o.episodes)
         shown[name] = [
             f"{100 * o.rate:.1f} ({100 * low:.1f} to {100 * high:.1f})",
             "" if name == "fp32" else f"{100 * difference:+.1f} ({100 * lower:+.1f} to {100 * upper:+.1f})",
+            "" if o.steps is None else f"{o.steps:.1f}",
             f"{o.action_error:.4f}",
             f"{o.jerk:.4f}",
             "" if o.sqnr_db is None else f"{o.sqnr_db:.1f}",
