@@ -38,8 +38,8 @@ CALIBRATION = 20
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 
-def disturbances(rng: np.random.Generator, steps: int, horizon: int) -> np.ndarray:
-    """What pushes the arm off the expert's way, to be added to the actions, float [steps, ACTION_DIM].
+def disturbances(rng: np.random.Generator, steps: int, horizon: int, strength: float = 0.8) -> np.ndarray:
+    """What pushes the arm off its way, to be added to the actions, float [steps, ACTION_DIM]; `strength`: its deviation.
 
     Cloning the expert alone goes wrong where it never was. Every few moments it is therefore pushed aside for some steps,
     and then left alone for long enough to see whole chunks of how it gets back.
@@ -48,7 +48,7 @@ def disturbances(rng: np.random.Generator, steps: int, horizon: int) -> np.ndarr
     step = int(rng.integers(0, horizon))
     while step < steps:
         end = step + int(rng.integers(3, 11))
-        pushes[step:end] = rng.normal(0.0, 0.8, ACTION_DIM)
+        pushes[step:end] = rng.normal(0.0, strength, ACTION_DIM)
         step = end + int(rng.integers(horizon + 4, horizon + 20))
     return pushes
 

@@ -87,15 +87,27 @@ def test_an_episode_executes_the_first_actions_of_each_chunk():
         return np.arange(1, 7, dtype=np.float32)[:, None] + 10 * len(seen)
 
     env = Corridor(goal=8)
-    assert rollout.episode(infer, env, 5, (6, 32), execute=3, limit=20) == 8
+    assert rollout.episode(infer, env, 5, (6, 32), rollout.Conditions(execute=3, steps=20)) == 8
     assert env.start == 5 and env.actions == [11, 12, 13, 21, 22, 23, 31, 32]
     assert [forward for forward, _ in seen] == [0, 3, 6]
     first = [noise for _, noise in seen]
     assert all(noise.shape == (6, 32) and noise.dtype == np.float32 for noise in first) and not np.array_equal(*first[:2])
     seen.clear()
-    rollout.episode(infer, env, 5, (6, 32), execute=3, limit=20)
+    rollout.episode(infer, env, 5, (6, 32), rollout.Conditions(execute=3, steps=20))
     np.testing.assert_array_equal(first, [noise for _, noise in seen])
-    assert rollout.episode(infer, Corridor(goal=8), 5, (6, 32), execute=3, limit=7) is None
+    assert rollout.episode(infer, Corridor(goal=8), 5, (6, 32), rollout.Conditions(execute=3, steps=7)) is None
+
+
+@needs_simulator
+def test_pushes_are_added_to_the_actions_and_the_same_for_every_policy():
+    runs = []
+    for action in (10.0, 20.0):  # larger than any push
+        env = Corridor(goal=50)
+        chunk = np.full((6, 4), action, np.float32)
+        rollout.episode(lambda observation, noise: chunk, env, 3, (6, 32), rollout.Conditions(execute=6, push=2.0))
+        runs.append(np.array(env.actions) - action)
+    np.testing.assert_allclose(*runs, atol=1e-6)
+    assert 0.2 < (runs[0] != 0).mean() < 0.6 and np.abs(runs[0]).max() > 1
 
 
 @needs_simulator

@@ -114,6 +114,9 @@ def _evaluate(
     episodes: Annotated[int, typer.Option(min=1, help="Of each task and scheme.")] = 100,
     execute: Annotated[int, typer.Option(min=1, help="Actions of a chunk to carry out before asking again.")] = 8,
     steps: Annotated[int, typer.Option(min=1, max=500, help="After which an episode has failed.")] = 200,
+    push: Annotated[
+        float, typer.Option(min=0.0, help="Push the arm off its way now and then, so hard: 1 is as fast as it moves by itself.")
+    ] = 0.0,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, of one thread each.")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, each episode included.")] = False,
     plot: Annotated[Optional[Path], typer.Option(help="Figure to write (.svg, .png, .pdf).")] = None,
@@ -121,7 +124,7 @@ def _evaluate(
 ) -> None:
     """Drive a simulated robot with a policy at each quantisation, and count the episodes that succeed.
 
-    Every scheme gets the same starts and the same noise, so that what differs is the arithmetic. Calibration, and the
+    Every scheme gets the same starts, noise and pushes, so that what differs is the arithmetic. Calibration, and the
     observations on which actions are compared, come from the scripted expert, at starts of their own.
 
     [bold]Examples[/bold]
@@ -148,7 +151,8 @@ def _evaluate(
             for other in set(progress.task_ids) - {overall}:
                 progress.remove_task(other)
             progress.advance(overall)
-        found = measure(sources, tasks, episodes, execute, steps, jobs, policy.config, progress)
+        conditions = rollout.Conditions(execute, steps, push)
+        found = measure(sources, tasks, episodes, conditions, jobs, policy.config, progress)
     if plot is not None:
         draw(found, plot)
     if markdown is not None:
@@ -176,7 +180,7 @@ def calibration(checkpoint: Checkpoint, tasks: list[str]) -> list:
     return [preprocessor.model_inputs(observation) for observation in spread(tasks, CALIBRATION_SEED, CALIBRATION)]
 
 
-def measure(sources, tasks, episodes, execute, steps, jobs, config, progress: Progress) -> dict[str, Outcome]:
+def measure(sources, tasks, episodes, conditions, jobs, config, progress: Progress) -> dict[str, Outcome]:
     """Runs all episodes of all schemes, the slow PyTorch ones beside the others."""
     noise_shape = config.action_horizon, config.action_dim
     observations = spread(tasks, OBSERVATION_SEED, OBSERVATIONS)
@@ -184,7 +188,7 @@ def measure(sources, tasks, episodes, execute, steps, jobs, config, progress: Pr
     work = list(product(sources, tasks, range(episodes)))
     with ProcessPoolExecutor(jobs, get_context("spawn"), rollout.start_worker, (sources,)) as pool:
         chunks = {name: pool.submit(rollout.run_chunks, name, observations, noise) for name in sources}
-        run = partial(rollout.run_episode, noise_shape=noise_shape, execute=execute, limit=steps)
+        run = partial(rollout.run_episode, noise_shape=noise_shape, conditions=conditions)
         results = progress.track(pool.map(run, work, chunksize=5), len(work), description="Episodes")
         lengths = dict(zip(work, results))
         actions = {name: chunk.result() for name, chunk in chunks.items()}

@@ -13,6 +13,7 @@ from compiler.accuracy.reference import tensors
 from compiler.checkpoint import load_checkpoint
 from compiler.model import build_model
 from compiler.quant import Quantization, fake_quantise
+from examples.collect_metaworld import disturbances
 from examples.metaworld_env import ACTION_DIM, MetaworldEnv
 from runtime import Policy
 from runtime.preprocess import Preprocessor
@@ -61,15 +62,24 @@ def record(task: str, first_seed: int, count: int) -> list[dict]:
     return observations
 
 
-def episode(infer: Infer, env: MetaworldEnv, start: int, noise_shape: tuple[int, int], execute: int, limit: int) -> int | None:
-    """Steps to success, or None. The start and the noise are the same for every policy; of each chunk the first `execute`
-    actions are carried out."""
+@dataclass(frozen=True)
+class Conditions:
+    """Of an episode: actions of each chunk to carry out, steps to success at most, and how hard the arm is pushed around."""
+
+    execute: int = 8
+    steps: int = 200
+    push: float = 0.0
+
+
+def episode(infer: Infer, env: MetaworldEnv, start: int, noise_shape: tuple[int, int], conditions: Conditions) -> int | None:
+    """Steps to success, or None. The start, the noise and the pushes are the same for every policy."""
     env.reset(start)
-    noise = np.random.default_rng(start)
-    for step in range(0, limit, execute):
+    noise, limit = np.random.default_rng(start), conditions.steps
+    pushes = disturbances(np.random.default_rng((start, 1)), limit, horizon=1, strength=conditions.push)
+    for step in range(0, limit, conditions.execute):
         actions = infer(env.observation(), noise.standard_normal(noise_shape, np.float32))
-        for index, action in enumerate(actions[: min(execute, limit - step)]):
-            if env.step(action):
+        for index, (action, push) in enumerate(zip(actions[: conditions.execute], pushes[step:])):
+            if env.step(action + push):
                 return step + index + 1
     return None
 
@@ -93,10 +103,10 @@ def policy(scheme: str) -> Infer:
     return _sources[scheme].infer()
 
 
-def run_episode(job: tuple[str, str, int], noise_shape: tuple[int, int], execute: int, limit: int) -> int | None:
+def run_episode(job: tuple[str, str, int], noise_shape: tuple[int, int], conditions: Conditions) -> int | None:
     """`job`: scheme, task, start."""
     scheme, task, start = job
-    return episode(policy(scheme), environment(task), start, noise_shape, execute, limit)
+    return episode(policy(scheme), environment(task), start, noise_shape, conditions)
 
 
 def run_chunks(scheme: str, observations: list[dict], noise: np.ndarray) -> np.ndarray:
