@@ -115,3 +115,6 @@ def test_what_the_plan_is_not_for(on_the_host, tiny_plans, monkeypatch):
     monkeypatch.setattr(executor.driver, "free_memory", lambda: (1 << 20, 80 << 30))
     with pytest.raises(PlanError, match="needs .* GB of GPU memory, 0.00 of .* are free"):
         executor.CudaExecutor(plan)
+    monkeypatch.setattr(executor, "SCHEDULE_VERSION", 99)
+    with pytest.raises(PlanError, match=r"schedule/sm90.json is of version \d+, this runtime follows version 99; compile it"):
+        executor.CudaExecutor(plan)

@@ -70,6 +70,26 @@ def test_schedules_compute_the_policy(policy, preset, sm, name, tiny_plans):
         assert relative_error(value, expected[stage]) < BOUNDS.get(stage, BOUNDS[preset]), stage
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_norm_of_a_step_is_a_launch(policy, preset, tiny_plans):
+    """Whoever writes the residual stream leaves sums of squares, or the quantiser computes the norm."""
+    schedule = json.loads(bytes(Plan(tiny_plans(policy, preset, "cuda").plan).read("schedule/sm90.json")))
+    for variant in schedule["variants"]:
+        assert not [launch["name"] for launch in variant["step"] if launch["name"] == "norm"]
+
+
+def test_a_gpu_without_the_library_is_an_error(monkeypatch):
+    def missing():
+        raise KernelError("cuBLASLt needs a wheel")
+
+    monkeypatch.setattr(cuda, "open_device", lambda: 90)
+    monkeypatch.setattr(cuda, "CublasLt", missing)
+    assert cuda._choose_algorithms(86, [], SILENT) is False  # a GPU of another kind
+    with pytest.raises(KernelError, match="needs a wheel"):
+        cuda._choose_algorithms(90, [], SILENT)
+
+
 @pytest.mark.parametrize("sm", ARCHITECTURES)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_second_stream_may_run_at_any_time(preset, sm, tiny_plans):

@@ -21,6 +21,7 @@ from runtime.errors import PlanError
 from runtime.plan import Plan
 from runtime.preprocess import ModelInputs
 
+SCHEDULE_VERSION = 2  # of what a plan's schedule says and how; 1 had images as floats
 STAGING_BYTES = 64 << 20
 _TYPES = {"float": np.float32, "Bf16": np.uint16}
 
@@ -288,7 +289,12 @@ def _schedule(plan: Plan, sm: int) -> dict:
         raise PlanError(
             f"{plan.path}: is made for SM {made_for}, this machine's GPU is SM {sm}; compile it with --sm {sm}"
         )
-    return json.loads(bytes(plan.read(name)))
+    schedule = json.loads(bytes(plan.read(name)))
+    if (version := schedule.get("version", 1)) != SCHEDULE_VERSION:
+        raise PlanError(
+            f"{plan.path}: {name} is of version {version}, this runtime follows version {SCHEDULE_VERSION}; compile it again"
+        )
+    return schedule
 
 
 def _uses_library(schedule: dict) -> bool:

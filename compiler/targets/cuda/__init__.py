@@ -24,6 +24,7 @@ from plugins.driver import open_device
 from plugins.errors import KernelError
 from plugins.kernels import ARCHITECTURES as _ARCHITECTURES
 from plugins.kernels import Cubin, compile_cubin
+from runtime.executors.cuda import SCHEDULE_VERSION
 from runtime.plan import PlanWriter
 
 ARCHITECTURES = tuple(_ARCHITECTURES)
@@ -66,15 +67,17 @@ def prompt_sizes(max_tokens: int) -> list[int]:
 def _choose_algorithms(sm: int, variants: list[Variant], progress: Progress) -> bool:
     """Where a GPU of this architecture is at hand, times the library's algorithms for every product that it computes.
 
-    Elsewhere the library's own first choice stays. Returns which of the two.
+    Elsewhere the library's own first choice stays. Returns which of the two. Raises KernelError where there is the GPU but
+    not the library, without which the plan could not run here either.
     """
     calls = [launch for launch in _launches(variants) if launch.source == LIBRARY]
     try:
-        if open_device() != sm:
-            return False
-        library = CublasLt()
+        here = open_device()
     except KernelError:
         return False
+    if here != sm:
+        return False
+    library = CublasLt()
     first = MATMUL.index("algorithm")
 
     def problem(arguments: list) -> Problem:
@@ -139,6 +142,7 @@ def _schedule(variants: list[Variant], kernels: dict) -> dict:
         return {"after": launch, "offset": offset, **size, "type": matrix.type}
 
     return {
+        "version": SCHEDULE_VERSION,
         "kernels": list(kernels.values()),
         "variants": [
             {
