@@ -45,7 +45,7 @@ CALIBRATION, OBSERVATIONS = 32, 50
 
 @dataclass(frozen=True)
 class Scheme:
-    """A preset with recipe settings; `engine` or PyTorch."""
+    """A preset with recipe settings, run by the engine or by PyTorch."""
 
     title: str
     preset: str
@@ -56,16 +56,16 @@ class Scheme:
 SCHEMES = {
     "fp32": Scheme("PyTorch fp32", "none", engine=False),
     "none": Scheme("engine, float", "none"),
-    "w4a8-llm": Scheme("W4A8: language model", "llm"),
-    "w4a8": Scheme("W4A8: and the expert's MLPs (default)", "llm+expert-mlp"),
-    "w4a8-compensated": Scheme("- with error compensation", "llm+expert-mlp", {"compensate": True}),
-    "w4a8-all": Scheme("W4A8: all linears", "all"),
-    "w4a8-all-compensated": Scheme("- with error compensation", "all", {"compensate": True}),
-    "w4a8-all-auto-bits": Scheme("- with 5 bits on average", "all", {"auto_bits": 5.0}),
-    "w4a16": Scheme("W4A16: all linears", "all", {"activation_bits": 0}),
-    "w8a8": Scheme("W8A8: all linears", "all", {"weight_bits": 8}),
-    "reference": Scheme("original fake quantisation: default scope", "llm+expert-mlp", {"scheme": "reference"}, engine=False),
-    "reference-all": Scheme("original fake quantisation: all linears", "all", {"scheme": "reference"}, engine=False),
+    "w4a8-llm": Scheme("W4A8, language model", "llm"),
+    "w4a8": Scheme("W4A8, and the expert's MLPs: the default", "llm+expert-mlp"),
+    "w4a8-compensated": Scheme("the default, --compensate", "llm+expert-mlp", {"compensate": True}),
+    "w4a8-all": Scheme("W4A8, all linears", "all"),
+    "w4a8-all-compensated": Scheme("all linears, --compensate", "all", {"compensate": True}),
+    "w4a8-all-auto-bits": Scheme("all linears, --auto-bits 5", "all", {"auto_bits": 5.0}),
+    "w4a16": Scheme("W4A16, all linears", "all", {"activation_bits": 0}),
+    "w8a8": Scheme("W8A8, all linears", "all", {"weight_bits": 8}),
+    "reference": Scheme("original fake quantisation, the default's linears", "llm+expert-mlp", {"scheme": "reference"}, engine=False),
+    "reference-all": Scheme("original fake quantisation, all linears", "all", {"scheme": "reference"}, engine=False),
 }
 
 
@@ -226,9 +226,10 @@ def measures(found: dict[str, Outcome]) -> Rows:
 
 
 def successes(found: dict[str, Outcome]) -> Rows:
-    """By scheme: success at each task, %."""
+    """By scheme: what it is, and success at each task, %."""
     rates = {name: [f"{100 * sum(each) / len(each):.0f}" for each in o.success.values()] for name, o in found.items()}
-    return {"": list(next(iter(found.values())).success), **rates}
+    tasks = next(iter(found.values())).success
+    return {"": ["", *tasks]} | {name: [SCHEMES[name].title, *each] for name, each in rates.items()}
 
 
 def table(title: str, rows: Rows) -> Table:
@@ -251,22 +252,25 @@ def to_json(found: dict[str, Outcome]) -> str:
 
 
 def draw(found: dict[str, Outcome], file: Path) -> None:
-    """Success of each scheme over all tasks, with its interval."""
+    """Success over all tasks with its interval and, beside it, the error of the actions."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        canvas = Figure(figsize=(7.2, 0.8 + 0.28 * len(found)), layout="constrained")
-        axes = canvas.subplots()
+        canvas = Figure(figsize=(7.2, 0.8 + 0.26 * len(found)), layout="constrained")
+        success, error = canvas.subplots(1, 2, sharey=True)
         for row, (name, o) in enumerate(found.items()):
             low, high = wilson(sum(o.episodes), len(o.episodes))
             colour = ENGINE if SCHEMES[name].engine else REFERENCE
-            axes.plot((100 * low, 100 * high), (row, row), color=colour)
-            axes.plot(100 * o.rate, row, "o", color=colour)
-        titles = [SCHEMES[name].title for name in found]
-        axes.set(xlabel="episodes that succeed, % (95 % interval)", yticks=range(len(found)), yticklabels=titles)
-        axes.grid(axis="y", visible=False)
-        axes.invert_yaxis()
+            success.plot((100 * low, 100 * high), (row, row), color=colour)
+            success.plot(100 * o.rate, row, "o", color=colour)
+            error.barh(row, o.action_error, height=0.55, color=colour)
+        success.set(xlabel="episodes that succeed, % (95 % intervals)", yticks=range(len(found)), yticklabels=list(found))
+        error.set(xlabel="root mean square error of the actions")
+        for axes in (success, error):
+            axes.grid(axis="y", visible=False)
+        success.set_xlim(min(80, success.get_xlim()[0]), 101)  # a tenth of a percent is not to look like a gap
+        success.invert_yaxis()
         canvas.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
 
 
