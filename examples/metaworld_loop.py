@@ -106,6 +106,7 @@ def _run(
     task: Annotated[Task, typer.Option(help="What the arm is told to do.")] = Task("button-press-topdown"),
     plan: Annotated[Optional[Path], typer.Option(help="An engine.plan, run in this process.")] = None,
     server: Annotated[Optional[str], typer.Option(help="A policy server, ws://HOST:PORT.")] = None,
+    api_key: Annotated[Optional[str], typer.Option(envvar="DUQ_API_KEY", help="What --server asks for, if it does.")] = None,
     scripted: Annotated[bool, typer.Option("--scripted", help="No policy but Meta-World's scripted expert.")] = False,
     episodes: Annotated[int, typer.Option(min=1)] = 3,
     seed: Annotated[int, typer.Option(min=0, help="Of the first start, the next count up, and of --plan's noise.")] = 0,
@@ -121,7 +122,8 @@ def _run(
 ) -> None:
     """Close the loop between a policy and a simulated robot, and count the episodes that succeed.
 
-    A checkpoint of tools/make_checkpoint.py has random weights: its policy moves the arm, and solves nothing.
+    For a policy that solves tasks, compile examples/metaworld_policy (docs/examples.md). A checkpoint of
+    tools/make_checkpoint.py has random weights: its policy moves the arm, and solves nothing.
 
     [bold]Examples[/bold]
 
@@ -139,7 +141,7 @@ def _run(
         check_output_file("--sheet", sheet)
     done: list[Episode] = []
     with closing(MetaworldEnv(task.value)) as env, ThreadPoolExecutor(1) as engine:
-        infer = _infer(env, plan, server, seed)
+        infer = _infer(env, plan, server, api_key, seed)
         for start in range(seed, seed + episodes):
             episode = Episode(env, start, steps)
             report = None
@@ -155,7 +157,7 @@ def _run(
         contact_sheet(done).save(sheet, "PNG")
 
 
-def _infer(env: MetaworldEnv, plan: Path | None, server: str | None, seed: int) -> Callable[[dict], dict]:
+def _infer(env: MetaworldEnv, plan: Path | None, server: str | None, api_key: str | None, seed: int) -> Callable[[dict], dict]:
     """Who drives: an observation to {"actions": [H, >= 4]}."""
     if plan is not None:
         policy = Policy(plan, seed=seed)
@@ -164,9 +166,13 @@ def _infer(env: MetaworldEnv, plan: Path | None, server: str | None, seed: int) 
     if server is not None:
         try:
             from openpi_client.websocket_client_policy import WebsocketClientPolicy
+            from websockets.exceptions import InvalidStatus
         except ModuleNotFoundError as error:
             raise DuqError(f"--server needs {error.name}: pip install --no-deps openpi-client") from error
-        return WebsocketClientPolicy(server).infer
+        try:
+            return WebsocketClientPolicy(server, api_key=api_key).infer
+        except InvalidStatus as error:
+            raise DuqError(f"--server {server}: {error}; does it ask for another --api-key?") from error
     return lambda observation: {"actions": env.expert_action()[None]}
 
 

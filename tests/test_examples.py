@@ -195,9 +195,9 @@ class ServedExpert(FakePolicy):
         return {"actions": np.array(self.actions[nearest : nearest + 20]), "policy_timing": {"infer_ms": 0.0}}
 
 
-def through_the_server(command_line, *options):
+def through_the_server(command_line, *options, **serve):
     policy = ServedExpert("drawer-open", 3)
-    with serving(policy) as served:
+    with serving(policy, **serve) as served:
         uri = f"ws://127.0.0.1:{served.port}"
         ran = run(command_line, "--server", uri, "--task", "drawer-open", "--seed", 3, "--episodes", 1, *options)
     assert ran.code == 0 and "drawer-open, start 3: success after " in ran.out
@@ -208,6 +208,15 @@ def test_through_the_server(command_line, small_images):
     out, calls = through_the_server(command_line, "--execute", 5)
     steps = int(out.split()[5])
     assert 80 < steps < 130 and len(calls) == -(-steps // 5)
+
+
+def test_a_server_that_asks_for_a_key(command_line, small_images, monkeypatch):
+    monkeypatch.setenv("DUQ_API_KEY", "open sesame")
+    through_the_server(command_line, "--execute", 20, api_key="open sesame")
+    monkeypatch.setenv("DUQ_API_KEY", "open barley")
+    with serving(ServedExpert("drawer-open", 3), api_key="open sesame") as served:
+        ran = run(command_line, "--server", f"ws://127.0.0.1:{served.port}", "--task", "drawer-open")
+    assert ran.code == 2 and "401" in ran.err and "Traceback" not in ran.err
 
 
 def test_asynchronously_through_the_server(command_line, small_images, simulated_time):
