@@ -105,7 +105,7 @@ def _collect(
     every: Annotated[int, typer.Option(min=1, help="Steps from one recorded moment to the next.")] = 2,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
     calibration: Annotated[
-        Optional[Path], typer.Option(help=f"An .npz file to write {CALIBRATION} of the moments to, for duq-compile --calibration.")
+        Optional[Path], typer.Option(help=f"Another file, for {CALIBRATION} of the moments, to calibrate duq-compile on.")
     ] = None,
 ) -> None:
     """Record demonstrations of Meta-World's scripted expert, to train a policy on with train_metaworld.py.

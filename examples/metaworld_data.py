@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import os
+import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from plugins.errors import DuqError
 from runtime.config import IMAGE_SLOTS
 
 QUALITY = 75  # of the WebP images
@@ -83,9 +85,13 @@ def save(path: Path, demonstrations: Demonstrations) -> None:
 
 
 def load(path: Path) -> Demonstrations:
-    with np.load(path) as file:
-        webp, sizes = file["webp"].tobytes(), file["sizes"]
-        arrays = {name: file[name] for name in _ARRAYS}
+    """Raises DuqError unless `save` wrote the file."""
+    try:
+        with np.lib.npyio.NpzFile(path) as file:
+            webp, sizes = file["webp"].tobytes(), file["sizes"]
+            arrays = {name: file[name] for name in _ARRAYS}
+    except (ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DuqError(f"{path}: is no file of demonstrations ({error}); collect_metaworld.py records one") from error
     ends = sizes.cumsum().reshape(sizes.shape)
     images = [[webp[end - size : end] for end, size in zip(*moment)] for moment in zip(ends, sizes)]
     return Demonstrations(images, **arrays)

@@ -35,7 +35,6 @@ from runtime.cli_errors import check_output_directory, one_line_errors
 from runtime.config import GemmaConfig, ModelConfig, VisionConfig
 from runtime.tokenizer import Tokenizer
 
-CAMERAS = 2  # the first of runtime.config.IMAGE_SLOTS
 POLICY = ModelConfig(  # 8.7 M weights; heads of 72 and 256, as every pi0 has
     pi05=False,
     vision=VisionConfig(width=288, depth=4, mlp_width=576, heads=4, image_size=112),
@@ -45,16 +44,17 @@ POLICY = ModelConfig(  # 8.7 M weights; heads of 72 and 256, as every pi0 has
     action_horizon=16,
 )
 NOISES = 2  # drawn for each observation: the action expert is much cheaper than the prefix which they share
-SHIFT = 3  # pixels by which images are moved at random
+SHIFT, JITTER, STATE_NOISE = 3, 0.1, 0.005  # of images in pixels, of their brightness and contrast, of the state
 EMA_DECAY = 0.999
-HELD_OUT = 20  # every so manieth episode is not trained on
+HELD_OUT = 20  # one episode of so many is not trained on
+REPORT_STEPS = 200
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 
 @dataclass
 class Batches:
-    """Demonstrations on the device; `draw` makes batches of them."""
+    """Demonstrations on the device; `take` makes batches of them."""
 
     images: Tensor  # uint8 [N, C, S, S, 3]
     tokens: Tensor  # int64 [N, T]
@@ -106,11 +106,11 @@ def flow_matching_loss(model: Pi0, batch: Batches, noise: Tensor, times: Tensor)
         _, past = model.prefix(model.embed_images(batch.images), batch.tokens, mask)
 
     def repeat(tensor: Tensor) -> Tensor:
-        return tensor.to(tensor.dtype if tensor.dtype == torch.bool else noise.dtype).repeat_interleave(noise.shape[1], dim=0)
+        return tensor.repeat_interleave(noise.shape[1], dim=0)
 
     actions, t = batch.actions[:, None], times[..., None, None]
     x_t = (t * noise + (1 - t) * actions).flatten(0, 1)
-    past = [(repeat(key), repeat(value)) for key, value in past]
+    past = [(repeat(key.to(noise.dtype)), repeat(value.to(noise.dtype))) for key, value in past]
     velocity = model.velocity(repeat(batch.states), x_t, times.flatten(), repeat(mask), past)
     return F.mse_loss(velocity, (noise - actions).flatten(0, 1))
 
@@ -152,39 +152,43 @@ def train(
     """The trained policy: the moving average of its weights. `report(progress, losses)` is called now and then."""
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")  # TF32, on GPUs
-    device = data.states.device.type
-    model = initialise(Pi0(config)).to(device)
+    model = initialise(Pi0(config)).to(data.states.device)
     average = copy.deepcopy(model).requires_grad_(False)
-    pairs = [list(m.parameters()) for m in (average, model)]
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=device == "cuda")
+    weights, averages = list(model.parameters()), list(average.parameters())
+    optimiser = make_optimiser(weights)
     started, progress, step, recent = time.perf_counter(), 0.0, 0, []
     while progress < 1:
         for group in optimiser.param_groups:
             group["lr"] = schedule.rate(step, progress)
-        batch = data.take(torch.randint(len(data), (schedule.batch,), device=device), SHIFT, jitter=0.1)
-        batch.states = batch.states + 0.005 * torch.randn_like(batch.states) * (batch.states != 0)
+        batch = data.take(torch.randint(len(data), (schedule.batch,), device=data.states.device), SHIFT, JITTER)
+        batch.states = batch.states + STATE_NOISE * torch.randn_like(batch.states) * (batch.states != 0)  # not of the padding
         loss = flow_matching_loss(model, batch, *draw_noise(batch, NOISES))
         optimiser.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(weights, 1.0)
         optimiser.step()
-        torch._foreach_lerp_(*pairs, 1 - min(EMA_DECAY, (step + 1) / (step + 10)))
+        torch._foreach_lerp_(averages, weights, 1 - min(EMA_DECAY, (step + 1) / (step + 10)))
         recent.append(loss.detach())
-        step += 1
-        progress = max(step / schedule.steps, (time.perf_counter() - started) / 60 / schedule.minutes)
-        if step % 200 == 0 or progress >= 1:
-            seconds = time.perf_counter() - started
-            losses = {"step": step, "seconds": round(seconds), "loss": torch.stack(recent).mean().item(), "held_out": evaluate(average, held_out)}
-            report(min(progress, 1.0), losses)
+        step, seconds = step + 1, time.perf_counter() - started
+        progress = max(step / schedule.steps, seconds / 60 / schedule.minutes)
+        if step % REPORT_STEPS == 0 or progress >= 1:
+            losses = {"loss": torch.stack(recent).mean().item(), "held_out": held_out_loss(average, held_out)}
+            report(min(progress, 1.0), {"step": step, "seconds": round(seconds), **losses})
             recent.clear()
     return average
 
 
+def make_optimiser(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW; biases and gains do not decay."""
+    groups = [
+        {"params": [w for w in weights if w.ndim >= 2], "weight_decay": 0.05},
+        {"params": [w for w in weights if w.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=weights[0].is_cuda)
+
+
 @torch.no_grad()
-def evaluate(model: Pi0, data: Batches) -> float:
+def held_out_loss(model: Pi0, data: Batches) -> float:
     """The loss on a fixed sample of moments, noise and times."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -215,7 +219,7 @@ def _train(
     demonstrations: Annotated[Path, typer.Argument(help="What collect_metaworld.py recorded.")],
     out: Annotated[Path, typer.Option(help="Checkpoint directory to create.")],
     steps: Annotated[int, typer.Option(min=1, help="Of training.")] = Schedule.steps,
-    minutes: Annotated[float, typer.Option(min=0.0, help="The most it may take.")] = 20.0,
+    minutes: Annotated[float, typer.Option(min=0.01, help="The most it may take.")] = 20.0,
     batch: Annotated[int, typer.Option(min=1, help="Observations in a step.")] = Schedule.batch,
     learning_rate: Annotated[float, typer.Option(min=0.0, help="The largest.")] = Schedule.learning_rate,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
@@ -234,6 +238,8 @@ def _train(
     check_output_directory("--out", out)
     if out.exists() and any(out.iterdir()):
         raise DuqError(f"--out {out}: already exists; choose another directory or remove it")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DuqError("--device cuda: PyTorch finds no GPU that it can use; --device cpu trains slowly")
     recorded, tokenizer = metaworld_data.load(demonstrations), train_tokenizer()
     everything = Batches.of(recorded, POLICY, tokenizer, device)
     episodes = torch.from_numpy(np.unique(recorded.episodes, return_inverse=True)[1]).to(device)

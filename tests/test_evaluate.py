@@ -21,7 +21,8 @@ needs_simulator = pytest.mark.skipif(not simulated, reason="metaworld is not ins
 
 def test_wilson_on_published_numbers():
     """Newcombe, Statistics in Medicine 17 (1998), table I."""
-    for successes, episodes, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)):
+    table = (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)
+    for successes, episodes, low, high in table:
         assert wilson(successes, episodes) == pytest.approx((low, high), abs=5e-5)
 
 

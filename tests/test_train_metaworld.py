@@ -75,6 +75,17 @@ def test_a_file_holds_all_of_it(demonstrations, tmp_path):
     assert len(twice) == 160 and twice.images[80:] == found.images
 
 
+def test_another_file_is_refused(tmp_path, command_line):
+    text, other = tmp_path / "text.npz", tmp_path / "other.npz"
+    text.write_text("no archive")
+    np.savez(other, states=np.zeros(3))
+    for file in (text, other):
+        done = command_line(train_metaworld.main, file, "--out", tmp_path / "policy", "--device", "cpu")
+        assert done.code == 2 and f"{file}: is no file of demonstrations" in done.err
+    done = command_line(train_metaworld.main, tmp_path / "absent.npz", "--out", tmp_path / "policy", "--device", "cpu")
+    assert done.code == 2 and "absent.npz" in done.err and not (tmp_path / "policy").exists()
+
+
 def test_an_image_survives_its_compression():
     source = image(100, np.random.default_rng(1))
     found = metaworld_data.decode([[metaworld_data.encode(source)]])
@@ -120,7 +131,8 @@ def test_a_shift_moves_the_image_and_repeats_its_border(batches):
     moved = batches.take(index, shift=2).images
     padded = torch.nn.functional.pad(still.flatten(0, 1), (2, 2, 2, 2), mode="replicate")
     windows = [padded[:, :, y : y + SIZE, x : x + SIZE] for y in range(5) for x in range(5)]
-    which = [[n for n, window in enumerate(windows) if torch.equal(window[i], one)] for i, one in enumerate(moved.flatten(0, 1))]
+    images = moved.flatten(0, 1)
+    which = [[n for n, window in enumerate(windows) if torch.equal(window[i], images[i])] for i in range(len(images))]
     assert all(which) and len({n for each in which for n in each}) > 8  # cameras, too, are shifted each by itself
     assert not torch.equal(batches.take(index, jitter=0.1).images, still)
 
@@ -166,9 +178,8 @@ def test_the_learning_rate_rises_falls_and_ends_at_zero():
 @pytest.fixture(scope="module")
 def trained(batches):
     reports = []
-    model = train_metaworld.train(
-        TINY, batches, batches, Schedule(steps=150, batch=16, learning_rate=4e-3, warmup=10), 0, lambda p, l: reports.append((p, l))
-    )
+    schedule = Schedule(steps=150, batch=16, learning_rate=4e-3, warmup=10)
+    model = train_metaworld.train(TINY, batches, batches, schedule, 0, lambda *report: reports.append(report))
     return model, reports
 
 
@@ -194,7 +205,8 @@ def test_it_learns_to_look_and_to_listen(trained, demonstrations, batches, tmp_p
 def test_an_untrained_policy_runs_in_the_engine(tmp_path):
     """Its norms and some biases are all zeros: equal tensors, of which the exporter keeps one."""
     torch.manual_seed(0)
-    train_metaworld.save_checkpoint(tmp_path / "policy", Pi0(TINY), train_tokenizer(), [])
+    shallow = replace(TINY, llm=replace(GEMMA, depth=1), expert=replace(GEMMA, depth=1))
+    train_metaworld.save_checkpoint(tmp_path / "policy", Pi0(shallow), train_tokenizer(), [])
     checkpoint = load_checkpoint(tmp_path / "policy")
     float_recipe = Quantization(load_recipe("none", environment={}))
     compile_policy(checkpoint, float_recipe, tmp_path / "engine.plan", Options(cameras=2), Progress(disable=True))

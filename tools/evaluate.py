@@ -12,7 +12,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
-if __name__ in ("__main__", "__mp_main__"):  # import from the repository: tools/profile.py would pass for the standard library's
+if __name__ in ("__main__", "__mp_main__"):  # import from the repository, as a worker too: in tools/ there is another profile.py
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
@@ -41,6 +41,7 @@ except ModuleNotFoundError as missing:
 
 CALIBRATION_SEED, OBSERVATION_SEED = 2_000_000, 3_000_000  # starts that are neither trained nor evaluated on
 CALIBRATION, OBSERVATIONS = 32, 50
+POLICY = Path("examples/metaworld_policy")
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ SCHEMES = {
     "w4a8-all-auto-bits": Scheme("all linears, --auto-bits 5", "all", {"auto_bits": 5.0}),
     "w4a16": Scheme("W4A16, all linears", "all", {"activation_bits": 0}),
     "w8a8": Scheme("W8A8, all linears", "all", {"weight_bits": 8}),
-    "reference": Scheme("original fake quantisation, the default's linears", "llm+expert-mlp", {"scheme": "reference"}, engine=False),
-    "reference-all": Scheme("original fake quantisation, all linears", "all", {"scheme": "reference"}, engine=False),
+    "reference": Scheme("original scheme, the default's linears", "llm+expert-mlp", {"scheme": "reference"}, engine=False),
+    "reference-all": Scheme("original scheme, all linears", "all", {"scheme": "reference"}, engine=False),
 }
 
 
@@ -108,9 +109,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptio
 
 @app.command()
 def _evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="Trained by examples/train_metaworld.py.")] = Path("examples/metaworld_policy"),
+    checkpoint: Annotated[Path, typer.Argument(help="Trained by examples/train_metaworld.py.")] = POLICY,
     scheme: Annotated[Optional[list[str]], typer.Option(help=f"Repeatable; by default all: {', '.join(SCHEMES)}.")] = None,
-    task: Annotated[Optional[list[str]], typer.Option(help="Repeatable; by default those that the policy was trained on.")] = None,
+    task: Annotated[Optional[list[str]], typer.Option(help="Repeatable; by default those it was trained on.")] = None,
     episodes: Annotated[int, typer.Option(min=1, help="Of each task and scheme.")] = 100,
     execute: Annotated[int, typer.Option(min=1, help="Actions of a chunk to carry out before asking again.")] = 8,
     steps: Annotated[int, typer.Option(min=1, max=500, help="After which an episode has failed.")] = 200,
