@@ -5,6 +5,7 @@ import json
 import re
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from rich.progress import Progress
 
@@ -14,6 +15,7 @@ from compiler.pipeline import Options, compile_policy, quantize_checkpoint
 from compiler.quant import load_recipe
 from compiler.quant.recipe import DEFAULT_PRESET
 from compiler.targets import cuda
+from compiler.targets.cuda.lower import rule_of
 from compiler.targets.cuda.program import ALIGNMENT, LIBRARY, MATMUL
 from plugins.errors import DuqError, KernelError
 from plugins.kernels import SOURCES, Cubin
@@ -174,6 +176,12 @@ def test_what_has_no_kernel(name, compiled, tmp_path):
     assert type(error.value) is kind and words in str(error.value) and "\n" not in str(error.value)
     assert re.search(r"(llm|vision\.encoder)\.layers\.0\.", str(error.value)), error.value
     assert not list(tmp_path.iterdir())
+
+
+def test_a_node_that_nothing_covers_is_named():
+    node = ir.node("Tanh", [ir.Value(name="x")], outputs=[ir.Value(name="y")])
+    with pytest.raises(GraphError, match="no kernel for onnx::Tanh, computing y"):
+        rule_of(node)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

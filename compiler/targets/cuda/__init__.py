@@ -16,7 +16,7 @@ from rich.progress import Progress
 from compiler.graph.export import Graphs
 from compiler.parallel import in_order, thread_pool
 from compiler.targets.cuda.arena import place, schedule
-from compiler.targets.cuda.lower import Lowering, Variant
+from compiler.targets.cuda.lower import Variant, lower_variant
 from compiler.targets.cuda.program import ALIGNMENT, BYTES, LIBRARY, MATMUL, Launch, to_json
 from compiler.targets.cuda.weights import Weights, to_bf16
 from plugins.cublas import CublasLt, Problem
@@ -41,8 +41,7 @@ def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options) -> dic
     for sm in options.sm:
         variants, arena_bytes = [], 0
         for cameras, prompt in progress.track(sizes, description=f"Lowering for SM {sm}"):
-            lowering = Lowering(graphs, sm, cameras, prompt, weights)
-            variant = lowering.run()
+            variant = lower_variant(graphs, sm, cameras, prompt, weights)
             for launches in (variant.prefix, variant.step):
                 schedule(launches)
             arena_bytes = max(arena_bytes, place(variant.inputs, [variant.prefix, variant.step]))
@@ -53,8 +52,7 @@ def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options) -> dic
         sections[f"sm{sm}"] = _summary(variants, arena_bytes, len(kernels), timed)
 
     offsets = _write_weights(weights, writer, progress)
-    table = lowering.embedding_table
-    writer.write("embedding", to_bf16(table.const_value.numpy()))
+    writer.write("embedding", to_bf16(variant.embedding_table.const_value.numpy()))
     for sm, data in schedules.items():
         writer.write(f"schedule/sm{sm}.json", json.dumps(data | {"weights": offsets}).encode())
     return sections

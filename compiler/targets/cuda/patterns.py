@@ -1,12 +1,13 @@
-"""What lowering looks for in the graph: chains of element-wise nodes behind products, and views of one matrix."""
+"""What lowering looks for in the graph: kinds of nodes, chains of them behind products, and views of one matrix."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from compiler.graph.edit import is_weight, small_constant
+from compiler.graph.edit import depends_on, is_weight, small_constant
 from compiler.graph.edit import reader as reader_of
+from plugins import ops
 
 VIEWS = ("Reshape", "Unsqueeze", "Squeeze", "Transpose")
 
@@ -94,6 +95,25 @@ def is_view(node: ir.Node) -> bool:
         index = small_constant(node.inputs[1], limit=1)
         return index is not None and index.item() == 0 and node.inputs[0].shape[0] == 1
     return node.op_type in VIEWS
+
+
+def is_whole(node: ir.Node) -> bool:
+    """A Slice that takes everything."""
+    return node.op_type == "Slice" and node.outputs[0].shape == node.inputs[0].shape
+
+
+def is_linear(node: ir.Node) -> bool:
+    return node.op_type in ops.QUANTIZED_LINEARS or (node.op_type == "MatMul" and is_weight(node.inputs[1], rank=2))
+
+
+def is_prompt(node: ir.Node) -> bool:
+    """The rows of the embedding table for the prompt's tokens."""
+    return node.op_type == "Gather" and "tokens" in depends_on(node.inputs[1])
+
+
+def joins_rows(node: ir.Node) -> bool:
+    """A Concat of tokens [1, tokens, channels]; one of keys or values [1, heads, tokens, channels] has its axis at 2."""
+    return node.op_type == "Concat" and node.attributes["axis"].value != 2
 
 
 def is_gelu(node: ir.Node) -> bool:

@@ -93,6 +93,9 @@ class ForNorm:
     squares: Matrix | None = None
 
 
+NO_NORM = (None, None, None)  # those arguments, until a norm asks
+
+
 @dataclass
 class Launch:
     """One kernel, or one call of a library, on the stream.
