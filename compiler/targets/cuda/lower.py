@@ -50,7 +50,9 @@ def lower_variant(graphs: Graphs, sm: int, cameras: int, prompt: int, weights: W
     size = config.vision.image_size
     shapes = {"images": (cameras, 3, size, size), "tokens": (prompt,), "state": (config.action_dim,)}
     prefix = _cover(builder, graphs.prefix, {"images": builder.images, "state": builder.state}, shapes)
-    outputs = {value.name: builder.values[value] for value in graphs.prefix.graph.outputs}
+    outputs = {value.name: builder.value(value) for value in graphs.prefix.graph.outputs}
+    for name, output in outputs.items():
+        expect(isinstance(output, Matrix), name)
     written = {name: _last_write(prefix, matrix) for name, matrix in outputs.items() if name not in builder.caches}
     written |= {name: (cache, len(prefix) - 1) for name, cache in builder.caches.items()}
 
