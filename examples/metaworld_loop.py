@@ -116,7 +116,7 @@ def _run(
         bool, typer.Option("--asynchronous", help="Infer the next chunk while the current one is executed, in real time.")
     ] = False,
     rate: Annotated[float, typer.Option(min=1, help="Actions a second. This and the next two: --asynchronous.")] = 20,
-    freeze: Annotated[int, typer.Option(min=1, help="Periods until a new chunk takes over; see docs/serving.md.")] = 10,
+    freeze: Annotated[int, typer.Option(min=1, help="Periods until a new chunk takes over; see docs/serving.md.")] = 4,
     blend: Annotated[int, typer.Option(min=0, help="Periods in which old and new actions are mixed.")] = 0,
     sheet: Annotated[Optional[Path], typer.Option(help="A PNG to write: what the cameras saw.")] = None,
 ) -> None:
