@@ -107,16 +107,9 @@ class Large:
         return n % self.tile_rows == 0 and k % 128 == 0
 
 
-@dataclass(frozen=True)
-class Wgmma:
-    """gemm_wgmma.cu: SM 90; persistent thread blocks, or `split` of them for each tile."""
+class _ByWgmma:
+    """What the kernels with wgmma have in common: how their operands lie."""
 
-    groups: int
-    tokens8: int
-    stages: int
-    split: int = 1
-
-    source: ClassVar[str] = "gemm_wgmma.cu"
     layout: ClassVar[str] = "wgmma"
 
     @property
@@ -128,12 +121,24 @@ class Wgmma:
         """The activations come in slabs, padded to a multiple of this (plugins.layout.activation_slabs)."""
         return self.tile_tokens
 
+    def headers(self) -> Mapping[str, str]:
+        return {"wgmma.cuh": wgmma_header(self.tokens8)}
+
+
+@dataclass(frozen=True)
+class Wgmma(_ByWgmma):
+    """gemm_wgmma.cu: SM 90; persistent thread blocks, or `split` of them for each tile."""
+
+    groups: int
+    tokens8: int
+    stages: int
+    split: int = 1
+
+    source: ClassVar[str] = "gemm_wgmma.cu"
+
     def expression(self, bits: int, out: str, geglu: bool = False) -> str:
         parameters = f"{self.groups}, {self.tokens8}, {self.stages}, {self.split}"
         return f"gemm_wgmma<{bits}, {parameters}, {str(geglu).lower()}, {out}>"
-
-    def headers(self) -> Mapping[str, str]:
-        return {"wgmma.cuh": wgmma_header(self.tokens8)}
 
     def shape(self, m: int, n: int, bits: int) -> Shape:
         tiles = -(-m // self.tile_tokens) * (n // (64 * self.groups))
@@ -151,7 +156,7 @@ class Wgmma:
 
 
 @dataclass(frozen=True)
-class WgmmaFew:
+class WgmmaFew(_ByWgmma):
     """gemm_wgmma_few.cu: SM 90, few tokens; `groups` warpgroups of a thread block and `split` blocks share K."""
 
     tokens8: int
@@ -160,22 +165,10 @@ class WgmmaFew:
     split: int = 1
 
     source: ClassVar[str] = "gemm_wgmma_few.cu"
-    layout: ClassVar[str] = "wgmma"
-
-    @property
-    def tile_tokens(self) -> int:
-        return 8 * self.tokens8
-
-    @property
-    def slab_tokens(self) -> int:
-        return self.tile_tokens
 
     def expression(self, bits: int, out: str, geglu: bool = False) -> str:
         parameters = f"{self.tokens8}, {self.stages}, {self.groups}, {self.split}"
         return f"gemm_wgmma_few<{bits}, {parameters}, {str(geglu).lower()}, {out}>"
-
-    def headers(self) -> Mapping[str, str]:
-        return {"wgmma.cuh": wgmma_header(self.tokens8)}
 
     def shape(self, m: int, n: int, bits: int) -> Shape:
         grid = (n // 64 * self.split, -(-m // self.tile_tokens), 1)
@@ -231,7 +224,7 @@ _LARGE: list[Tactic] = [Large(*tile, stages) for tile in _LARGE_TILES for stages
 
 def fits(tactic: Tactic, m: int, n: int, k: int, bits: int, sm: int) -> bool:
     """Whether the tactic computes this problem on this SM at all."""
-    if isinstance(tactic, (Wgmma, WgmmaFew)) and sm != 90:
+    if isinstance(tactic, _ByWgmma) and sm != 90:
         return False
     return tactic.divides(n, k) and tactic.shape(m, n, bits).shared_bytes <= MAX_SHARED_BYTES[sm]
 

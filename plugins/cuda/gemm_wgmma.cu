@@ -133,10 +133,10 @@ gemm_wgmma(const signed char* x_slabs, const float* x_scale, const unsigned char
         arrive_in_cluster();
         int* const received = reinterpret_cast<int*>(shared) + warp * RECEIVED<SPLIT, TOKENS8>;
         int* const staged = received + (WARPS - warp) * RECEIVED<SPLIT, TOKENS8> + warp * STAGED<SPLIT, TOKENS8>;
-        const Share<SPLIT, TOKENS8, E> share(rank, first_token, first_row, epilogue);
         wait_for_cluster();
-        store_shared_tile<SPLIT, 1>(acc[0], received, 0, staged, &arrived, first_token, first_row, epilogue, columns,
-                                    share);
+        send_parts<SPLIT, 1>(acc[0], received, 0, staged, &arrived, rank);
+        const Share<SPLIT, TOKENS8, E> share(rank, first_token, first_row, epilogue);  // in the registers of the sums
+        store_share<SPLIT, 1>(received, staged, &arrived, first_token, first_row, epilogue, columns, share);
       }
     }
   }

@@ -84,12 +84,11 @@ template <int HOLDERS, int TOKENS8, class Epilogue> struct Share {
   }
 };
 
-template <int HOLDERS, int GROUPS, int TOKENS8, class Epilogue>
-__device__ inline void store_shared_tile(const int (&acc)[TOKENS8][4], int* received, int apart, int* staging,
-                                         unsigned long long* arrived, int first_token, int first_row,
-                                         const Epilogue& epilogue, const typename Epilogue::Columns& columns,
-                                         const Share<HOLDERS, TOKENS8, Epilogue>& share) {
-  const int lane = threadIdx.x % 32, part = share.part;
+// Before: everyone has room for what it receives (a cluster: wait_for_cluster).
+template <int HOLDERS, int GROUPS, int TOKENS8>
+__device__ inline void send_parts(const int (&acc)[TOKENS8][4], int* received, int apart, int* staging,
+                                  unsigned long long* arrived, int part) {
+  const int lane = threadIdx.x % 32;
   if constexpr (HOLDERS == 1) {
 #pragma unroll
     for (int j = 0; j < TOKENS8; ++j) stage_fragment<1>(staging + j * 8 * pitch(16), 0, acc[j]);
@@ -106,7 +105,16 @@ __device__ inline void store_shared_tile(const int (&acc)[TOKENS8][4], int* rece
       else
         send(uint4{unsigned(d[0]), unsigned(d[1]), unsigned(d[2]), unsigned(d[3])}, to, arrived, holder / GROUPS);
     }
-    if (ALONE)
+  }
+}
+
+template <int HOLDERS, int GROUPS, int TOKENS8, class Epilogue>
+__device__ inline void store_share(const int* received, int* staging, unsigned long long* arrived, int first_token,
+                                   int first_row, const Epilogue& epilogue, const typename Epilogue::Columns& columns,
+                                   const Share<HOLDERS, TOKENS8, Epilogue>& share) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (HOLDERS > 1) {
+    if (HOLDERS == GROUPS)
       asm volatile("bar.sync 1, %0;" ::"n"(128 * GROUPS) : "memory");
     else
       wait(arrived);

@@ -17,7 +17,7 @@ gemm_wgmma_few(const signed char* x_slabs, const float* x_scale, const unsigned 
                const float* normed_gain, float* squares) {
   constexpr int TOKENS = 8 * TOKENS8, WARPS = 4 * GROUPS, HOLDERS = SPLIT * GROUPS;
   struct Stage {
-    unsigned char x[TOKENS * 128];                      // swizzled; 1024-byte aligned
+    unsigned char x[TOKENS * 128];                   // swizzled; 1024-byte aligned
     unsigned char w[4][2][Fragment<BITS>::bytes()];  // of a warp: two tiles of K = 64
   };
   static_assert(sizeof(Stage) % 1024 == 0 && STAGES <= 32);
@@ -95,6 +95,6 @@ gemm_wgmma_few(const signed char* x_slabs, const float* x_scale, const unsigned 
   int* const received = sums + warp * RECEIVED<HOLDERS, TOKENS8>;
   int* const staging = sums + WARPS * RECEIVED<HOLDERS, TOKENS8> + warp * STAGED<HOLDERS, TOKENS8>;
   if (SPLIT > 1) wait_for_cluster();
-  store_shared_tile<HOLDERS, GROUPS>(acc, received, 4 * RECEIVED<HOLDERS, TOKENS8>, staging, &arrived, first_token,
-                                     first_row, epilogue, columns, share);
+  send_parts<HOLDERS, GROUPS>(acc, received, 4 * RECEIVED<HOLDERS, TOKENS8>, staging, &arrived, share.part);
+  store_share<HOLDERS, GROUPS>(received, staging, &arrived, first_token, first_row, epilogue, columns, share);
 }
