@@ -192,8 +192,8 @@ class W4A8Linear:
         (product, product_shape), (epilogue, epilogue_shape) = self.launches(inputs).items()
         operands = [x_q.pointer, named["weight"].pointer, sums, ctypes.c_int(m)]
         kernels[product].launch(product_shape, operands, stream)
-        addends = named.get("bias", null), named.get("residual", null)
-        operands = [x_scale, named["weight_scale"], rotation, *addends, outputs[0]]
+        behind = named.get("bias", null), null, named.get("residual", null)
+        operands = [x_scale, named["weight_scale"], rotation, *behind, outputs[0]]
         sizes = [ctypes.c_int(value) for value in (n, int(math.prod(x_scale.shape) > 1), block)]
         kernels[epilogue].launch(epilogue_shape, [sums, *(operand.pointer for operand in operands), *sizes], stream)
 

@@ -75,7 +75,8 @@ def geglu(tokens: int, width: int) -> Launch:
     return Launch("geglu.cu", "geglu", Shape((-(-width // (8 * threads)), tokens, 1), threads))
 
 
-def dequantize(tokens: int, columns: int, out_type: str, rotate: bool) -> Launch:
-    """`columns` (a multiple of 4) of integer sums; `rotate` with a dense rotation behind the scales."""
-    expression = f"dequantize<{out_type}, {str(rotate).lower()}>"
+def dequantize(tokens: int, columns: int, out_type: str, rotate: bool, finish: str = "NONE") -> Launch:
+    """Integer sums to `columns` (a multiple of 4) of y; `rotate` with a dense rotation behind the scales; `finish` is NONE,
+    GELU or GEGLU (of twice as many columns)."""
+    expression = f"dequantize<{out_type}, {str(rotate).lower()}, {finish}>"
     return Launch("dequantize.cu", expression, Shape((-(-columns // 1024), tokens, 1), 256))

@@ -51,9 +51,9 @@ class Small:
     def tile_tokens(self) -> int:
         return 8 * self.tokens8
 
-    def expression(self, bits: int, out: str, geglu: bool = False) -> str:
+    def expression(self, bits: int, out: str, finish: str = "NONE") -> str:
         parameters = f"{self.rows16}, {self.tokens8}, {self.warps}, {self.stages}"
-        return f"gemm_small<{bits}, {parameters}, {str(geglu).lower()}, {out}>"
+        return f"gemm_small<{bits}, {parameters}, {finish}, {out}>"
 
     def headers(self) -> Mapping[str, str]:
         return {}
@@ -90,9 +90,9 @@ class Large:
     def tile_rows(self) -> int:
         return 16 * self.rows16 * self.warps_n
 
-    def expression(self, bits: int, out: str, geglu: bool = False) -> str:
+    def expression(self, bits: int, out: str, finish: str = "NONE") -> str:
         parameters = f"{self.rows16}, {self.tokens8}, {self.warps_n}, {self.warps_m}, {self.stages}"
-        return f"gemm_large<{bits}, {parameters}, {str(geglu).lower()}, {out}>"
+        return f"gemm_large<{bits}, {parameters}, {finish}, {out}>"
 
     def headers(self) -> Mapping[str, str]:
         return {}
@@ -136,9 +136,9 @@ class Wgmma(_ByWgmma):
 
     source: ClassVar[str] = "gemm_wgmma.cu"
 
-    def expression(self, bits: int, out: str, geglu: bool = False) -> str:
+    def expression(self, bits: int, out: str, finish: str = "NONE") -> str:
         parameters = f"{self.groups}, {self.tokens8}, {self.stages}, {self.split}"
-        return f"gemm_wgmma<{bits}, {parameters}, {str(geglu).lower()}, {out}>"
+        return f"gemm_wgmma<{bits}, {parameters}, {finish}, {out}>"
 
     def shape(self, m: int, n: int, bits: int) -> Shape:
         tiles = -(-m // self.tile_tokens) * (n // (64 * self.groups))
@@ -166,9 +166,9 @@ class WgmmaFew(_ByWgmma):
 
     source: ClassVar[str] = "gemm_wgmma_few.cu"
 
-    def expression(self, bits: int, out: str, geglu: bool = False) -> str:
+    def expression(self, bits: int, out: str, finish: str = "NONE") -> str:
         parameters = f"{self.tokens8}, {self.stages}, {self.groups}, {self.split}"
-        return f"gemm_wgmma_few<{bits}, {parameters}, {str(geglu).lower()}, {out}>"
+        return f"gemm_wgmma_few<{bits}, {parameters}, {finish}, {out}>"
 
     def shape(self, m: int, n: int, bits: int) -> Shape:
         grid = (n // 64 * self.split, -(-m // self.tile_tokens), 1)

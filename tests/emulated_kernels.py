@@ -138,7 +138,7 @@ def rotate_quantize(launch: Launch, x, gain, shift, input_scale, permutation, ro
 
 
 def gemm(launch: Launch, x_q, x_scale, weight, weight_scale, bias, residual, y, workspace, m, n, k, *for_norm):
-    bits, *tile, geglu, out_type = launch.template
+    bits, *tile, finish, out_type = launch.template
     w = unpack_fragments(weight.read("unsigned char", n * k * int(bits) // 8), (n, k), int(bits), _check_tiles(launch, m, n))
     if launch.kernel.startswith("gemm_wgmma"):
         padded = _padded(m, 8 * int(tile[0 if launch.kernel == "gemm_wgmma_few" else 1]))
@@ -151,15 +151,32 @@ def gemm(launch: Launch, x_q, x_scale, weight, weight_scale, bias, residual, y, 
         padded = _padded(m, 8 * int(tile[1]))
         assert not workspace.read("int", padded * n + launch.grid[0] * launch.grid[2]).any()
     acc = x.astype(np.float64) @ w.astype(np.float64).T  # exact: below 2^53
+    if out_type == "int":
+        assert finish == "NONE"
+        y.write("int", acc.astype(np.int32))
+        return
     v = (acc.astype(np.float32) * weight_scale.read("float", n)) * x_scale.read("float", m)[:, None]
     v = _affine(v, None, bias)
-    if geglu == "true":
-        assert residual is None
-        v = _geglu_of_16(v)
-    elif residual is not None:
-        v = v + residual.read(out_type, m, n)
+    assert finish == "NONE" or residual is None
+    v = {"NONE": np.asarray, "GELU": _gelu, "GEGLU": _geglu_of_16}[finish](v)
+    v = v if residual is None else v + residual.read(out_type, m, n)
     y.write(out_type, v)
     _leave_for_norm(v, *for_norm)
+
+
+def dequantize(launch: Launch, acc, x_scale, weight_scale, rotation, bias, gate, residual, y, n, scale_stride, block):
+    out_type, rotate, finish = launch.template
+    m, columns = launch.grid[1], n // 2 if finish == "GEGLU" else n
+    assert launch.grid[0] * 1024 >= columns and columns % 4 == 0 and (rotate == "true") == (rotation is not None)
+    scale = x_scale.read("float", m if scale_stride else 1)[:, None]
+    v = (acc.read("int", m, n).astype(np.float32) * weight_scale.read("float", n)) * scale
+    if rotation is not None:
+        assert columns % block == 0
+        matrices = rotation.read("float", n // block, block, block)
+        v = np.einsum("mki,kij->mkj", v.reshape(m, -1, block), matrices).reshape(m, n)
+    v = _affine(_affine(v, None, bias), gate)
+    v = _gelu(v[:, :columns]) * v[:, columns:] if finish == "GEGLU" else _gelu(v) if finish == "GELU" else v
+    y.write(out_type, v if residual is None else v + residual.read(out_type, m, columns))
 
 
 def _check_tiles(launch: Launch, m: int, n: int) -> str:
@@ -299,7 +316,7 @@ def attention(launch: Launch, q, k, v, own_k, own_v, out, past, m, keys, own_key
 
 KERNELS: dict[str, Callable] = {
     each.__name__: each
-    for each in (patches, tokens, normalize, rotate_quantize, gemm_float, linear_narrow, flow_step, geglu, rotary, attention)
+    for each in (patches, tokens, normalize, rotate_quantize, dequantize, gemm_float, linear_narrow, flow_step, geglu, rotary, attention)
 } | {"gemm_small": gemm, "gemm_large": gemm, "gemm_wgmma": gemm, "gemm_wgmma_few": gemm, "attention_wgmma": attention, LIBRARY: matmul}
 
 

@@ -24,8 +24,10 @@ POINTWISE = [
     pointwise.linear_narrow(1, 1024, "SILU", "Bf16"),
     pointwise.flow_step(50, 32),
     pointwise.geglu(50, 4096),
+    pointwise.dequantize(50, 1024, "Bf16", True, "GEGLU"),
+    pointwise.dequantize(50, 1024, "float", False),
 ]
-SMALLEST = "gemm_small<4, 1, 1, 1, 1, false, int>"
+SMALLEST = "gemm_small<4, 1, 1, 1, 1, NONE, int>"
 
 
 @pytest.mark.parametrize("sm", ARCHITECTURES)
@@ -33,7 +35,7 @@ SMALLEST = "gemm_small<4, 1, 1, 1, 1, false, int>"
     ("source", "expression"),
     [
         ("gemm_small.cu", SMALLEST),
-        ("gemm_large.cu", "gemm_large<8, 1, 1, 1, 1, 2, true, Bf16>"),
+        ("gemm_large.cu", "gemm_large<8, 1, 1, 1, 1, 2, GEGLU, Bf16>"),
         ("gemm_float.cu", "gemm_float<1, 1, 1, 1, 1, true, ROTARY, Bf16>"),
         ("gemm_float.cu", "gemm_float<1, 1, 1, 1, 1, false, GEGLU, float>"),
         ("rotate_quantize.cu", "rotate_quantize<Half, RMS_NORM, 64, 1>"),

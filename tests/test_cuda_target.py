@@ -124,6 +124,8 @@ def test_padding_of_the_prompt_changes_nothing(policy, sm, tiny_plans):
 RECIPES = {
     "everything of the expert": {"include": r"^llm\.|^expert\."},
     "permuted, dense rotations": {"scheme": "duquant", "row_rotation": "0"},
+    "output rotations": {"scheme": "duquant"},
+    "output rotations of the whole expert": {"scheme": "duquant", "include": r"^expert\."},
     "W8A8 per tensor": {"weight_bits": 8, "activation_scale": "per-tensor"},
 }
 
@@ -162,7 +164,6 @@ def test_other_recipes(policy, recipe, compiled):
 
 
 UNSUPPORTED = {
-    "output rotations": ({"scheme": "duquant"}, GraphError, "output rotation"),
     "float activations": ({"activation_bits": 0}, GraphError, "quantise its activations too"),
     "vision in integers": ({"preset": "all"}, KernelError, "no GEMM kernel for M, N, K = 256, 432, 144 at 4 bits"),
 }

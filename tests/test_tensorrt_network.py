@@ -29,7 +29,7 @@ from plugins.nodes import RotateQuantize, Tensor, W4A8Linear
 from runtime.executors.cpu import CpuExecutor
 from runtime.plan import Plan
 from runtime.preprocess import Preprocessor
-from tests.emulated_kernels import Launch, Memory, Pointer, rotate_quantize
+from tests.emulated_kernels import Launch, Memory, Pointer, dequantize, rotate_quantize
 
 NAMES = {np.dtype(np.float32): "float", np.dtype(np.int8): "int8", np.dtype(np.int32): "int32"}
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
@@ -39,19 +39,6 @@ def product(launch, a, b, c, m):
     n, k, *_ = (int(each) for each in launch.template[:2])
     weight = unpack_bitblas(b.read("unsigned char", n * k // 2), (n, k))
     c.write("int", (a.read("signed char", m, k).astype(np.int64) @ weight.T).astype(np.int32))
-
-
-def dequantize(launch, acc, x_scale, weight_scale, rotation, bias, residual, y, rows, scale_stride, block):
-    out_type, rotate = launch.template
-    m = launch.grid[1]
-    assert launch.grid[0] * 1024 >= rows and rows % 4 == 0 and (rotate == "true") == (rotation is not None)
-    scale = x_scale.read("float", m if scale_stride else 1)[:, None]
-    v = (acc.read("int", m, rows).astype(np.float32) * weight_scale.read("float", rows)) * scale
-    if rotation is not None:
-        matrices = rotation.read("float", rows // block, block, block)
-        v = np.einsum("mki,kij->mkj", v.reshape(m, -1, block), matrices).reshape(m, rows)
-    v = v if bias is None else v + bias.read("float", rows)
-    y.write(out_type, v if residual is None else v + residual.read(out_type, m, rows))
 
 
 KERNELS = {"rotate_quantize": rotate_quantize, bitblas.SYMBOL: product, "dequantize": dequantize}

@@ -141,6 +141,9 @@ __device__ inline float gelu_tanh(float g) {
   return __fdividef(g, 1.0f + __expf(fminf(-2.0f * u, 80.0f)));  // 80: the quotient stays finite and below 1e-34 g
 }
 
+// What becomes of a product last. A kernel takes those that the head of its source names.
+enum Finish { NONE, SILU, GELU, GEGLU, ROTARY };
+
 // What the residual stream's writer leaves for a norm whose reader is gemm_float: y * gain[n] in bf16 (gain may be null),
 // [tokens, N], and of every 16 channels the sum of y^2, [tokens, N / 16]. `x` is null where nobody wants it.
 struct ForNorm {
@@ -166,12 +169,12 @@ struct ForNorm {
 // y = (float(acc) * weight_scale[n]) * x_scale[m] (+ bias[n]) (+ residual[m, n]), float32 in this order, one rounding
 // at the end. bias and residual may be null; residual may be y itself. Out = int stores acc.
 //
-// With GEGLU the rows of every 16 are 8 of the gate and the 8 of up that belong to them, and what is stored is
-// gelu_tanh(gate) * up [M, N / 2]; no residual then.
+// FINISH is NONE, or with no residual GELU: gelu_tanh of that; or GEGLU: the rows of every 16 are 8 of the gate and the 8
+// of up that belong to them, and what is stored is gelu_tanh(gate) * up [M, N / 2].
 //
 // A thread stores 4 consecutive channels of a token: a quad, whose first row (of gate) is n. Everything but the sums is
 // loaded ahead: `columns` even before wait_for_inputs, `inputs` after it.
-template <int BITS, bool GEGLU, class Out> struct Epilogue {
+template <int BITS, int FINISH, class Out> struct Epilogue {
   const float* x_scale;
   const float* weight_scale;
   const float* bias;
@@ -180,8 +183,8 @@ template <int BITS, bool GEGLU, class Out> struct Epilogue {
   int tokens, rows;  // M, N
   ForNorm for_norm;  // with y in float32
 
-  static constexpr int PARTS = GEGLU ? 2 : 1;       // gate and up
-  static constexpr int QUADS = 4 / PARTS;           // of 16 rows
+  static constexpr int PARTS = FINISH == GEGLU ? 2 : 1;  // gate and up
+  static constexpr int QUADS = 4 / PARTS;                // of 16 rows
   __device__ static int first_row(int quad) { return quad / QUADS * 16 + quad % QUADS * 4; }
 
   struct Columns { float4 scale[PARTS], bias[PARTS]; };
@@ -224,13 +227,15 @@ template <int BITS, bool GEGLU, class Out> struct Epilogue {
         v[part][3] = dequantise(acc.w, scale.w, in.scale, add.w);
       }
       for (int i = 0; i < 4; ++i)
-        if (GEGLU)
+        if (FINISH == GEGLU)
           v[0][i] = gelu_tanh(v[0][i]) * v[PARTS - 1][i];
+        else if (FINISH == GELU)
+          v[0][i] = gelu_tanh(v[0][i]);
         else if (residual)
           v[0][i] = __fadd_rn(v[0][i], to_float(in.residual.v[i]));
       if constexpr (is_same<Out, float>) {
         *reinterpret_cast<float4*>(target) = {v[0][0], v[0][1], v[0][2], v[0][3]};
-        if (!GEGLU) for_norm.store(token, n, rows, v[0]);
+        if (FINISH == NONE) for_norm.store(token, n, rows, v[0]);
       } else
         *reinterpret_cast<uint2*>(target) = {pack2<Out>(v[0][0], v[0][1]), pack2<Out>(v[0][2], v[0][3])};
     }

@@ -1,61 +1,77 @@
-// INT32 sums of a quantised linear -> float: the epilogue behind a GEMM that has none of its own (BitBLAS's).
+// INT32 sums of a quantised linear -> float: the epilogue behind a GEMM that has none of its own (BitBLAS's), and of an
+// output rotation, which no GEMM has.
 //
 //   y'[m, n] = (float(acc[m, n]) * weight_scale[n]) * x_scale[m]     float32, in this order
-//   y        = y' @ blockdiag(rotation) + bias + residual[m, n]      one rounding to Out at the end
+//   y        = finish((y' @ blockdiag(rotation) + bias) * gate[n]) + residual[m, n]      one rounding to Out at the end
 //
-// x_scale is one number a token (scale_stride 1) or one for all (0). rotation is [N / block, block, block]; bias and
-// residual may be null. A thread block takes CHUNK columns of a token; with ROTATE `block` is a multiple of 4 that divides CHUNK.
+// x_scale is one number a token (scale_stride 1) or one for all (0). rotation is [N / block, block, block]; bias, gate and
+// residual may be null. FINISH is NONE, GELU, or GEGLU: gelu_tanh of the first N / 2 channels times the others, [M, N / 2].
+// A thread block takes CHUNK columns of a token's y; with ROTATE `block` is a multiple of 4 that divides CHUNK and y's columns.
 //
-// grid (ceil(N / CHUNK), M), 256 threads; N a multiple of 4.
+// grid (ceil(columns of y / CHUNK), M), 256 threads; y's columns a multiple of 4.
 #include "common.cuh"
 
 constexpr int CHUNK = 1024;
 
-template <class Out, bool ROTATE>
+__device__ inline Four<float> four(const float* from) { return *reinterpret_cast<const Four<float>*>(from); }
+
+template <class Out, bool ROTATE, int FINISH>
 __global__ void __launch_bounds__(CHUNK / 4)
 dequantize(const int* acc, const float* x_scale, const float* weight_scale, const float* rotation, const float* bias,
-           const Out* residual, Out* y, int rows, int scale_stride, int block) {
-  __shared__ __align__(16) float chunk[ROTATE ? CHUNK : 4];
-  const int token = blockIdx.y, n = blockIdx.x * CHUNK + 4 * threadIdx.x;
-  const size_t at = size_t(token) * rows + n;
+           const float* gate, const Out* residual, Out* y, int rows, int scale_stride, int block) {
+  constexpr int PARTS = FINISH == GEGLU ? 2 : 1;
+  __shared__ __align__(16) float chunks[PARTS][ROTATE ? CHUNK : 4];
+  const int token = blockIdx.y, columns = rows / PARTS, column = blockIdx.x * CHUNK + 4 * threadIdx.x;
+  const bool inside = column < columns;
 
-  float v[4] = {};
-  if (n < rows) {
-    const int4 sums = *reinterpret_cast<const int4*>(acc + at);
-    const float4 scale = *reinterpret_cast<const float4*>(weight_scale + n);
-    const float of_token = x_scale[size_t(token) * scale_stride];
-    v[0] = __fmul_rn(__fmul_rn(sums.x, scale.x), of_token);
-    v[1] = __fmul_rn(__fmul_rn(sums.y, scale.y), of_token);
-    v[2] = __fmul_rn(__fmul_rn(sums.z, scale.z), of_token);
-    v[3] = __fmul_rn(__fmul_rn(sums.w, scale.w), of_token);
+  let_next_kernel_start();
+  wait_for_inputs();
+  const float of_token = load_fresh(x_scale + size_t(token) * scale_stride);
+  float v[PARTS][4] = {};
+#pragma unroll
+  for (int part = 0; part < PARTS; ++part) {
+    const int n = part * columns + column;
+    if (inside) {
+      const Four<int> sums = load_fresh(reinterpret_cast<const Four<int>*>(acc + size_t(token) * rows + n));
+      const Four<float> scale = four(weight_scale + n);
+      for (int i = 0; i < 4; ++i) v[part][i] = __fmul_rn(__fmul_rn(sums.v[i], scale.v[i]), of_token);
+    }
+    if constexpr (ROTATE)
+      *reinterpret_cast<float4*>(chunks[part] + 4 * threadIdx.x) = {v[part][0], v[part][1], v[part][2], v[part][3]};
   }
-  if constexpr (ROTATE) {
-    *reinterpret_cast<float4*>(chunk + 4 * threadIdx.x) = {v[0], v[1], v[2], v[3]};
-    __syncthreads();
-    const int first = 4 * threadIdx.x / block * block, column = 4 * threadIdx.x - first;
-    const float* matrix = rotation + size_t(n / block) * block * block + column;
-    for (int j = 0; j < 4; ++j) v[j] = 0;
-    if (n < rows)
+  if (ROTATE) __syncthreads();
+  if (!inside) return;
+#pragma unroll
+  for (int part = 0; part < PARTS; ++part) {
+    const int n = part * columns + column;
+    if constexpr (ROTATE) {
+      const int first = 4 * threadIdx.x / block * block;
+      const float* matrix = rotation + size_t(n / block) * block * block + n % block;
+      for (int j = 0; j < 4; ++j) v[part][j] = 0;
       for (int i = 0; i < block; ++i, matrix += block) {
-        const float4 r = *reinterpret_cast<const float4*>(matrix);
-        v[0] = fmaf(chunk[first + i], r.x, v[0]);
-        v[1] = fmaf(chunk[first + i], r.y, v[1]);
-        v[2] = fmaf(chunk[first + i], r.z, v[2]);
-        v[3] = fmaf(chunk[first + i], r.w, v[3]);
+        const Four<float> r = four(matrix);
+        for (int j = 0; j < 4; ++j) v[part][j] = fmaf(chunks[part][first + i], r.v[j], v[part][j]);
       }
+    }
+    if (bias) {
+      const Four<float> add = four(bias + n);
+      for (int i = 0; i < 4; ++i) v[part][i] = __fadd_rn(v[part][i], add.v[i]);
+    }
+    if (gate) {
+      const Four<float> factor = four(gate + n);
+      for (int i = 0; i < 4; ++i) v[part][i] = __fmul_rn(v[part][i], factor.v[i]);
+    }
   }
-  if (n >= rows) return;
-  if (bias) {
-    const float4 add = *reinterpret_cast<const float4*>(bias + n);
-    v[0] = __fadd_rn(v[0], add.x), v[1] = __fadd_rn(v[1], add.y);
-    v[2] = __fadd_rn(v[2], add.z), v[3] = __fadd_rn(v[3], add.w);
-  }
-  if (residual) {
-    const Four<Out> add = *reinterpret_cast<const Four<Out>*>(residual + at);
-    for (int i = 0; i < 4; ++i) v[i] = __fadd_rn(v[i], to_float(add.v[i]));
+  const size_t at = size_t(token) * columns + column;
+  Four<Out> add = {};
+  if (residual) add = load_fresh(reinterpret_cast<const Four<Out>*>(residual + at));
+  for (int i = 0; i < 4; ++i) {
+    if (FINISH != NONE) v[0][i] = gelu_tanh(v[0][i]);
+    if (FINISH == GEGLU) v[0][i] *= v[PARTS - 1][i];
+    if (residual) v[0][i] = __fadd_rn(v[0][i], to_float(add.v[i]));
   }
   if constexpr (is_same<Out, float>)
-    *reinterpret_cast<float4*>(y + at) = {v[0], v[1], v[2], v[3]};
+    *reinterpret_cast<float4*>(y + at) = {v[0][0], v[0][1], v[0][2], v[0][3]};
   else
-    *reinterpret_cast<uint2*>(y + at) = {pack2<Out>(v[0], v[1]), pack2<Out>(v[2], v[3])};
+    *reinterpret_cast<uint2*>(y + at) = {pack2<Out>(v[0][0], v[0][1]), pack2<Out>(v[0][2], v[0][3])};
 }

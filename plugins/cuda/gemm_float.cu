@@ -26,7 +26,6 @@
 // plugins/tactics.py.
 #include "common.cuh"
 
-enum Finish { NONE, SILU, GEGLU, ROTARY };
 constexpr int HEAD_DIMS = 256;
 
 // d[16 weight rows, 8 tokens] += a[16, 16] b[16, 8]; which lane holds what of d is as in common.cuh.

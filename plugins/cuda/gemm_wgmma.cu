@@ -24,7 +24,7 @@ template <int COUNT> __device__ inline void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
-template <int BITS, int GROUPS, int TOKENS8, int STAGES, int SPLIT, bool GEGLU, class Out>
+template <int BITS, int GROUPS, int TOKENS8, int STAGES, int SPLIT, int FINISH, class Out>
 __global__ void __launch_bounds__(128 * GROUPS + (GROUPS > 1 ? 128 : 32), 1)
 gemm_wgmma(const signed char* x_slabs, const float* x_scale, const unsigned char* weight, const float* weight_scale,
            const float* bias, const Out* residual, Out* y, int* workspace, int tokens, int rows, int depth, Bf16* normed,
@@ -98,7 +98,7 @@ gemm_wgmma(const signed char* x_slabs, const float* x_scale, const unsigned char
     let_next_kernel_start();
   } else {
     if (GROUPS > 1) take_registers<232>();
-    using E = Epilogue<BITS, GEGLU, Out>;
+    using E = Epilogue<BITS, FINISH, Out>;
     const E epilogue = {x_scale, weight_scale, bias, residual, y, tokens, rows, {normed, normed_gain, squares}};
     int count = 0;  // steps taken so far
     for (int tile = block; tile < tiles; tile += blocks) {

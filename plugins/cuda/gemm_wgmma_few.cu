@@ -10,7 +10,7 @@
 // sizeof(Stage) + 4 GROUPS * 4 * (RECEIVED + STAGED).
 #include "gemm_wgmma.cuh"
 
-template <int BITS, int TOKENS8, int STAGES, int GROUPS, int SPLIT, bool GEGLU, class Out>
+template <int BITS, int TOKENS8, int STAGES, int GROUPS, int SPLIT, int FINISH, class Out>
 __global__ void __launch_bounds__(128 * GROUPS + 32, 1)
 gemm_wgmma_few(const signed char* x_slabs, const float* x_scale, const unsigned char* weight, const float* weight_scale,
                const float* bias, const Out* residual, Out* y, int* workspace, int tokens, int rows, int depth, Bf16* normed,
@@ -69,7 +69,7 @@ gemm_wgmma_few(const signed char* x_slabs, const float* x_scale, const unsigned 
     return;  // a block's barriers are used by its warpgroups only, from here on
   }
 
-  using E = Epilogue<BITS, GEGLU, Out>;
+  using E = Epilogue<BITS, FINISH, Out>;
   const E epilogue = {x_scale, weight_scale, bias, residual, y, tokens, rows, {normed, normed_gain, squares}};
   const int part = rank * GROUPS + group, first_row = tile * 64 + 16 * (warp % 4);
   const typename E::Columns columns = columns_of_lane<1>(first_row, epilogue);

@@ -1,8 +1,6 @@
 // Linears between the robot's action dimensions and the expert's width, float32 throughout.
 #include "common.cuh"
 
-enum Activation { NONE, SILU };
-
 __device__ inline void store(float* to, const float (&v)[4]) {
   *reinterpret_cast<float4*>(to) = {v[0], v[1], v[2], v[3]};
 }

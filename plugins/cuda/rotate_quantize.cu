@@ -16,8 +16,8 @@
 // grid M, block a multiple of 32 with VECTORS * 8 * block >= K; shared memory 4 K bytes for a dense rotation.
 #include "row.cuh"
 
-enum Source { PLAIN, RMS_NORM, GEGLU };
-enum Rotation { NONE, DENSE };  // or the block size of a Hadamard
+enum Source { PLAIN, RMS_NORM };  // or GEGLU
+enum Rotation { DENSE = 1 };      // or NONE, or the block size of a Hadamard
 
 // Channels k..k+7 of x', that is channels `permutation[k..]` of `row`; zeros beyond K.
 template <class T> __device__ inline Eight<T> load8(const T* row, const int* permutation, int k, int depth) {

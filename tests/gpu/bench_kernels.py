@@ -144,7 +144,7 @@ def bench_mlp(m: int, width: int, hidden: int, gate_up: Tactic, down: Tactic) ->
 
     def run_gate_up(weight, overlap=False):
         sizes = {"n": 2 * hidden, "k": width}
-        launch.gemm(gate_up, 4, x_q, x_scale, weight, scales, None, None, h, **sizes, geglu=True, overlap=overlap)
+        launch.gemm(gate_up, 4, x_q, x_scale, weight, scales, None, None, h, **sizes, finish="GEGLU", overlap=overlap)
 
     def run_mlp(weight, overlap=False):
         quantise_x(overlap=overlap)

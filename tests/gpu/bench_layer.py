@@ -66,7 +66,7 @@ class Layer:
             ),
             "gate-up": lambda: launch.gemm(
                 tactics["gate-up"], 4, s["x_q"], s["x_scale"], self.gate_up, s["gate_up_scale"], None, None, s["h"],
-                n=2 * MLP, k=WIDTH, geglu=True, overlap=True,
+                n=2 * MLP, k=WIDTH, finish="GEGLU", overlap=True,
             ),
             "quantiser of down": lambda: launch.rotate_quantize(
                 s["h"], s["h_q"], s["h_scale"], hadamard=GROUP, slab_tokens=FEW_TOKENS, overlap=True

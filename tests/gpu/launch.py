@@ -80,7 +80,7 @@ def gemm(
     *,
     n: int,
     k: int,
-    geglu: bool = False,
+    finish: str = "NONE",
     for_norm: ForNorm = ForNorm(),
     options: tuple[str, ...] = (),
     overlap: bool = False,
@@ -90,7 +90,7 @@ def gemm(
     shape = tactic.shape(m, n, bits)
     if "-DNO_CLUSTER" in options:
         shape = dataclasses.replace(shape, cluster=(1, 1, 1))
-    expression = tactic.expression(bits, TYPES[y.dtype], geglu)
+    expression = tactic.expression(bits, TYPES[y.dtype], finish)
     function = kernel(tactic.source, expression, tuple(tactic.headers().items()), options)
     values = (x, x_scale, weight, weight_scale, bias, residual, y, workspace, m, n, k, *for_norm)
     function.launch(shape, arguments(values), torch.cuda.current_stream().cuda_stream, overlap)
@@ -230,6 +230,26 @@ def flow_step(
 def geglu(x: torch.Tensor, y: torch.Tensor, overlap: bool = False) -> None:
     """One launch on x [M, 2 K] -> y [M, K], dense."""
     run(pointwise.geglu(*y.shape), (x, y, y.shape[1]), overlap)
+
+
+def dequantize(
+    acc: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight_scale: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    rotation: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    finish: str = "NONE",
+    overlap: bool = False,
+) -> None:
+    """One launch on sums int32 [M, N] -> y [M, N] (GEGLU: [M, N / 2]), dense; `rotation` is [N/B, B, B]."""
+    launch = pointwise.dequantize(*y.shape, TYPES[y.dtype], rotation is not None, finish)
+    block = rotation.shape[-1] if rotation is not None else 0
+    tensors = (acc, x_scale, weight_scale, rotation, bias, gate, residual, y)
+    run(launch, (*tensors, acc.shape[1], int(x_scale.numel() > 1), block), overlap)
 
 
 def pack_float_weight(weight: torch.Tensor) -> torch.Tensor:

@@ -135,7 +135,26 @@ def test_geglu_epilogue(tactic, m, dtype):
         for v in (weight, weight_scale)
     )
     y = poisoned(m, n // 2, dtype)
-    run(tactic, 4, x_q, weight, y, (x_scale, weight_scale.flatten()), geglu=True)
+    run(tactic, 4, x_q, weight, y, (x_scale, weight_scale.flatten()), finish="GEGLU")
+    tolerance = 2e-6 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(y[:m].double(), expected, rtol=tolerance, atol=1e-12)
+    assert y[m:].isnan().all()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("tactic", [Small(1, 7, 4, 2, split=4), Large(4, 8, 4, 2, 3), Wgmma(2, 26, 3), Wgmma(2, 26, 5, split=2), WgmmaFew(8, 4, 2)], ids=str)
+def test_gelu_epilogue(tactic, dtype, bias):
+    m, n, k = 51, 256, 1024
+    if not fits(tactic, m, n, k, 4):
+        pytest.skip("the tactic does not fit this GPU")
+    x_q, weight, exact = operands(m, n, k, 4)
+    x_scale, weight_scale = torch.rand(m, device="cuda") * 1e-2, torch.rand(n, device="cuda") * 1e-2
+    bias = torch.randn(n, device="cuda") if bias else None
+    v = (exact.float() * weight_scale) * x_scale[:, None]
+    expected = torch.nn.functional.gelu((v if bias is None else v + bias).double(), approximate="tanh")
+    y = poisoned(m, n, dtype)
+    run(tactic, 4, x_q, weight, y, (x_scale, weight_scale), bias, finish="GELU")
     tolerance = 2e-6 if dtype == torch.float32 else 2**-8
     torch.testing.assert_close(y[:m].double(), expected, rtol=tolerance, atol=1e-12)
     assert y[m:].isnan().all()

@@ -31,10 +31,16 @@ def merge_quantized_linears(graphs: Graphs) -> Graphs:
     for _, model in graphs.items():
         groups = defaultdict(list)
         for node in model.graph:
-            if node.op_type in ops.QUANTIZED_LINEARS and "output_rotation" not in node.overload:
-                groups[node.inputs[0], node.op_identifier()].append(node)
+            if node.op_type in ops.QUANTIZED_LINEARS:
+                groups[node.inputs[0], node.op_identifier(), _output_block(node)].append(node)
         _merge_each(model, groups)
     return graphs
+
+
+def _output_block(node: ir.Node) -> int:
+    """The block size of a quantised linear's output rotation; 0 if it has none."""
+    operands = dict(zip(ops.inputs_of(node.op_type, node.overload), node.inputs))
+    return operands["output_rotation"].shape[-1] if "output_rotation" in operands else 0
 
 
 def _merge_each(model: ir.Model, groups: dict) -> None:
@@ -59,10 +65,12 @@ def _merge(graph: ir.Graph, nodes: list[ir.Node]) -> None:
 
 def _concatenate(graph: ir.Graph, values: list[ir.Value]) -> ir.Value:
     name = "+".join(value.name for value in values)
-    shape = [*values[0].shape.numpy()[:-1], sum(value.shape[-1] for value in values)]
+    axis = 0 if len(values[0].shape) == 3 else -1  # of an output rotation the blocks, of all else the channels
+    shape = list(values[0].shape.numpy())
+    shape[axis] = sum(value.shape[axis] for value in values)
     dtype = values[0].dtype
     if dtype.is_floating_point():
-        return lazy(graph, name, values, shape, lambda *arrays: np.concatenate(arrays, axis=-1))
+        return lazy(graph, name, values, shape, lambda *arrays: np.concatenate(arrays, axis=axis))
     tensors = [value.const_value for value in values]
     bits = 4 if dtype == ir.DataType.INT4 else 8
     merged = lambda: np.concatenate([t.integers() for t in tensors], axis=-1)  # noqa: E731

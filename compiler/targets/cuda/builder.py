@@ -130,6 +130,13 @@ class Builder:
         stream = any(node.op_type in ("RMSNormalization", "LayerNormalization", "Add") for node in readers)
         return self.new(value.name, rows, columns, "float" if stream else "Bf16")
 
+    def residual(self, epilogue: Epilogue, y: Matrix) -> Matrix | None:
+        """What is added to a product: the residual stream, which goes on in y."""
+        residual = self.value(epilogue.residual)
+        fits = isinstance(residual, Matrix) and residual.type == y.type == "float" and residual.stride == residual.columns
+        expect(residual is None or fits, epilogue.out.name)
+        return residual
+
     def joined_rows(self, concat: ir.Node) -> Matrix:
         """The result of a Concat of rows, whose operands new_output has placed."""
         expect(concat in self._joined_rows, concat)

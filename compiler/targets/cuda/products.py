@@ -4,13 +4,14 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from compiler.errors import GraphError
+from compiler.targets.cuda import integer
 from compiler.targets.cuda.attention import Rotation, bind_rotation, rotary, rotation_of
 from compiler.targets.cuda.builder import Builder, Normed, Quantized, bytes_of, expect, pointer
 from compiler.targets.cuda.norms import in_memory, norm_ahead, offer_norm
 from compiler.targets.cuda.patterns import Epilogue, epilogue_of, is_rotated
 from compiler.targets.cuda.program import BYTES, LIBRARY, MATMUL, NO_NORM, Argument, Float, Launch, Matrix, Weight
 from compiler.targets.cuda.weights import label
-from plugins import ops, pointwise, tactics
+from plugins import pointwise, tactics
 from plugins.tactics import FEW_TOKENS
 
 NARROW = 64  # products over so few channels, a robot's actions and state, are computed in float32
@@ -19,7 +20,7 @@ NARROW = 64  # products over so few channels, a robot's actions and state, are c
 def linear(builder: Builder, node: ir.Node) -> None:
     """By what it multiplies:
 
-    - INT8 activations: our integer GEMMs;
+    - INT8 activations: our integer GEMMs (integer.py);
     - the last norm by the output projection: a kernel that takes the whole step of the flow (_flow_step);
     - float32 of a few channels, the robot's actions and state: float32 throughout (_narrow);
     - up to 64 tokens, bound by the weight's bytes and by latency: our float GEMM, with all that is around the product;
@@ -30,7 +31,7 @@ def linear(builder: Builder, node: ir.Node) -> None:
     name, x = label(weight.name), builder.value(node.inputs[0])
     rotation = None  # computed by the product's own launch
     if isinstance(x, Quantized):
-        y = _integer(builder, node, name, x, epilogue)
+        y = integer.linear(builder, node, name, x, epilogue)
     elif node.op_type != "MatMul":
         raise GraphError(f"{name}: --target cuda has no kernel for {node.op_type}; quantise its activations too")
     elif isinstance(x, Normed) and weight.shape[-1] <= NARROW and builder.value(epilogue.residual) is builder.flow:
@@ -59,45 +60,6 @@ def _rows(x: Matrix | Normed) -> int:
     return x.x.rows if isinstance(x, Normed) else x.rows
 
 
-def _residual(builder: Builder, epilogue: Epilogue, y: Matrix) -> Matrix | None:
-    """What is added to a product: the residual stream, which goes on in y."""
-    residual = builder.value(epilogue.residual)
-    fits = isinstance(residual, Matrix) and residual.type == y.type == "float" and residual.stride == residual.columns
-    expect(residual is None or fits, epilogue.out.name)
-    return residual
-
-
-def _integer(builder: Builder, node: ir.Node, name: str, x: Quantized, epilogue: Epilogue) -> Matrix:
-    """W4A8 or W8A8: y = (acc * weight_scale * x_scale) * gate + bias + residual, or GeGLU of (... + bias)."""
-    operands = dict(zip(ops.inputs_of(node.op_type, node.overload), node.inputs))
-    geglu, bits, tactic = epilogue.activation == "geglu", ops.QUANTIZED_LINEARS[node.op_type][0], x.tactic
-    if "output_rotation" in operands or epilogue.activation not in ("", "geglu"):
-        what = "an output rotation" if "output_rotation" in operands else epilogue.activation
-        raise GraphError(f"{name}: --target cuda has no integer kernel with {what}")
-    (k, n), m = operands["weight"].shape.numpy(), x.scale.rows
-    order = "gate-up" if geglu else ""
-    y = builder.new_output(epilogue, m, n // 2 if geglu else n)
-    biases = [operands["bias"]] if "bias" in operands else epilogue.bias
-    expect(not (biases and epilogue.gate) and epilogue.bias_table is None, node)
-    if epilogue.gate is None:
-        scale = builder.weights.float32(operands["weight_scale"], order=order)
-    else:  # one table of weight_scale * gate
-        scale = builder.weights.table(epilogue.gate.producer().inputs[0], operands["weight_scale"])
-    bias = builder.weights.float32(*biases, order=order) if biases else None
-    residual = _residual(builder, epilogue, y)
-    packed = builder.weights.packed(operands["weight"], bits, tactic.layout, geglu)
-    workspace = builder.workspace(tactic, m, n, x.x.buffer.branch)
-
-    how = pointwise.Launch(tactic.source, tactic.expression(bits, y.type, geglu), tactic.shape(m, n, bits))
-    arguments = [x.x.pointer, x.scale.pointer, packed, scale, bias, pointer(residual), y.pointer]
-    arguments += [pointer(workspace), m, n, k, *NO_NORM]
-    reads = [x.x, x.scale, *([residual] if residual else [])]
-    writes = [y, *([workspace] if workspace else [])]
-    builder.kernel(name, how, arguments, reads, writes, 2.0 * m * n * k, n * k * bits // 8, tactic.headers())
-    offer_norm(builder, y)
-    return y
-
-
 def _few_tokens(
     builder: Builder, name: str, value: ir.Value, weight: ir.Value, epilogue: Epilogue, rotation: Rotation | None
 ) -> Matrix:
@@ -110,7 +72,7 @@ def _few_tokens(
     finish = "ROTARY" if rotation else epilogue.activation.upper() or "NONE"
     order = {"ROTARY": "rotary", "GEGLU": "gate-up"}.get(finish, "")
     y = builder.new(name, m, n, "Bf16") if rotation else builder.new_output(epilogue, m, n // 2 if finish == "GEGLU" else n)
-    residual = _residual(builder, epilogue, y)
+    residual = builder.residual(epilogue, y)
     expect(finish in ("NONE", "SILU", "GEGLU", "ROTARY") and (residual is None or finish == "NONE"), name)
     expect(source.stride == source.columns and source.type == "Bf16", name)
     gate, bias = _gate_and_bias(builder, name, epilogue, weight, x.shift if norm else None, order)
@@ -161,7 +123,7 @@ def _library(builder: Builder, name: str, x: Matrix, weight: ir.Value, epilogue:
     expect(epilogue.gate is None, name)
     geglu = epilogue.activation == "geglu"
     y = builder.new(name, x.rows, n, "Bf16") if geglu else builder.new_output(epilogue, x.rows, n)
-    residual = _residual(builder, epilogue, y)
+    residual = builder.residual(epilogue, y)
     bias = None
     if epilogue.bias:
         bias = builder.weights.float32(*epilogue.bias) if y.type == "float" else builder.weights.bf16(epilogue.bias)

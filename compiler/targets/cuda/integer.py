@@ -1,0 +1,88 @@
+"""Lowering quantised linears: INT8 activations times INT4 or INT8 weights, summed in INT32."""
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from compiler.targets.cuda.builder import Builder, Quantized, expect, pointer
+from compiler.targets.cuda.norms import offer_norm
+from compiler.targets.cuda.patterns import Epilogue
+from compiler.targets.cuda.program import NO_NORM, Argument, Matrix
+from plugins import ops, pointwise
+
+FINISHES = ("NONE", "GELU", "GEGLU")
+
+
+def linear(builder: Builder, node: ir.Node, name: str, x: Quantized, epilogue: Epilogue) -> Matrix:
+    """y = finish((acc * weight_scale * x_scale [@ output_rotation] + bias) * gate) + residual, by one GEMM; behind an
+    output rotation, which has to wait for all sums of its block, by a GEMM and a launch that does the rest."""
+    operands = dict(zip(ops.inputs_of(node.op_type, node.overload), node.inputs))
+    finish, m, n = epilogue.activation.upper() or "NONE", x.scale.rows, operands["weight"].shape[-1]
+    biases = [operands["bias"]] if "bias" in operands else epilogue.bias
+    expect(finish in FINISHES and (finish == "NONE" or epilogue.residual is None), node)
+    expect(not (biases and epilogue.gate) and epilogue.bias_table is None, node)
+    y = builder.new_output(epilogue, m, n // 2 if finish == "GEGLU" else n)
+    residual = builder.residual(epilogue, y)
+    if "output_rotation" in operands:
+        sums = builder.new(f"{name}.sums", m, n, "int")
+        _multiply(builder, node, name, x, sums)
+        _dequantise(builder, name, sums, x.scale, operands, biases, epilogue.gate, finish, residual, y)
+        return y
+    order = "gate-up" if finish == "GEGLU" else ""
+    if epilogue.gate is None:
+        scale = builder.weights.float32(operands["weight_scale"], order=order)
+    else:  # one table of weight_scale * gate
+        scale = builder.weights.table(epilogue.gate.producer().inputs[0], operands["weight_scale"])
+    bias = builder.weights.float32(*biases, order=order) if biases else None
+    _multiply(builder, node, name, x, y, finish, scale, bias, residual)
+    offer_norm(builder, y)
+    return y
+
+
+def _multiply(
+    builder: Builder,
+    node: ir.Node,
+    name: str,
+    x: Quantized,
+    y: Matrix,
+    finish: str = "NONE",
+    scale: Argument = None,
+    bias: Argument = None,
+    residual: Matrix | None = None,
+) -> None:
+    """The GEMM, with what follows it; or into a y of integers, its sums alone."""
+    weight, bits, tactic = node.inputs[2], ops.QUANTIZED_LINEARS[node.op_type][0], x.tactic
+    (k, n), m = weight.shape.numpy(), x.scale.rows
+    packed = builder.weights.packed(weight, bits, tactic.layout, geglu=finish == "GEGLU")
+    workspace = builder.workspace(tactic, m, n, x.x.buffer.branch)
+    how = pointwise.Launch(tactic.source, tactic.expression(bits, y.type, finish), tactic.shape(m, n, bits))
+    arguments = [x.x.pointer, x.scale.pointer, packed, scale, bias, pointer(residual), y.pointer]
+    arguments += [pointer(workspace), m, n, k, *NO_NORM]
+    reads = [x.x, x.scale, *([residual] if residual else [])]
+    writes = [y, *([workspace] if workspace else [])]
+    builder.kernel(name, how, arguments, reads, writes, 2.0 * m * n * k, n * k * bits // 8, tactic.headers())
+
+
+def _dequantise(
+    builder: Builder,
+    name: str,
+    sums: Matrix,
+    x_scale: Matrix,
+    operands: dict[str, ir.Value],
+    biases: list[ir.Value],
+    gate: ir.Value | None,
+    finish: str,
+    residual: Matrix | None,
+    y: Matrix,
+) -> None:
+    """What follows a GEMM that left its sums [M, N]. operands: the linear's weight_scale, and output_rotation if it has one.
+
+    y leaves nothing for a norm (norms.offer_norm): one that reads it is computed by its reader or by a launch of its own.
+    """
+    weights, rotation = builder.weights, operands.get("output_rotation")
+    scale, bias = weights.float32(operands["weight_scale"]), weights.float32(*biases) if biases else None
+    factor = None if gate is None else weights.table(gate.producer().inputs[0])
+    matrices = None if rotation is None else weights.float32(rotation)
+    how = pointwise.dequantize(y.rows, y.columns, y.type, rotation is not None, finish)
+    arguments = [sums.pointer, x_scale.pointer, scale, matrices, bias, factor, pointer(residual), y.pointer]
+    arguments += [sums.columns, 1, rotation.shape[-1] if rotation is not None else 0]
+    builder.kernel(f"{name} (dequantise)", how, arguments, [sums, x_scale, *([residual] if residual else [])], [y])
