@@ -212,6 +212,7 @@ _SMALL: list[Tactic] = [
 _SMALL_WGMMA: list[Tactic] = [
     WgmmaFew(8, stages, groups, split) for stages in (4, 6, 8) for groups in (1, 2) for split in (1, 2, 4, 8)
 ]
+_ANY_SIZE: list[Tactic] = [Small(1, 8, warps, 2) for warps in (4, 2, 1)]  # N in multiples of 16, K of 64
 _WGMMA_TILES = [(26, 5), (26, 4), (24, 5), (20, 6), (20, 4), (18, 6), (16, 7), (14, 7), (12, 8)]
 _WGMMA: list[Tactic] = [
     *(Wgmma(2, tokens8, stages) for tokens8, stages in _WGMMA_TILES),
@@ -232,10 +233,12 @@ def fits(tactic: Tactic, m: int, n: int, k: int, bits: int, sm: int) -> bool:
 def candidates(m: int, n: int, k: int, bits: int, sm: int) -> list[Tactic]:
     """The tactics worth timing for y[m, n] = x[m, k] w[n, k]^T on an SM.
 
-    Those that suit the GPU's size; for a small policy, which none does, all, those with the most blocks first.
+    Those that suit the GPU's size; for a small policy, which none does, all, those with the most blocks first. Sizes that
+    the usual tiles do not divide have tiles of their own: slow for many tokens, but there.
     """
     few = m <= FEW_TOKENS
     fitting = [t for t in (_SMALL + _SMALL_WGMMA if few else _WGMMA + _LARGE) if fits(t, m, n, k, bits, sm)]
+    fitting = fitting or [tactic for tactic in _ANY_SIZE if fits(tactic, m, n, k, bits, sm)]
     padded = {tactic: -(-m // tactic.tile_tokens) * tactic.tile_tokens for tactic in fitting}
     least = min(padded.values(), default=0)
     fitting = [tactic for tactic in fitting if padded[tactic] <= 1.15 * least]

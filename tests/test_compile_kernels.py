@@ -131,6 +131,14 @@ def test_every_gemm_of_the_policy_has_a_tactic(m, n, k, bits, sm):
     assert tactic.shape(m, n, bits).shared_bytes <= tactics.MAX_SHARED_BYTES[sm]
 
 
+@given(st.integers(1, 2000), st.integers(1, 300), st.integers(1, 100), st.sampled_from([4, 8]), st.sampled_from(list(ARCHITECTURES)))
+def test_every_gemm_of_whole_tiles_has_a_tactic(m, rows16, chunks, bits, sm):
+    """N in multiples of 16 and K of 64, those of a fragment (plugins/layout.py)."""
+    n, k = 16 * rows16, 64 * chunks
+    found = candidates(m, n, k, bits, sm)
+    assert found and all(fits(tactic, m, n, k, bits, sm) for tactic in found)
+
+
 def test_timed_tactics_are_chosen():
     for (n, k, bits), rows in tactics._timed().items():
         for m, tactic in rows:

@@ -18,6 +18,8 @@ TACTICS = [
     Small(2, 7, 4, 2),
     Small(2, 7, 8, 1, split=4),
     Small(4, 8, 4, 2),
+    Small(1, 8, 2, 2),
+    Small(1, 8, 1, 2),
     Large(4, 8, 4, 2, 3),
     Large(2, 13, 2, 2, 3),
     Large(2, 10, 4, 2, 3),

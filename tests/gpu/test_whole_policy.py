@@ -4,6 +4,7 @@ from __future__ import annotations
 import functools
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ from rich.progress import Progress
 
 from compiler.accuracy.metrics import difference
 from compiler.accuracy.synthetic import synthetic_observations
-from compiler.checkpoint import load_checkpoint
+from compiler.checkpoint import Checkpoint, load_checkpoint
 from compiler.checkpoint.synthetic import make_checkpoint
 from compiler.pipeline import Options, compile_policy, quantize_checkpoint
 from compiler.quant import Quantization, load_recipe
+from compiler.quant.calibrate import calibration_inputs
 from plugins.driver import free_memory, open_device
 from runtime.errors import PlanError
 from runtime.executors.cpu import CpuExecutor
@@ -24,6 +26,8 @@ from runtime.preprocess import ModelInputs, Preprocessor
 
 NUM_STEPS = 4
 CASES = [(3, 48), (1, 1), (2, 33)]  # cameras, prompt tokens
+RECIPES = {"duquant": ("llm+expert-mlp", {"scheme": "duquant"})}  # besides the presets: output rotations
+SHIPPED = Path(__file__).parents[2] / "examples" / "metaworld_policy"
 SILENT = Progress(disable=True)
 
 
@@ -32,15 +36,20 @@ def policy(name: str, quant: str, directory):
     """The checkpoint's config and the paths of its cpu and cuda plans."""
     sizes = dict(depth=3, vision_depth=2, action_horizon=50)
     checkpoint = load_checkpoint(make_checkpoint(directory / f"{name}.{quant}", pi05=name == "pi05", robot="libero", **sizes))
-    recipe, preprocessor = load_recipe(quant, environment={}), Preprocessor(checkpoint.config)
+    preprocessor = Preprocessor(checkpoint.config)
     inputs = [preprocessor.model_inputs(each) for each in synthetic_observations(checkpoint.config, cameras=3, count=2)]
-    integers = Quantization(recipe) if quant == "none" else quantize_checkpoint(checkpoint, recipe, inputs, SILENT)
+    return checkpoint.config, both_plans(checkpoint, *RECIPES.get(quant, (quant, {})), inputs, directory / f"{name}.{quant}")
+
+
+def both_plans(checkpoint: Checkpoint, preset: str, settings: dict, inputs: list[ModelInputs], stem: Path) -> dict[str, Path]:
+    recipe = load_recipe(preset, settings, environment={})
+    integers = Quantization(recipe) if preset == "none" else quantize_checkpoint(checkpoint, recipe, inputs, SILENT)
     plans = {}
     for target, sm in (("cpu", ()), ("cuda", (open_device(),))):
-        plans[target] = directory / f"{name}.{quant}.{target}.plan"
-        options = Options(target=target, sm=sm, robot="libero", num_steps=NUM_STEPS)
+        plans[target] = stem.with_name(f"{stem.name}.{target}.plan")
+        options = Options(target=target, sm=sm, num_steps=NUM_STEPS)
         compile_policy(checkpoint, integers, plans[target], options, SILENT)
-    return checkpoint.config, plans
+    return plans
 
 
 @pytest.fixture(scope="module")
@@ -66,19 +75,32 @@ def make_inputs(config, cameras: int, prompt: int, seed: int = 0) -> tuple[Model
 
 
 @pytest.mark.parametrize(("cameras", "prompt"), CASES)
-@pytest.mark.parametrize("quant", ["none", "llm+expert-mlp", "llm"])
+@pytest.mark.parametrize("quant", ["none", "llm+expert-mlp", "llm", "duquant"])
 @pytest.mark.parametrize("name", ["pi0", "pi05"])
 def test_equals_cpu_engine(name, quant, cameras, prompt, directory):
     config, plans = policy(name, quant, directory)
-    inputs, noise = make_inputs(config, cameras, prompt)
+    # A flipped rounding of one INT8 activation moves what follows by as much as quantisation itself does: the bound
+    # with quantisation is above that noise (docs/accuracy.md), the one without is bf16's.
+    check_stages(plans, *make_inputs(config, cameras, prompt), at_least=0.9999 if quant == "none" else 0.9995)
+
+
+def test_shipped_policy_equals_cpu_engine(directory):
+    """Trained weights, observations of the robot that it is for, and an expert of 192 channels."""
+    checkpoint = load_checkpoint(SHIPPED)
+    inputs = calibration_inputs(SHIPPED / "calibration.npz", checkpoint, "none", 4)
+    plans = both_plans(checkpoint, "llm+expert-mlp", {}, inputs, directory / "shipped")
+    for each in inputs:
+        _, noise = make_inputs(checkpoint.config, 2, 1)
+        check_stages(plans, each, noise, at_least=0.9995)
+
+
+def check_stages(plans: dict[str, Path], inputs: ModelInputs, noise: np.ndarray, at_least: float) -> None:
     executor, stages, expected = cuda_executor(plans["cuda"]), {}, {}
     CpuExecutor(Plan(plans["cpu"])).run(inputs, noise, expected)
     actions, _ = executor.run(inputs, noise, stages)
     assert set(stages) == set(expected)
-    # A flipped rounding of one INT8 activation moves what follows by as much as quantisation itself does: the bound
-    # with quantisation is above that noise (docs/accuracy.md), the one without is bf16's.
     cosines = {stage: difference(expected[stage], stages[stage]).cosine for stage in expected}
-    assert min(cosines.values()) >= (0.9999 if quant == "none" else 0.9995), cosines
+    assert min(cosines.values()) >= at_least, cosines
     np.testing.assert_array_equal(actions, stages["x"][-1])
     for _ in range(2):  # from the graph: the same bits, call after call
         np.testing.assert_array_equal(executor.run(inputs, noise)[0], actions)
