@@ -230,15 +230,17 @@ def fits(tactic: Tactic, m: int, n: int, k: int, bits: int, sm: int) -> bool:
     return tactic.divides(n, k) and tactic.shape(m, n, bits).shared_bytes <= MAX_SHARED_BYTES[sm]
 
 
-def candidates(m: int, n: int, k: int, bits: int, sm: int) -> list[Tactic]:
-    """The tactics worth timing for y[m, n] = x[m, k] w[n, k]^T on an SM.
+def candidates(m: int, n: int, k: int, bits: int, sm: int, slab_tokens: int | None = None) -> list[Tactic]:
+    """The tactics worth timing for y[m, n] = x[m, k] w[n, k]^T on an SM, perhaps only those that read such slabs.
 
     Those that suit the GPU's size; for a small policy, which none does, all, those with the most blocks first. Sizes that
     the usual tiles do not divide have tiles of their own: slow for many tokens, but there.
     """
-    few = m <= FEW_TOKENS
-    fitting = [t for t in (_SMALL + _SMALL_WGMMA if few else _WGMMA + _LARGE) if fits(t, m, n, k, bits, sm)]
-    fitting = fitting or [tactic for tactic in _ANY_SIZE if fits(tactic, m, n, k, bits, sm)]
+
+    def usable(tactics: list[Tactic]) -> list[Tactic]:
+        return [t for t in tactics if fits(t, m, n, k, bits, sm) and slab_tokens in (None, t.slab_tokens)]
+
+    fitting = usable(_SMALL + _SMALL_WGMMA if m <= FEW_TOKENS else _WGMMA + _LARGE) or usable(_ANY_SIZE)
     padded = {tactic: -(-m // tactic.tile_tokens) * tactic.tile_tokens for tactic in fitting}
     least = min(padded.values(), default=0)
     fitting = [tactic for tactic in fitting if padded[tactic] <= 1.15 * least]
@@ -254,14 +256,16 @@ def _spread_well(tactic: Tactic, m: int, n: int, bits: int) -> bool:
     return tactic.split == 1 or x * y * z <= 1.25 * MULTIPROCESSORS
 
 
-def best(m: int, n: int, k: int, bits: int, sm: int) -> Tactic:
+def best(m: int, n: int, k: int, bits: int, sm: int, slab_tokens: int | None = None) -> Tactic:
     """The tactic to use where nothing is timed: that of the nearest M in the table, else the first candidate.
 
+    slab_tokens: of the slabs that the activations lie in, 0 for rows, where another product has settled it.
     Raises KernelError when no tactic fits.
     """
-    fitting = candidates(m, n, k, bits, sm)
+    fitting = candidates(m, n, k, bits, sm, slab_tokens)
     if not fitting:
-        raise KernelError(f"no GEMM kernel for M, N, K = {m}, {n}, {k} at {bits} bits on SM {sm}")
+        shared = f" for activations in slabs of {slab_tokens} tokens" if slab_tokens else ""
+        raise KernelError(f"no GEMM kernel for M, N, K = {m}, {n}, {k} at {bits} bits on SM {sm}{shared}")
     timed = [(abs(m - at), tactic) for at, tactic in _timed().get((n, k, bits), []) if tactic in fitting]
     return min(timed, key=lambda entry: entry[0])[1] if timed else fitting[0]
 
@@ -296,6 +300,9 @@ class Float:
         """The instance for the C++ type "float" or "Bf16", `finish` NONE, SILU, GEGLU or ROTARY."""
         parameters = f"{self.rows16}, {self.tokens8}, {self.warps}, {self.stages}, {self.split}"
         return f"gemm_float<{parameters}, {str(norm).lower()}, {finish}, {out_type}>"
+
+    def headers(self) -> Mapping[str, str]:
+        return {}
 
     def shape(self, m: int, n: int) -> Shape:
         grid = (n // (16 * self.rows16), self.split, -(-m // self.tile_tokens))

@@ -17,6 +17,7 @@ from compiler.graph.export import Graphs
 from compiler.parallel import in_order, thread_pool
 from compiler.targets.cuda.arena import place, schedule
 from compiler.targets.cuda.lower import Variant, lower_variant
+from compiler.targets.cuda.problems import from_table
 from compiler.targets.cuda.program import ALIGNMENT, BYTES, LIBRARY, MATMUL, Launch, to_json
 from compiler.targets.cuda.weights import Weights, to_bf16
 from plugins.cublas import CublasLt, Problem
@@ -41,7 +42,7 @@ def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options) -> dic
     for sm in options.sm:
         variants, arena_bytes = [], 0
         for cameras, prompt in progress.track(sizes, description=f"Lowering for SM {sm}"):
-            variant = lower_variant(graphs, sm, cameras, prompt, weights)
+            variant = lower_variant(graphs, sm, cameras, prompt, weights, from_table(sm))
             for launches in (variant.prefix, variant.step):
                 schedule(launches)
             arena_bytes = max(arena_bytes, place(variant.inputs, [variant.prefix, variant.step]))

@@ -1,7 +1,7 @@
 """What lowering has at hand: what the graph's values have become, memory for new ones, and the launches so far."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,12 +9,13 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from compiler.errors import GraphError
-from compiler.targets.cuda.patterns import Epilogue, final_readers, joins_rows, past_views, views_of
+from compiler.targets.cuda.patterns import Epilogue, final_readers, joins_rows, output_type, past_views, views_of
+from compiler.targets.cuda.problems import Choose, Gemm, Problem
 from compiler.targets.cuda.program import BYTES, Argument, Buffer, Launch, Matrix
 from compiler.targets.cuda.weights import Weights
-from plugins import pointwise, tactics
+from plugins import pointwise
 from plugins.errors import KernelError
-from plugins.tactics import Tactic
+from plugins.tactics import Float, Tactic
 from runtime.config import ModelConfig
 
 INTEGERS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
@@ -34,11 +35,11 @@ class Normed:
 
 @dataclass(frozen=True)
 class Quantized:
-    """INT8 activations in the layout of one tactic, and their scales."""
+    """INT8 activations, in slabs of so many tokens or (0) in rows, and their scales."""
 
     x: Matrix
     scale: Matrix
-    tactic: Tactic
+    slab_tokens: int
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,11 @@ class Builder:
     token's in one more row.
     """
 
-    def __init__(self, config: ModelConfig, sm: int, cameras: int, prompt: int, has_state: bool, weights: Weights):
+    def __init__(
+        self, config: ModelConfig, sm: int, cameras: int, prompt: int, has_state: bool, weights: Weights, choose: Choose
+    ):
         self.config, self.sm, self.cameras, self.prompt, self.weights = config, sm, cameras, prompt, weights
+        self._choose = choose
         self.prefix_rows = cameras * config.vision.tokens + prompt
         self.cache_rows = self.prefix_rows + has_state
         size, width = config.vision.image_size, config.llm.width
@@ -115,8 +119,7 @@ class Builder:
         return Matrix(Buffer(name, rows * columns * BYTES[kind]), rows, columns, kind)
 
     def new_output(self, epilogue: Epilogue, rows: int, columns: int) -> Matrix:
-        """Where a launch writes its result: float32 for the residual stream, bf16 for what a product reads; rows that
-        are concatenated later are written where they end up."""
+        """Where a launch writes its result; rows that are concatenated later are written where they end up."""
         value = epilogue.out
         readers = [] if epilogue.parts else final_readers(value)
         concat = next((node for node in readers if joins_rows(node)), None)
@@ -127,8 +130,7 @@ class Builder:
             whole = self._joined_rows[concat]
             is_first = any(past_views(value) is operand or operand in views_of(value) for operand in concat.inputs[:1])
             return whole.slice_rows(0, rows) if is_first else whole.slice_rows(self.prefix_rows - rows, self.prefix_rows)
-        stream = any(node.op_type in ("RMSNormalization", "LayerNormalization", "Add") for node in readers)
-        return self.new(value.name, rows, columns, "float" if stream else "Bf16")
+        return self.new(value.name, rows, columns, output_type(epilogue))
 
     def residual(self, epilogue: Epilogue, y: Matrix) -> Matrix | None:
         """What is added to a product: the residual stream, which goes on in y."""
@@ -149,11 +151,11 @@ class Builder:
             self.caches[name] = Matrix(buffer, rows, dims, "Bf16")
         return self.caches[name]
 
-    def workspace(self, tactic: Tactic, m: int, n: int, branch: bool) -> Matrix | None:
+    def workspace(self, gemm: Gemm, tactic: Tactic, branch: bool) -> Matrix | None:
         """Sums of the blocks that share K, on GPUs without clusters; zero before and after each launch."""
         if tactic.split == 1 or self.sm >= 90:
             return None
-        words = -(-m // tactic.tile_tokens) * (tactic.tile_tokens * n + n // 16)
+        words = gemm.workspace_words(tactic)
         workspace = self.workspaces[branch]
         workspace.bytes = max(workspace.bytes, 4 * words)
         return Matrix(workspace, 1, words, "int")
@@ -164,10 +166,10 @@ class Builder:
 
     # Launches
 
-    def tactic(self, name: str, best: Callable[..., Tactic | tactics.Float], *problem: int) -> Tactic | tactics.Float:
-        """The tactic that `best` has for a problem on this architecture. Raises KernelError that names the linear."""
+    def tactic(self, name: str, problem: Problem, slab_tokens: int | None = None) -> Tactic | Float:
+        """The tactic for a problem (problems.Choose). Raises KernelError that names the linear."""
         try:
-            return best(*problem, self.sm)
+            return self._choose(problem, slab_tokens)
         except KernelError as error:
             raise KernelError(f"{name}: --target cuda has {error}") from error
 

@@ -5,7 +5,8 @@ import onnx_ir as ir
 
 from compiler.targets.cuda.builder import Builder, Quantized, expect, pointer
 from compiler.targets.cuda.norms import offer_norm
-from compiler.targets.cuda.patterns import Epilogue
+from compiler.targets.cuda.patterns import Epilogue, integer_gemm
+from compiler.targets.cuda.problems import Gemm
 from compiler.targets.cuda.program import NO_NORM, Argument, Matrix
 from plugins import ops, pointwise
 
@@ -16,15 +17,15 @@ def linear(builder: Builder, node: ir.Node, name: str, x: Quantized, epilogue: E
     """y = finish((acc * weight_scale * x_scale [@ output_rotation] + bias) * gate) + residual, by one GEMM; behind an
     output rotation, which has to wait for all sums of its block, by a GEMM and a launch that does the rest."""
     operands = dict(zip(ops.inputs_of(node.op_type, node.overload), node.inputs))
-    finish, m, n = epilogue.activation.upper() or "NONE", x.scale.rows, operands["weight"].shape[-1]
+    gemm, finish = integer_gemm(node, x.scale.rows), epilogue.activation.upper() or "NONE"
     biases = [operands["bias"]] if "bias" in operands else epilogue.bias
     expect(finish in FINISHES and (finish == "NONE" or epilogue.residual is None), node)
     expect(not (biases and epilogue.gate) and epilogue.bias_table is None, node)
-    y = builder.new_output(epilogue, m, n // 2 if finish == "GEGLU" else n)
+    y = builder.new_output(epilogue, gemm.m, gemm.n // 2 if finish == "GEGLU" else gemm.n)
     residual = builder.residual(epilogue, y)
     if "output_rotation" in operands:
-        sums = builder.new(f"{name}.sums", m, n, "int")
-        _multiply(builder, node, name, x, sums)
+        sums = builder.new(f"{name}.sums", gemm.m, gemm.n, gemm.out)
+        _multiply(builder, name, gemm, x, operands["weight"], sums)
         _dequantise(builder, name, sums, x.scale, operands, biases, epilogue.gate, finish, residual, y)
         return y
     order = "gate-up" if finish == "GEGLU" else ""
@@ -33,33 +34,32 @@ def linear(builder: Builder, node: ir.Node, name: str, x: Quantized, epilogue: E
     else:  # one table of weight_scale * gate
         scale = builder.weights.table(epilogue.gate.producer().inputs[0], operands["weight_scale"])
     bias = builder.weights.float32(*biases, order=order) if biases else None
-    _multiply(builder, node, name, x, y, finish, scale, bias, residual)
+    _multiply(builder, name, gemm, x, operands["weight"], y, scale, bias, residual)
     offer_norm(builder, y)
     return y
 
 
 def _multiply(
     builder: Builder,
-    node: ir.Node,
     name: str,
+    gemm: Gemm,
     x: Quantized,
+    weight: ir.Value,
     y: Matrix,
-    finish: str = "NONE",
     scale: Argument = None,
     bias: Argument = None,
     residual: Matrix | None = None,
 ) -> None:
     """The GEMM, with what follows it; or into a y of integers, its sums alone."""
-    weight, bits, tactic = node.inputs[2], ops.QUANTIZED_LINEARS[node.op_type][0], x.tactic
-    (k, n), m = weight.shape.numpy(), x.scale.rows
-    packed = builder.weights.packed(weight, bits, tactic.layout, geglu=finish == "GEGLU")
-    workspace = builder.workspace(tactic, m, n, x.x.buffer.branch)
-    how = pointwise.Launch(tactic.source, tactic.expression(bits, y.type, finish), tactic.shape(m, n, bits))
+    m, n, k, tactic = gemm.m, gemm.n, gemm.k, builder.tactic(name, gemm, x.slab_tokens)
+    packed = builder.weights.packed(weight, gemm.bits, tactic.layout, geglu=gemm.finish == "GEGLU")
+    workspace = builder.workspace(gemm, tactic, x.x.buffer.branch)
     arguments = [x.x.pointer, x.scale.pointer, packed, scale, bias, pointer(residual), y.pointer]
     arguments += [pointer(workspace), m, n, k, *NO_NORM]
     reads = [x.x, x.scale, *([residual] if residual else [])]
     writes = [y, *([workspace] if workspace else [])]
-    builder.kernel(name, how, arguments, reads, writes, 2.0 * m * n * k, n * k * bits // 8, tactic.headers())
+    weight_bytes = n * k * gemm.bits // 8
+    builder.kernel(name, gemm.launch(tactic), arguments, reads, writes, 2.0 * m * n * k, weight_bytes, tactic.headers())
 
 
 def _dequantise(

@@ -20,6 +20,7 @@ from compiler.graph.export import Graphs
 from compiler.targets.cuda import attention, inputs, norms, products
 from compiler.targets.cuda.builder import INTEGERS, Builder, expect
 from compiler.targets.cuda.patterns import is_linear, is_prompt, is_table_row, is_view, is_whole, joins_rows
+from compiler.targets.cuda.problems import Choose
 from compiler.targets.cuda.program import Buffer, Launch, Matrix
 from compiler.targets.cuda.weights import Weights
 
@@ -38,14 +39,14 @@ class Variant:
     embedding_table: ir.Value  # of the prompt's tokens; the host's
 
 
-def lower_variant(graphs: Graphs, sm: int, cameras: int, prompt: int, weights: Weights) -> Variant:
-    """Adds what the launches read to `weights`.
+def lower_variant(graphs: Graphs, sm: int, cameras: int, prompt: int, weights: Weights, choose: Choose) -> Variant:
+    """Adds what the launches read to `weights`; `choose` has the tactics.
 
     Raises GraphError for a node that no launch covers, KernelError for a size that no kernel takes.
     """
     config = graphs.config
     has_state = any(value.name == "state" for value in graphs.prefix.graph.inputs)
-    builder = Builder(config, sm, cameras, prompt, has_state, weights)
+    builder = Builder(config, sm, cameras, prompt, has_state, weights, choose)
 
     size = config.vision.image_size
     shapes = {"images": (cameras, 3, size, size), "tokens": (prompt,), "state": (config.action_dim,)}

@@ -9,14 +9,13 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from compiler.errors import GraphError
 from compiler.graph.edit import reader as reader_of
 from compiler.graph.edit import small_constant
 from compiler.targets.cuda.builder import Builder, Normed, Quantized, expect
-from compiler.targets.cuda.patterns import is_table_row, other_input, readers_of
+from compiler.targets.cuda.patterns import integer_gemm, is_table_row, other_input, readers_of
 from compiler.targets.cuda.program import Float, ForNorm, Matrix, Weight
 from compiler.targets.cuda.weights import Weights, label
-from plugins import ops, pointwise, tactics
+from plugins import ops, pointwise
 
 
 def norm(builder: Builder, node: ir.Node) -> None:
@@ -65,12 +64,9 @@ def rotate_quantize(builder: Builder, node: ir.Node) -> None:
 
     readers = readers_of(node.outputs[0])
     name = label(readers[0].inputs[2].name)
-    shapes = {(*reader.inputs[2].shape.numpy(), ops.QUANTIZED_LINEARS[reader.op_type][0]) for reader in readers}
-    chosen = {builder.tactic(name, tactics.best, x.rows, n, k, bits) for k, n, bits in shapes}
-    if len(chosen) != 1:
-        raise GraphError(f"{name}: linears that share activations want different kernels for them")
-    tactic = chosen.pop()
-    slabs = tactic.slab_tokens and -(-x.rows // tactic.slab_tokens) * tactic.slab_tokens
+    largest = max((integer_gemm(reader, x.rows) for reader in readers), key=lambda gemm: gemm.n)
+    slab_tokens = builder.tactic(name, largest).slab_tokens  # the other readers' tactics follow suit
+    slabs = slab_tokens and -(-x.rows // slab_tokens) * slab_tokens
     x_q = builder.new(f"{name}.x_q", slabs or x.rows, x.columns, "signed char")
     scale = builder.new(f"{name}.x_scale", x.rows, 1, "float")
 
@@ -85,7 +81,7 @@ def rotate_quantize(builder: Builder, node: ir.Node) -> None:
     arguments = [x.pointer, gain, shift, *vectors, x_q.pointer, scale.pointer]
     arguments += [x.columns, x.stride, block if rotation is not None else 0, slabs, Float(epsilon)]
     builder.kernel(f"{name} (quantise)", how, arguments, [x], [x_q, scale])
-    builder.values[node.outputs[0]] = Quantized(x_q, scale, tactic)
+    builder.values[node.outputs[0]] = Quantized(x_q, scale, slab_tokens)
     builder.values[node.outputs[1]] = scale
 
 

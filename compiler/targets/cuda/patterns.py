@@ -7,6 +7,7 @@ import onnx_ir as ir
 
 from compiler.graph.edit import depends_on, is_weight, small_constant
 from compiler.graph.edit import reader as reader_of
+from compiler.targets.cuda.problems import Gemm
 from plugins import ops
 
 VIEWS = ("Reshape", "Unsqueeze", "Squeeze", "Transpose")
@@ -87,6 +88,22 @@ def split_parts(node: ir.Node, epilogue: Epilogue) -> None:
         epilogue.nodes += adds
         epilogue.bias = [add.inputs[1] for add in adds]
         epilogue.parts = [add.outputs[0] for add in adds]
+
+
+def output_type(epilogue: Epilogue) -> str:
+    """float32 for the residual stream and rows that are concatenated later, bf16 for what a product reads."""
+    readers = [] if epilogue.parts else final_readers(epilogue.out)
+    stream = any(joins_rows(node) or node.op_type in ("RMSNormalization", "LayerNormalization", "Add") for node in readers)
+    return "float" if stream else "Bf16"
+
+
+def integer_gemm(node: ir.Node, rows: int) -> Gemm:
+    """What the GEMM of a quantised linear computes for so many tokens: in front of an output rotation its sums alone."""
+    epilogue, (k, n) = epilogue_of(node), node.inputs[2].shape.numpy()
+    bits = ops.QUANTIZED_LINEARS[node.op_type][0]
+    if "output_rotation" in ops.inputs_of(node.op_type, node.overload):
+        return Gemm(rows, n, k, bits, "int", "NONE")
+    return Gemm(rows, n, k, bits, output_type(epilogue), epilogue.activation.upper() or "NONE")
 
 
 def is_view(node: ir.Node) -> bool:

@@ -9,9 +9,10 @@ from compiler.targets.cuda.attention import Rotation, bind_rotation, rotary, rot
 from compiler.targets.cuda.builder import Builder, Normed, Quantized, bytes_of, expect, pointer
 from compiler.targets.cuda.norms import in_memory, norm_ahead, offer_norm
 from compiler.targets.cuda.patterns import Epilogue, epilogue_of, is_rotated
+from compiler.targets.cuda.problems import FloatGemm
 from compiler.targets.cuda.program import BYTES, LIBRARY, MATMUL, NO_NORM, Argument, Float, Launch, Matrix, Weight
 from compiler.targets.cuda.weights import label
-from plugins import pointwise, tactics
+from plugins import pointwise
 from plugins.tactics import FEW_TOKENS
 
 NARROW = 64  # products over so few channels, a robot's actions and state, are computed in float32
@@ -77,9 +78,8 @@ def _few_tokens(
     expect(source.stride == source.columns and source.type == "Bf16", name)
     gate, bias = _gate_and_bias(builder, name, epilogue, weight, x.shift if norm else None, order)
     fragments = builder.weights.float_fragments(weight, order)
-    tactic = builder.tactic(name, tactics.best_float, m, n, k)
-
-    how = pointwise.Launch("gemm_float.cu", tactic.expression(y.type, norm is not None, finish), tactic.shape(m, n))
+    gemm = FloatGemm(m, n, k, y.type, norm is not None, finish)
+    how = gemm.launch(builder.tactic(name, gemm))
     squares, past = norm and norm.squares, rotation and rotation.past
     cached = [rotation.key, rotation.value] if rotation and rotation.key else []
     if rotation and not cached:  # the suffix's own, beside its queries

@@ -1,0 +1,66 @@
+"""The products that several tactics compute, as what a tactic is chosen for: sizes and what the instance has to do."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from plugins import pointwise, tactics
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """y = finish(x[m, k] w[n, k]^T) of INT8 activations and a weight of `bits`, y of the C++ type `out`; `finish` is an
+    activation as in common.cuh."""
+
+    m: int
+    n: int
+    k: int
+    bits: int
+    out: str
+    finish: str
+
+    def candidates(self, sm: int) -> list[tactics.Tactic]:
+        return tactics.candidates(self.m, self.n, self.k, self.bits, sm)
+
+    def best(self, sm: int, slab_tokens: int | None = None) -> tactics.Tactic:
+        return tactics.best(self.m, self.n, self.k, self.bits, sm, slab_tokens)
+
+    def launch(self, tactic: tactics.Tactic) -> pointwise.Launch:
+        expression = tactic.expression(self.bits, self.out, self.finish)
+        return pointwise.Launch(tactic.source, expression, tactic.shape(self.m, self.n, self.bits))
+
+    def workspace_words(self, tactic: tactics.Tactic) -> int:
+        """Sums and counters of the blocks that share K, on GPUs without clusters."""
+        return -(-self.m // tactic.tile_tokens) * (tactic.tile_tokens * self.n + self.n // 16)
+
+
+@dataclass(frozen=True)
+class FloatGemm:
+    """The same of bf16 operands and few tokens, with the norm in front or without; `finish` as in gemm_float.cu."""
+
+    m: int
+    n: int
+    k: int
+    out: str
+    norm: bool
+    finish: str
+
+    def candidates(self, sm: int) -> list[tactics.Float]:
+        return tactics.float_candidates(self.m, self.n, self.k, sm)
+
+    def best(self, sm: int, slab_tokens: int | None = None) -> tactics.Float:
+        return tactics.best_float(self.m, self.n, self.k, sm)
+
+    def launch(self, tactic: tactics.Float) -> pointwise.Launch:
+        expression = tactic.expression(self.out, self.norm, self.finish)
+        return pointwise.Launch(tactic.source, expression, tactic.shape(self.m, self.n))
+
+
+Problem = Gemm | FloatGemm
+Choose = Callable[[Problem, int | None], tactics.Tactic | tactics.Float]
+"""The tactic for a problem; where its activations are there already, one for slabs of so many tokens (0: for rows)."""
+
+
+def from_table(sm: int) -> Choose:
+    """The choice where nothing is timed. It raises KernelError when no tactic fits."""
+    return lambda problem, slab_tokens=None: problem.best(sm, slab_tokens)
