@@ -137,8 +137,12 @@ __device__ inline void multiply_chunk(int (&acc)[ROWS16][TOKENS8][4], const Frag
 
 // 0.5 g (1 + tanh(u)) = g / (1 + exp(-2 u)), u = sqrt(2 / pi) (g + 0.044715 g^3): one exponential, no cancellation.
 __device__ inline float gelu_tanh(float g) {
-  const float u = 0.7978845608028654f * (g + 0.044715f * g * g * g);
-  return __fdividef(g, 1.0f + __expf(fminf(-2.0f * u, 80.0f)));  // 80: the quotient stays finite and below 1e-34 g
+  constexpr float LINEAR = -2 * 0.7978845608028654f * 1.4426950408889634f, CUBIC = 0.044715f * LINEAR;
+  const float exponent = fminf(g * fmaf(CUBIC, g * g, LINEAR), 115.0f);  // 115: all stays finite, and below 1e-34 g
+  float power, inverse;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(exponent));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.0f + power));
+  return g * inverse;
 }
 
 // What becomes of a product last. A kernel takes those that the head of its source names.

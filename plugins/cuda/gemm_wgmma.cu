@@ -9,12 +9,13 @@
 // Blocks are persistent and take tiles of 64 GROUPS rows x 8 TOKENS8 tokens in turn. A thread of its own keeps a ring
 // of STAGES stages filled and runs on into the next tile while the GROUPS warpgroups are in the epilogue of the last.
 // Where tiles are fewer than multiprocessors, SPLIT blocks, a cluster, share the K of a tile and add through
-// distributed shared memory. For few tokens there is gemm_wgmma_few.cu.
+// distributed shared memory. For few tokens there is gemm_wgmma_few.cu; the epilogue for y of 16 bits is group_tile.cuh.
 //
 // grid: SPLIT = 1: as many blocks as run at once, or fewer; else SPLIT * tiles, cluster SPLIT.
 // block 128 GROUPS + 128 (GROUPS = 1: 160); shared memory STAGES * sizeof(Stage) + 4 GROUPS * 4 * staging_words(1),
 // with SPLIT > 1 the larger of STAGES * sizeof(Stage) and 4 GROUPS * 4 * (RECEIVED + STAGED), one after the other.
 #include "gemm_wgmma.cuh"
+#include "group_tile.cuh"
 
 // Three warpgroups share 64 K registers, 168 a thread; the producer hands most of its own to the other two.
 template <int COUNT> __device__ inline void take_registers() {
@@ -100,9 +101,12 @@ gemm_wgmma(const signed char* x_slabs, const float* x_scale, const unsigned char
     if (GROUPS > 1) take_registers<232>();
     using E = Epilogue<BITS, FINISH, Out>;
     const E epilogue = {x_scale, weight_scale, bias, residual, y, tokens, rows, {normed, normed_gain, squares}};
+    constexpr bool IN_PLACE = SPLIT == 1 && sizeof(Out) == 2;  // store_group_tile works where the sums are
     int count = 0;  // steps taken so far
+    wait_for_inputs();  // for the tokens' scales
     for (int tile = block; tile < tiles; tile += blocks) {
       const int first_token = tile % token_blocks * TOKENS, first_row = tile / token_blocks * 64 * GROUPS + 16 * warp;
+      const TokenScales<IN_PLACE ? TOKENS8 : 1> scales(x_scale, first_token, tokens);
       int acc[1][TOKENS8][4] = {};
       auto release = [&](int count) {
         if (lane == 0) arrive(empty + 8 * (count % STAGES));
@@ -124,7 +128,12 @@ gemm_wgmma(const signed char* x_slabs, const float* x_scale, const unsigned char
       count += steps;
       release(count - 1);
       if (tile + blocks >= tiles) let_next_kernel_start();
-      wait_for_inputs();  // the epilogue reads the tokens' scales
+      if constexpr (IN_PLACE)
+        if (FINISH != NONE || !residual) {
+          int* const of_group = staging + warp / 4 * 4 * staging_words(1);
+          store_group_tile(acc[0], of_group, scales, first_token, first_row - 16 * (warp % 4), epilogue);
+          continue;
+        }
       const typename E::Columns columns = columns_of_lane<1>(first_row, epilogue);  // no registers to load it ahead
       if constexpr (SPLIT == 1)
         store_warp_tile(acc, staging + warp * staging_words(1), first_token, first_row, epilogue, columns);

@@ -1,0 +1,88 @@
+// The epilogue of a warpgroup that has all sums of its 64 rows x 8 TOKENS8 tokens, for y of 16-bit floats and no
+// residual.
+//
+// It works where the sums are: lane 4 g + t of warp w has, of every 8 tokens, tokens 2 t and 2 t + 1 of rows 16 w + g
+// (d[0], d[1]) and 16 w + g + 8 (d[2], d[3]), with GEGLU of a gate and of the up that belongs to it. Nothing waits for
+// another lane until `stmatrix` has turned 8 channels x 8 tokens into 16 bytes of each token; then the group stores whole
+// rows of its tile, 64 or 128 bytes. (common.cuh, store_warp_tile, takes a turn through shared memory for every 8 tokens.)
+#pragma once
+#include "cluster.cuh"
+
+// 8 x 8 values of 16 bits, two neighbours of a row a lane as in mma's operands, to 8 rows of shared memory, transposed.
+__device__ inline void store_transposed(unsigned to, unsigned pair) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(to), "r"(pair) : "memory");
+}
+// A barrier of the 128 threads of warpgroup `group`; barrier 1 is for all warpgroups.
+__device__ inline void meet_group(int group) { asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory"); }
+
+// The scales of a tile's tokens, loaded ahead by each warp: lane l has tokens 64 i + 2 l, + 1.
+template <int TOKENS8> struct TokenScales {
+  float v[(TOKENS8 + 7) / 8][2] = {};
+
+  __device__ TokenScales(const float* x_scale, int first_token, int tokens) {
+    for (int i = 0; i < (TOKENS8 + 7) / 8; ++i)
+      for (int odd = 0; odd < 2; ++odd) {
+        const int token = 64 * i + 2 * (threadIdx.x % 32) + odd;
+        if (token < 8 * TOKENS8 && first_token + token < tokens) v[i][odd] = load_fresh(x_scale + first_token + token);
+      }
+  }
+  // Of this lane's two tokens of group j of 8.
+  __device__ void of(int j, float (&scale)[2]) const {
+    for (int odd = 0; odd < 2; ++odd) scale[odd] = __shfl_sync(~0u, v[j / 8][odd], j % 8 * 4 + threadIdx.x % 4);
+  }
+};
+
+template <int BITS, int FINISH, class Out, int TOKENS8>
+__device__ inline void store_group_tile(const int (&acc)[TOKENS8][4], int* staging, const TokenScales<TOKENS8>& scales,
+                                        int first_token, int first_row, const Epilogue<BITS, FINISH, Out>& epilogue) {
+  static_assert(sizeof(Out) == 2);
+  constexpr int PARTS = FINISH == GEGLU ? 2 : 1, CHUNKS = 8 / PARTS;  // of 16 bytes, of a token
+  // `staging` has room for a part of the tile only: passes of GROUPS_OF_8 groups of 8 tokens.
+  constexpr int ROOM = 4 * 4 * staging_words(1) / (8 * 16 * CHUNKS), PASSES = (TOKENS8 + ROOM - 1) / ROOM;
+  constexpr int GROUPS_OF_8 = (TOKENS8 + PASSES - 1) / PASSES;
+  const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, group = threadIdx.x / 128;
+  const int columns = epilogue.rows / PARTS, first_column = first_row / PARTS, row = first_row + 16 * warp + lane / 4;
+  // Chunks that are stored together, one of 8 tokens or those of few tokens, have different banks.
+  auto place = [](int token, int chunk) { return (token * CHUNKS + (chunk ^ token * CHUNKS / 8 % CHUNKS)) * 16; };
+  const unsigned at = address_of(staging);
+
+  float scale[2], bias[2];
+  unsigned target[2];  // of lanes 0..7, which give stmatrix its addresses
+  for (int half = 0; half < 2; ++half) {
+    scale[half] = epilogue.weight_scale[row + 8 * half] * (BITS == 4 ? 0.0625f : 1.0f);  // INT4 weights come times 16
+    bias[half] = epilogue.bias ? epilogue.bias[row + 8 * half] : 0.0f;
+    target[half] = at + place(lane % 8, PARTS == 2 ? warp : 2 * warp + half);
+  }
+#pragma unroll
+  for (int first = 0; first < TOKENS8; first += GROUPS_OF_8) {
+    constexpr int BYTES = 8 * 16 * CHUNKS;  // of 8 tokens
+    meet_group(group);  // what was staged before has been stored
+#pragma unroll
+    for (int j = first; j < min(first + GROUPS_OF_8, TOKENS8); ++j) {
+      float of_token[2], v[2][2];
+      scales.of(j, of_token);
+      for (int half = 0; half < 2; ++half)
+        for (int odd = 0; odd < 2; ++odd) {
+          const float sum = __int2float_rn(acc[j][2 * half + odd]);
+          v[half][odd] = __fadd_rn(__fmul_rn(__fmul_rn(sum, scale[half]), of_token[odd]), bias[half]);
+        }
+      if constexpr (PARTS == 2)
+        store_transposed(target[0] + (j - first) * BYTES,
+                         pack2<Out>(gelu_tanh(v[0][0]) * v[1][0], gelu_tanh(v[0][1]) * v[1][1]));
+      else
+        for (int half = 0; half < 2; ++half) {
+          for (float& value : v[half]) value = FINISH == GELU ? gelu_tanh(value) : value;
+          store_transposed(target[half] + (j - first) * BYTES, pack2<Out>(v[half][0], v[half][1]));
+        }
+    }
+    meet_group(group);
+    const int tokens = 8 * min(GROUPS_OF_8, TOKENS8 - first), first_of_pass = first_token + 8 * first;
+#pragma unroll
+    for (int item = thread; item < tokens * CHUNKS; item += 128) {
+      const int token = item / CHUNKS, chunk = item % CHUNKS;
+      if (first_of_pass + token >= epilogue.tokens) break;
+      const uint4 value = *reinterpret_cast<const uint4*>(reinterpret_cast<char*>(staging) + place(token, chunk));
+      *reinterpret_cast<uint4*>(epilogue.y + size_t(first_of_pass + token) * columns + first_column + 8 * chunk) = value;
+    }
+  }
+}
