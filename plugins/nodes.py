@@ -137,7 +137,8 @@ class RotateQuantize:
         operands += [matrix, named.get("activation_scale", null), x_q]
         scales = ctypes.c_void_p(workspace) if self.per_tensor else x_scale.pointer  # the kernel writes one a token
         block = matrix.shape[-1] if matrix.shape else 0
-        sizes = [ctypes.c_int(value) for value in (self._channels(x), x.shape[-1], block, 0)]
+        channels = self._channels(x)
+        sizes = [ctypes.c_int(value) for value in (channels, channels, x.shape[-1], block, 0)]
         ((name, shape),) = self.launches(inputs).items()
         arguments = [*(operand.pointer for operand in operands), scales, *sizes, ctypes.c_float(EPSILON)]
         kernels[name].launch(shape, [x.pointer, *arguments], stream)

@@ -35,9 +35,10 @@ def normalize(tokens: int, depth: int, in_type: str, out_type: str, centre: bool
     return Launch("normalize.cu", expression, Shape((tokens, 1, 1), threads))
 
 
-def rotate_quantize(tokens: int, depth: int, in_type: str, source: str, rotation: str | int) -> Launch:
-    """`source` is PLAIN, RMS_NORM or GEGLU; `rotation` is NONE, DENSE or the block size of a Hadamard."""
-    vectors, threads = _row_in_registers(depth)
+def rotate_quantize(tokens: int, depth: int, in_type: str, source: str, rotation: str | int, padded: int = 0) -> Launch:
+    """`source` is PLAIN, RMS_NORM, LAYER_NORM or GEGLU; `rotation` is NONE, DENSE or the block size of a Hadamard; `padded`:
+    the channels that are written, zeros beyond `depth`."""
+    vectors, threads = _row_in_registers(max(depth, padded))
     expression = f"rotate_quantize<{in_type}, {source}, {rotation}, {vectors}>"
     return Launch("rotate_quantize.cu", expression, Shape((tokens, 1, 1), threads, 4 * depth * (rotation == "DENSE")))
 

@@ -102,14 +102,16 @@ def normalize(launch: Launch, x, gain, shift, y, depth, x_stride, y_stride, epsi
 
 
 def rotate_quantize(launch: Launch, x, gain, shift, input_scale, permutation, rotation, activation_scale, x_q, x_scale,
-                    depth, row_stride, block, slab_tokens, epsilon):  # fmt: skip
+                    depth, padded_depth, row_stride, block, slab_tokens, epsilon):  # fmt: skip
     in_type, source, how, vectors = launch.template
-    assert 8 * int(vectors) * launch.threads >= depth
+    assert 8 * int(vectors) * launch.threads >= padded_depth >= depth
     m = launch.grid[0]
     v = x.read(in_type, m, depth, stride=row_stride)
     if source == "GEGLU":
         v = _gelu(v) * x.read(in_type, m, depth, stride=row_stride, at=depth)
-    if source == "RMS_NORM":
+    if source == "LAYER_NORM":
+        v -= v.mean(-1, keepdims=True)
+    if source in ("RMS_NORM", "LAYER_NORM"):
         v = _rms_norm(v, epsilon)
     v = _affine(_affine(v, gain, shift), input_scale)
     if permutation is not None:
@@ -127,6 +129,7 @@ def rotate_quantize(launch: Launch, x, gain, shift, input_scale, permutation, ro
     x_scale.write("float", scale[:, 0])
     with np.errstate(invalid="ignore"):  # rows of padding are NaN, and so is their scale
         values = np.clip(np.round(v / scale), -128, 127).astype(np.int8)
+    values = np.pad(values, ((0, 0), (0, padded_depth - depth)))
     if slab_tokens:
         slabs = activation_slabs(values, slab_tokens)[:, :m]
         x_q.write("signed char", slabs.reshape(len(slabs), -1), slab_tokens * 128)
@@ -316,7 +319,9 @@ def attention(launch: Launch, q, k, v, own_k, own_v, out, past, m, keys, own_key
 
 KERNELS: dict[str, Callable] = {
     each.__name__: each
-    for each in (patches, tokens, normalize, rotate_quantize, dequantize, gemm_float, linear_narrow, flow_step, geglu, rotary, attention)
+    for each in (
+        patches, tokens, normalize, rotate_quantize, dequantize, gemm_float, linear_narrow, flow_step, geglu, rotary, attention,
+    )  # fmt: skip
 } | {"gemm_small": gemm, "gemm_large": gemm, "gemm_wgmma": gemm, "gemm_wgmma_few": gemm, "attention_wgmma": attention, LIBRARY: matmul}
 
 

@@ -127,6 +127,8 @@ RECIPES = {
     "permuted, dense rotations": {"scheme": "duquant", "row_rotation": "0"},
     "output rotations": {"scheme": "duquant"},
     "output rotations of the whole expert": {"scheme": "duquant", "include": r"^expert\."},
+    "everything": {"preset": "all"},
+    "everything, output rotations": {"preset": "all", "scheme": "duquant"},
     "W8A8 per tensor": {"weight_bits": 8, "activation_scale": "per-tensor"},
 }
 
@@ -179,7 +181,6 @@ def check_stages(on_cpu: Plan, on_gpu: Plan, bound: float) -> None:
 
 UNSUPPORTED = {
     "float activations": ({"activation_bits": 0}, GraphError, "quantise its activations too"),
-    "vision in integers": ({"preset": "all"}, KernelError, "no GEMM kernel for M, N, K = 256, 432, 144 at 4 bits"),
 }
 
 

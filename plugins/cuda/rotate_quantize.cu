@@ -1,6 +1,6 @@
 // Float activations -> INT8 activations and one scale a token: the prologue of every group of quantised linears.
 //
-//   source     x[K], or RMSNorm(x) (* gain) (+ shift), or gelu_tanh(gate) * up of a row [gate K, up K]
+//   source     x[K], or RMSNorm(x) or LayerNorm(x) (* gain) (+ shift), or gelu_tanh(gate) * up of a row [gate K, up K]
 //   x'         = (source * input_scale)[permutation] @ blockdiag(rotation)
 //   x_scale    = max(absmax |x'|, 1e-12) / 127, or the given activation_scale
 //   x_q        = clamp(round_half_even(x' / x_scale), -128, 127)
@@ -11,13 +11,14 @@
 // (meant for few tokens), and takes the row from shared memory.
 //
 // Gain, shift (adaptive norms: one row of their table), input_scale, permutation, activation_scale may be null.
-// x_q is row-major [M, K], or with slab_tokens > 0 in the slabs of plugins/layout.py, activation_slabs.
+// x_q is row-major [M, K'], or with slab_tokens > 0 in the slabs of plugins/layout.py, activation_slabs. K' >= K, a multiple
+// of 8, is the K of the product; the channels beyond K are zeros.
 //
-// grid M, block a multiple of 32 with VECTORS * 8 * block >= K; shared memory 4 K bytes for a dense rotation.
+// grid M, block a multiple of 32 with VECTORS * 8 * block >= K'; shared memory 4 K bytes for a dense rotation.
 #include "row.cuh"
 
-enum Source { PLAIN, RMS_NORM };  // or GEGLU
-enum Rotation { DENSE = 1 };      // or NONE, or the block size of a Hadamard
+enum Source { PLAIN, RMS_NORM, LAYER_NORM };  // or GEGLU
+enum Rotation { DENSE = 1 };                  // or NONE, or the block size of a Hadamard
 
 // Channels k..k+7 of x', that is channels `permutation[k..]` of `row`; zeros beyond K.
 template <class T> __device__ inline Eight<T> load8(const T* row, const int* permutation, int k, int depth) {
@@ -91,7 +92,7 @@ template <class In, int SOURCE, int BLOCK, int VECTORS>
 __global__ void __launch_bounds__(512)
 rotate_quantize(const In* x, const float* gain, const float* shift, const float* input_scale, const int* permutation,
                 const float* rotation, const float* activation_scale, signed char* x_q, float* x_scale, int depth,
-                int row_stride, int block, int slab_tokens, float epsilon) {
+                int padded_depth, int row_stride, int block, int slab_tokens, float epsilon) {
   extern __shared__ __align__(16) float row_of_block[];
   const int token = blockIdx.x;
   const In* const row = x + size_t(token) * row_stride;
@@ -123,8 +124,20 @@ rotate_quantize(const In* x, const float* gain, const float* shift, const float*
       for (int i = 0; i < 8; ++i) v[n][i] = gelu_tanh(v[n][i]) * to_float(second[n].v[i]);
   }
 
+  constexpr bool NORMALISED = SOURCE == RMS_NORM || SOURCE == LAYER_NORM;
   float normalise = 1;
-  if (SOURCE == RMS_NORM) {
+  if constexpr (SOURCE == LAYER_NORM) {
+    float sum = 0;
+#pragma unroll
+    for (int n = 0; n < VECTORS; ++n)
+      for (int i = 0; i < 8; ++i) sum += v[n][i];
+    const float mean = sum_of_block<1>(sum) * inverse_depth;
+#pragma unroll
+    for (int n = 0; n < VECTORS; ++n)
+      if (channel(n) < depth)
+        for (int i = 0; i < 8; ++i) v[n][i] -= mean;
+  }
+  if (NORMALISED) {
     float squares = 0;
 #pragma unroll
     for (int n = 0; n < VECTORS; ++n)
@@ -136,7 +149,7 @@ rotate_quantize(const In* x, const float* gain, const float* shift, const float*
 #pragma unroll
   for (int n = 0; n < VECTORS; ++n) {
     const int k = channel(n);
-    if (SOURCE == RMS_NORM)
+    if (NORMALISED)
       for (int i = 0; i < 8; ++i) v[n][i] = __fmul_rn(v[n][i], normalise);
     if (gain) {
       const Eight<float> f = EARLY ? factors[0] : load_factor(gain, n);
@@ -172,12 +185,12 @@ rotate_quantize(const In* x, const float* gain, const float* shift, const float*
 #pragma unroll
   for (int n = 0; n < VECTORS; ++n) {
     const int k = channel(n);
-    if (k >= depth) break;
+    if (k >= padded_depth) break;
     if (activation_scale)  // saturate; the greatest of a token never exceeds 127 otherwise
       for (int i = 0; i < 8; ++i) v[n][i] = fminf(fmaxf(v[n][i], lowest), highest);
     const size_t swizzled = (k / 16 % 8 ^ token % 8) * 16 + k % 16;
     const size_t at =
-        slab_tokens ? (size_t(k / 128) * slab_tokens + token) * 128 + swizzled : size_t(token) * depth + k;
+        slab_tokens ? (size_t(k / 128) * slab_tokens + token) * 128 + swizzled : size_t(token) * padded_depth + k;
     *reinterpret_cast<uint2*>(x_q + at) = quantize8(v[n], norm, scale, factor);
   }
 }

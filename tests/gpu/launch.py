@@ -109,18 +109,20 @@ def rotate_quantize(
     permutation: torch.Tensor | None = None,
     rotation: torch.Tensor | None = None,
     activation_scale: torch.Tensor | None = None,
+    padded: int = 0,
     slab_tokens: int = 0,
     epsilon: float = 1e-6,
     overlap: bool = False,
 ) -> None:
-    """One launch on x [M, K] (GEGLU: [M, 2 K]); `hadamard` is the block size, `rotation` [K/B, B, B] a dense one."""
-    m, stride = x.shape
-    k = stride // 2 if source == "GEGLU" else stride
+    """One launch on x [M, K] (GEGLU: [M, 2 K]); `hadamard` is the block size, `rotation` [K/B, B, B] a dense one; `padded`:
+    channels of x_q, if more than K."""
+    (m, columns), stride = x.shape, x.stride(0)
+    k = columns // 2 if source == "GEGLU" else columns
     block = "DENSE" if rotation is not None else (hadamard or "NONE")
     tensors = (x, gain, shift, input_scale, permutation, rotation, activation_scale, x_q, x_scale)
     dense_block = rotation.shape[-1] if rotation is not None else 0
-    values = (*tensors, k, stride, dense_block, slab_tokens, epsilon)
-    run(pointwise.rotate_quantize(m, k, TYPES[x.dtype], source, block), values, overlap)
+    values = (*tensors, k, padded or k, stride, dense_block, slab_tokens, epsilon)
+    run(pointwise.rotate_quantize(m, k, TYPES[x.dtype], source, block, padded), values, overlap)
 
 
 def rotary_tables(positions: int, dims: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -145,7 +145,11 @@ def test_geglu_epilogue(tactic, m, dtype):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("tactic", [Small(1, 7, 4, 2, split=4), Large(4, 8, 4, 2, 3), Wgmma(2, 26, 3), Wgmma(2, 26, 5, split=2), WgmmaFew(8, 4, 2)], ids=str)
+@pytest.mark.parametrize(
+    "tactic",
+    [Small(1, 7, 4, 2, split=4), Large(4, 8, 4, 2, 3), Wgmma(2, 26, 3), Wgmma(2, 26, 5, split=2), WgmmaFew(8, 4, 2)],
+    ids=str,
+)
 def test_gelu_epilogue(tactic, dtype, bias):
     m, n, k = 51, 256, 1024
     if not fits(tactic, m, n, k, 4):
@@ -219,7 +223,9 @@ def hadamard_matrix(size: int) -> torch.Tensor:
 def definition(x, source, hadamard, gain, shift, input_scale, permutation, rotation):
     """x' of the RotateQuantize operator, behind its source, in float64."""
     x = x.double()
-    if source == "RMS_NORM":
+    if source == "LAYER_NORM":
+        x = x - x.mean(-1, keepdim=True)
+    if source in ("RMS_NORM", "LAYER_NORM"):
         x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
     elif source == "GEGLU":
         gate, up = x.chunk(2, -1)
@@ -249,7 +255,7 @@ FEATURES = ["", "gain", "gain shift", "input_scale", "permutation", "gain shift 
 
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("rotate", [0, 16, 32, 64, 128, "dense"])
-@pytest.mark.parametrize("source", ["PLAIN", "RMS_NORM", "GEGLU"])
+@pytest.mark.parametrize("source", ["PLAIN", "RMS_NORM", "LAYER_NORM", "GEGLU"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_rotate_quantize(dtype, source, rotate, features):
     generator = torch.Generator("cuda").manual_seed(1)
@@ -294,6 +300,27 @@ def test_plain_quantisation_is_exact(dtype, k):
     scale = x.abs().amax(-1).clamp(min=1e-12) / 127
     assert torch.equal(x_scale.cpu(), scale)
     assert torch.equal(x_q.cpu(), (x / scale[:, None]).round().clamp(-128, 127).to(torch.int8))
+
+
+@pytest.mark.parametrize("rotate", [0, 16, "dense"])
+@pytest.mark.parametrize("source", ["PLAIN", "LAYER_NORM"])
+@pytest.mark.parametrize(("k", "padded", "slab_tokens"), [(144, 192, 0), (144, 256, 56), (4304, 4352, 0), (4304, 4352, 56)])
+def test_channels_beyond_the_last_are_zeros(k, padded, slab_tokens, source, rotate):
+    """The same integers as without them, and poison beside x is not read."""
+    m = 51
+    x = torch.full((m, k + GUARD), math.nan, device="cuda")[:, :k]
+    x[:] = torch.randn(m, k, device="cuda", generator=torch.Generator("cuda").manual_seed(k)) + 3
+    shift = torch.randn(k, device="cuda") if source == "LAYER_NORM" else None
+    rotation = torch.linalg.qr(torch.randn(k // 16, 16, 16, device="cuda"))[0].contiguous() if rotate == "dense" else None
+    settings = dict(source=source, hadamard=0 if rotate == "dense" else rotate, rotation=rotation, shift=shift)
+    rows, scales = torch.empty(m, k, dtype=torch.int8, device="cuda"), torch.empty(2, m, device="cuda")
+    launch.rotate_quantize(x, rows, scales[0], **settings)
+    wide = torch.full((padded // 128, slab_tokens, 128) if slab_tokens else (m, padded), 85, dtype=torch.int8, device="cuda")
+    launch.rotate_quantize(x, wide, scales[1], padded=padded, slab_tokens=slab_tokens, **settings)
+    expected = torch.nn.functional.pad(rows, (0, padded - k)).cpu()
+    if slab_tokens:
+        wide, expected = wide[:, :m], torch.from_numpy(activation_slabs(expected.numpy(), slab_tokens))[:, :m]
+    assert torch.equal(wide.cpu(), expected) and torch.equal(scales[0], scales[1])
 
 
 def test_slabs():

@@ -75,7 +75,7 @@ def make_inputs(config, cameras: int, prompt: int, seed: int = 0) -> tuple[Model
 
 
 @pytest.mark.parametrize(("cameras", "prompt"), CASES)
-@pytest.mark.parametrize("quant", ["none", "llm+expert-mlp", "llm", "duquant"])
+@pytest.mark.parametrize("quant", ["none", "llm+expert-mlp", "llm", "all", "duquant"])
 @pytest.mark.parametrize("name", ["pi0", "pi05"])
 def test_equals_cpu_engine(name, quant, cameras, prompt, directory):
     config, plans = policy(name, quant, directory)

@@ -1,5 +1,12 @@
-"""Lowering quantised linears: INT8 activations times INT4 or INT8 weights, summed in INT32."""
+"""Lowering quantised linears: INT8 activations times INT4 or INT8 weights, summed in INT32.
+
+The GEMMs take whole tiles, and a policy's sizes need not be multiples of theirs (SigLIP's MLP has 4304 channels). Zeros
+make up for it (patterns.integer_gemm): the quantiser writes more channels than x has, the weight has rows and columns of
+zeros, and y gets columns that nobody reads.
+"""
 from __future__ import annotations
+
+from dataclasses import replace
 
 import onnx_ir as ir
 
@@ -21,7 +28,11 @@ def linear(builder: Builder, node: ir.Node, name: str, x: Quantized, epilogue: E
     biases = [operands["bias"]] if "bias" in operands else epilogue.bias
     expect(finish in FINISHES and (finish == "NONE" or epilogue.residual is None), node)
     expect(not (biases and epilogue.gate) and epilogue.bias_table is None, node)
-    y = builder.new_output(epilogue, gemm.m, gemm.n // 2 if finish == "GEGLU" else gemm.n)
+    n, parts = operands["weight"].shape[-1], 2 if finish == "GEGLU" else 1
+    if gemm.n == n:
+        y = builder.new_output(epilogue, gemm.m, n // parts)
+    else:
+        y = replace(builder.new(name, gemm.m, gemm.n // parts, gemm.out), columns=n // parts)
     residual = builder.residual(epilogue, y)
     if "output_rotation" in operands:
         sums = builder.new(f"{name}.sums", gemm.m, gemm.n, gemm.out)
@@ -30,10 +41,10 @@ def linear(builder: Builder, node: ir.Node, name: str, x: Quantized, epilogue: E
         return y
     order = "gate-up" if finish == "GEGLU" else ""
     if epilogue.gate is None:
-        scale = builder.weights.float32(operands["weight_scale"], order=order)
+        scale = builder.weights.float32(operands["weight_scale"], order=order, padded=gemm.n)
     else:  # one table of weight_scale * gate
         scale = builder.weights.table(epilogue.gate.producer().inputs[0], operands["weight_scale"])
-    bias = builder.weights.float32(*biases, order=order) if biases else None
+    bias = builder.weights.float32(*biases, order=order, padded=gemm.n) if biases else None
     _multiply(builder, name, gemm, x, operands["weight"], y, scale, bias, residual)
     offer_norm(builder, y)
     return y
@@ -52,7 +63,7 @@ def _multiply(
 ) -> None:
     """The GEMM, with what follows it; or into a y of integers, its sums alone."""
     m, n, k, tactic = gemm.m, gemm.n, gemm.k, builder.tactic(name, gemm, x.slab_tokens)
-    packed = builder.weights.packed(weight, gemm.bits, tactic.layout, geglu=gemm.finish == "GEGLU")
+    packed = builder.weights.packed(weight, (n, k), gemm.bits, tactic.layout, geglu=gemm.finish == "GEGLU")
     workspace = builder.workspace(gemm, tactic, x.x.buffer.branch)
     arguments = [x.x.pointer, x.scale.pointer, packed, scale, bias, pointer(residual), y.pointer]
     arguments += [pointer(workspace), m, n, k, *NO_NORM]

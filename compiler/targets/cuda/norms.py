@@ -55,31 +55,30 @@ def in_memory(builder: Builder, value: ir.Value) -> Matrix:
 
 
 def rotate_quantize(builder: Builder, node: ir.Node) -> None:
-    """Activations to INT8, with the RMSNorm in front, in the layout of the products that read them."""
+    """Activations to INT8, with the norm in front, in the layout of the products that read them."""
     operands = dict(zip(ops.inputs_of(node.op_type, node.overload), node.inputs))
-    source = builder.value(node.inputs[0])
-    fused = isinstance(source, Normed) and not source.centre
-    x = source.x if fused else in_memory(builder, node.inputs[0])
-    gain, shift, epsilon = (source.gain, source.shift, source.epsilon) if fused else (None, None, 0.0)
+    x, kind, gain, shift, epsilon = builder.value(node.inputs[0]), "PLAIN", None, None, 0.0
+    if isinstance(x, Normed):
+        kind, gain, shift, epsilon = "LAYER_NORM" if x.centre else "RMS_NORM", x.gain, x.shift, x.epsilon
+        x = x.x
 
     readers = readers_of(node.outputs[0])
     name = label(readers[0].inputs[2].name)
     largest = max((integer_gemm(reader, x.rows) for reader in readers), key=lambda gemm: gemm.n)
     slab_tokens = builder.tactic(name, largest).slab_tokens  # the other readers' tactics follow suit
     slabs = slab_tokens and -(-x.rows // slab_tokens) * slab_tokens
-    x_q = builder.new(f"{name}.x_q", slabs or x.rows, x.columns, "signed char")
+    x_q = builder.new(f"{name}.x_q", slabs or x.rows, largest.k, "signed char")
     scale = builder.new(f"{name}.x_scale", x.rows, 1, "float")
 
     hadamard, rotation = operands.get("hadamard"), operands.get("rotation")
     block = hadamard.shape[0] if hadamard is not None else rotation.shape[-1] if rotation is not None else 0
-    how = pointwise.rotate_quantize(
-        x.rows, x.columns, x.type, "RMS_NORM" if fused else "PLAIN", "DENSE" if rotation is not None else block
-    )
+    turn = "DENSE" if rotation is not None else block
+    how = pointwise.rotate_quantize(x.rows, x.columns, x.type, kind, turn, largest.k)
     weights = builder.weights
     vectors = [_float32(weights, operands.get("input_scale")), _permutation(weights, operands.get("permutation"))]
     vectors += [_float32(weights, rotation), _float32(weights, operands.get("activation_scale"))]
     arguments = [x.pointer, gain, shift, *vectors, x_q.pointer, scale.pointer]
-    arguments += [x.columns, x.stride, block if rotation is not None else 0, slabs, Float(epsilon)]
+    arguments += [x.columns, largest.k, x.stride, block if rotation is not None else 0, slabs, Float(epsilon)]
     builder.kernel(f"{name} (quantise)", how, arguments, [x], [x_q, scale])
     builder.values[node.outputs[0]] = Quantized(x_q, scale, slab_tokens)
     builder.values[node.outputs[1]] = scale

@@ -9,6 +9,7 @@ from compiler.graph.edit import depends_on, is_weight, small_constant
 from compiler.graph.edit import reader as reader_of
 from compiler.targets.cuda.problems import Gemm
 from plugins import ops
+from plugins.tactics import FEW_TOKENS
 
 VIEWS = ("Reshape", "Unsqueeze", "Squeeze", "Transpose")
 
@@ -98,12 +99,25 @@ def output_type(epilogue: Epilogue) -> str:
 
 
 def integer_gemm(node: ir.Node, rows: int) -> Gemm:
-    """What the GEMM of a quantised linear computes for so many tokens: in front of an output rotation its sums alone."""
+    """What the GEMM of a quantised linear computes for so many tokens: in front of an output rotation its sums alone.
+
+    Zeros make the sizes multiples of what the kernels take at a time: of K always, of N where it is worth it (few tokens take
+    any 16) and the readers of y take rows of any stride.
+    """
     epilogue, (k, n) = epilogue_of(node), node.inputs[2].shape.numpy()
-    bits = ops.QUANTIZED_LINEARS[node.op_type][0]
+    bits, many = ops.QUANTIZED_LINEARS[node.op_type][0], rows > FEW_TOKENS
+    k = padded(k, 128 if many else 64)
     if "output_rotation" in ops.inputs_of(node.op_type, node.overload):
         return Gemm(rows, n, k, bits, "int", "NONE")
+    any_stride = epilogue.parts or all(reader.op_type == "RotateQuantize" for reader in final_readers(epilogue.out))
+    if many and n % 64 and any_stride and epilogue.residual is None:
+        parts = 2 if epilogue.activation == "geglu" else 1
+        n = parts * padded(n // parts, 128)
     return Gemm(rows, n, k, bits, output_type(epilogue), epilogue.activation.upper() or "NONE")
+
+
+def padded(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
 
 
 def is_view(node: ir.Node) -> bool:

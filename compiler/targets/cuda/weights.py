@@ -24,15 +24,19 @@ class Weights:
         self.bytes.setdefault(name, size)
         return Weight(name)
 
-    def packed(self, weight: ir.Value, bits: int, layout: str, geglu: bool) -> Weight:
-        """Quantised weight [K, N] as tensor core fragments; with GeGLU, gate and up interleaved."""
-        k, n = weight.shape.numpy()
+    def packed(self, weight: ir.Value, shape: tuple[int, int], bits: int, layout: str, geglu: bool) -> Weight:
+        """Quantised weight [K, N] as tensor core fragments of `shape`, N' and K', which zeros fill up; with GeGLU, gate and
+        up interleaved."""
+        n, k = shape
         order = "gate-up" if geglu else ""
 
         def compute() -> np.ndarray:
-            return pack_fragments(_in_order(weight.const_value.integers().T, order), bits, layout)
+            values = weight.const_value.integers().T
+            values = np.pad(values, ((0, 0), (0, k - values.shape[1])))
+            return pack_fragments(_in_order(values, order, n), bits, layout)
 
-        return self._add(f"{title(weight.name)}.int{bits}.{layout}{_suffix(order)}", n * k * bits // 8, compute)
+        size = _suffix("x".join(map(str, shape)) if shape != tuple(weight.shape.numpy()[::-1]) else "")
+        return self._add(f"{title(weight.name)}.int{bits}.{layout}{_suffix(order)}{size}", n * k * bits // 8, compute)
 
     def matrix(self, weight: ir.Value, columns: int | None = None) -> Weight:
         """Float weight [K, N] (or a convolution's [N, ...]) as bf16 [N, columns], zeros beyond K."""
@@ -68,16 +72,18 @@ class Weights:
         name = f"{shift.name}@{title(weight.name)}.float32{_suffix(order)}"
         return Weight(self._add(name, 4 * steps * n, compute).name, step_bytes=4 * n)
 
-    def float32(self, *values: ir.Value, order: str = "") -> Weight:
-        """Scalars, vectors (joined) or a matrix as they are; a vector perhaps in the order of an epilogue."""
+    def float32(self, *values: ir.Value, order: str = "", padded: int = 0) -> Weight:
+        """Scalars, vectors (joined) or a matrix as they are; a vector perhaps in the order of an epilogue, and with zeros
+        that make it `padded` long."""
+        count = sum(int(np.prod(value.shape.numpy())) for value in values)
         name = title("+".join(value.name for value in values)) + ".float32" + _suffix(order)
-        size = 4 * sum(int(np.prod(value.shape.numpy())) for value in values)
+        name += _suffix(str(padded) if padded > count else "")
 
         def compute() -> np.ndarray:
             arrays = [np.atleast_1d(np.float32(value.const_value.numpy())) for value in values]
-            return _in_order(np.concatenate(arrays), order)
+            return _in_order(np.concatenate(arrays), order, padded)
 
-        return self._add(name, size, compute)
+        return self._add(name, 4 * max(count, padded), compute)
 
     def bf16(self, values: Sequence[ir.Value]) -> Weight:
         """Vectors, joined, as bf16."""
@@ -124,11 +130,15 @@ def to_bf16(values: np.ndarray) -> np.ndarray:
     return torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(torch.bfloat16).view(torch.uint16).numpy()
 
 
-def _in_order(values: np.ndarray, order: str) -> np.ndarray:
-    """Rows of a weight, or a bias or scale of as many elements, as an epilogue wants them (plugins/layout.py)."""
+def _in_order(values: np.ndarray, order: str, padded: int = 0) -> np.ndarray:
+    """Rows of a weight, or a bias or scale of as many elements, as an epilogue wants them (plugins/layout.py); with zeros
+    behind them, behind gate and up each, that make them `padded`."""
+    parts = np.split(values, 2) if order == "gate-up" else [values]
+    missing = max(0, padded - len(values)) // len(parts)
+    parts = [np.concatenate([part, np.zeros((missing, *part.shape[1:]), part.dtype)]) if missing else part for part in parts]
     if order == "gate-up":
-        return interleave_gate_up(*np.split(values, 2))
-    return interleave_rotary(values) if order == "rotary" else values
+        return interleave_gate_up(*parts)
+    return interleave_rotary(*parts) if order == "rotary" else parts[0]
 
 
 def _suffix(order: str) -> str:
