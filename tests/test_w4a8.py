@@ -19,6 +19,7 @@ from runtime.executors.cpu import CpuExecutor
 from runtime.plan import Plan
 from tests.quant_policy import observation, sample_actions, tiny_checkpoint
 from tests.replay import replay, run_recorded
+from tests.same_integers import Given, run_given
 
 NUM_STEPS = 2
 SILENT = Progress(disable=True)
@@ -135,3 +136,23 @@ def test_padding_and_absent_cameras_do_not_change_the_integers(policy, tmp_path)
     expected = sample_actions(fake_quantise(build_model(checkpoint), quantization), inputs)
     actions, _ = CpuExecutor(Plan(tmp_path / "engine.plan"), threads=1).run(inputs, noise[0].numpy())
     assert sqnr_db(expected[0], torch.from_numpy(actions)) > 35
+
+
+@pytest.mark.parametrize("preset", ["llm+expert-mlp", "all"])
+def test_given_its_own_integers_the_engine_does_the_same(policy, tmp_path, preset):
+    """tests/same_integers.py, by which other engines are measured; and one integer that is off is seen."""
+    path, (_, _, inputs), noise = tmp_path / "engine.plan", policy, noise_of(policy)
+    compiled(policy, path, {"preset": preset})
+    actions, calls = run_recorded(path, inputs, noise)
+    plan = Given(path)
+    for graph in ("prefix", "step"):
+        plan.read(f"graph/{graph}.onnx")
+    of_prefix, of_step = ([linear.removesuffix(".weight_q") for linear, *_ in found] for found in plan.quantisers.values())
+    prefix = [(linear, calls[linear][0]) for linear in of_prefix]
+    steps = [[(linear, calls[linear][step - NUM_STEPS]) for linear in of_step] for step in range(NUM_STEPS)]
+    stages, roundings = run_given(path, prefix, steps, inputs, noise)
+    assert np.array_equal(stages["x"][-1], actions) and roundings.different == 0 < roundings.count
+    x_q = prefix[-1][1][0]
+    x_q[0, 0] += 3 if x_q[0, 0] < 0 else -3
+    changed, roundings = run_given(path, prefix, steps, inputs, noise)
+    assert roundings.farthest == 3 and any(not np.array_equal(stages[name], changed[name]) for name in stages)

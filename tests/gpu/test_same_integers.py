@@ -1,0 +1,22 @@
+"""Whole policies on the GPU, stage by stage, against the CPU engine on the same INT8 activations."""
+from __future__ import annotations
+
+import pytest
+
+from compiler.accuracy.metrics import difference
+from runtime.plan import Plan
+from tests.gpu.recording import Recording
+from tests.gpu.test_whole_policy import directory, make_inputs, policy  # noqa: F401
+from tests.same_integers import run_given
+
+
+@pytest.mark.parametrize("quant", ["llm+expert-mlp", "all"])
+@pytest.mark.parametrize("name", ["pi0", "pi05"])
+def test_stages_of_the_same_integers(name, quant, directory):  # noqa: F811
+    config, plans = policy(name, quant, directory)
+    inputs, noise = make_inputs(config, 2, 33)  # two images, and a prompt that is padded
+    found, runs = Recording(Plan(plans["cuda"])).record(inputs, noise)
+    expected, roundings = run_given(plans["cpu"], *runs, inputs, noise)
+    cosines = {f"{stage}": difference(expected[stage], found[stage]).cosine for stage in expected}
+    assert min(cosines.values()) >= 0.9999, cosines
+    assert 0 < roundings.count and roundings.farthest <= 2 and roundings.different < 0.1 * roundings.count, roundings
