@@ -151,9 +151,12 @@ class Preprocessor:
         if not 1 <= len(cameras) <= self.cameras:
             raise ObservationError(f"observation has {len(cameras)} cameras, the plan takes 1 to {self.cameras}")
         size = self.config.vision.image_size
-        images = np.zeros((len(IMAGE_SLOTS), size, size, 3), np.uint8)
-        for slot, image in cameras.items():
-            _copy(resize_with_pad(image, size, size), images[IMAGE_SLOTS.index(slot)])
+        images = np.empty((len(IMAGE_SLOTS), size, size, 3), np.uint8)
+        for slot, image in zip(IMAGE_SLOTS, images):
+            if slot in cameras:
+                _copy(resize_with_pad(cameras[slot], size, size), image)
+            else:
+                image[:] = 0
         return images, np.array([slot in cameras for slot in IMAGE_SLOTS])
 
     def _prompt(self, observation: Mapping, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -109,11 +109,12 @@ def _measure_engine(name: str, plan: Path, compile_s: float, observations: dict,
             stages.append(result["policy_timing"])
             return result["actions"]
 
-        actions, times = _timed(infer, CALLS)
+        controls: list[float] = []
+        actions, times = _timed(infer, CALLS, lambda controls=controls: controls.append(_control()))
         stages = stages[-CALLS:]
         replay = [each["prefix_ms"] + each["denoise_ms"] for each in stages]
         split = {key: float(np.median([each[key] for each in stages])) for key in ("prefix_ms", "denoise_ms")}
-        records.append(_record(name, case, actions, times, replay_ms=replay, host_ms=_host(stages), **split, **facts))
+        records.append(_record(name, case, actions, times, replay_ms=replay, host_ms=_host(stages) | {"control": controls[-CALLS:]}, **split, **facts))
     return records
 
 
@@ -172,14 +173,23 @@ def _in_graph(model: torch.nn.Module, inputs: ModelInputs, noise: np.ndarray) ->
     return infer
 
 
-def _timed(infer: Callable[[], np.ndarray], calls: int) -> tuple[np.ndarray, list[float]]:
+def _timed(infer: Callable[[], np.ndarray], calls: int, between: Callable[[], None] = lambda: None) -> tuple[np.ndarray, list[float]]:
     times = []
     for _ in range((WARM_UP if calls > 100 else 2) + calls):
         torch.cuda.synchronize()
         start = time.perf_counter()
         actions = infer()
         times.append((time.perf_counter() - start) * 1e3)
+        between()
     return actions, times[-calls:]
+
+
+def _control() -> float:
+    """Milliseconds of a piece of the interpreter's work that is always the same, behind each call: what is slow in it is the
+    machine, not the engine."""
+    start = time.perf_counter()
+    sum(range(10_000))
+    return (time.perf_counter() - start) * 1e3
 
 
 def _record(name: str, case: tuple[int, int], actions: np.ndarray, times: list[float], **more) -> dict:
@@ -206,8 +216,8 @@ def table(records: list[dict]) -> Table:
 
 def host_table(records: list[dict]) -> Table:
     """What the engines' calls take beyond the replay of their graphs, and where."""
-    names = ("preprocess", "stage", "launch", "wait", "rest")
-    title = "microseconds of the host, p50 / p99; wait: beyond the replay"
+    names = ("preprocess", "stage", "launch", "wait", "rest", "control")
+    title = "microseconds of the host, p50 / p99; wait: beyond the replay; control: the same work each time, not the engine's"
     found = Table("", "cameras", *names, title=title, title_justify="left")
     for each in records:
         if "host_ms" in each:
