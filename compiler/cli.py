@@ -43,6 +43,10 @@ def _compile(
         typer.Option(help="Compute capability of the GPU without its dot, e.g. 90; may be given several times. "
                           "By default that of this machine's GPU."),  # fmt: skip
     ] = None,
+    timing: Annotated[
+        bool, typer.Option(help="--target cuda: beside a GPU of the --sm, choose kernels by timing them there. "
+                           "Without, equal inputs give equal plans."),  # fmt: skip
+    ] = True,
     loop: Annotated[
         str, typer.Option(help="--target tensorrt: the denoising steps 'unrolled' into one engine, or a 'graph' of step engines.")
     ] = "graph",
@@ -98,7 +102,8 @@ def _compile(
     with progress_bar() as progress:
         quantization = _quantization(policy, recipe, packs, calibration, robot, device, progress)
         options = Options(
-            target=target, sm=architectures, robot=robot, num_steps=num_steps, cameras=cameras, loop=loop, float_type=float_type
+            target=target, sm=architectures, robot=robot, num_steps=num_steps, cameras=cameras, timing=timing, loop=loop,
+            float_type=float_type,
         )
         compile_policy(policy, quantization, out, options, progress, keep_onnx)
     seconds = time.perf_counter() - start

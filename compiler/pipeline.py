@@ -63,6 +63,7 @@ class Options:
     robot: str = "none"
     num_steps: int = 10
     cameras: int = 3
+    timing: bool = True  # cuda: beside a GPU of an architecture in `sm`, choose kernels by timing
     loop: str = "graph"  # tensorrt: "unrolled" into one network, or "graph": the executor repeats the step's engine
     float_type: str = "bf16"  # tensorrt: of what is not quantised, "bf16" or "fp16"
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from functools import partial
 
-from plugins.driver import Event, Memory, Stream
+from plugins.driver import Memory, Stream
 from plugins.errors import KernelError
+from plugins.timing import copies_of, milliseconds
 
 WORKSPACE_BYTES = 32 << 20  # NVIDIA's advice for Hopper
 ALGORITHMS = 16  # of the library's suggestions that are looked at
-COLD_BYTES = 128 << 20  # more than L2 holds
 _BF16, _FLOAT = 14, 0  # CUDA_R_16BF, CUDA_R_32F
 _COMPUTE_32F = 68
 _TRANSA, _EPILOGUE, _BIAS_POINTER = 3, 7, 8  # cublasLtMatmulDescAttributes_t
@@ -82,32 +83,22 @@ class CublasLt:
 
     def fastest(self, problem: Problem) -> int:
         """Times the library's algorithms on this GPU, with weights that are not in its cache; returns the best's place."""
-        p = problem
-        weight_bytes, copies = 2 * p.n * p.k, max(4, -(-COLD_BYTES // (2 * p.n * p.k)))
-        weights = Memory(copies * weight_bytes)
-        rows = p.batch * p.m
-        sizes = 2 * rows * p.x_stride, p.y_bytes * p.n, 2 * p.y_bytes * rows * p.y_stride, WORKSPACE_BYTES
-        x, bias, y, workspace = (Memory(size) for size in sizes)
-        stream, start, end = Stream(), Event(), Event()
-        for memory, size in zip((weights, x, bias, y), (copies * weight_bytes, *sizes)):
+        p, rows, weight_bytes = problem, problem.batch * problem.m, 2 * problem.n * problem.k
+        self.prepare(p, 0)  # says if there is none
+        copies, y_bytes = copies_of(weight_bytes), p.y_bytes * rows * p.y_stride
+        sizes = copies * weight_bytes, 2 * rows * p.x_stride, p.y_bytes * p.n, y_bytes, y_bytes, WORKSPACE_BYTES
+        weights, *others = memories = [Memory(size) for size in sizes]
+        stream = Stream()
+        for memory, size in zip(memories, sizes):
             stream.clear(memory.address, size)
-        times = []
-        for algorithm in range(len(self._describe(problem)[2])):
-            self.prepare(problem, algorithm)
+        stream.synchronize()
 
-            def work() -> None:
-                for copy in range(copies):
-                    addresses = weights.address + copy * weight_bytes, x.address, bias.address, y.address
-                    half = y.address + sizes[2] // 2
-                    self.matmul(p, algorithm, *addresses, half, workspace.address, stream.handle)
+        def work(algorithm: int, stream: Stream) -> None:
+            for copy in range(copies):
+                operands = weights.address + copy * weight_bytes, *(other.address for other in others)
+                self.matmul(p, algorithm, *operands, stream.handle)
 
-            graph = stream.capture(work)
-            for _ in range(2):
-                start.record(stream)
-                graph.launch(stream)
-                end.record(stream)
-                stream.synchronize()
-            times.append(end.milliseconds_since(start))
+        times = milliseconds([partial(work, algorithm) for algorithm in range(len(self._describe(p)[2]))])
         return times.index(min(times))
 
     def _describe(self, p: Problem) -> tuple:

@@ -29,7 +29,7 @@ CANDIDATES = {
     "qkv": [Float(*tile) for tile in ((4, TOKENS8, 4, 1, 4), (2, TOKENS8, 8, 1), (2, TOKENS8, 8, 2), (4, TOKENS8, 8, 1, 2))],
     "o": [Float(*tile) for tile in ((1, TOKENS8, 8, 1, 2), (1, TOKENS8, 8, 2, 2), (2, TOKENS8, 8, 1, 4))],
 }
-KINDS = {"qkv": ("Bf16", True, "ROTARY"), "o": ("float", False, "NONE"), "gate-up": (4, "Bf16", True), "down": (4, "float", False)}
+KINDS = {"qkv": ("Bf16", True, "ROTARY"), "o": ("float", False, "NONE"), "gate-up": (4, "Bf16", "GEGLU"), "down": (4, "float")}
 ATTENTION = attention.best(DIMS, TOKENS, 1, 90)
 
 

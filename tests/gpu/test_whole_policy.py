@@ -29,6 +29,7 @@ CASES = [(3, 48), (1, 1), (2, 33)]  # cameras, prompt tokens
 RECIPES = {"duquant": ("llm+expert-mlp", {"scheme": "duquant"})}  # besides the presets: output rotations
 SHIPPED = Path(__file__).parents[2] / "examples" / "metaworld_policy"
 SILENT = Progress(disable=True)
+TIMED = ("pi0", "llm+expert-mlp")  # with tactics by timing, the others with the table's: timing takes a while
 
 
 @functools.cache
@@ -38,16 +39,20 @@ def policy(name: str, quant: str, directory):
     checkpoint = load_checkpoint(make_checkpoint(directory / f"{name}.{quant}", pi05=name == "pi05", robot="libero", **sizes))
     preprocessor = Preprocessor(checkpoint.config)
     inputs = [preprocessor.model_inputs(each) for each in synthetic_observations(checkpoint.config, cameras=3, count=2)]
-    return checkpoint.config, both_plans(checkpoint, *RECIPES.get(quant, (quant, {})), inputs, directory / f"{name}.{quant}")
+    preset, settings = RECIPES.get(quant, (quant, {}))
+    stem, timing = directory / f"{name}.{quant}", (name, quant) == TIMED
+    return checkpoint.config, both_plans(checkpoint, preset, settings, inputs, stem, timing)
 
 
-def both_plans(checkpoint: Checkpoint, preset: str, settings: dict, inputs: list[ModelInputs], stem: Path) -> dict[str, Path]:
+def both_plans(
+    checkpoint: Checkpoint, preset: str, settings: dict, inputs: list[ModelInputs], stem: Path, timing: bool = False
+) -> dict[str, Path]:
     recipe = load_recipe(preset, settings, environment={})
     integers = Quantization(recipe) if preset == "none" else quantize_checkpoint(checkpoint, recipe, inputs, SILENT)
     plans = {}
     for target, sm in (("cpu", ()), ("cuda", (open_device(),))):
         plans[target] = stem.with_name(f"{stem.name}.{target}.plan")
-        options = Options(target=target, sm=sm, num_steps=NUM_STEPS)
+        options = Options(target=target, sm=sm, num_steps=NUM_STEPS, timing=timing)
         compile_policy(checkpoint, integers, plans[target], options, SILENT)
     return plans
 

@@ -7,24 +7,21 @@ executor only follows it (runtime/executors/cuda.py), and `duq-inspect` prints i
 from __future__ import annotations
 
 import json
-import os
-from concurrent.futures import ThreadPoolExecutor
 
 import onnx_ir.passes.common as common
 from rich.progress import Progress
 
 from compiler.graph.export import Graphs
 from compiler.parallel import in_order, thread_pool
+from compiler.targets.cuda import timing
 from compiler.targets.cuda.arena import place, schedule
+from compiler.targets.cuda.cubins import Instance, compile_each
 from compiler.targets.cuda.lower import Variant, lower_variant
-from compiler.targets.cuda.problems import from_table
-from compiler.targets.cuda.program import ALIGNMENT, BYTES, LIBRARY, MATMUL, Launch, to_json
+from compiler.targets.cuda.problems import Problem, from_table
+from compiler.targets.cuda.program import ALIGNMENT, BYTES, Launch, to_json
 from compiler.targets.cuda.weights import Weights, to_bf16
-from plugins.cublas import CublasLt, Problem
-from plugins.driver import open_device
-from plugins.errors import KernelError
 from plugins.kernels import ARCHITECTURES as _ARCHITECTURES
-from plugins.kernels import Cubin, compile_cubin
+from plugins.tactics import Float, Tactic
 from runtime.executors.cuda import SCHEDULE_VERSION
 from runtime.plan import PlanWriter
 
@@ -40,14 +37,18 @@ def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options) -> dic
     weights, schedules, sections = Weights(), {}, {}
     sizes = [(c, p) for c in range(1, options.cameras + 1) for p in prompt_sizes(graphs.config.max_prompt_tokens)]
     for sm in options.sm:
+        choose = from_table(sm)
+        if timed := options.timing and timing.has_gpu(sm):
+            choose = timing.by_timing(_problems(graphs, sm, sizes), sm, progress)
         variants, arena_bytes = [], 0
         for cameras, prompt in progress.track(sizes, description=f"Lowering for SM {sm}"):
-            variant = lower_variant(graphs, sm, cameras, prompt, weights, from_table(sm))
+            variant = lower_variant(graphs, sm, cameras, prompt, weights, choose)
             for launches in (variant.prefix, variant.step):
                 schedule(launches)
             arena_bytes = max(arena_bytes, place(variant.inputs, [variant.prefix, variant.step]))
             variants.append(variant)
-        timed = _choose_algorithms(sm, variants, progress)
+        if timed:
+            timing.choose_algorithms(_launches(variants), progress)
         kernels = _write_cubins(sm, variants, writer, progress)
         schedules[sm] = {"arena_bytes": arena_bytes, **_schedule(variants, kernels)}
         sections[f"sm{sm}"] = _summary(variants, arena_bytes, len(kernels), timed)
@@ -63,54 +64,35 @@ def prompt_sizes(max_tokens: int) -> list[int]:
     return [*range(PROMPT_STEP, max_tokens, PROMPT_STEP), max_tokens]
 
 
-def _choose_algorithms(sm: int, variants: list[Variant], progress: Progress) -> bool:
-    """Where a GPU of this architecture is at hand, times the library's algorithms for every product that it computes.
+def _problems(graphs: Graphs, sm: int, sizes: list[tuple[int, int]]) -> list[Problem]:
+    """What the lowering asks tactics for, which does not depend on the answers."""
+    asked: dict[Problem, None] = {}
+    table = from_table(sm)
 
-    Elsewhere the library's own first choice stays. Returns which of the two. Raises KernelError where there is the GPU but
-    not the library, without which the plan could not run here either.
-    """
-    calls = [launch for launch in _launches(variants) if launch.source == LIBRARY]
-    try:
-        here = open_device()
-    except KernelError:
-        return False
-    if here != sm:
-        return False
-    library = CublasLt()
-    first = MATMUL.index("algorithm")
+    def choose(problem: Problem, slab_tokens: int | None = None) -> Tactic | Float:
+        asked[problem] = None
+        return table(problem, slab_tokens)
 
-    def problem(arguments: list) -> Problem:
-        return Problem(*arguments[first + 1 :], has_bias=arguments[2] is not None, has_addend=arguments[3] is not None)
-
-    problems = {problem(call.arguments) for call in calls}
-    fastest = {each: library.fastest(each) for each in progress.track(problems, description="Timing cuBLASLt's algorithms")}
-    for call in calls:
-        call.arguments[first] = fastest[problem(call.arguments)]
-    return True
+    for size in sizes:
+        lower_variant(graphs, sm, *size, Weights(), choose)
+    return list(asked)
 
 
-def _write_cubins(sm: int, variants: list[Variant], writer: PlanWriter, progress: Progress) -> dict:
-    """Compiles what the launches need, each source with all its instances; (source, headers, expression) -> index."""
-    wanted: dict[tuple, dict[str, None]] = {}
-    for launch in _launches(variants):
-        if launch.shape is not None:
-            wanted.setdefault((launch.source, tuple(launch.headers.items())), {})[launch.expression] = None
+def _write_cubins(sm: int, variants: list[Variant], writer: PlanWriter, progress: Progress) -> dict[Instance, dict]:
+    """Compiles what the launches need, each instance of a kernel for itself; by it what the schedule says of it."""
+    wanted = dict.fromkeys(_instance(launch) for launch in _launches(variants) if launch.shape is not None)
+    kernels = {}
+    cubins = progress.track(compile_each(wanted, sm), total=len(wanted), description=f"Compiling the kernels for SM {sm}")
+    for number, (instance, cubin) in enumerate(cubins):
+        entry = f"cubin/sm{sm}/{number}.{instance.source.removesuffix('.cu')}"
+        writer.write(entry, cubin.image)
+        symbol = cubin.symbols[instance.expression]
+        kernels[instance] = {"cubin": entry, "symbol": symbol, "expression": instance.expression}
+    return kernels
 
-    def build(item: tuple) -> Cubin:
-        (source, headers), expressions = item
-        return compile_cubin(source, sm, list(expressions), dict(headers))
 
-    index = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        cubins = pool.map(build, wanted.items())
-        task = progress.add_task(f"Compiling the kernels for SM {sm}", total=len(wanted))
-        for number, ((key, expressions), cubin) in enumerate(zip(wanted.items(), cubins)):
-            entry = f"cubin/sm{sm}/{number}.{key[0].removesuffix('.cu')}"
-            writer.write(entry, cubin.image)
-            for expression in expressions:
-                index[(*key, expression)] = {"cubin": entry, "symbol": cubin.symbols[expression], "expression": expression}
-            progress.advance(task)
-    return index
+def _instance(launch: Launch) -> Instance:
+    return Instance(launch.source, tuple(launch.headers.items()), launch.expression)
 
 
 def _write_weights(weights: Weights, writer: PlanWriter, progress: Progress) -> dict[str, list[int]]:
@@ -128,12 +110,11 @@ def _write_weights(weights: Weights, writer: PlanWriter, progress: Progress) -> 
     return offsets
 
 
-def _schedule(variants: list[Variant], kernels: dict) -> dict:
-    number = {key: index for index, key in enumerate(kernels)}
+def _schedule(variants: list[Variant], kernels: dict[Instance, dict]) -> dict:
+    number = {instance: index for index, instance in enumerate(kernels)}
 
     def launches(program: list[Launch]) -> list[dict]:
-        keys = [(each.source, tuple(each.headers.items()), each.expression) for each in program]
-        return [to_json(each, number.get(key)) for each, key in zip(program, keys)]
+        return [to_json(each, number.get(_instance(each))) for each in program]
 
     def output(matrix, launch: int) -> dict:
         offset = matrix.buffer.offset + matrix.offset * BYTES[matrix.type]
@@ -168,6 +149,7 @@ def _summary(variants: list[Variant], arena_bytes: int, kernels: int, timed: boo
         "launches": {"prefix": len(largest.prefix), "step": len(largest.step)},
         "sizes": [f"{variant.cameras} cameras, {variant.prompt} prompt tokens" for variant in variants],
         "kernels": kernels,
+        "tactics": "timed on a GPU" if timed else "from the table of what was timed on an H100",
         "library": f"cuBLASLt, {'algorithms timed on a GPU' if timed else 'its own choice of algorithms'}",
         "arena_bytes": arena_bytes,
     }

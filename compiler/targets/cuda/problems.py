@@ -20,7 +20,10 @@ class Gemm:
     finish: str
 
     def candidates(self, sm: int) -> list[tactics.Tactic]:
-        return tactics.candidates(self.m, self.n, self.k, self.bits, sm)
+        """What is worth timing. Of many tokens not mma.sync beside wgmma, which multiplies twice as fast."""
+        found = tactics.candidates(self.m, self.n, self.k, self.bits, sm)
+        by_wgmma = [tactic for tactic in found if tactic.layout == "wgmma"]
+        return by_wgmma if by_wgmma and self.m > tactics.FEW_TOKENS else found
 
     def best(self, sm: int, slab_tokens: int | None = None) -> tactics.Tactic:
         return tactics.best(self.m, self.n, self.k, self.bits, sm, slab_tokens)

@@ -1,0 +1,28 @@
+"""Machine code for the instances of the kernels that launches need."""
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from plugins.kernels import Cubin, compile_cubin
+
+
+class Instance(NamedTuple):
+    """An instance of a template in plugins/cuda/<source>, with generated headers (name, text)."""
+
+    source: str
+    headers: tuple[tuple[str, str], ...]
+    expression: str
+
+
+def compile_each(instances: Iterable[Instance], sm: int) -> Iterator[tuple[Instance, Cubin]]:
+    """A cubin for each instance, compiled on all cores or taken from the cache (plugins/kernels.py)."""
+    instances = list(dict.fromkeys(instances))
+
+    def build(instance: Instance) -> Cubin:
+        return compile_cubin(instance.source, sm, [instance.expression], dict(instance.headers))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield from zip(instances, pool.map(build, instances))
