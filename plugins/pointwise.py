@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from plugins.driver import Shape
+from plugins.tactics import MULTIPROCESSORS
 
 MAX_THREADS = 512  # of a block that keeps a row in registers
 NARROW_COLUMNS = 16  # of a block of linear_narrow
@@ -41,6 +42,13 @@ def rotate_quantize(tokens: int, depth: int, in_type: str, source: str, rotation
     vectors, threads = _row_in_registers(max(depth, padded))
     expression = f"rotate_quantize<{in_type}, {source}, {rotation}, {vectors}>"
     return Launch("rotate_quantize.cu", expression, Shape((tokens, 1, 1), threads, 4 * depth * (rotation == "DENSE")))
+
+
+def hadamard_quantize(tokens: int, depth: int) -> Launch:
+    """bf16 rows of `depth` channels, a multiple of 1024 up to 16384, rotated by a block Hadamard of 64."""
+    threads = depth // 32
+    blocks = min(tokens, MULTIPROCESSORS * (2 * MAX_THREADS // threads))
+    return Launch("hadamard_quantize.cu", "hadamard_quantize", Shape((blocks, 1, 1), threads, 6 * depth))
 
 
 def rotary(tokens: int, heads: int, dims: int) -> Launch:

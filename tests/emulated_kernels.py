@@ -89,7 +89,7 @@ def tokens(launch: Launch, rows, y, depth, y_stride, scale):
     y.write("float", rows.read("Bf16", launch.grid[0], depth) * np.float32(scale), y_stride)
 
 
-# Norms and quantisers: normalize.cu, rotate_quantize.cu
+# Norms and quantisers: normalize.cu, rotate_quantize.cu, hadamard_quantize.cu
 
 
 def normalize(launch: Launch, x, gain, shift, y, depth, x_stride, y_stride, epsilon):
@@ -135,6 +135,13 @@ def rotate_quantize(launch: Launch, x, gain, shift, input_scale, permutation, ro
         x_q.write("signed char", slabs.reshape(len(slabs), -1), slab_tokens * 128)
     else:
         x_q.write("signed char", values)
+
+
+def hadamard_quantize(launch: Launch, x, x_q, x_scale, tokens, depth, row_stride, slab_tokens):
+    assert depth % 1024 == 0 and 32 * launch.threads == depth
+    plain = launch._replace(template=["Bf16", "PLAIN", "64", str(depth // (8 * launch.threads))], grid=(tokens, 1, 1))
+    none = [None] * 6
+    rotate_quantize(plain, x, *none, x_q, x_scale, depth, depth, row_stride, 0, slab_tokens, 0.0)
 
 
 # Products: gemm_small.cu, gemm_large.cu, gemm_wgmma.cu, gemm_float.cu, linear_narrow.cu, and the library's
@@ -320,7 +327,7 @@ def attention(launch: Launch, q, k, v, own_k, own_v, out, past, m, keys, own_key
 KERNELS: dict[str, Callable] = {
     each.__name__: each
     for each in (
-        patches, tokens, normalize, rotate_quantize, dequantize, gemm_float, linear_narrow, flow_step, geglu, rotary, attention,
+        patches, tokens, normalize, rotate_quantize, hadamard_quantize, dequantize, gemm_float, linear_narrow, flow_step, geglu, rotary, attention,
     )  # fmt: skip
 } | {"gemm_small": gemm, "gemm_large": gemm, "gemm_wgmma": gemm, "gemm_wgmma_few": gemm, "attention_wgmma": attention, LIBRARY: matmul}
 

@@ -24,6 +24,7 @@ POINTWISE = [
     pointwise.linear_narrow(1, 1024, "SILU", "Bf16"),
     pointwise.flow_step(50, 32),
     pointwise.geglu(50, 4096),
+    pointwise.hadamard_quantize(816, 16384),
     pointwise.dequantize(50, 1024, "Bf16", True, "GEGLU"),
     pointwise.dequantize(50, 1024, "float", False),
 ]

@@ -15,7 +15,7 @@
 // of 8, is the K of the product; the channels beyond K are zeros.
 //
 // grid M, block a multiple of 32 with VECTORS * 8 * block >= K'; shared memory 4 K bytes for a dense rotation.
-#include "row.cuh"
+#include "quantize.cuh"
 
 enum Source { PLAIN, RMS_NORM, LAYER_NORM };  // or GEGLU
 enum Rotation { DENSE = 1 };                  // or NONE, or the block size of a Hadamard
@@ -57,35 +57,6 @@ __device__ inline void rotate_dense(const float* row, const float* rotation, int
     convert(load(matrix), r);
     for (int j = 0; j < 8; ++j) v[j] = fmaf(inputs[i], r[j], v[j]);
   }
-}
-
-// 1 / sqrt(BLOCK), which is applied with the scale.
-template <int BLOCK> constexpr float NORM = 1.0f;
-template <> constexpr float NORM<16> = 0.25f;
-template <> constexpr float NORM<32> = 0.17677669529663687f;
-template <> constexpr float NORM<64> = 0.125f;
-template <> constexpr float NORM<128> = 0.08838834764831845f;
-
-// Adding this rounds to an integer, half to even, and leaves its two's complement in the low bits.
-constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23
-
-__device__ inline unsigned low_bytes(float a, float b, float c, float d) {
-  const unsigned ab = __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x0040);
-  return __byte_perm(ab, __byte_perm(__float_as_uint(c), __float_as_uint(d), 0x0040), 0x5410);
-}
-
-// The bytes of round_half_even(v * norm / scale), |quotient| below 128.5. v * factor, factor = norm / scale to 4e-7 of
-// it, is within 6e-5 of it; only near a tie is the true quotient, many times dearer, needed to round the same way.
-__device__ inline uint2 quantize8(const float (&v)[8], float norm, float scale, float factor) {
-  float q[8], farthest = 0;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    q[i] = fmaf(v[i], factor, ROUND);
-    farthest = fmaxf(farthest, fabsf(fmaf(v[i], factor, ROUND - q[i])));
-  }
-  if (farthest > 0.4999f)
-    for (int i = 0; i < 8; ++i) q[i] = __fdiv_rn(__fmul_rn(v[i], norm), scale) + ROUND;
-  return {low_bytes(q[0], q[1], q[2], q[3]), low_bytes(q[4], q[5], q[6], q[7])};
 }
 
 template <class In, int SOURCE, int BLOCK, int VECTORS>
@@ -174,23 +145,12 @@ rotate_quantize(const In* x, const float* gain, const float* shift, const float*
     for (int i = 0; i < 8; ++i) absmax = fmaxf(absmax, fabsf(v[n][i]));
   }
 
-  constexpr float norm = NORM<BLOCK>;
-  float scale = fixed_scale, factor = __fdividef(norm, fixed_scale);
-  if (!activation_scale) {
-    const float greatest = fmaxf(max_of_block(absmax) * norm, 1e-12f);
-    scale = __fdiv_rn(greatest, 127.0f), factor = __fdividef(127 * norm, greatest);  // not one after the other
-  }
-  const float lowest = __fdiv_rn(-128 * scale, norm), highest = __fdiv_rn(127 * scale, norm);
-  if (threadIdx.x == 0) x_scale[token] = scale;
+  const TokenScale scale(fixed_scale, activation_scale ? 0 : max_of_block(absmax), NORM<BLOCK>);
+  if (threadIdx.x == 0) x_scale[token] = scale.value;
 #pragma unroll
   for (int n = 0; n < VECTORS; ++n) {
     const int k = channel(n);
     if (k >= padded_depth) break;
-    if (activation_scale)  // saturate; the greatest of a token never exceeds 127 otherwise
-      for (int i = 0; i < 8; ++i) v[n][i] = fminf(fmaxf(v[n][i], lowest), highest);
-    const size_t swizzled = (k / 16 % 8 ^ token % 8) * 16 + k % 16;
-    const size_t at =
-        slab_tokens ? (size_t(k / 128) * slab_tokens + token) * 128 + swizzled : size_t(token) * padded_depth + k;
-    *reinterpret_cast<uint2*>(x_q + at) = quantize8(v[n], norm, scale, factor);
+    *reinterpret_cast<uint2*>(x_q + place_of(token, k, padded_depth, slab_tokens)) = scale.quantize(v[n]);
   }
 }

@@ -32,11 +32,11 @@ template <int USE = 0> __device__ inline float sum_of_block(float value) {
   return value;
 }
 
-// Of values that are not negative, whose order is that of their bits. Once in a kernel.
-__device__ inline float max_of_block(float value) {
-  __shared__ unsigned of_warps[32];
+// Of values that are not negative, whose order is that of their bits. The turns of a loop alternate between 0 and 1.
+__device__ inline float max_of_block(float value, int turn = 0) {
+  __shared__ unsigned of_warps[2][32];
   const unsigned lane = threadIdx.x % 32, of_warp = __reduce_max_sync(~0u, __float_as_uint(value));
-  if (lane == 0) of_warps[threadIdx.x / 32] = of_warp;
+  if (lane == 0) of_warps[turn][threadIdx.x / 32] = of_warp;
   __syncthreads();
-  return __uint_as_float(__reduce_max_sync(~0u, lane < blockDim.x / 32 ? of_warps[lane] : 0));
+  return __uint_as_float(__reduce_max_sync(~0u, lane < blockDim.x / 32 ? of_warps[turn][lane] : 0));
 }

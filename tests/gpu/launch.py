@@ -125,6 +125,13 @@ def rotate_quantize(
     run(pointwise.rotate_quantize(m, k, TYPES[x.dtype], source, block, padded), values, overlap)
 
 
+def hadamard_quantize(
+    x: torch.Tensor, x_q: torch.Tensor, x_scale: torch.Tensor, slab_tokens: int = 0, overlap: bool = False
+) -> None:
+    m, k = x.shape
+    run(pointwise.hadamard_quantize(m, k), (x, x_q, x_scale, m, k, x.stride(0), slab_tokens), overlap)
+
+
 def rotary_tables(positions: int, dims: int) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin [positions, dims / 2] float32."""
     frequency = 10000.0 ** -(torch.arange(0, dims, 2, dtype=torch.float64) / dims)

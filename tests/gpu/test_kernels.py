@@ -288,6 +288,26 @@ def test_rotate_quantize(dtype, source, rotate, features):
     assert (x_q[m:] == 85).all()
 
 
+@pytest.mark.parametrize("m", [131, 816])
+@pytest.mark.parametrize("k", [1024, 3072, 16384])
+def test_hadamard_quantize(k, m):
+    generator, block = torch.Generator("cuda").manual_seed(4), 208
+    x = torch.randn(m, k + 64, device="cuda", generator=generator).bfloat16()[:, :k]  # rows further apart than they are long
+    x[:, 7] *= 40  # an outlier channel
+    x[5] = 0
+    x_prime = definition(x, "PLAIN", 64, *[None] * 5)
+    scale = x_prime.abs().amax(-1).clamp(min=1e-12) / 127
+    x_q = torch.full((m + GUARD, k), 85, dtype=torch.int8, device="cuda")
+    slabs = torch.zeros(k // 128, -(-m // block) * block, 128, dtype=torch.int8, device="cuda")
+    x_scale = torch.full((m,), math.nan, device="cuda")
+    launch.hadamard_quantize(x, x_q, x_scale)
+    torch.testing.assert_close(x_scale.double(), scale, rtol=2e-6, atol=0)
+    check_quantised(x_q[:m], x_prime / scale[:, None])
+    assert (x_q[m:] == 85).all()
+    launch.hadamard_quantize(x, slabs, x_scale, slab_tokens=slabs.shape[1])
+    assert torch.equal(slabs.cpu(), torch.from_numpy(activation_slabs(x_q[:m].cpu().numpy(), block)))
+
+
 @pytest.mark.parametrize("k", [1024, 2048, 4096, 16384])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_plain_quantisation_is_exact(dtype, k):

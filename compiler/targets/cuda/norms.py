@@ -16,6 +16,7 @@ from compiler.targets.cuda.patterns import integer_gemm, is_table_row, other_inp
 from compiler.targets.cuda.program import Float, ForNorm, Matrix, Weight
 from compiler.targets.cuda.weights import Weights, label
 from plugins import ops, pointwise
+from plugins.tactics import FEW_TOKENS
 
 
 def norm(builder: Builder, node: ir.Node) -> None:
@@ -72,13 +73,18 @@ def rotate_quantize(builder: Builder, node: ir.Node) -> None:
 
     hadamard, rotation = operands.get("hadamard"), operands.get("rotation")
     block = hadamard.shape[0] if hadamard is not None else rotation.shape[-1] if rotation is not None else 0
-    turn = "DENSE" if rotation is not None else block
-    how = pointwise.rotate_quantize(x.rows, x.columns, x.type, kind, turn, largest.k)
     weights = builder.weights
     vectors = [_float32(weights, operands.get("input_scale")), _permutation(weights, operands.get("permutation"))]
     vectors += [_float32(weights, rotation), _float32(weights, operands.get("activation_scale"))]
-    arguments = [x.pointer, gain, shift, *vectors, x_q.pointer, scale.pointer]
-    arguments += [x.columns, largest.k, x.stride, block if rotation is not None else 0, slabs, Float(epsilon)]
+    alone = kind == "PLAIN" and x.type == "Bf16" and block == 64 and not any(vectors) and largest.k == x.columns
+    if alone and x.rows > FEW_TOKENS and x.columns % 1024 == 0 and x.columns <= 16384:
+        how = pointwise.hadamard_quantize(x.rows, x.columns)
+        arguments = [x.pointer, x_q.pointer, scale.pointer, x.rows, x.columns, x.stride, slabs]
+    else:
+        turn = "DENSE" if rotation is not None else block
+        how = pointwise.rotate_quantize(x.rows, x.columns, x.type, kind, turn, largest.k)
+        arguments = [x.pointer, gain, shift, *vectors, x_q.pointer, scale.pointer]
+        arguments += [x.columns, largest.k, x.stride, block if rotation is not None else 0, slabs, Float(epsilon)]
     builder.kernel(f"{name} (quantise)", how, arguments, [x], [x_q, scale])
     builder.values[node.outputs[0]] = Quantized(x_q, scale, slab_tokens)
     builder.values[node.outputs[1]] = scale
