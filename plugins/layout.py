@@ -182,6 +182,40 @@ def _check_float_fragments(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape
 
 
+def pack_int4_fragments(values: np.ndarray) -> np.ndarray:
+    """Packs a weight int8 [N, K] with values in -8..7 as tensor core fragments of a product of floats (int4.cuh).
+
+    Tiles and lanes are those of :func:`pack_float_fragments`; a lane's 8 values of a tile are one word, value i of register
+    a[r] plus 8 in nibble r + 4 i, and the words of four tiles, K = 64, are side by side. K is filled up with zeros to whole
+    chunks of 64. Returns uint8 [N/16 x K/64 chunks, 512]. Raises LayoutError for another type, a value that does not fit, or
+    a shape that does not divide by 16.
+    """
+    n, k = _check_float_fragments(values.shape)
+    if values.dtype != np.int8 or (values.size and (values.min() < -8 or values.max() > 7)):
+        raise LayoutError(f"INT4 fragments are packed from int8 in -8..7, got {values.dtype}")
+    chunks = -(-k // CHUNK_K)
+    filled = np.pad(values, ((0, 0), (0, chunks * CHUNK_K - k)))
+    nibbles = (filled + 8).view(np.uint8).reshape(n // FLOAT_TILE, 2, 8, chunks, 4, 4, 2, 2)  # row u g; tile, column t h i
+    words = np.zeros((n // FLOAT_TILE, 8, chunks, 4, 4), np.uint32)
+    for u, h, i in np.ndindex(2, 2, 2):
+        words |= nibbles[:, u, :, :, :, :, h, i].astype(np.uint32) << np.uint32(4 * (u + 2 * h + 4 * i))
+    return np.ascontiguousarray(words.transpose(0, 2, 1, 4, 3)).view(np.uint8).reshape(-1, 512)
+
+
+def unpack_int4_fragments(packed: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """The inverse of :func:`pack_int4_fragments`: uint8 (any shape, C order) -> int8 ``shape`` = [N, K]."""
+    n, k = _check_float_fragments(shape)
+    chunks = -(-k // CHUNK_K)
+    if packed.dtype != np.uint8 or packed.size * 2 != n * chunks * CHUNK_K:
+        raise LayoutError(f"{packed.size} elements of {packed.dtype} are no {n} x {k} weight of INT4")
+    words = np.ascontiguousarray(packed).view(np.uint32).reshape(n // FLOAT_TILE, chunks, 8, 4, 4)
+    values = np.empty((n // FLOAT_TILE, 2, 8, chunks, 4, 4, 2, 2), np.int8)
+    for u, h, i in np.ndindex(2, 2, 2):
+        nibble = words >> np.uint32(4 * (u + 2 * h + 4 * i)) & np.uint32(15)
+        values[:, u, :, :, :, :, h, i] = nibble.transpose(0, 2, 1, 4, 3).astype(np.int8) - 8
+    return np.ascontiguousarray(values.reshape(n, chunks * CHUNK_K)[:, :k])
+
+
 SLAB_K = 128
 
 

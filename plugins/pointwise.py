@@ -36,11 +36,13 @@ def normalize(tokens: int, depth: int, in_type: str, out_type: str, centre: bool
     return Launch("normalize.cu", expression, Shape((tokens, 1, 1), threads))
 
 
-def rotate_quantize(tokens: int, depth: int, in_type: str, source: str, rotation: str | int, padded: int = 0) -> Launch:
+def rotate_quantize(
+    tokens: int, depth: int, in_type: str, source: str, rotation: str | int, padded: int = 0, out: str = "signed char"
+) -> Launch:
     """`source` is PLAIN, RMS_NORM, LAYER_NORM or GEGLU; `rotation` is NONE, DENSE or the block size of a Hadamard; `padded`:
-    the channels that are written, zeros beyond `depth`."""
+    the channels that are written, zeros beyond `depth`; `out` "signed char", or "Bf16" for what would be quantised."""
     vectors, threads = _row_in_registers(max(depth, padded))
-    expression = f"rotate_quantize<{in_type}, {source}, {rotation}, {vectors}>"
+    expression = f"rotate_quantize<{in_type}, {source}, {rotation}, {vectors}, {out}>"
     return Launch("rotate_quantize.cu", expression, Shape((tokens, 1, 1), threads, 4 * depth * (rotation == "DENSE")))
 
 
@@ -49,6 +51,11 @@ def hadamard_quantize(tokens: int, depth: int) -> Launch:
     threads = depth // 32
     blocks = min(tokens, MULTIPROCESSORS * (2 * MAX_THREADS // threads))
     return Launch("hadamard_quantize.cu", "hadamard_quantize", Shape((blocks, 1, 1), threads, 6 * depth))
+
+
+def expand(rows: int, depth: int) -> Launch:
+    """An INT4 weight [rows, depth], multiples of 16, to bf16."""
+    return Launch("expand.cu", "expand", Shape((-(-(rows // 16 * -(-depth // 64)) // 8), 1, 1), 256))
 
 
 def rotary(tokens: int, heads: int, dims: int) -> Launch:

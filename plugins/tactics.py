@@ -282,7 +282,7 @@ def _timed() -> dict[tuple[int, int, int], list[tuple[int, Tactic]]]:
 
 @dataclass(frozen=True)
 class Float:
-    """gemm_float.cu: a bf16 weight and few tokens; `split` thread blocks share K."""
+    """gemm_float.cu: a bf16 or INT4 weight, float activations and few tokens; `split` thread blocks share K."""
 
     rows16: int
     tokens8: int
@@ -296,10 +296,10 @@ class Float:
     def tile_tokens(self) -> int:
         return 8 * self.tokens8
 
-    def expression(self, out_type: str, norm: bool = False, finish: str = "NONE") -> str:
-        """The instance for the C++ type "float" or "Bf16", `finish` NONE, SILU, GEGLU or ROTARY."""
+    def expression(self, out_type: str, norm: bool = False, finish: str = "NONE", bits: int = 16) -> str:
+        """The instance for the C++ type "float" or "Bf16", `finish` NONE, SILU, GEGLU or ROTARY, weights of `bits`."""
         parameters = f"{self.rows16}, {self.tokens8}, {self.warps}, {self.stages}, {self.split}"
-        return f"gemm_float<{parameters}, {str(norm).lower()}, {finish}, {out_type}>"
+        return f"gemm_float<{parameters}, {str(norm).lower()}, {finish}, {out_type}, {bits}>"
 
     def headers(self) -> Mapping[str, str]:
         return {}

@@ -13,7 +13,7 @@ import numpy as np
 
 from compiler.targets.cuda.program import LIBRARY, MATMUL
 from compiler.targets.cuda.weights import to_bf16
-from plugins.layout import activation_slabs, unpack_float_fragments, unpack_fragments
+from plugins.layout import activation_slabs, unpack_float_fragments, unpack_fragments, unpack_int4_fragments
 
 TYPES = {"float": np.float32, "int": np.int32, "Bf16": np.uint16, "signed char": np.int8, "unsigned char": np.uint8}
 NUMBERS = {4: "float", 2: "Bf16"}  # by their size: how library calls name a type
@@ -103,7 +103,7 @@ def normalize(launch: Launch, x, gain, shift, y, depth, x_stride, y_stride, epsi
 
 def rotate_quantize(launch: Launch, x, gain, shift, input_scale, permutation, rotation, activation_scale, x_q, x_scale,
                     depth, padded_depth, row_stride, block, slab_tokens, epsilon):  # fmt: skip
-    in_type, source, how, vectors = launch.template
+    in_type, source, how, vectors, out = launch.template
     assert 8 * int(vectors) * launch.threads >= padded_depth >= depth
     m = launch.grid[0]
     v = x.read(in_type, m, depth, stride=row_stride)
@@ -122,6 +122,9 @@ def rotate_quantize(launch: Launch, x, gain, shift, input_scale, permutation, ro
     elif how not in ("NONE", "0"):
         v = (v.reshape(m, -1, int(how)) @ _hadamard(int(how))).reshape(m, depth)
 
+    if out == "Bf16":
+        x_q.write(out, v)
+        return
     if activation_scale is not None:
         scale = np.broadcast_to(activation_scale.read("float", 1), (m, 1))
     else:
@@ -139,7 +142,8 @@ def rotate_quantize(launch: Launch, x, gain, shift, input_scale, permutation, ro
 
 def hadamard_quantize(launch: Launch, x, x_q, x_scale, tokens, depth, row_stride, slab_tokens):
     assert depth % 1024 == 0 and 32 * launch.threads == depth
-    plain = launch._replace(template=["Bf16", "PLAIN", "64", str(depth // (8 * launch.threads))], grid=(tokens, 1, 1))
+    template = ["Bf16", "PLAIN", "64", str(depth // (8 * launch.threads)), "signed char"]
+    plain = launch._replace(template=template, grid=(tokens, 1, 1))
     none = [None] * 6
     rotate_quantize(plain, x, *none, x_q, x_scale, depth, depth, row_stride, 0, slab_tokens, 0.0)
 
@@ -220,9 +224,12 @@ def _leave_for_norm(y: np.ndarray, x, gain, squares) -> None:
 
 def gemm_float(launch: Launch, x, squares, weight, channel_scale, bias, residual, y, k, v, cosine, sine, past,
                m, n, depth, y_stride, kv_stride, first_position, to_cache, epsilon, *for_norm):  # fmt: skip
-    rows16, tokens8, _, _, split, norm, finish, out_type = launch.template
+    rows16, tokens8, _, _, split, norm, finish, out_type, bits = launch.template
     assert launch.grid == (n // (16 * int(rows16)), int(split), -(-m // (8 * int(tokens8))))
-    w = from_bf16(unpack_float_fragments(weight.read("unsigned char", 2 * n * depth), (n, depth)))
+    if bits == "4":
+        w = unpack_int4_fragments(weight.read("unsigned char", n * _padded(depth, 64) // 2), (n, depth)).astype(np.float32)
+    else:
+        w = from_bf16(unpack_float_fragments(weight.read("unsigned char", 2 * n * depth), (n, depth)))
     product = x.read("Bf16", m, depth) @ w.T
     if norm == "true":
         mean = squares.read("float", m, depth // 16).sum(-1, keepdims=True) / np.float32(depth)
@@ -244,6 +251,12 @@ def gemm_float(launch: Launch, x, squares, weight, channel_scale, bias, residual
     y.write(out_type, product, y_stride)
     if (finish, out_type) == ("NONE", "float"):
         _leave_for_norm(product, *for_norm)
+
+
+def expand(launch: Launch, weight, scale, y, n, k):
+    assert launch.grid[0] * 8 >= n // 16 * -(-k // 64) and launch.threads == 256
+    w = unpack_int4_fragments(weight.read("unsigned char", n * _padded(k, 64) // 2), (n, k))
+    y.write("Bf16", w * scale.read("float", n)[:, None])
 
 
 def linear_narrow(launch: Launch, x, weight, bias, y, depth, columns, *for_norm):
@@ -327,7 +340,8 @@ def attention(launch: Launch, q, k, v, own_k, own_v, out, past, m, keys, own_key
 KERNELS: dict[str, Callable] = {
     each.__name__: each
     for each in (
-        patches, tokens, normalize, rotate_quantize, hadamard_quantize, dequantize, gemm_float, linear_narrow, flow_step, geglu, rotary, attention,
+        patches, tokens, normalize, rotate_quantize, hadamard_quantize, dequantize, expand, gemm_float, linear_narrow, flow_step,
+        geglu, rotary, attention,
     )  # fmt: skip
 } | {"gemm_small": gemm, "gemm_large": gemm, "gemm_wgmma": gemm, "gemm_wgmma_few": gemm, "attention_wgmma": attention, LIBRARY: matmul}
 

@@ -14,10 +14,12 @@ from plugins.layout import (
     pack_float_fragments,
     pack_fragments,
     pack_int4,
+    pack_int4_fragments,
     unpack_bitblas,
     unpack_float_fragments,
     unpack_fragments,
     unpack_int4,
+    unpack_int4_fragments,
 )
 
 even_shapes = hnp.array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=9).map(lambda s: (*s[:-1], 2 * s[-1]))
@@ -234,9 +236,32 @@ def test_refuses_float_fragments_that_do_not_fit(values):
         pack_float_fragments(values)
 
 
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(0, 2**32 - 1))
+def test_int4_fragments_are_those_of_float(rows, columns, seed):
+    """Nibble r + 4 i of a lane's word is value i of register a[r], plus 8; four tiles make 16 bytes of a lane."""
+    values = np.random.default_rng(seed).integers(-8, 8, (16 * rows, 16 * columns)).astype(np.int8)
+    packed = pack_int4_fragments(values)
+    assert packed.dtype == np.uint8 and packed.shape == (rows * -(-columns // 4), 512)
+    np.testing.assert_array_equal(unpack_int4_fragments(packed, values.shape), values)
+    words = packed.view(np.uint32).reshape(rows, -1, 32, 4)
+    registers = pack_float_fragments(values.view(np.uint8).astype(np.uint16)).view(np.uint16).reshape(rows, columns, 32, 4, 2)
+    for tile, r, i in np.ndindex(columns, 4, 2):
+        nibbles = words[:, tile // 4, :, tile % 4] >> np.uint32(4 * (r + 4 * i)) & np.uint32(15)
+        np.testing.assert_array_equal(nibbles.astype(np.int8) - 8, registers[:, tile, :, r, i].astype(np.uint8).view(np.int8))
+
+
+@pytest.mark.parametrize("values", [np.zeros((16, 16), np.uint8), np.full((16, 16), 8, np.int8), np.zeros((16, 24), np.int8)])
+def test_refuses_int4_fragments_that_do_not_fit(values):
+    with pytest.raises(LayoutError):
+        pack_int4_fragments(values)
+
+
 def test_refuses_float_fragments_of_another_size():
     with pytest.raises(LayoutError):
         unpack_float_fragments(np.zeros(510, np.uint8), (16, 16))
+    with pytest.raises(LayoutError):
+        unpack_int4_fragments(np.zeros(510, np.uint8), (16, 16))
 
 
 matrices = st.tuples(st.integers(1, 9), st.integers(1, 9)).flatmap(

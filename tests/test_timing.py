@@ -37,10 +37,11 @@ PROBLEMS = [
     MANY,
     Gemm(130, 256, 128, 8, "int", "NONE"),
     Gemm(130, 48, 64, 4, "Bf16", "GELU"),
-    FloatGemm(50, 768, 128, "Bf16", True, "ROTARY"),
-    FloatGemm(50, 128, 256, "Bf16", True, "GEGLU"),
-    FloatGemm(1, 64, 128, "Bf16", False, "SILU"),
-    FloatGemm(50, 64, 256, "float", False, "NONE"),
+    FloatGemm(50, 768, 128, 16, "Bf16", True, "ROTARY"),
+    FloatGemm(50, 128, 256, 4, "Bf16", True, "GEGLU"),
+    FloatGemm(1, 64, 128, 16, "Bf16", False, "SILU"),
+    FloatGemm(50, 64, 256, 16, "float", False, "NONE"),
+    FloatGemm(50, 64, 80, 4, "float", False, "NONE"),
 ]
 
 

@@ -1,5 +1,6 @@
-// y[M, N] = x[M, K] w[N, K]^T for few tokens, M up to about 64: bf16 operands, float32 sums. What the float linears of
-// the action expert need in one kernel: the norm before, the epilogue after. mma.sync, SM 80 and up.
+// y[M, N] = x[M, K] w[N, K]^T for few tokens, M up to about 64: bf16 operands, float32 sums; the weights may be INT4 (BITS),
+// which becomes bf16 in registers. What the float linears of the action expert need in one kernel: the norm before, the
+// epilogue after. mma.sync, SM 80 and up.
 //
 //   r   = 1, or with NORM 1 / sqrt(mean_k X[m, k]^2 + epsilon), where x = X * gain is what the writer of the residual
 //         stream X has left, with sums of squares (common.cuh, ForNorm): r scales a whole row, so it can follow the
@@ -13,10 +14,10 @@
 //             angles of their position, q to y, k and v to rows of their own; all bf16
 //
 // A warp owns 16 ROWS16 rows of W, 8 TOKENS8 tokens and every WARPS-th chunk of K = 64 of its block. Weights come from
-// memory straight into the tensor cores' layout (plugins/layout.py, pack_float_fragments), STAGES chunks ahead: the first
-// to registers and the rest to L2 before the kernel ahead has ended. Activations go through a ring of STAGES chunks in
-// shared memory, the warp's own: loaded straight into the tensor cores' layout they would be pieces of 8 cache lines at
-// a time, and the number of such requests would bound this kernel, not the bytes.
+// memory straight into the tensor cores' layout (plugins/layout.py, pack_float_fragments or pack_int4_fragments), STAGES
+// chunks ahead: the first to registers and the rest to L2 before the kernel ahead has ended. Activations go through a
+// ring of STAGES chunks in shared memory, the warp's own: loaded straight into the tensor cores' layout they would be
+// pieces of 8 cache lines at a time, and the number of such requests would bound this kernel, not the bytes.
 //
 // WARPS warps of a block and SPLIT blocks of a cluster (SM 90; elsewhere SPLIT = 1) share K. A block adds its warps'
 // sums and sends those of each token to the block that finishes it, of token m block m % SPLIT. All additions have a
@@ -24,7 +25,7 @@
 //
 // grid (N / (16 ROWS16), SPLIT, ceil(M / (8 TOKENS8))), block 32 WARPS, cluster (1, SPLIT, 1), shared memory as in
 // plugins/tactics.py.
-#include "common.cuh"
+#include "int4.cuh"
 
 constexpr int HEAD_DIMS = 256;
 
@@ -157,7 +158,7 @@ template <int FINISH, class Out> struct Output {
   }
 };
 
-template <int ROWS16, int TOKENS8, int WARPS, int STAGES, int SPLIT, bool NORM, int FINISH, class Out>
+template <int ROWS16, int TOKENS8, int WARPS, int STAGES, int SPLIT, bool NORM, int FINISH, class Out, int BITS>
 __global__ void __launch_bounds__(32 * WARPS)
 gemm_float(const Bf16* x, const float* squares, const uint4* weight, const float* channel_scale, const float* bias,
            const float* residual, Out* y, Out* k, Out* v, const float* cosine, const float* sine, const int* past,
@@ -176,18 +177,22 @@ gemm_float(const Bf16* x, const float* squares, const uint4* weight, const float
   tokens = min(tokens - first_token, TOKENS);  // of this block
   x += size_t(first_token) * depth;
 
-  const uint4* const weights = weight + size_t(blockIdx.x) * ROWS16 * tiles * 32;
+  constexpr bool INT4 = BITS == 4;
+  constexpr int LOADS = INT4 ? 1 : TILES;  // of 16 bytes, a chunk of 16 rows
+  const int loads = INT4 ? chunks : tiles;  // of all K
+  const uint4* const weights = weight + size_t(blockIdx.x) * ROWS16 * loads * 32;
   float* const own = shared + warp * REGION;
   const unsigned ring = unsigned(__cvta_generic_to_shared(own));
 
-  uint4 w[STAGES][TILES][ROWS16];
+  uint4 w[STAGES][LOADS][ROWS16];
   float acc[ROWS16][TOKENS8][4] = {};
 
   auto fetch_weights = [&](int stage, int i, int step) {  // of tile i; beyond the end the activations are zero
-    const int tile = min((begin + step * WARPS + warp) * TILES + i, tiles - 1);
+    if (INT4 && i < TILES - 1) return;  // with the last tile, all
+    const int chunk = begin + step * WARPS + warp, from = min(INT4 ? chunk : chunk * TILES + i, loads - 1);
 #pragma unroll
     for (int row16 = 0; row16 < ROWS16; ++row16)
-      w[stage][i][row16] = load_weights(weights + (size_t(row16) * tiles + tile) * 32 + lane);
+      w[stage][INT4 ? 0 : i][row16] = load_weights(weights + (size_t(row16) * loads + from) * 32 + lane);
   };
 
   // Pieces of 16 bytes, PIECES a token. The 16 channels of a tile are a unit; unit u of a token stands at u ^ (token %
@@ -214,19 +219,23 @@ gemm_float(const Bf16* x, const float* squares, const uint4* weight, const float
     uint2 b[TOKENS8];  // all loads before the first use
 #pragma unroll
     for (int j = 0; j < TOKENS8; ++j) b[j] = *reinterpret_cast<const uint2*>(at + 8 * j * ROW);
+    uint4 decoded[ROWS16];
+    if constexpr (INT4)
+#pragma unroll
+      for (int row16 = 0; row16 < ROWS16; ++row16) decoded[row16] = int4_to_bf16(word(w[stage][0][row16], i));
 #pragma unroll
     for (int j = 0; j < TOKENS8; ++j)
 #pragma unroll
-      for (int row16 = 0; row16 < ROWS16; ++row16) mma(acc[row16][j], w[stage][i][row16], b[j]);
+      for (int row16 = 0; row16 < ROWS16; ++row16) mma(acc[row16][j], INT4 ? decoded[row16] : w[stage][i][row16], b[j]);
   };
 
 #pragma unroll
   for (int stage = 0; stage < STAGES; ++stage)
 #pragma unroll
     for (int i = 0; i < TILES; ++i) fetch_weights(stage, i, stage);
-  const int rest = (begin + STAGES * WARPS) * TILES, last = min(end * TILES, tiles);
+  const int rest = (begin + STAGES * WARPS) * LOADS, last = min(end * LOADS, loads);
   if (threadIdx.x < ROWS16 && rest < last)
-    prefetch(weights + (size_t(threadIdx.x) * tiles + rest) * 32, (last - rest) * 512);
+    prefetch(weights + (size_t(threadIdx.x) * loads + rest) * 32, (last - rest) * 512);
   const int position = first_position + (past ? *past : 0);
   constexpr int SLOTS = (TOKENS + SPLIT - 1) / SPLIT;  // tokens that this block finishes: rank, rank + SPLIT...
   constexpr int ALL = ROWS / 4;                        // quads of a token's sums

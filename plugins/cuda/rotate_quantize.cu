@@ -14,6 +14,8 @@
 // x_q is row-major [M, K'], or with slab_tokens > 0 in the slabs of plugins/layout.py, activation_slabs. K' >= K, a multiple
 // of 8, is the K of the product; the channels beyond K are zeros.
 //
+// With Out = Bf16, for products of floats, x' itself goes to x_q, row-major, and x_scale is not written.
+//
 // grid M, block a multiple of 32 with VECTORS * 8 * block >= K'; shared memory 4 K bytes for a dense rotation.
 #include "quantize.cuh"
 
@@ -59,10 +61,10 @@ __device__ inline void rotate_dense(const float* row, const float* rotation, int
   }
 }
 
-template <class In, int SOURCE, int BLOCK, int VECTORS>
+template <class In, int SOURCE, int BLOCK, int VECTORS, class Out>
 __global__ void __launch_bounds__(512)
 rotate_quantize(const In* x, const float* gain, const float* shift, const float* input_scale, const int* permutation,
-                const float* rotation, const float* activation_scale, signed char* x_q, float* x_scale, int depth,
+                const float* rotation, const float* activation_scale, Out* x_q, float* x_scale, int depth,
                 int padded_depth, int row_stride, int block, int slab_tokens, float epsilon) {
   extern __shared__ __align__(16) float row_of_block[];
   const int token = blockIdx.x;
@@ -145,12 +147,20 @@ rotate_quantize(const In* x, const float* gain, const float* shift, const float*
     for (int i = 0; i < 8; ++i) absmax = fmaxf(absmax, fabsf(v[n][i]));
   }
 
-  const TokenScale scale(fixed_scale, activation_scale ? 0 : max_of_block(absmax), NORM<BLOCK>);
-  if (threadIdx.x == 0) x_scale[token] = scale.value;
+  if constexpr (is_same<Out, Bf16>) {
 #pragma unroll
-  for (int n = 0; n < VECTORS; ++n) {
-    const int k = channel(n);
-    if (k >= padded_depth) break;
-    *reinterpret_cast<uint2*>(x_q + place_of(token, k, padded_depth, slab_tokens)) = scale.quantize(v[n]);
+    for (int n = 0; n < VECTORS; ++n) {
+      for (int i = 0; i < 8; ++i) v[n][i] *= NORM<BLOCK>;
+      if (channel(n) < padded_depth) store(x_q + size_t(token) * padded_depth + channel(n), v[n]);
+    }
+  } else {
+    const TokenScale scale(fixed_scale, activation_scale ? 0 : max_of_block(absmax), NORM<BLOCK>);
+    if (threadIdx.x == 0) x_scale[token] = scale.value;
+#pragma unroll
+    for (int n = 0; n < VECTORS; ++n) {
+      const int k = channel(n);
+      if (k >= padded_depth) break;
+      *reinterpret_cast<uint2*>(x_q + place_of(token, k, padded_depth, slab_tokens)) = scale.quantize(v[n]);
+    }
   }
 }

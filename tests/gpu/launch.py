@@ -99,7 +99,7 @@ def gemm(
 def rotate_quantize(
     x: torch.Tensor,
     x_q: torch.Tensor,
-    x_scale: torch.Tensor,
+    x_scale: torch.Tensor | None,
     *,
     source: str = "PLAIN",
     hadamard: int = 0,
@@ -115,14 +115,15 @@ def rotate_quantize(
     overlap: bool = False,
 ) -> None:
     """One launch on x [M, K] (GEGLU: [M, 2 K]); `hadamard` is the block size, `rotation` [K/B, B, B] a dense one; `padded`:
-    channels of x_q, if more than K."""
+    channels of x_q, if more than K. With x_q in bf16 and no x_scale, what would be quantised."""
     (m, columns), stride = x.shape, x.stride(0)
     k = columns // 2 if source == "GEGLU" else columns
     block = "DENSE" if rotation is not None else (hadamard or "NONE")
     tensors = (x, gain, shift, input_scale, permutation, rotation, activation_scale, x_q, x_scale)
     dense_block = rotation.shape[-1] if rotation is not None else 0
     values = (*tensors, k, padded or k, stride, dense_block, slab_tokens, epsilon)
-    run(pointwise.rotate_quantize(m, k, TYPES[x.dtype], source, block, padded), values, overlap)
+    out = "signed char" if x_q.dtype == torch.int8 else TYPES[x_q.dtype]
+    run(pointwise.rotate_quantize(m, k, TYPES[x.dtype], source, block, padded, out), values, overlap)
 
 
 def hadamard_quantize(
@@ -261,6 +262,11 @@ def dequantize(
     run(launch, (*tensors, acc.shape[1], int(x_scale.numel() > 1), block), overlap)
 
 
+def expand(weight: torch.Tensor, scale: torch.Tensor, y: torch.Tensor, overlap: bool = False) -> None:
+    """One launch on a packed INT4 weight -> y bf16 [N, K], dense."""
+    run(pointwise.expand(*y.shape), (weight, scale, y, *y.shape), overlap)
+
+
 def pack_float_weight(weight: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(pack_float_fragments(weight.cpu().view(torch.uint16).numpy())).cuda()
 
@@ -274,6 +280,7 @@ def gemm_float(
     v: torch.Tensor | None = None,
     *,
     n: int,
+    bits: int = 16,
     finish: str = "NONE",
     squares: torch.Tensor | None = None,
     channel_scale: torch.Tensor | None = None,
@@ -287,11 +294,11 @@ def gemm_float(
     for_norm: ForNorm = ForNorm(),
     overlap: bool = False,
 ) -> None:
-    """One launch on x [M, K], dense, and a packed weight [n, K]; with `squares` [M, K / 16] the norm ahead; `k` and `v`
-    are for ROTARY."""
+    """One launch on x [M, K], dense, and a packed weight [n, K] of `bits`; with `squares` [M, K / 16] the norm ahead; `k` and
+    `v` are for ROTARY."""
     m, depth = x.shape
     kv_stride = k.stride(0) if k is not None else 0
     tensors = (x, squares, weight, channel_scale, bias, residual, y, k, v, *tables, past)
     values = (*tensors, m, n, depth, y.stride(0), kv_stride, first_position, int(to_cache), epsilon, *for_norm)
-    function = kernel(tactic.source, tactic.expression(TYPES[y.dtype], squares is not None, finish))
+    function = kernel(tactic.source, tactic.expression(TYPES[y.dtype], squares is not None, finish, bits))
     function.launch(tactic.shape(m, n), arguments(values), torch.cuda.current_stream().cuda_stream, overlap)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from plugins.layout import interleave_gate_up, interleave_rotary
+from plugins.layout import interleave_gate_up, interleave_rotary, pack_int4_fragments
 from plugins.tactics import MAX_SHARED_BYTES, Float, best_float
 from tests.gpu import launch
 
@@ -88,6 +88,52 @@ def test_product_is_the_definition(m, dtype, features):
         launch.gemm_float(tactic, o.x, packed, y, n=n, **chosen(o, features))
         check(y[:m], expected)
         assert y[m:].isnan().all()
+
+
+@pytest.mark.parametrize("features", ["scale", "scale bias residual", "norm scale"])
+@pytest.mark.parametrize("dtype", [BF16, FLOAT], ids=str)
+@pytest.mark.parametrize("m", [1, 7, 50, 64])
+def test_int4_weight(m, dtype, features):
+    n, k = 192, 1088 if "norm" in features else 1040
+    o = operands(m, n, k)
+    integers = torch.randint(-8, 8, (n, k), generator=torch.Generator().manual_seed(1), dtype=torch.int8)
+    o.weight, o.channel_scale = integers.cuda().bfloat16(), o.channel_scale / (5 * math.sqrt(k))
+    expected = definition(o, "norm" in features, features, 1e-6)
+    expected = expected + o.residual if "residual" in features else expected
+    packed = torch.from_numpy(pack_int4_fragments(integers.numpy())).cuda()
+    for tactic in tactics_for(m):
+        y = poisoned(m + GUARD, n, dtype=dtype)
+        launch.gemm_float(tactic, o.x, packed, y, n=n, bits=4, **chosen(o, features))
+        check(y[:m], expected)
+        assert y[m:].isnan().all()
+
+
+@pytest.mark.parametrize("finish", ["GEGLU", "SILU"])
+def test_int4_weight_with_an_activation(finish):
+    m, n, k, tactic = 50, 256, 1024, Float(2, 7, 8, 1)
+    o = operands(m, n, k)
+    integers = torch.randint(-8, 8, (n, k), generator=torch.Generator().manual_seed(1), dtype=torch.int8).numpy()
+    scale = torch.rand(n, device="cuda") / math.sqrt(k)
+    expected = (o.x.double() @ torch.from_numpy(integers).cuda().double().T) * scale
+    if finish == "GEGLU":
+        gate, up = expected.chunk(2, -1)
+        expected = torch.nn.functional.gelu(gate, approximate="tanh") * up
+        integers = interleave_gate_up(*integers.reshape(2, n // 2, k))
+        scale = torch.from_numpy(interleave_gate_up(*scale.cpu().numpy().reshape(2, n // 2))).cuda()
+    else:
+        expected = torch.nn.functional.silu(expected)
+    y = poisoned(m + GUARD, expected.shape[1], dtype=FLOAT)
+    packed = torch.from_numpy(pack_int4_fragments(integers)).cuda()
+    launch.gemm_float(tactic, o.x, packed, y, n=n, bits=4, finish=finish, channel_scale=scale)
+    check(y[:m], expected)
+
+
+@pytest.mark.parametrize(("n", "k"), [(16, 16), (1152, 4304), (2560, 2048), (48, 80)])
+def test_expand(n, k):
+    integers = torch.randint(-8, 8, (n, k), generator=torch.Generator().manual_seed(k), dtype=torch.int8)
+    scale, y = torch.rand(n, device="cuda"), poisoned(n + GUARD, k, dtype=BF16)
+    launch.expand(torch.from_numpy(pack_int4_fragments(integers.numpy())).cuda(), scale, y[:n])
+    assert torch.equal(y[:n], (integers.cuda().float() * scale[:, None]).bfloat16()) and y[n:].isnan().all()
 
 
 def left_for_norm(m: int, n: int, gain: bool) -> launch.ForNorm:

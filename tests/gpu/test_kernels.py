@@ -343,6 +343,20 @@ def test_channels_beyond_the_last_are_zeros(k, padded, slab_tokens, source, rota
     assert torch.equal(wide.cpu(), expected) and torch.equal(scales[0], scales[1])
 
 
+@pytest.mark.parametrize("rotate", [64, "dense"])
+@pytest.mark.parametrize("source", ["PLAIN", "RMS_NORM", "LAYER_NORM"])
+def test_rotation_for_products_of_floats(source, rotate):
+    m, k = 51, 1152
+    x, gain = torch.randn(m, k, device="cuda", generator=torch.Generator("cuda").manual_seed(1)), torch.rand(k, device="cuda")
+    rotation = torch.linalg.qr(torch.randn(k // 16, 16, 16, device="cuda"))[0].contiguous() if rotate == "dense" else None
+    hadamard = 0 if rotate == "dense" else rotate
+    y = torch.full((m + GUARD, k), math.nan, dtype=torch.bfloat16, device="cuda")
+    launch.rotate_quantize(x, y[:m], None, source=source, hadamard=hadamard, gain=gain, rotation=rotation)
+    exact = definition(x, source, hadamard, gain, None, None, None, rotation)
+    torch.testing.assert_close(y[:m].double(), exact, rtol=2**-8, atol=1e-5)
+    assert y[m:].isnan().all()
+
+
 def test_slabs():
     """The same integers, in the order that the wgmma kernel reads; rows of padding are not written."""
     m, k, block = 51, 2048, 104

@@ -26,7 +26,10 @@ from runtime.preprocess import ModelInputs, Preprocessor
 
 NUM_STEPS = 4
 CASES = [(3, 48), (1, 1), (2, 33)]  # cameras, prompt tokens
-RECIPES = {"duquant": ("llm+expert-mlp", {"scheme": "duquant"})}  # besides the presets: output rotations
+RECIPES = {  # besides the presets
+    "duquant": ("llm+expert-mlp", {"scheme": "duquant"}),  # output rotations
+    "w4a16": ("all", {"activation_bits": 0}),
+}
 SHIPPED = Path(__file__).parents[2] / "examples" / "metaworld_policy"
 SILENT = Progress(disable=True)
 TIMED = ("pi0", "llm+expert-mlp")  # with tactics by timing, the others with the table's: timing takes a while
@@ -80,13 +83,13 @@ def make_inputs(config, cameras: int, prompt: int, seed: int = 0) -> tuple[Model
 
 
 @pytest.mark.parametrize(("cameras", "prompt"), CASES)
-@pytest.mark.parametrize("quant", ["none", "llm+expert-mlp", "llm", "all", "duquant"])
+@pytest.mark.parametrize("quant", ["none", "llm+expert-mlp", "llm", "all", "duquant", "w4a16"])
 @pytest.mark.parametrize("name", ["pi0", "pi05"])
 def test_equals_cpu_engine(name, quant, cameras, prompt, directory):
     config, plans = policy(name, quant, directory)
     # A flipped rounding of one INT8 activation moves what follows by as much as quantisation itself does: the bound
     # with quantisation is above that noise (docs/accuracy.md), the one without is bf16's.
-    check_stages(plans, *make_inputs(config, cameras, prompt), at_least=0.9999 if quant == "none" else 0.9995)
+    check_stages(plans, *make_inputs(config, cameras, prompt), at_least=0.9999 if quant in ("none", "w4a16") else 0.9995)
 
 
 def test_shipped_policy_equals_cpu_engine(directory):

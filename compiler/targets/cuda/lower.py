@@ -97,6 +97,7 @@ RULES: tuple[tuple[Callable[[ir.Node], bool], Callable[[Builder, ir.Node], None]
     (is_whole, _view),
     (is_linear, products.linear),
     (_one_of("RotateQuantize"), norms.rotate_quantize),
+    (_one_of("Rotate"), norms.rotate),
     (_one_of("RMSNormalization", "LayerNormalization"), norms.norm),
     (_one_of("Attention"), attention.attention),
     (joins_rows, inputs.join_rows),
@@ -104,7 +105,6 @@ RULES: tuple[tuple[Callable[[ir.Node], bool], Callable[[Builder, ir.Node], None]
     (_one_of("Conv"), inputs.patch_embedding),
     (is_prompt, inputs.prompt),
     (lambda node: is_table_row(node.outputs[0]), _nothing),
-    (_one_of("Rotate"), _nothing),  # for linears with float activations, which products.linear refuses by name
 )
 
 

@@ -13,7 +13,7 @@ from compiler.graph.edit import reader as reader_of
 from compiler.graph.edit import small_constant
 from compiler.targets.cuda.builder import Builder, Normed, Quantized, expect
 from compiler.targets.cuda.patterns import integer_gemm, is_table_row, other_input, readers_of
-from compiler.targets.cuda.program import Float, ForNorm, Matrix, Weight
+from compiler.targets.cuda.program import Argument, Float, ForNorm, Matrix, Weight
 from compiler.targets.cuda.weights import Weights, label
 from plugins import ops, pointwise
 from plugins.tactics import FEW_TOKENS
@@ -57,12 +57,7 @@ def in_memory(builder: Builder, value: ir.Value) -> Matrix:
 
 def rotate_quantize(builder: Builder, node: ir.Node) -> None:
     """Activations to INT8, with the norm in front, in the layout of the products that read them."""
-    operands = dict(zip(ops.inputs_of(node.op_type, node.overload), node.inputs))
-    x, kind, gain, shift, epsilon = builder.value(node.inputs[0]), "PLAIN", None, None, 0.0
-    if isinstance(x, Normed):
-        kind, gain, shift, epsilon = "LAYER_NORM" if x.centre else "RMS_NORM", x.gain, x.shift, x.epsilon
-        x = x.x
-
+    x, kind, gain, shift, epsilon = _source(builder, node)
     readers = readers_of(node.outputs[0])
     name = label(readers[0].inputs[2].name)
     largest = max((integer_gemm(reader, x.rows) for reader in readers), key=lambda gemm: gemm.n)
@@ -71,23 +66,49 @@ def rotate_quantize(builder: Builder, node: ir.Node) -> None:
     x_q = builder.new(f"{name}.x_q", slabs or x.rows, largest.k, "signed char")
     scale = builder.new(f"{name}.x_scale", x.rows, 1, "float")
 
-    hadamard, rotation = operands.get("hadamard"), operands.get("rotation")
-    block = hadamard.shape[0] if hadamard is not None else rotation.shape[-1] if rotation is not None else 0
-    weights = builder.weights
-    vectors = [_float32(weights, operands.get("input_scale")), _permutation(weights, operands.get("permutation"))]
-    vectors += [_float32(weights, rotation), _float32(weights, operands.get("activation_scale"))]
-    alone = kind == "PLAIN" and x.type == "Bf16" and block == 64 and not any(vectors) and largest.k == x.columns
+    turn, block, vectors = _rotation(builder.weights, node)
+    alone = kind == "PLAIN" and x.type == "Bf16" and turn == 64 and not any(vectors) and largest.k == x.columns
     if alone and x.rows > FEW_TOKENS and x.columns % 1024 == 0 and x.columns <= 16384:
         how = pointwise.hadamard_quantize(x.rows, x.columns)
         arguments = [x.pointer, x_q.pointer, scale.pointer, x.rows, x.columns, x.stride, slabs]
     else:
-        turn = "DENSE" if rotation is not None else block
         how = pointwise.rotate_quantize(x.rows, x.columns, x.type, kind, turn, largest.k)
         arguments = [x.pointer, gain, shift, *vectors, x_q.pointer, scale.pointer]
-        arguments += [x.columns, largest.k, x.stride, block if rotation is not None else 0, slabs, Float(epsilon)]
+        arguments += [x.columns, largest.k, x.stride, block, slabs, Float(epsilon)]
     builder.kernel(f"{name} (quantise)", how, arguments, [x], [x_q, scale])
     builder.values[node.outputs[0]] = Quantized(x_q, scale, slab_tokens)
     builder.values[node.outputs[1]] = scale
+
+
+def rotate(builder: Builder, node: ir.Node) -> None:
+    """The same without the quantiser: bf16, for products of floats."""
+    x, kind, gain, shift, epsilon = _source(builder, node)
+    turn, block, vectors = _rotation(builder.weights, node)
+    name = label(readers_of(node.outputs[0])[0].inputs[1].name)
+    y = builder.new(f"{name}.x", x.rows, x.columns, "Bf16")
+    how = pointwise.rotate_quantize(x.rows, x.columns, x.type, kind, turn, out=y.type)
+    arguments = [x.pointer, gain, shift, *vectors, y.pointer, None, x.columns, x.columns, x.stride, block, 0, Float(epsilon)]
+    builder.kernel(f"{name} (rotate)", how, arguments, [x], [y])
+    builder.values[node.outputs[0]] = y
+
+
+def _source(builder: Builder, node: ir.Node) -> tuple[Matrix, str, Argument, Argument, float]:
+    """What a quantiser reads, and the norm that it computes in front: which, gain, shift and epsilon."""
+    x = builder.value(node.inputs[0])
+    if isinstance(x, Normed):
+        return x.x, "LAYER_NORM" if x.centre else "RMS_NORM", x.gain, x.shift, x.epsilon
+    return x, "PLAIN", None, None, 0.0
+
+
+def _rotation(weights: Weights, node: ir.Node) -> tuple[str | int, int, list[Weight | None]]:
+    """A quantiser's rotation as pointwise.rotate_quantize names it, the block size of a dense one, and its operands."""
+    operands = dict(zip(ops.inputs_of(node.op_type, node.overload), node.inputs))
+    hadamard, rotation = operands.get("hadamard"), operands.get("rotation")
+    vectors = [_float32(weights, operands.get("input_scale")), _permutation(weights, operands.get("permutation"))]
+    vectors += [_float32(weights, rotation), _float32(weights, operands.get("activation_scale"))]
+    if rotation is not None:
+        return "DENSE", rotation.shape[-1], vectors
+    return "NONE" if hadamard is None else hadamard.shape[0], 0, vectors
 
 
 def _float32(weights: Weights, value: ir.Value | None) -> Weight | None:

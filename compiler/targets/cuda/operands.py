@@ -15,7 +15,7 @@ from compiler.targets.cuda.problems import FloatGemm, Gemm, Problem
 from compiler.targets.cuda.program import BYTES
 from compiler.targets.cuda.weights import to_bf16
 from plugins.driver import Memory, Stream
-from plugins.layout import activation_slabs, pack_float_fragments, pack_fragments
+from plugins.layout import activation_slabs, pack_float_fragments, pack_fragments, pack_int4_fragments
 from plugins.tactics import Float, Tactic
 from plugins.timing import copies_of
 
@@ -84,7 +84,7 @@ class FloatOperands(_Operands):
     """Of a FloatGemm. Its rotary embedding turns by angles of zero, and its norm divides by one: neither rounds."""
 
     def __init__(self, gemm: FloatGemm):
-        super().__init__(gemm, 2 * gemm.n * gemm.k)
+        super().__init__(gemm, _float_fragments(gemm.n, gemm.k, gemm.bits).nbytes)
 
     def arguments(self, tactic: Float, copy: int) -> list:
         p, y = self.problem, self._held["y"].address
@@ -92,7 +92,7 @@ class FloatOperands(_Operands):
         squares = NULL
         if p.norm:
             squares = self._address("squares", partial(np.full, (p.m, p.k // 16), 16, np.float32))
-        weight = self._weight("fragments", partial(_float_fragments, p.n, p.k), copy)
+        weight = self._weight("fragments", partial(_float_fragments, p.n, p.k, p.bits), copy)
         columns, kv_stride, rotary = p.n // 2 if p.finish == "GEGLU" else p.n, 0, [NULL] * 4
         if p.finish == "ROTARY":  # keys and values beside the queries
             own = [ctypes.c_void_p(y + (p.n - heads * HEAD_DIMS) * BYTES[p.out]) for heads in (2, 1)]
@@ -125,5 +125,6 @@ def _fragments(n: int, k: int, bits: int, layout: str) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=1)
-def _float_fragments(n: int, k: int) -> np.ndarray:
-    return pack_float_fragments(to_bf16(np.float32(_integers(n, k, INT4))))
+def _float_fragments(n: int, k: int, bits: int) -> np.ndarray:
+    values = _integers(n, k, INT4)
+    return pack_int4_fragments(values) if bits == 4 else pack_float_fragments(to_bf16(np.float32(values)))

@@ -39,11 +39,13 @@ class Gemm:
 
 @dataclass(frozen=True)
 class FloatGemm:
-    """The same of bf16 operands and few tokens, with the norm in front or without; `finish` as in gemm_float.cu."""
+    """The same of float activations, a weight of 16 (bf16) or 4 bits and few tokens, with the norm in front or without;
+    `finish` as in gemm_float.cu."""
 
     m: int
     n: int
     k: int
+    bits: int
     out: str
     norm: bool
     finish: str
@@ -55,7 +57,7 @@ class FloatGemm:
         return tactics.best_float(self.m, self.n, self.k, sm)
 
     def launch(self, tactic: tactics.Float) -> pointwise.Launch:
-        expression = tactic.expression(self.out, self.norm, self.finish)
+        expression = tactic.expression(self.out, self.norm, self.finish, self.bits)
         return pointwise.Launch(tactic.source, expression, tactic.shape(self.m, self.n))
 
 

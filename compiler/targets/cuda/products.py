@@ -12,7 +12,7 @@ from compiler.targets.cuda.patterns import Epilogue, epilogue_of, is_rotated
 from compiler.targets.cuda.problems import FloatGemm
 from compiler.targets.cuda.program import BYTES, LIBRARY, MATMUL, NO_NORM, Argument, Float, Launch, Matrix, Weight
 from compiler.targets.cuda.weights import label
-from plugins import pointwise
+from plugins import ops, pointwise
 from plugins.tactics import FEW_TOKENS
 
 NARROW = 64  # products over so few channels, a robot's actions and state, are computed in float32
@@ -26,15 +26,16 @@ def linear(builder: Builder, node: ir.Node) -> None:
     - float32 of a few channels, the robot's actions and state: float32 throughout (_narrow);
     - up to 64 tokens, bound by the weight's bytes and by latency: our float GEMM, with all that is around the product;
     - more: cuBLASLt, with launches of their own for a norm, a rotary embedding and GeGLU.
+
+    The last two also with an INT4 weight, which our GEMM reads as it is, and a launch in front of cuBLASLt's makes bf16.
     """
     epilogue = epilogue_of(node)
     weight = node.inputs[2 if node.op_type.endswith("A8Linear") else 1]
     name, x = label(weight.name), builder.value(node.inputs[0])
+    scale = _weight_scale(node, name, epilogue)
     rotation = None  # computed by the product's own launch
     if isinstance(x, Quantized):
         y = integer.linear(builder, node, name, x, epilogue)
-    elif node.op_type != "MatMul":
-        raise GraphError(f"{name}: --target cuda has no kernel for {node.op_type}; quantise its activations too")
     elif isinstance(x, Normed) and weight.shape[-1] <= NARROW and builder.value(epilogue.residual) is builder.flow:
         y = _flow_step(builder, name, x, weight, epilogue)
     elif isinstance(x, Matrix) and x.type == "float" and x.columns <= NARROW:
@@ -42,9 +43,9 @@ def linear(builder: Builder, node: ir.Node) -> None:
     elif _rows(x) <= FEW_TOKENS and epilogue.activation != "gelu":
         if is_rotated(epilogue) and len(epilogue.parts) == 3:
             rotation = rotation_of(builder, name, epilogue.parts, _rows(x))
-        y = _few_tokens(builder, name, node.inputs[0], weight, epilogue, rotation)
+        y = _few_tokens(builder, name, node.inputs[0], weight, scale, epilogue, rotation)
     else:
-        y = _library(builder, name, in_memory(builder, node.inputs[0]), weight, epilogue)
+        y = _library(builder, name, in_memory(builder, node.inputs[0]), weight, scale, epilogue)
 
     builder.covered |= set(epilogue.nodes)
     if rotation is not None:
@@ -61,8 +62,26 @@ def _rows(x: Matrix | Normed) -> int:
     return x.x.rows if isinstance(x, Normed) else x.rows
 
 
+def _weight_scale(node: ir.Node, name: str, epilogue: Epilogue) -> ir.Value | None:
+    """Of an INT4 weight with float activations, whose bias becomes the epilogue's; None for other products."""
+    if node.op_type == "MatMul" or node.op_type.endswith("A8Linear"):
+        return None
+    operands = dict(zip(ops.inputs_of(node.op_type, node.overload), node.inputs))
+    if node.op_type != "W4A16Linear" or "output_rotation" in operands:
+        rotated = " with an output rotation" if "output_rotation" in operands else ""
+        raise GraphError(f"{name}: --target cuda has no kernel for {node.op_type}{rotated}; quantise its activations too")
+    epilogue.bias = [operands["bias"]] if "bias" in operands else epilogue.bias
+    return operands["weight_scale"]
+
+
 def _few_tokens(
-    builder: Builder, name: str, value: ir.Value, weight: ir.Value, epilogue: Epilogue, rotation: Rotation | None
+    builder: Builder,
+    name: str,
+    value: ir.Value,
+    weight: ir.Value,
+    scale: ir.Value | None,
+    epilogue: Epilogue,
+    rotation: Rotation | None,
 ) -> Matrix:
     """A float product of few tokens: one kernel with the norm in front and everything behind it, a rotary embedding
     included."""
@@ -76,9 +95,9 @@ def _few_tokens(
     residual = builder.residual(epilogue, y)
     expect(finish in ("NONE", "SILU", "GEGLU", "ROTARY") and (residual is None or finish == "NONE"), name)
     expect(source.stride == source.columns and source.type == "Bf16", name)
-    gate, bias = _gate_and_bias(builder, name, epilogue, weight, x.shift if norm else None, order)
-    fragments = builder.weights.float_fragments(weight, order)
-    gemm = FloatGemm(m, n, k, y.type, norm is not None, finish)
+    factor, bias = _factor_and_bias(builder, name, epilogue, weight, scale, x.shift if norm else None, order)
+    pack = builder.weights.float_fragments if scale is None else builder.weights.int4_fragments
+    gemm = FloatGemm(m, n, k, 16 if scale is None else 4, y.type, norm is not None, finish)
     how = gemm.launch(builder.tactic(name, gemm))
     squares, past = norm and norm.squares, rotation and rotation.past
     cached = [rotation.key, rotation.value] if rotation and rotation.key else []
@@ -86,37 +105,50 @@ def _few_tokens(
         key, value = y.split(rotation.columns)[1:]
     else:
         key, value = cached or (None, None)
-    arguments = [source.pointer, pointer(squares), fragments, gate, bias, pointer(residual), y.pointer]
+    arguments = [source.pointer, pointer(squares), pack(weight, order), factor, bias, pointer(residual), y.pointer]
     arguments += [pointer(key), pointer(value), *(rotation.tables if rotation else (None, None)), pointer(past)]
     arguments += [m, n, k, y.stride, key.stride if key else 0, rotation.first if rotation else 0, int(bool(cached))]
     arguments += [Float(x.epsilon if norm else 0.0), *NO_NORM]
     reads = [each for each in (source, squares, residual, past) if each]
-    builder.kernel(name, how, arguments, reads, [y, *cached], 2.0 * m * n * k, 2 * n * k)
+    builder.kernel(name, how, arguments, reads, [y, *cached], 2.0 * m * n * k, n * k * gemm.bits // 8)
     if finish == "NONE":
         offer_norm(builder, y)
     return y
 
 
-def _gate_and_bias(
-    builder: Builder, name: str, epilogue: Epilogue, weight: ir.Value, shift: Argument, order: str
+def _factor_and_bias(
+    builder: Builder,
+    name: str,
+    epilogue: Epilogue,
+    weight: ir.Value,
+    scale: ir.Value | None,
+    shift: Argument,
+    order: str,
 ) -> tuple[Weight | None, Weight | None]:
-    """What a product of few tokens is multiplied by, channel by channel, and what is then added: one thing at most.
+    """What a product of few tokens is multiplied by, channel by channel, the scale of an INT4 weight and a gate, and what is
+    then added: one thing at most.
 
     The shift of the norm in front is added too, a row for each step: with norm(x) = x r gain + shift,
     norm(x) W = (x gain) W r + shift W.
     """
-    gate = None if epilogue.gate is None else builder.weights.table(epilogue.gate.producer().inputs[0])
     added = [each for each in (shift, epilogue.bias, epilogue.bias_table) if each]
-    expect(len(added) <= 1 and not (gate and added), name)
-    expect(not order or (epilogue.bias_table is None and gate is None), name)
+    expect(len(added) <= 1 and not (epilogue.gate and added) and (shift is None or scale is None), name)
+    expect(not order or (epilogue.bias_table is None and epilogue.gate is None), name)
+    factor = None
+    if epilogue.gate is not None:
+        factor = builder.weights.table(epilogue.gate.producer().inputs[0], scale)
+    elif scale is not None:
+        factor = builder.weights.float32(scale, order=order)
     if shift is not None:
-        return gate, builder.weights.shift_product(shift, weight, order)
+        return factor, builder.weights.shift_product(shift, weight, order)
     if epilogue.bias_table is not None:
-        return gate, builder.weights.table(epilogue.bias_table.producer().inputs[0])
-    return gate, builder.weights.float32(*epilogue.bias, order=order) if epilogue.bias else None
+        return factor, builder.weights.table(epilogue.bias_table.producer().inputs[0])
+    return factor, builder.weights.float32(*epilogue.bias, order=order) if epilogue.bias else None
 
 
-def _library(builder: Builder, name: str, x: Matrix, weight: ir.Value, epilogue: Epilogue) -> Matrix:
+def _library(
+    builder: Builder, name: str, x: Matrix, weight: ir.Value, scale: ir.Value | None, epilogue: Epilogue
+) -> Matrix:
     """A float product of many tokens: cuBLASLt's, which knows no GeGLU."""
     n = weight.shape[-1]
     expect(epilogue.bias_table is None and epilogue.activation in ("", "geglu", "gelu"), name)
@@ -127,7 +159,8 @@ def _library(builder: Builder, name: str, x: Matrix, weight: ir.Value, epilogue:
     bias = None
     if epilogue.bias:
         bias = builder.weights.float32(*epilogue.bias) if y.type == "float" else builder.weights.bf16(epilogue.bias)
-    matmul(builder, name, x, builder.weights.matrix(weight), y, bias, residual, gelu=epilogue.activation == "gelu")
+    operand = builder.weights.matrix(weight) if scale is None else _expanded(builder, name, weight, scale)
+    matmul(builder, name, x, operand, y, bias, residual, gelu=epilogue.activation == "gelu")
     if not geglu:
         return y
     gated = builder.new_output(epilogue, x.rows, n // 2)
@@ -136,11 +169,20 @@ def _library(builder: Builder, name: str, x: Matrix, weight: ir.Value, epilogue:
     return gated
 
 
+def _expanded(builder: Builder, name: str, weight: ir.Value, scale: ir.Value) -> Matrix:
+    """An INT4 weight as bf16 [N, K], until the product is computed."""
+    k, n = weight.shape.numpy()
+    y = builder.new(f"{name}.weight", n, k, "Bf16")
+    arguments = [builder.weights.int4_fragments(weight, ""), builder.weights.float32(scale), y.pointer, n, k]
+    builder.kernel(f"{name} (expand)", pointwise.expand(n, k), arguments, [], [y], weight_bytes=n * k // 2)
+    return y
+
+
 def matmul(
     builder: Builder,
     name: str,
     x: Matrix,
-    weight: Weight,
+    weight: Weight | Matrix,
     y: Matrix,
     bias: Weight | None = None,
     addend: Matrix | Weight | None = None,
@@ -153,12 +195,14 @@ def matmul(
     if isinstance(addend, Matrix):
         expect(addend.stride == y.stride, name)
         reads, addend = [x, addend], addend.pointer
+    moved = bytes_of([*reads, y]) + 2 * n * k
+    if isinstance(weight, Matrix):
+        reads, weight = [*reads, weight], weight.pointer
     values = dict(
         weight=weight, x=x.pointer, bias=bias, addend=addend, y=y.pointer, algorithm=0, n=n, m=x.rows // batch, k=k,
         x_stride=x.stride, y_stride=y.stride, batch=batch, addend_batch_stride=0, y_type=BYTES[y.type], gelu=int(gelu),
     )  # fmt: skip
     arguments = [values[key] for key in MATMUL]
-    moved = 2 * n * k + bytes_of([*reads, y])
     builder.add(Launch(name, LIBRARY, "", arguments, work=2.0 * x.rows * n * k, moved=moved), reads, [y])
 
 

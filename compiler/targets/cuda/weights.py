@@ -9,7 +9,14 @@ import onnx_ir as ir
 import torch
 
 from compiler.targets.cuda.program import Weight
-from plugins.layout import interleave_gate_up, interleave_rotary, pack_float_fragments, pack_fragments
+from plugins.layout import (
+    CHUNK_K,
+    interleave_gate_up,
+    interleave_rotary,
+    pack_float_fragments,
+    pack_fragments,
+    pack_int4_fragments,
+)
 
 
 class Weights:
@@ -60,6 +67,16 @@ class Weights:
             return pack_float_fragments(to_bf16(_in_order(weight.const_value.numpy().T, order)))
 
         return self._add(f"{title(weight.name)}.bf16.fragments{_suffix(order)}", 2 * n * k, compute)
+
+    def int4_fragments(self, weight: ir.Value, order: str) -> Weight:
+        """INT4 weight [K, N] of a product of floats as fragments, its rows [N] in the order of an epilogue."""
+        k, n = weight.shape.numpy()
+
+        def compute() -> np.ndarray:
+            return pack_int4_fragments(_in_order(weight.const_value.integers().T, order))
+
+        size = n * -(-k // CHUNK_K) * CHUNK_K // 2
+        return self._add(f"{title(weight.name)}.int4.fragments{_suffix(order)}", size, compute)
 
     def shift_product(self, shift: Weight, weight: ir.Value, order: str) -> Weight:
         """shift W for each step, float32 [steps, N]: what an adaptive norm's shift adds to the product behind it."""
