@@ -20,6 +20,7 @@ from plugins.errors import KernelError
 MULTIPROCESSORS = 132  # of an H100 or H200; more thread blocks than run at once, or fewer, are slower but right
 MAX_SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 FLOAT_CHUNK = 64  # of K, that a warp of gemm_float.cu takes at a time
+EPILOGUE_CHANNELS = 256  # of K, that take about as long as the epilogue of a tile
 FEW_TOKENS = 64  # up to here a GEMM is bound by its weights and by latency
 TABLE = Path(__file__).parent / "tactics_sm90.json"
 
@@ -51,6 +52,10 @@ class Small:
     def tile_tokens(self) -> int:
         return 8 * self.tokens8
 
+    @property
+    def tile_rows(self) -> int:
+        return 16 * self.rows16
+
     def expression(self, bits: int, out: str, finish: str = "NONE") -> str:
         parameters = f"{self.rows16}, {self.tokens8}, {self.warps}, {self.stages}"
         return f"gemm_small<{bits}, {parameters}, {finish}, {out}>"
@@ -59,12 +64,12 @@ class Small:
         return {}
 
     def shape(self, m: int, n: int, bits: int) -> Shape:
-        grid = (n // (16 * self.rows16), self.split, -(-m // self.tile_tokens))
-        shared_bytes = self.warps * _staged_bytes(self.tile_tokens, 16 * self.rows16)
+        grid = (n // self.tile_rows, self.split, -(-m // self.tile_tokens))
+        shared_bytes = self.warps * _staged_bytes(self.tile_tokens, self.tile_rows)
         return Shape(grid, 32 * self.warps, shared_bytes, (1, self.split, 1))
 
     def divides(self, n: int, k: int) -> bool:
-        return n % (16 * self.rows16) == 0 and k % 64 == 0 and k // 64 >= self.split * self.warps
+        return n % self.tile_rows == 0 and k % 64 == 0 and k // 64 >= self.split * self.warps
 
 
 @dataclass(frozen=True)
@@ -136,12 +141,16 @@ class Wgmma(_ByWgmma):
 
     source: ClassVar[str] = "gemm_wgmma.cu"
 
+    @property
+    def tile_rows(self) -> int:
+        return 64 * self.groups
+
     def expression(self, bits: int, out: str, finish: str = "NONE") -> str:
         parameters = f"{self.groups}, {self.tokens8}, {self.stages}, {self.split}"
         return f"gemm_wgmma<{bits}, {parameters}, {finish}, {out}>"
 
     def shape(self, m: int, n: int, bits: int) -> Shape:
-        tiles = -(-m // self.tile_tokens) * (n // (64 * self.groups))
+        tiles = -(-m // self.tile_tokens) * (n // self.tile_rows)
         blocks = min(tiles, MULTIPROCESSORS) if self.split == 1 else tiles * self.split
         threads = 160 if self.groups == 1 else 128 * self.groups + 128
         ring, warps = self.stages * (self.tile_tokens * 128 + 64 * self.groups * 16 * bits), 4 * self.groups
@@ -152,7 +161,7 @@ class Wgmma(_ByWgmma):
         return Shape((blocks, 1, 1), threads, max(ring, sums), (self.split, 1, 1))
 
     def divides(self, n: int, k: int) -> bool:
-        return n % (64 * self.groups) == 0 and k % 128 == 0 and k // 128 >= self.split
+        return n % self.tile_rows == 0 and k % 128 == 0 and k // 128 >= self.split
 
 
 @dataclass(frozen=True)
@@ -165,6 +174,7 @@ class WgmmaFew(_ByWgmma):
     split: int = 1
 
     source: ClassVar[str] = "gemm_wgmma_few.cu"
+    tile_rows: ClassVar[int] = 64
 
     def expression(self, bits: int, out: str, finish: str = "NONE") -> str:
         parameters = f"{self.tokens8}, {self.stages}, {self.groups}, {self.split}"
@@ -233,8 +243,9 @@ def fits(tactic: Tactic, m: int, n: int, k: int, bits: int, sm: int) -> bool:
 def candidates(m: int, n: int, k: int, bits: int, sm: int, slab_tokens: int | None = None) -> list[Tactic]:
     """The tactics worth timing for y[m, n] = x[m, k] w[n, k]^T on an SM, perhaps only those that read such slabs.
 
-    Those that suit the GPU's size; for a small policy, which none does, all, those with the most blocks first. Sizes that
-    the usual tiles do not divide have tiles of their own: slow for many tokens, but there.
+    Of few tokens, those that suit the GPU's size; for a small policy, which none does, all, those with the most blocks
+    first. Of many tokens, those first whose busiest multiprocessor has the least to do. Sizes that the usual tiles do not
+    divide have tiles of their own: slow for many tokens, but there.
     """
 
     def usable(tactics: list[Tactic]) -> list[Tactic]:
@@ -245,6 +256,8 @@ def candidates(m: int, n: int, k: int, bits: int, sm: int, slab_tokens: int | No
     least = min(padded.values(), default=0)
     fitting = [tactic for tactic in fitting if padded[tactic] <= 1.15 * least]
     spread_well = [tactic for tactic in fitting if _spread_well(tactic, m, n, bits)]
+    if m > FEW_TOKENS:
+        return sorted(spread_well or fitting, key=lambda tactic: _most_work(tactic, m, n, k))
     return spread_well or sorted(fitting, key=lambda tactic: -math.prod(tactic.shape(m, n, bits).grid))
 
 
@@ -254,6 +267,15 @@ def _spread_well(tactic: Tactic, m: int, n: int, bits: int) -> bool:
     if isinstance(tactic, Small):
         return 64 <= x * y * z <= 2.2 * MULTIPROCESSORS
     return tactic.split == 1 or x * y * z <= 1.25 * MULTIPROCESSORS
+
+
+def _most_work(tactic: Tactic, m: int, n: int, k: int) -> float:
+    """Products that the busiest multiprocessor has to compute, its tiles in full; mma.sync multiplies half as fast as wgmma.
+    Of the timed sizes (TABLE) of many tokens, the least of it is the fastest in three of four."""
+    tiles = -(-m // tactic.tile_tokens) * (n // tactic.tile_rows)
+    turns = -(-tiles * tactic.split // MULTIPROCESSORS)
+    each = tactic.tile_tokens * tactic.tile_rows * (k / tactic.split + EPILOGUE_CHANNELS)
+    return turns * each * (1 if tactic.layout == "wgmma" else 2)
 
 
 def best(m: int, n: int, k: int, bits: int, sm: int, slab_tokens: int | None = None) -> Tactic:

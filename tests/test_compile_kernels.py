@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from plugins import attention, driver, kernels, pointwise, tactics
 from plugins.errors import KernelError
 from plugins.kernels import ARCHITECTURES, Cubin, compile_cubin, read_cached
-from plugins.tactics import Wgmma, WgmmaFew, best, best_float, candidates, fits, wgmma_header
+from plugins.tactics import FEW_TOKENS, Wgmma, WgmmaFew, best, best_float, candidates, fits, wgmma_header
 
 
 POINTWISE = [
@@ -145,6 +145,12 @@ def test_timed_tactics_are_chosen():
     for (n, k, bits), rows in tactics._timed().items():
         for m, tactic in rows:
             assert tactic in candidates(m, n, k, bits, 90) and best(m, n, k, bits, 90) == tactic
+
+
+def test_the_first_candidate_of_many_tokens_is_mostly_the_fastest():
+    timed = [(m, n, k, bits, tactic) for (n, k, bits), rows in tactics._timed().items() for m, tactic in rows if m > FEW_TOKENS]
+    first = [candidates(*problem, 90)[0] == tactic for *problem, tactic in timed]
+    assert len(timed) == 24 and sum(first) >= 18
 
 
 def test_says_when_nothing_fits():
