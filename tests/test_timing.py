@@ -16,9 +16,11 @@ from compiler.quant import load_recipe
 from compiler.quant.recipe import DEFAULT_PRESET
 from compiler.targets.cuda import cubins, operands, timing
 from compiler.targets.cuda.problems import FloatGemm, Gemm
+from plugins import bitblas
 from plugins import timing as clock
 from plugins.errors import KernelError
 from plugins.kernels import Cubin
+from plugins.layout import unpack_bitblas
 from runtime.executors.cpu import CpuExecutor
 from runtime.plan import Plan
 from tests import emulate, emulated_kernels
@@ -101,8 +103,7 @@ class Gpu:
     def _time(self, work) -> float:
         before = len(self.launched)
         work(self.stream())
-        (expression,) = set(self.launched[before:])
-        return self.milliseconds.get(expression, 1.0)
+        return self.milliseconds.get(self.launched[before], 1.0)
 
 
 @pytest.fixture
@@ -123,7 +124,25 @@ def gpu(monkeypatch):
     monkeypatch.setattr(
         cubins, "compile_cubin", lambda source, sm, kernels, headers: Cubin(b"cubin", {each: each for each in kernels})
     )
+    monkeypatch.setattr(bitblas, "_installed", lambda: False)
+    monkeypatch.setattr(bitblas, "read_cached", lambda path: None)
     return machine
+
+
+@pytest.fixture
+def installed_bitblas(gpu, monkeypatch):
+    """BitBLAS, and its kernel in numpy for weights of so many bytes: a table to fill."""
+    shapes: dict[int, tuple[int, int]] = {}
+
+    def kernel(launch: Launch, x_q: Pointer, weight: Pointer, sums: Pointer, m: int) -> None:
+        n, k = shapes[len(weight.memory.data)]
+        w = unpack_bitblas(weight.read("unsigned char", n * k // 2), (n, k))
+        sums.write("int", x_q.read("signed char", m, k).astype(np.int32) @ w.T.astype(np.int32))
+
+    monkeypatch.setitem(KERNELS, bitblas.SYMBOL, kernel)
+    monkeypatch.setattr(bitblas, "_installed", lambda: True)
+    monkeypatch.setattr(bitblas, "sources", lambda problems, sm: [f"{problem} for {sm}" for problem in problems])
+    return shapes
 
 
 def expression(problem, tactic) -> str:
@@ -173,6 +192,19 @@ def test_a_tactic_that_computes_something_else_is_named(gpu):
     assert repr(wrong) in str(error.value) and str(FEW) in str(error.value)
 
 
+@pytest.mark.parametrize(("out", "finish"), [("float", "NONE"), ("Bf16", "GELU"), ("Bf16", "GEGLU"), ("int", "NONE")])
+def test_bitblas_kernels_compete_where_there_is_no_wgmma(out, finish, gpu, installed_bitblas):
+    problem, eight_bits, few = (Gemm(m, 256, 512, bits, out, finish) for m, bits in ((300, 4), (300, 8), (50, 4)))
+    generated = [each for each in problem.candidates(86) if isinstance(each, bitblas.Generated)]
+    assert len(generated) == bitblas.OFFERED and generated[0].headers() != generated[1].headers()
+    for other, sm in ((problem, 90), (eight_bits, 86), (few, 86)):
+        assert not any(isinstance(each, bitblas.Generated) for each in other.candidates(sm))
+    machine = gpu(86)
+    machine.milliseconds[bitblas.SYMBOL] = 0.5
+    installed_bitblas[256 * 512] = 256, 512  # in two copies
+    assert timing.by_timing([problem], 86, SILENT)(problem) in generated
+
+
 def test_graphs_take_turns_and_the_least_time_counts(monkeypatch):
     times = iter([5, 1, 3, 2, 9, 4, 9, 9, 9, 9])
     order, event = [], SimpleNamespace(record=lambda stream: None, milliseconds_since=lambda start: next(times))
@@ -217,26 +249,32 @@ def schedule(plan: Plan, sm: int) -> dict:
     return json.loads(bytes(plan.read(f"schedule/sm{sm}.json")))
 
 
-def test_a_plan_follows_the_timing(plan, gpu, monkeypatch):
-    """Whatever wins, here the candidates that come last: weights, activations and launches fit together."""
+@pytest.mark.parametrize("sm", [90, 86])
+def test_a_plan_follows_the_timing(sm, plan, gpu, installed_bitblas, monkeypatch):
+    """Whatever wins, here the candidates that come last, on SM 86 BitBLAS's: weights, activations and launches fit together."""
     on_cpu = plan("cpu")
     wanted = set()
 
     def last_wins(problem, tactics, kernels, sm):
         wanted.add(expression(problem, tactics[-1]))
+        if isinstance(tactics[-1], bitblas.Generated):
+            installed_bitblas[problem.n * problem.k // 2] = problem.n, problem.k
         return [1.0] * (len(tactics) - 1) + [0.5]
 
     monkeypatch.setattr(timing, "time_each", last_wins)
-    gpu(90)
-    timed = plan(sm=(90,))
-    used = {each["expression"] for each in schedule(timed, 90)["kernels"] if re.match("gemm_", each["expression"])}
-    assert used == wanted
-    assert timed.manifest["graphs"]["sm90"]["tactics"] == "timed on a GPU"
+    gpu(sm)
+    timed = plan(sm=(sm,))
+    used = {each["expression"] for each in schedule(timed, sm)["kernels"] if re.match(f"gemm_|{bitblas.SYMBOL}", each["expression"])}
+    assert used == wanted and (bitblas.SYMBOL in used) == (sm == 86)
+    for launch in schedule(timed, sm)["variants"][0]["prefix"]:  # BitBLAS's kernels do not wait for the one ahead themselves
+        kernel = schedule(timed, sm)["kernels"][launch["kernel"]]["expression"] if "kernel" in launch else ""
+        assert kernel != bitblas.SYMBOL or "overlap" not in launch
+    assert timed.manifest["graphs"][f"sm{sm}"]["tactics"] == "timed on a GPU"
 
     config = load_checkpoint(timed.manifest["checkpoint"]["path"]).config
     inputs, noise, expected, traced = make_inputs(config, (True, False, False), 5), make_noise(config), {}, {}
     CpuExecutor(on_cpu, threads=1).run(inputs, noise, expected)
-    emulate.run(timed, 90, inputs, noise, traced)
+    emulate.run(timed, sm, inputs, noise, traced)
     for stage, value in traced.items():
         assert np.linalg.norm(value - expected[stage]) < 0.02 * np.linalg.norm(expected[stage]), stage
 

@@ -17,11 +17,10 @@ from compiler.targets.cuda import timing
 from compiler.targets.cuda.arena import place, schedule
 from compiler.targets.cuda.cubins import Instance, compile_each
 from compiler.targets.cuda.lower import Variant, lower_variant
-from compiler.targets.cuda.problems import Problem, from_table
+from compiler.targets.cuda.problems import AnyTactic, Problem, from_table
 from compiler.targets.cuda.program import ALIGNMENT, BYTES, Launch, to_json
 from compiler.targets.cuda.weights import Weights, to_bf16
 from plugins.kernels import ARCHITECTURES as _ARCHITECTURES
-from plugins.tactics import Float, Tactic
 from runtime.executors.cuda import SCHEDULE_VERSION
 from runtime.plan import PlanWriter
 
@@ -69,7 +68,7 @@ def _problems(graphs: Graphs, sm: int, sizes: list[tuple[int, int]]) -> list[Pro
     asked: dict[Problem, None] = {}
     table = from_table(sm)
 
-    def choose(problem: Problem, slab_tokens: int | None = None) -> Tactic | Float:
+    def choose(problem: Problem, slab_tokens: int | None = None) -> AnyTactic:
         asked[problem] = None
         return table(problem, slab_tokens)
 

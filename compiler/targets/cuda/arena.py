@@ -23,7 +23,7 @@ def schedule(launches: Sequence[Launch]) -> None:
         else:
             written |= dict.fromkeys(launch.writes, index)
         previous = ahead.get(launch.branch)
-        both_ours = previous is not None and previous.shape is not None and launch.shape is not None
+        both_ours = previous is not None and previous.waits_itself and launch.waits_itself
         launch.overlap = both_ours and launch.wait_for is None
         ahead[launch.branch] = launch
 

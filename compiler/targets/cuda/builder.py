@@ -10,12 +10,11 @@ from onnx.reference import ReferenceEvaluator
 
 from compiler.errors import GraphError
 from compiler.targets.cuda.patterns import Epilogue, final_readers, joins_rows, output_type, past_views, views_of
-from compiler.targets.cuda.problems import Choose, Gemm, Problem
+from compiler.targets.cuda.problems import AnyTactic, Choose, Gemm, IntegerTactic, Problem
 from compiler.targets.cuda.program import BYTES, Argument, Buffer, Launch, Matrix
 from compiler.targets.cuda.weights import Weights
 from plugins import pointwise
 from plugins.errors import KernelError
-from plugins.tactics import Float, Tactic
 from runtime.config import ModelConfig
 
 INTEGERS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
@@ -151,7 +150,7 @@ class Builder:
             self.caches[name] = Matrix(buffer, rows, dims, "Bf16")
         return self.caches[name]
 
-    def workspace(self, gemm: Gemm, tactic: Tactic, branch: bool) -> Matrix | None:
+    def workspace(self, gemm: Gemm, tactic: IntegerTactic, branch: bool) -> Matrix | None:
         """Sums of the blocks that share K, on GPUs without clusters; zero before and after each launch."""
         if tactic.split == 1 or self.sm >= 90:
             return None
@@ -166,7 +165,7 @@ class Builder:
 
     # Launches
 
-    def tactic(self, name: str, problem: Problem, slab_tokens: int | None = None) -> Tactic | Float:
+    def tactic(self, name: str, problem: Problem, slab_tokens: int | None = None) -> AnyTactic:
         """The tactic for a problem (problems.Choose). Raises KernelError that names the linear."""
         try:
             return self._choose(problem, slab_tokens)

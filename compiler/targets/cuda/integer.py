@@ -13,16 +13,18 @@ import onnx_ir as ir
 from compiler.targets.cuda.builder import Builder, Quantized, expect, pointer
 from compiler.targets.cuda.norms import offer_norm
 from compiler.targets.cuda.patterns import Epilogue, integer_gemm
-from compiler.targets.cuda.problems import Gemm
+from compiler.targets.cuda.problems import Gemm, IntegerTactic
 from compiler.targets.cuda.program import NO_NORM, Argument, Matrix
 from plugins import ops, pointwise
+from plugins.bitblas import Generated
 
 FINISHES = ("NONE", "GELU", "GEGLU")
 
 
 def linear(builder: Builder, node: ir.Node, name: str, x: Quantized, epilogue: Epilogue) -> Matrix:
-    """y = finish((acc * weight_scale * x_scale [@ output_rotation] + bias) * gate) + residual, by one GEMM; behind an
-    output rotation, which has to wait for all sums of its block, by a GEMM and a launch that does the rest."""
+    """y = finish((acc * weight_scale * x_scale [@ output_rotation] + bias) * gate) + residual, by one GEMM; by a GEMM and a
+    launch that does the rest where its tactic leaves sums (BitBLAS's), and behind an output rotation, which has to wait
+    for all sums of its block."""
     operands = dict(zip(ops.inputs_of(node.op_type, node.overload), node.inputs))
     gemm, finish = integer_gemm(node, x.scale.rows), epilogue.activation.upper() or "NONE"
     biases = [operands["bias"]] if "bias" in operands else epilogue.bias
@@ -34,9 +36,11 @@ def linear(builder: Builder, node: ir.Node, name: str, x: Quantized, epilogue: E
     else:
         y = replace(builder.new(name, gemm.m, gemm.n // parts, gemm.out), columns=n // parts)
     residual = builder.residual(epilogue, y)
-    if "output_rotation" in operands:
-        sums = builder.new(f"{name}.sums", gemm.m, gemm.n, gemm.out)
-        _multiply(builder, name, gemm, x, operands["weight"], sums)
+    tactic = builder.tactic(name, gemm, x.slab_tokens)
+    if "output_rotation" in operands or gemm.is_finished_apart(tactic):
+        expect(gemm.n == n or parts == 1, node)
+        sums = builder.new(f"{name}.sums", gemm.m, gemm.n, "int")
+        _multiply(builder, name, gemm, tactic, x, operands["weight"], sums)
         _dequantise(builder, name, sums, x.scale, operands, biases, epilogue.gate, finish, residual, y)
         return y
     order = "gate-up" if finish == "GEGLU" else ""
@@ -45,7 +49,7 @@ def linear(builder: Builder, node: ir.Node, name: str, x: Quantized, epilogue: E
     else:  # one table of weight_scale * gate
         scale = builder.weights.table(epilogue.gate.producer().inputs[0], operands["weight_scale"])
     bias = builder.weights.float32(*biases, order=order, padded=gemm.n) if biases else None
-    _multiply(builder, name, gemm, x, operands["weight"], y, scale, bias, residual)
+    _multiply(builder, name, gemm, tactic, x, operands["weight"], y, scale, bias, residual)
     offer_norm(builder, y)
     return y
 
@@ -54,6 +58,7 @@ def _multiply(
     builder: Builder,
     name: str,
     gemm: Gemm,
+    tactic: IntegerTactic,
     x: Quantized,
     weight: ir.Value,
     y: Matrix,
@@ -62,11 +67,14 @@ def _multiply(
     residual: Matrix | None = None,
 ) -> None:
     """The GEMM, with what follows it; or into a y of integers, its sums alone."""
-    m, n, k, tactic = gemm.m, gemm.n, gemm.k, builder.tactic(name, gemm, x.slab_tokens)
-    packed = builder.weights.packed(weight, (n, k), gemm.bits, tactic.layout, geglu=gemm.finish == "GEGLU")
+    m, n, k = gemm.m, gemm.n, gemm.k
+    in_pairs = gemm.finish == "GEGLU" and not gemm.is_finished_apart(tactic)
+    packed = builder.weights.packed(weight, (n, k), gemm.bits, tactic.layout, geglu=in_pairs)
     workspace = builder.workspace(gemm, tactic, x.x.buffer.branch)
     arguments = [x.x.pointer, x.scale.pointer, packed, scale, bias, pointer(residual), y.pointer]
     arguments += [pointer(workspace), m, n, k, *NO_NORM]
+    if isinstance(tactic, Generated):
+        arguments = [x.x.pointer, packed, y.pointer, m]
     reads = [x.x, x.scale, *([residual] if residual else [])]
     writes = [y, *([workspace] if workspace else [])]
     weight_bytes = n * k * gemm.bits // 8
@@ -90,10 +98,12 @@ def _dequantise(
     y leaves nothing for a norm (norms.offer_norm): one that reads it is computed by its reader or by a launch of its own.
     """
     weights, rotation = builder.weights, operands.get("output_rotation")
-    scale, bias = weights.float32(operands["weight_scale"]), weights.float32(*biases) if biases else None
+    scale = weights.float32(operands["weight_scale"], padded=sums.columns)
+    bias = weights.float32(*biases, padded=sums.columns) if biases else None
     factor = None if gate is None else weights.table(gate.producer().inputs[0])
     matrices = None if rotation is None else weights.float32(rotation)
-    how = pointwise.dequantize(y.rows, y.columns, y.type, rotation is not None, finish)
+    columns = sums.columns // (2 if finish == "GEGLU" else 1)
+    how = pointwise.dequantize(y.rows, columns, y.type, rotation is not None, finish)
     arguments = [sums.pointer, x_scale.pointer, scale, matrices, bias, factor, pointer(residual), y.pointer]
     arguments += [sums.columns, 1, rotation.shape[-1] if rotation is not None else 0]
     builder.kernel(f"{name} (dequantise)", how, arguments, [sums, x_scale, *([residual] if residual else [])], [y])

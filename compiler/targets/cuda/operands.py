@@ -11,12 +11,20 @@ from functools import partial
 
 import numpy as np
 
-from compiler.targets.cuda.problems import FloatGemm, Gemm, Problem
+from compiler.targets.cuda.problems import FloatGemm, Gemm, IntegerTactic, Problem
 from compiler.targets.cuda.program import BYTES
 from compiler.targets.cuda.weights import to_bf16
+from plugins.bitblas import Generated
 from plugins.driver import Memory, Stream
-from plugins.layout import activation_slabs, pack_float_fragments, pack_fragments, pack_int4_fragments
-from plugins.tactics import Float, Tactic
+from plugins.layout import (
+    activation_slabs,
+    interleave_gate_up,
+    pack_bitblas,
+    pack_float_fragments,
+    pack_fragments,
+    pack_int4_fragments,
+)
+from plugins.tactics import Float
 from plugins.timing import copies_of
 
 HEAD_DIMS = 256  # gemm_float.cu
@@ -66,18 +74,27 @@ class IntegerOperands(_Operands):
         super().__init__(gemm, gemm.n * gemm.k * gemm.bits // 8)
         self._clusters, self._x = clusters, _integers(gemm.m, gemm.k, INT8)
 
-    def arguments(self, tactic: Tactic, copy: int) -> list:
-        p, slabs = self.problem, tactic.slab_tokens
+    def arguments(self, tactic: IntegerTactic, copy: int) -> list[list]:
+        """Of each launch. Gate and up of a GeGLU lie in pairs, or where another launch finishes the sums, one behind the other."""
+        p, slabs, apart = self.problem, tactic.slab_tokens, self.problem.is_finished_apart(tactic)
+        in_pairs = p.finish == "GEGLU" and not apart
 
         x = self._address(f"x {slabs}", lambda: activation_slabs(self._x, slabs) if slabs else self._x)
-        x_scale, weight_scale = (self._address(f"scales {size}", partial(_scales, size)) for size in (p.m, p.n))
-        weight = self._weight(tactic.layout, partial(_fragments, p.n, p.k, p.bits, tactic.layout), copy)
+        x_scale = self._address("x_scale", partial(_scales, p.m, False))
+        weight_scale = self._address(f"weight_scale {in_pairs}", partial(_scales, p.n, in_pairs))
+        weight = self._weight(tactic.layout, partial(_weight, p.n, p.k, p.bits, tactic.layout, in_pairs), copy)
+        y, residual = ctypes.c_void_p(self._held["y"].address), self._residual()
+        if isinstance(tactic, Generated):
+            sums = self._address("sums", partial(np.zeros, (p.m, p.n), np.int32)) if apart else y
+            own = [x, weight, sums, ctypes.c_int(p.m)]
+            sizes = map(ctypes.c_int, (p.n, 1, 0))
+            return [own, [sums, x_scale, weight_scale, NULL, NULL, NULL, residual, y, *sizes]] if apart else [own]
         workspace = NULL
         if tactic.split > 1 and not self._clusters:
             words = p.workspace_words(tactic)
             workspace = self._address(f"workspace {words}", partial(np.zeros, words, np.int32))
-        y, sizes = ctypes.c_void_p(self._held["y"].address), map(ctypes.c_int, (p.m, p.n, p.k))
-        return [x, x_scale, weight, weight_scale, NULL, self._residual(), y, workspace, *sizes, *NO_NORM]
+        sizes = map(ctypes.c_int, (p.m, p.n, p.k))
+        return [[x, x_scale, weight, weight_scale, NULL, residual, y, workspace, *sizes, *NO_NORM]]
 
 
 class FloatOperands(_Operands):
@@ -86,7 +103,7 @@ class FloatOperands(_Operands):
     def __init__(self, gemm: FloatGemm):
         super().__init__(gemm, _float_fragments(gemm.n, gemm.k, gemm.bits).nbytes)
 
-    def arguments(self, tactic: Float, copy: int) -> list:
+    def arguments(self, tactic: Float, copy: int) -> list[list]:
         p, y = self.problem, self._held["y"].address
         x = self._address("x", lambda: to_bf16(np.float32(_integers(p.m, p.k, INT4))))
         squares = NULL
@@ -100,7 +117,7 @@ class FloatOperands(_Operands):
             kv_stride, rotary = p.n, [*own, *tables]
         addresses = [x, squares, weight, NULL, NULL, self._residual(), ctypes.c_void_p(y), *rotary, NULL]
         sizes = map(ctypes.c_int, (p.m, p.n, p.k, columns, kv_stride, 0, 0))
-        return [*addresses, *sizes, ctypes.c_float(0), *NO_NORM]
+        return [[*addresses, *sizes, ctypes.c_float(0), *NO_NORM]]
 
 
 def _upload(array: np.ndarray, copies: int) -> Memory:
@@ -115,13 +132,16 @@ def _integers(rows: int, columns: int, values: range) -> np.ndarray:
     return np.random.default_rng(0).integers(values.start, values.stop, (rows, columns), np.int8)
 
 
-def _scales(size: int) -> np.ndarray:
-    return np.random.default_rng(0).uniform(1e-4, 1e-3, size).astype(np.float32)
+def _scales(size: int, in_pairs: bool) -> np.ndarray:
+    scales = np.random.default_rng(0).uniform(1e-4, 1e-3, size).astype(np.float32)
+    return interleave_gate_up(*np.split(scales, 2)) if in_pairs else scales
 
 
 @functools.lru_cache(maxsize=2)
-def _fragments(n: int, k: int, bits: int, layout: str) -> np.ndarray:
-    return pack_fragments(_integers(n, k, INT4 if bits == 4 else INT8), bits, layout)
+def _weight(n: int, k: int, bits: int, layout: str, in_pairs: bool) -> np.ndarray:
+    values = _integers(n, k, INT4 if bits == 4 else INT8)
+    values = interleave_gate_up(*np.split(values, 2)) if in_pairs else values
+    return pack_bitblas(values) if layout == Generated.layout else pack_fragments(values, bits, layout)
 
 
 @functools.lru_cache(maxsize=1)

@@ -4,7 +4,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from plugins import pointwise, tactics
+from plugins import bitblas, pointwise, tactics
+
+
+IntegerTactic = tactics.Tactic | bitblas.Generated
 
 
 @dataclass(frozen=True)
@@ -19,18 +22,31 @@ class Gemm:
     out: str
     finish: str
 
-    def candidates(self, sm: int) -> list[tactics.Tactic]:
+    def candidates(self, sm: int) -> list[IntegerTactic]:
         """What is worth timing. Of many tokens not mma.sync beside wgmma, which multiplies twice as fast."""
         found = tactics.candidates(self.m, self.n, self.k, self.bits, sm)
+        if self.m <= tactics.FEW_TOKENS:
+            return found
         by_wgmma = [tactic for tactic in found if tactic.layout == "wgmma"]
-        return by_wgmma if by_wgmma and self.m > tactics.FEW_TOKENS else found
+        generated = bitblas.offered(self.m, self.n, self.k, sm) if self.bits == 4 else []
+        return by_wgmma or [*found, *generated]
 
     def best(self, sm: int, slab_tokens: int | None = None) -> tactics.Tactic:
         return tactics.best(self.m, self.n, self.k, self.bits, sm, slab_tokens)
 
-    def launch(self, tactic: tactics.Tactic) -> pointwise.Launch:
+    def launch(self, tactic: IntegerTactic) -> pointwise.Launch:
         expression = tactic.expression(self.bits, self.out, self.finish)
         return pointwise.Launch(tactic.source, expression, tactic.shape(self.m, self.n, self.bits))
+
+    def launches(self, tactic: IntegerTactic) -> list[pointwise.Launch]:
+        """That one, and what finishes its sums where they are all that it leaves."""
+        if not self.is_finished_apart(tactic):
+            return [self.launch(tactic)]
+        columns = self.n // 2 if self.finish == "GEGLU" else self.n
+        return [self.launch(tactic), pointwise.dequantize(self.m, columns, self.out, False, self.finish)]
+
+    def is_finished_apart(self, tactic: IntegerTactic) -> bool:
+        return isinstance(tactic, bitblas.Generated) and self.out != "int"
 
     def workspace_words(self, tactic: tactics.Tactic) -> int:
         """Sums and counters of the blocks that share K, on GPUs without clusters."""
@@ -60,9 +76,13 @@ class FloatGemm:
         expression = tactic.expression(self.out, self.norm, self.finish, self.bits)
         return pointwise.Launch(tactic.source, expression, tactic.shape(self.m, self.n))
 
+    def launches(self, tactic: tactics.Float) -> list[pointwise.Launch]:
+        return [self.launch(tactic)]
+
 
 Problem = Gemm | FloatGemm
-Choose = Callable[[Problem, int | None], tactics.Tactic | tactics.Float]
+AnyTactic = IntegerTactic | tactics.Float
+Choose = Callable[[Problem, int | None], AnyTactic]
 """The tactic for a problem; where its activations are there already, one for slabs of so many tokens (0: for rows)."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from plugins.bitblas import Generated
 from plugins.driver import Shape
 
 BYTES = {"float": 4, "int": 4, "Bf16": 2, "signed char": 1, "unsigned char": 1}  # by the name of the C++ type
@@ -118,6 +119,11 @@ class Launch:
     for_norm: "ForNorm | None" = None
     work: float = 0
     moved: int = 0
+
+    @property
+    def waits_itself(self) -> bool:
+        """Whether its kernel knows of programmatic dependent launch, as all of ours do."""
+        return self.shape is not None and self.source != Generated.source
 
 
 LIBRARY = "cublaslt"  # Launch.source of a matrix product by cuBLASLt; its arguments are named by MATMUL

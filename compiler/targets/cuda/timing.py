@@ -1,7 +1,7 @@
 """Choosing by timing, where the machine that compiles has a GPU of the architecture that it compiles for."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -10,13 +10,14 @@ from rich.progress import Progress
 
 from compiler.targets.cuda.cubins import Instance, compile_each
 from compiler.targets.cuda.operands import FloatOperands, IntegerOperands
-from compiler.targets.cuda.problems import Choose, Gemm, Problem
+from compiler.targets.cuda.problems import AnyTactic, Choose, Gemm, Problem
 from compiler.targets.cuda.program import LIBRARY, MATMUL, Launch
+from plugins import bitblas
 from plugins.cublas import CublasLt
 from plugins.cublas import Problem as Product
 from plugins.driver import Kernel, Stream, load, open_device
 from plugins.errors import KernelError
-from plugins.tactics import FEW_TOKENS, Float, Tactic
+from plugins.tactics import FEW_TOKENS
 from plugins.timing import milliseconds
 
 # A tactic takes the place of the table's if it is faster by this factor. Times of one product, repeated, vary by a few per
@@ -39,46 +40,58 @@ def by_timing(problems: Iterable[Problem], sm: int, progress: Progress) -> Choos
     Raises KernelError for candidates whose results differ.
     """
     candidates = {each: list(dict.fromkeys([each.best(sm), *each.candidates(sm)])) for each in problems}
-    wanted = dict.fromkeys(instance_of(problem, tactic) for problem, tactics in candidates.items() for tactic in tactics)
+    pairs = [(problem, tactic) for problem, tactics in candidates.items() for tactic in tactics]
+    bitblas.generate(list({tactic: None for _, tactic in pairs if isinstance(tactic, bitblas.Generated)}))
+    wanted = dict.fromkeys(instance for pair in pairs for instance in instances_of(*pair))
     cubins = progress.track(compile_each(wanted, sm), total=len(wanted), description="Compiling the kernels to time")
     kernels = {instance: load(cubin)[instance.expression] for instance, cubin in cubins}
-    ranked: dict[Problem, list[Tactic | Float]] = {}  # the fastest first
+    ranked: dict[Problem, list[AnyTactic]] = {}  # the fastest first
     task = progress.add_task("Timing", total=len(candidates))
     for problem, tactics in sorted(candidates.items(), key=lambda item: (item[0].n, item[0].k)):  # neighbours share weights
         progress.update(task, description=f"Timing {problem.m} x {problem.n} x {problem.k}")
-        loaded = [kernels[instance_of(problem, tactic)] for tactic in tactics]
-        times = dict(zip(tactics, time_each(problem, tactics, loaded, sm)))
+        times = dict(zip(tactics, time_each(problem, tactics, kernels, sm)))
         times[tactics[0]] /= FASTER_THAN_IN_CHAIN if problem.m <= FEW_TOKENS and sm == 90 else FASTER
         ranked[problem] = sorted(times, key=times.get)
         progress.advance(task)
 
-    def choose(problem: Problem, slab_tokens: int | None = None) -> Tactic | Float:
+    def choose(problem: Problem, slab_tokens: int | None = None) -> AnyTactic:
         fitting = (each for each in ranked[problem] if slab_tokens is None or each.slab_tokens == slab_tokens)
         return next(fitting, None) or problem.best(sm, slab_tokens)
 
     return choose
 
 
-def instance_of(problem: Problem, tactic: Tactic | Float) -> Instance:
-    how = problem.launch(tactic)
-    return Instance(how.source, tuple(tactic.headers().items()), how.expression)
+def instances_of(problem: Problem, tactic: AnyTactic) -> list[Instance]:
+    """Of the tactic's own kernel, and of the one that finishes its sums if there is one."""
+    own, *others = problem.launches(tactic)
+    headers = tuple(tactic.headers().items())
+    return [Instance(own.source, headers, own.expression), *(Instance(each.source, (), each.expression) for each in others)]
 
 
-def time_each(problem: Problem, tactics: Sequence[Tactic | Float], kernels: Sequence[Kernel], sm: int) -> list[float]:
-    """Milliseconds of each tactic by its kernel, for a number of launches that is the same for all.
+def time_each(
+    problem: Problem, tactics: Sequence[AnyTactic], kernels: Mapping[Instance, Kernel], sm: int
+) -> list[float]:
+    """Milliseconds of each tactic, for a number of launches that is the same for all.
 
     They overlap, as those of a policy do. Raises KernelError for a tactic whose y is not, bit for bit, that of the first.
     """
     clusters = sm >= 90
     operands = IntegerOperands(problem, clusters) if isinstance(problem, Gemm) else FloatOperands(problem)
 
-    def enqueue(tactic: Tactic | Float, kernel: Kernel, copies: int, stream: Stream) -> None:
-        shape = problem.launch(tactic).shape
-        shape = shape if clusters else replace(shape, cluster=(1, 1, 1))
-        for copy in range(copies):
-            kernel.launch(shape, operands.arguments(tactic, copy), stream.handle, overlap=clusters)
+    def work_of(tactic: AnyTactic) -> Callable[[int, Stream], None]:
+        launches = problem.launches(tactic)
+        shapes = [each.shape if clusters else replace(each.shape, cluster=(1, 1, 1)) for each in launches]
+        overlap = clusters and not isinstance(tactic, bitblas.Generated)
+        loaded = [kernels[instance] for instance in instances_of(problem, tactic)]
 
-    works = [partial(enqueue, *each) for each in zip(tactics, kernels, strict=True)]
+        def enqueue(copies: int, stream: Stream) -> None:
+            for copy in range(copies):
+                for kernel, shape, arguments in zip(loaded, shapes, operands.arguments(tactic, copy), strict=True):
+                    kernel.launch(shape, arguments, stream.handle, overlap)
+
+        return enqueue
+
+    works = [work_of(tactic) for tactic in tactics]
     expected = None
     for tactic, work in zip(tactics, works):
         y = operands.result(partial(work, 1))

@@ -9,10 +9,12 @@ import onnx_ir as ir
 import torch
 
 from compiler.targets.cuda.program import Weight
+from plugins.bitblas import Generated
 from plugins.layout import (
     CHUNK_K,
     interleave_gate_up,
     interleave_rotary,
+    pack_bitblas,
     pack_float_fragments,
     pack_fragments,
     pack_int4_fragments,
@@ -32,15 +34,16 @@ class Weights:
         return Weight(name)
 
     def packed(self, weight: ir.Value, shape: tuple[int, int], bits: int, layout: str, geglu: bool) -> Weight:
-        """Quantised weight [K, N] as tensor core fragments of `shape`, N' and K', which zeros fill up; with GeGLU, gate and
-        up interleaved."""
+        """Quantised weight [K, N] as tensor core fragments (or for BitBLAS) of `shape`, N' and K', which zeros fill up; with
+        GeGLU, gate and up interleaved."""
         n, k = shape
         order = "gate-up" if geglu else ""
 
         def compute() -> np.ndarray:
             values = weight.const_value.integers().T
             values = np.pad(values, ((0, 0), (0, k - values.shape[1])))
-            return pack_fragments(_in_order(values, order, n), bits, layout)
+            values = _in_order(values, order, n)
+            return pack_bitblas(values) if layout == Generated.layout else pack_fragments(values, bits, layout)
 
         size = _suffix("x".join(map(str, shape)) if shape != tuple(weight.shape.numpy()[::-1]) else "")
         return self._add(f"{title(weight.name)}.int{bits}.{layout}{_suffix(order)}{size}", n * k * bits // 8, compute)

@@ -1,0 +1,33 @@
+"""Tactics timed on the GPU at hand, whose results have to agree in every bit: ours, and BitBLAS's with what finishes them."""
+from __future__ import annotations
+
+import pytest
+
+from compiler.targets.cuda.cubins import compile_each
+from compiler.targets.cuda.problems import Gemm
+from compiler.targets.cuda.timing import instances_of, time_each
+from plugins import bitblas
+from plugins.driver import load
+from tests.gpu import launch
+
+GENERATED_FOR = 86  # what runs on newer GPUs too
+PROBLEMS = [
+    Gemm(306, 2560, 2048, 4, "Bf16", "NONE"),
+    Gemm(306, 2048, 2048, 4, "float", "NONE"),
+    Gemm(306, 32768, 2048, 4, "Bf16", "GEGLU"),
+    Gemm(816, 2048, 16384, 4, "int", "NONE"),
+]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_bitblas_kernels_compute_the_same(problem):
+    sm = launch.compute_capability()
+    generated = bitblas.offered(problem.m, problem.n, problem.k, GENERATED_FOR)
+    if not generated:
+        pytest.skip("needs BitBLAS, or the source that it made in $DUQ_CACHE")
+    tactics = [problem.best(sm), *problem.candidates(sm)[:2], *generated]
+    wanted = [instance for tactic in tactics for instance in instances_of(problem, tactic)]
+    kernels = {instance: load(cubin)[instance.expression] for instance, cubin in compile_each(wanted, sm)}
+    times = time_each(problem, tactics, kernels, sm)  # raises KernelError where they do not agree
+    print({repr(tactic): round(time, 3) for tactic, time in zip(tactics, times)})
+    assert all(time > 0 for time in times)
