@@ -18,7 +18,7 @@ from compiler.quant.recipe import DEFAULT_PRESET
 from compiler.targets.cuda import cubins
 from compiler.targets.cuda.lower import rule_of
 from compiler.targets.cuda.program import ALIGNMENT, LIBRARY, MATMUL
-from plugins.errors import DuqError, KernelError
+from plugins.errors import DuqError
 from plugins.kernels import SOURCES, Cubin
 from runtime.config import GemmaConfig, ModelConfig, VisionConfig
 from runtime.executors.cpu import CpuExecutor

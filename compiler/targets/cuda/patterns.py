@@ -109,8 +109,8 @@ def integer_gemm(node: ir.Node, rows: int) -> Gemm:
     k = padded(k, 128 if many else 64)
     if "output_rotation" in ops.inputs_of(node.op_type, node.overload):
         return Gemm(rows, n, k, bits, "int", "NONE")
-    any_stride = epilogue.parts or all(reader.op_type == "RotateQuantize" for reader in final_readers(epilogue.out))
-    if many and n % 64 and any_stride and epilogue.residual is None:
+    any_stride = epilogue.parts or {reader.op_type for reader in final_readers(epilogue.out)} == {"RotateQuantize"}
+    if many and n % 64 and any_stride:
         parts = 2 if epilogue.activation == "geglu" else 1
         n = parts * padded(n // parts, 128)
     return Gemm(rows, n, k, bits, output_type(epilogue), epilogue.activation.upper() or "NONE")
