@@ -68,9 +68,7 @@ def instances_of(problem: Problem, tactic: AnyTactic) -> list[Instance]:
     return [Instance(own.source, headers, own.expression), *(Instance(each.source, (), each.expression) for each in others)]
 
 
-def time_each(
-    problem: Problem, tactics: Sequence[AnyTactic], kernels: Mapping[Instance, Kernel], sm: int
-) -> list[float]:
+def time_each(problem: Problem, tactics: Sequence[AnyTactic], kernels: Mapping[Instance, Kernel], sm: int) -> list[float]:
     """Milliseconds of each tactic, for a number of launches that is the same for all.
 
     They overlap, as those of a policy do. Raises KernelError for a tactic whose y is not, bit for bit, that of the first.
