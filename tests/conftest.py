@@ -2,10 +2,14 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import onnx_ir as ir
 import pytest
 import torch
 from rich.progress import Progress
@@ -35,18 +39,53 @@ def tiny_pi05(tmp_path_factory):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def trace_once():
-    """Tracing a policy takes seconds whatever its size, and depends on nothing but its dimensions."""
+def trace_once(tmp_path_factory):
+    """Tracing a policy takes seconds whatever its size, and depends on nothing but its dimensions: each is traced once, and
+    kept where pytest-xdist's other processes find it."""
     original = export.trace
-    cached = functools.cache(original)
+    own = tmp_path_factory.getbasetemp()
+    directory = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
-    def trace(config, num_steps):
-        graphs = cached(config, num_steps)
-        return export.Graphs(graphs.prefix.clone(), graphs.step.clone(), config, num_steps)
+    def kept(config, num_steps: int, half: str) -> Path:
+        key = hashlib.sha256(json.dumps([config.to_json(), num_steps, half]).encode()).hexdigest()
+        return directory / f"trace-{key}.onnx"
+
+    @functools.cache
+    def cached(config, num_steps: int) -> tuple[ir.Model, ir.Model]:
+        prefix, step = kept(config, num_steps, "prefix"), kept(config, num_steps, "step")
+        if step.exists():
+            return load_graph(prefix), load_graph(step)
+        graphs = original(config, num_steps)
+        save_graph(graphs.prefix, prefix)
+        save_graph(graphs.step, step)  # last: with it, both are there
+        return graphs.prefix, graphs.step
+
+    def trace(config, num_steps: int) -> export.Graphs:
+        return export.Graphs(*(model.clone() for model in cached(config, num_steps)), config, num_steps)
 
     export.trace = trace
     yield
     export.trace = original
+
+
+def save_graph(model: ir.Model, path: Path) -> None:
+    """Its initialisers, which have no values yet and without values are nothing to ONNX, become inputs."""
+    model = model.clone()
+    for name, value in list(model.graph.initializers.items()):
+        del model.graph.initializers[name]
+        value.metadata_props["initialiser"] = "yes"
+        model.graph.inputs.append(value)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_bytes(ir.to_proto(model).SerializeToString())
+    partial.rename(path)
+
+
+def load_graph(path: Path) -> ir.Model:
+    model = ir.load(path)
+    for value in [each for each in model.graph.inputs if each.metadata_props.pop("initialiser", None)]:
+        model.graph.inputs.remove(value)
+        model.graph.initializers.add(value)
+    return model
 
 
 class Compiled(NamedTuple):

@@ -81,6 +81,7 @@ def test_transforms_leave_the_policy_unchanged(policy, scheme, preset):
 SETTINGS = [{}, {"scheme": "duquant"}, {"scheme": "reference"}, {"compensate": True, "activation_scale": "per-tensor"}]
 
 
+@pytest.mark.parametrize("policy", [True], indirect=True, ids=["pi05"])
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_quantises_on_another_device(policy, settings, monkeypatch):
     """A device that refuses operations on tensors here and there. Sums are rounded otherwise, and permutations may follow."""
