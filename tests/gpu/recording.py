@@ -35,7 +35,7 @@ class Recording(CudaExecutor):
 
     def _launch(self, launch: dict, stream: Stream, step: int, overlap: bool) -> None:
         super()._launch(launch, stream, step, overlap)
-        if self._prefix_run is not None and "quantize" in self.kernel_name(launch):
+        if self._prefix_run is not None and launch["name"].endswith("(quantise)"):
             run = self._prefix_run if self._in_prefix else self._step_runs[step]
             run.append((launch["name"], self._quantised(launch)))
 
