@@ -13,6 +13,7 @@ from plugins.tactics import MULTIPROCESSORS
 MAX_THREADS = 512  # of a block that keeps a row in registers
 NARROW_COLUMNS = 16  # of a block of linear_narrow
 FLOW_COLUMNS = 16  # of a block of flow_step
+HADAMARD_DEPTHS = range(4096, 16384 + 1, 1024)  # that hadamard_quantize is for; of 2048 rotate_quantize is faster
 
 
 class Launch(NamedTuple):
@@ -47,7 +48,7 @@ def rotate_quantize(
 
 
 def hadamard_quantize(tokens: int, depth: int) -> Launch:
-    """bf16 rows of `depth` channels, a multiple of 1024 up to 16384, rotated by a block Hadamard of 64."""
+    """bf16 rows of `depth` (HADAMARD_DEPTHS) channels, rotated by a block Hadamard of 64; for many tokens."""
     threads = depth // 32
     blocks = min(tokens, MULTIPROCESSORS * (2 * MAX_THREADS // threads))
     return Launch("hadamard_quantize.cu", "hadamard_quantize", Shape((blocks, 1, 1), threads, 6 * depth))

@@ -114,7 +114,8 @@ def _measure_engine(name: str, plan: Path, compile_s: float, observations: dict,
         stages = stages[-CALLS:]
         replay = [each["prefix_ms"] + each["denoise_ms"] for each in stages]
         split = {key: float(np.median([each[key] for each in stages])) for key in ("prefix_ms", "denoise_ms")}
-        records.append(_record(name, case, actions, times, replay_ms=replay, host_ms=_host(stages) | {"control": controls[-CALLS:]}, **split, **facts))
+        host = _host(stages) | {"control": controls[-CALLS:]}
+        records.append(_record(name, case, actions, times, replay_ms=replay, host_ms=host, **split, **facts))
     return records
 
 
@@ -173,7 +174,9 @@ def _in_graph(model: torch.nn.Module, inputs: ModelInputs, noise: np.ndarray) ->
     return infer
 
 
-def _timed(infer: Callable[[], np.ndarray], calls: int, between: Callable[[], None] = lambda: None) -> tuple[np.ndarray, list[float]]:
+def _timed(
+    infer: Callable[[], np.ndarray], calls: int, between: Callable[[], None] = lambda: None
+) -> tuple[np.ndarray, list[float]]:
     times = []
     for _ in range((WARM_UP if calls > 100 else 2) + calls):
         torch.cuda.synchronize()

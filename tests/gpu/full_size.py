@@ -83,7 +83,8 @@ def compare(plans: dict[str, Path]) -> tuple[list, bool]:
     columns = [_stages(*pair) for pair in pairs.values()]
     for name in columns[0]:
         table.add_row(name, *(f"{each[name].cosine:.7f} ({each[name].sqnr_db:.1f})" for each in columns))
-    text = f"{roundings.different} of {roundings.count} integers differ from the CPU engine's own, by {roundings.farthest} at most"
+    text = f"{roundings.different} of {roundings.count} integers differ from the CPU engine's own, "
+    text += f"by {roundings.farthest} at most"
     return [table, text], min(each.cosine for each in columns[0].values()) >= BOUND and roundings.farthest <= STEPS
 
 
@@ -118,7 +119,8 @@ def endure(policy: Policy, calls: int) -> tuple[str, bool]:
         times.append((time.perf_counter() - start) * 1e3)
     (free, host), (free_later, host_later) = memory
     first, last, tail = np.median(times[:tenth]), np.median(times[-tenth:]), np.percentile(times, 99)
-    text = f"{calls} calls: p50 {np.median(times):.2f} ms, p99 {tail:.2f}; p50 of the first tenth {first:.2f}, of the last {last:.2f}; "
+    text = f"{calls} calls: p50 {np.median(times):.2f} ms, p99 {tail:.2f}; "
+    text += f"p50 of the first tenth {first:.2f}, of the last {last:.2f}; "
     text += f"device memory grew by {free - free_later} bytes, the host's peak by {host_later - host}"
     return text, free == free_later and host_later - host <= GROWTH
 

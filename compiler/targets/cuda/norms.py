@@ -68,7 +68,7 @@ def rotate_quantize(builder: Builder, node: ir.Node) -> None:
 
     turn, block, vectors = _rotation(builder.weights, node)
     alone = kind == "PLAIN" and x.type == "Bf16" and turn == 64 and not any(vectors) and largest.k == x.columns
-    if alone and x.rows > FEW_TOKENS and x.columns % 1024 == 0 and x.columns <= 16384:
+    if alone and x.rows > FEW_TOKENS and x.columns in pointwise.HADAMARD_DEPTHS:
         how = pointwise.hadamard_quantize(x.rows, x.columns)
         arguments = [x.pointer, x_q.pointer, scale.pointer, x.rows, x.columns, x.stride, slabs]
     else:
