@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -283,8 +284,9 @@ def _generate(problems: Sequence[Problem], sm: int) -> list[dict]:
         asked, answered = Path(folder, "requests.json"), Path(folder, "answers.json")
         asked.write_text(json.dumps(requests))
         command = [sys.executable, "-W", "ignore", "-m", "plugins.bitblas_generate", str(asked), str(answered)]
-        root = Path(__file__).parents[1]
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+        # In that folder, since BitBLAS leaves a log where it runs.
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         if done.returncode or not answered.exists():
             raise KernelError(f"BitBLAS failed for {problems}:\n{(done.stderr or done.stdout)[-2000:]}")
         return json.loads(answered.read_text())
