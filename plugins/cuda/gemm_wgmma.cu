@@ -109,6 +109,7 @@ gemm_wgmma(const signed char* x_slabs, const float* x_scale, const unsigned char
       const TokenScales<IN_PLACE ? TOKENS8 : 1> scales(x_scale, first_token, tokens);
       int acc[1][TOKENS8][4] = {};
       auto release = [&](int count) {
+        __syncwarp();  // lane 0 speaks for all lanes, which have read their weights
         if (lane == 0) arrive(empty + 8 * (count % STAGES));
       };
       auto consume = [&](int count, bool first, unsigned (&a)[4][4]) {

@@ -81,6 +81,7 @@ gemm_wgmma_few(const signed char* x_slabs, const float* x_scale, const unsigned 
     const Stage& stage = stages[step % STAGES];
     wait(full + 8 * (step % STAGES), step / STAGES & 1);
     multiply_step<BITS>(acc, stage.w[warp % 4], stage.x, a);
+    __syncwarp();  // lane 0 speaks for all lanes, which have read their weights
     if (step >= GROUPS && lane == 0) arrive(empty + 8 * ((step - GROUPS) % STAGES));  // that step's products are done
   };
   unsigned even[4][4], odd[4][4];
