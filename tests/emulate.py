@@ -64,19 +64,31 @@ class Device:
         return value
 
 
-def branch_last(launches: list[dict]) -> list[int]:
-    """The launches of the second stream as late as can be: behind all others."""
-    return sorted(range(len(launches)), key=lambda index: launches[index].get("branch", False))
+def _streams(prefix: list[dict], step: list[dict]) -> tuple[list[int], list[int], list[int]]:
+    """The launches of the prefix, of its branch, and of the first step, by their places in [*prefix, *step]."""
+    main, branch = ([i for i, each in enumerate(prefix) if each.get("branch", False) == side] for side in (False, True))
+    return main, branch, list(range(len(prefix), len(prefix) + len(step)))
 
 
-def branch_first(launches: list[dict]) -> list[int]:
-    """The launches of the second stream as early as what they wait for permits."""
-    main, branch = ([i for i, each in enumerate(launches) if each.get("branch", False) == side] for side in (False, True))
-    done: list[int] = []
-    while main or branch:
-        free = branch and launches[branch[0]].get("wait_for", -1) in (-1, *done)
-        done.append((branch if free else main).pop(0))
-    return done
+def others_last(prefix: list[dict], step: list[dict]) -> list[int]:
+    """One stream after the other."""
+    return sum(_streams(prefix, step), [])
+
+
+def others_first(prefix: list[dict], step: list[dict]) -> list[int]:
+    """The first step, and the branch, as early as what they wait for permits."""
+    main, branch, first_step = _streams(prefix, step)
+    launches, done = [*prefix, *step], set()
+
+    def is_free(stream: list[int]) -> bool:
+        return bool(stream) and set(launches[stream[0]].get("wait_for", ())) <= done
+
+    order = []
+    while main or branch or first_step:
+        stream = next(each for each in (first_step, branch, main) if is_free(each))
+        order.append(stream.pop(0))
+        done.add(order[-1])
+    return order
 
 
 def run(
@@ -87,20 +99,21 @@ def run(
     trace: dict | None = None,
     *,
     prompt: int | None = None,
-    order: Callable[[list[dict]], list[int]] = branch_last,
+    order: Callable[[list[dict], list[dict]], list[int]] = others_last,
 ) -> np.ndarray:
     """Denoises `noise` [H, A] into normalised actions, as the schedule for an SM says.
 
     trace: receives what CpuExecutor.run puts into its own. prompt: the size of the variant, by default the smallest that
-    holds the prompt. order: of the prefix's launches.
+    holds the prompt. order: of the launches of the prefix and the first step.
     """
     present, cameras = inputs.tokens[inputs.token_mask], int(inputs.image_mask.sum())
     device = Device(plan, sm, cameras, prompt or len(present))
     _put_inputs(device, plan, inputs, noise)
-    found = _run_prefix(device, order)
     x = {"offset": device.variant["inputs"]["x"][0], "rows": len(noise), "columns": noise.shape[1], "stride": 0}
     flow = [device.get(**x)]
-    for step in range(plan.manifest["num_steps"]):
+    found = _run_prefix_and_first_step(device, order)
+    flow.append(device.get(**x))
+    for step in range(1, plan.manifest["num_steps"]):
         for launch in device.variant["step"]:
             device.launch(launch, step)
         flow.append(device.get(**x))
@@ -124,11 +137,12 @@ def _put_inputs(device: Device, plan: Plan, inputs: ModelInputs, noise: np.ndarr
         device.put("state", inputs.state)
 
 
-def _run_prefix(device: Device, order: Callable[[list[dict]], list[int]]) -> dict[str, np.ndarray]:
-    """Launches the prefix; returns its outputs, each from the moment when it is said to be there."""
-    launches, outputs, found = device.variant["prefix"], device.variant["outputs"], {}
+def _run_prefix_and_first_step(device: Device, order: Callable) -> dict[str, np.ndarray]:
+    """Returns the prefix's outputs, each from the moment when it is said to be there."""
+    prefix, step, outputs = (device.variant[key] for key in ("prefix", "step", "outputs"))
+    launches, found = [*prefix, *step], {}
     left = set(range(len(launches)))
-    for index in order(launches):
+    for index in order(prefix, step):
         device.launch(launches[index])
         left.remove(index)
         for name, output in outputs.items():

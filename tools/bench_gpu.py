@@ -203,7 +203,8 @@ def _record(name: str, case: tuple[int, int], actions: np.ndarray, times: list[f
 def table(records: list[dict]) -> Table:
     """Medians and 99th percentiles, and what else is known of a contender."""
     columns = ["", "cameras", "wall p50", "p99", "replay p50", "p99", "prefix", "steps", "memory", "compile", "open+warm", "cosine"]
-    title = "milliseconds; memory in GB, compile and open in s; cosine of the actions to fp32"
+    title = "milliseconds (steps: behind the prefix, beside which most of the first runs); memory in GB, compile and open in s; "
+    title += "cosine of the actions to fp32"
     found = Table(*columns, title=title, title_justify="left")
     for each in records:
         wall, replay = np.percentile(each["wall_ms"], [50, 99]), each.get("replay_ms")

@@ -42,7 +42,7 @@ def _profile(
     """Time every launch of a call and print a table: kernel, launches, microseconds, bytes, share of the ceiling.
 
     Times include an event each, 3 to 4 microseconds on an H100, and no overlap between launches, so their sum exceeds the graph's
-    time, which is printed too. The ceiling is the larger of bytes over bandwidth and operations over the tensor cores'
+    time, which is printed too and in which the first step runs beside the prefix. The ceiling is the larger of bytes over bandwidth and operations over the tensor cores'
     rate (H100).
 
     [bold]Example[/bold]
@@ -74,7 +74,7 @@ def _profile(
     for program in ("prefix", "step"):
         chosen = [(launch, us) for each, launch, us in launches if each == program]
         Console(width=150).print(_table(program, chosen, executor, each_layer))
-    Console().print(f"In the graph: prefix {whole['prefix_ms']:.3f} ms, all denoising steps {whole['denoise_ms']:.3f} ms")
+    Console().print(f"In the graph: prefix {whole['prefix_ms']:.3f} ms, denoising behind it {whole['denoise_ms']:.3f} ms")
 
 
 def _inputs(manifest: dict, cameras: int, prompt_tokens: int) -> tuple[ModelInputs, np.ndarray]:

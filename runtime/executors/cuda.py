@@ -10,7 +10,7 @@ import ctypes
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from runtime.errors import PlanError
 from runtime.plan import Plan
 from runtime.preprocess import ModelInputs
 
-SCHEDULE_VERSION = 2  # of what a plan's schedule says and how; 1 had images as floats
+SCHEDULE_VERSION = 3  # of what a plan's schedule says and how; 1 had images as floats, 2 no first step beside the prefix
 STAGING_BYTES = 64 << 20
 _TYPES = {"float": np.float32, "Bf16": np.uint16}
 
@@ -44,14 +44,15 @@ class CudaExecutor:
         self._variants = {(each["cameras"], each["prompt"]): each for each in schedule["variants"]}
         self._table = np.frombuffer(plan.read("embedding"), np.uint16).reshape(config["vocab_size"], -1)
 
-        self._stream, self._branch = driver.Stream(), driver.Stream()
+        self._stream, self._branch, self._ahead = (driver.Stream() for _ in range(3))
         self._events = [driver.Event() for _ in range(3)]  # before the prefix, after it, after the steps
         self._library = CublasLt() if _uses_library(schedule) else None
         weight_bytes = sum(size for _, size in schedule["weights"].values())
-        _check_memory(plan, weight_bytes + schedule["arena_bytes"] + 2 * WORKSPACE_BYTES)
+        _check_memory(plan, weight_bytes + schedule["arena_bytes"] + 3 * WORKSPACE_BYTES)
         self._weights, self._offsets = _upload_weights(plan, schedule["weights"], self._stream)
         self._arena = driver.Memory(schedule["arena_bytes"])
-        self._workspaces = [driver.Memory(WORKSPACE_BYTES if self._library else 1) for _ in range(2)]
+        streams = self._stream, self._branch, self._ahead
+        self._workspaces = {stream: driver.Memory(WORKSPACE_BYTES if self._library else 1) for stream in streams}
         self._kernels = _load_kernels(plan, schedule["kernels"])
         self._kernel_names = [each["expression"] for each in schedule["kernels"]]
         self._upload = driver.PinnedArray(max(map(_end_of_inputs, self._variants.values())))
@@ -82,7 +83,8 @@ class CudaExecutor:
 
     def run(self, inputs: ModelInputs, noise: np.ndarray, trace: dict | None = None) -> tuple[np.ndarray, dict]:
         """Denoises `noise` float32 [H, A] into normalised actions [H, A]; returns them with milliseconds: on the GPU
-        "prefix_ms" and "denoise_ms"; on the host "stage_ms", "launch_ms" and "wait_ms", which has those two in it.
+        "prefix_ms", beside which most of the first step runs, and "denoise_ms", all steps' rest; on the host "stage_ms",
+        "launch_ms" and "wait_ms", which has those two in it.
 
         trace: if given, receives what the stages produced, as numpy: "image_features", "key.0", ..., and "x", the
         states of the flow [num_steps + 1, H, A]. The launches are then made one by one, without a graph.
@@ -133,8 +135,9 @@ class CudaExecutor:
     def launch_times(self, size: tuple[int, int], calls: int = 20) -> list[tuple[str, dict, float]]:
         """(program, launch of the schedule, microseconds) of the prefix and of the first denoising step, medians.
 
-        Measured by events between the launches of one graph. Launches cannot overlap across an event, and each includes
-        one event's time, 3 to 4 us on an H100: the whole call is faster than the sum.
+        Measured by events between the launches of one graph, in which the first step runs behind the prefix. Launches
+        cannot overlap across an event, and each includes one event's time, 3 to 4 us on an H100: the whole call is faster
+        than the sum.
         """
         variant, events, measured = self._variants[size], [], []
 
@@ -146,7 +149,7 @@ class CudaExecutor:
         driver.open_device()
         with self._lock:
             self._prepare_library(variant)
-            graph = self._stream.capture(lambda: self._follow(variant, driver.Event.record_in_graph, mark))
+            graph = self._stream.capture(lambda: self._follow(variant, driver.Event.record_in_graph, mark, beside=False))
             times = []
             for _ in range(calls):
                 graph.launch(self._stream)
@@ -201,44 +204,45 @@ class CudaExecutor:
         variant: dict,
         mark: Callable[[driver.Event, driver.Stream], None],
         after_launch: Callable[[str, dict, driver.Stream], None] = lambda program, launch, stream: None,
+        beside: bool = True,
     ) -> None:
-        """Enqueues a whole call. `after_launch` gets the program ("prefix", "step" or "later step") and the launch."""
-        (x, x_bytes), upload_bytes = variant["inputs"]["x"], _end_of_inputs(variant)
-        self._stream.upload(self._arena.address, self._upload.address, upload_bytes)
-        for offset, size in variant["zeroed"]:
-            self._stream.clear(self._arena.address + offset, size)
-        mark(self._events[0], self._stream)
-        self._prefix(variant["prefix"], after_launch)
-        mark(self._events[1], self._stream)
-        for step in range(self._num_steps):
-            for index, launch in enumerate(variant["step"]):
-                # The first kernel of a step may overlap with the last of the step before.
-                overlap = launch.get("overlap", index == 0 < step and "kernel" in launch and "kernel" in variant["step"][-1])
-                self._launch(launch, self._stream, step, overlap)
-                after_launch("later step" if step else "step", launch, self._stream)
-        mark(self._events[2], self._stream)
-        self._stream.download(self._download.address, self._arena.address + x, x_bytes)
+        """Enqueues a whole call. `after_launch` gets the program ("prefix", "step" or "later step") and the launch.
 
-    def _prefix(self, launches: list[dict], after_launch: Callable[[str, dict, driver.Stream], None]) -> None:
-        """The launches of the prefix on two streams: the branch forks off, follows the first behind what it waits for, and
-        joins at the end."""
-        has_branch = any(launch.get("branch") for launch in launches)
-        waited_for = {launch["wait_for"]: driver.Event() for launch in launches if "wait_for" in launch}
-        fork, join = driver.Event(), driver.Event()
-        if has_branch:
-            fork.record(self._stream)
-            fork.wait(self._branch)
-        for index, launch in enumerate(launches):
-            stream = self._branch if launch.get("branch") else self._stream
-            if "wait_for" in launch:
-                waited_for[launch["wait_for"]].wait(stream)
-            self._launch(launch, stream, 0, launch.get("overlap", False))
-            if index in waited_for:
-                waited_for[index].record(stream)
-            after_launch("prefix", launch, stream)
-        if has_branch:
-            join.record(self._branch)
-            join.wait(self._stream)
+        On three streams: the prefix, its branch (pi0's state token), and, `beside` them, the first denoising step. They wait
+        for each other as the schedule says, and the later steps for all of them.
+        """
+        prefix, step = variant["prefix"], variant["step"]
+        main, ahead = self._stream, self._ahead if beside else self._stream
+        reached = {index: driver.Event() for launch in [*prefix, *step] for index in launch.get("wait_for", ())}
+
+        def enqueue(program: str, launch: dict, stream: driver.Stream, step: int = 0, behind_others: bool = False) -> None:
+            waits = launch.get("wait_for", ()) if step == 0 else ()
+            for index in waits:
+                reached[index].wait(stream)
+            overlap = launch.get("overlap", False) and not waits and not behind_others
+            self._launch(launch, stream, step, overlap)
+            after_launch(program, launch, stream)
+
+        (x, x_bytes), upload_bytes = variant["inputs"]["x"], _end_of_inputs(variant)
+        main.upload(self._arena.address, self._upload.address, upload_bytes)
+        for offset, size in variant["zeroed"]:
+            main.clear(self._arena.address + offset, size)
+        mark(self._events[0], main)
+        _go_on_together([main], [self._branch, ahead])
+        for index, launch in enumerate(prefix):
+            stream = self._branch if launch.get("branch") else main
+            enqueue("prefix", launch, stream)
+            if index in reached:
+                reached[index].record(stream)
+        mark(self._events[1], main)
+        for launch in step:
+            enqueue("step", launch, ahead, behind_others=launch is step[0])
+        _go_on_together([self._branch, ahead], [main])
+        for number in range(1, self._num_steps):
+            for launch in step:
+                enqueue("later step", launch, main, number, behind_others=number == 1 and launch is step[0])
+        mark(self._events[2], main)
+        main.download(self._download.address, self._arena.address + x, x_bytes)
 
     def _launch(self, launch: dict, stream: driver.Stream, step: int, overlap: bool) -> None:
         addresses = [self._resolve(argument, step) for argument in launch["args"]]
@@ -249,7 +253,7 @@ class CudaExecutor:
             self._kernels[launch["kernel"]].launch(shape, addresses, stream.handle, overlap)
         else:
             operands = [address.value or 0 for address in addresses[:5]]
-            workspace = self._workspaces[stream is self._branch].address
+            workspace = self._workspaces[stream].address
             self._library.matmul(_problem(launch["args"]), launch["args"][5], *operands, workspace, stream.handle)
 
     def _resolve(self, argument, step: int):
@@ -268,8 +272,8 @@ class CudaExecutor:
 
     def _read(self, output: dict) -> np.ndarray:
         """Rows of activations from the device, as float32."""
-        self._stream.synchronize()
-        self._branch.synchronize()
+        for stream in self._workspaces:
+            stream.synchronize()
         kind = _TYPES[output["type"]]
         rows, columns, stride = output["rows"], output["columns"], output["stride"]
         count = (rows - 1) * stride + columns
@@ -280,6 +284,15 @@ class CudaExecutor:
         flat[:count] = staging.array.view(kind)
         values = flat.reshape(rows, stride)[:, :columns]
         return values.copy() if kind is np.float32 else (values.astype(np.uint32) << 16).view(np.float32)
+
+
+def _go_on_together(streams: Iterable[driver.Stream], others: Iterable[driver.Stream]) -> None:
+    """The others go on when all of the streams have come here."""
+    for stream in streams:
+        here = driver.Event()
+        here.record(stream)
+        for other in others:
+            here.wait(other)
 
 
 def _schedule(plan: Plan, sm: int) -> dict:

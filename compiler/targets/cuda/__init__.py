@@ -42,8 +42,7 @@ def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options) -> dic
         variants, arena_bytes = [], 0
         for cameras, prompt in progress.track(sizes, description=f"Lowering for SM {sm}"):
             variant = lower_variant(graphs, sm, cameras, prompt, weights, choose)
-            for launches in (variant.prefix, variant.step):
-                schedule(launches)
+            schedule(variant.prefix, variant.step)
             arena_bytes = max(arena_bytes, place(variant.inputs, [variant.prefix, variant.step]))
             variants.append(variant)
         if timed:

@@ -2,46 +2,56 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 from compiler.targets.cuda.program import ALIGNMENT, Buffer, Launch
 
 
-def schedule(launches: Sequence[Launch]) -> None:
-    """What the launches of the second stream wait for, and which launches may overlap with the one ahead of them.
+def schedule(prefix: Sequence[Launch], step: Sequence[Launch]) -> None:
+    """What launches wait for on other streams, and which may overlap with the one ahead of them on their own.
 
-    They wait for the first stream to have written what they read, and also what they write: where a prompt is shorter
-    than its buffer, the state token's keys and values replace those of a token of padding.
+    The prefix has a stream and its branch another. The first denoising step has a third: of the prefix it needs nothing
+    but each layer's keys and values, so it runs beside it, a layer behind. They wait for the other streams to have written
+    what they read, and also what they write: where a prompt is shorter than its buffer, the state token's keys and
+    values replace those of a token of padding.
     """
-    written: dict[Buffer, int] = {}
-    ahead: dict[bool, Launch] = {}  # by stream
-    waited = -1
-    for index, launch in enumerate(launches):
+    main, branch = {}, {}  # the two streams of the prefix: which launch writes a buffer last
+    seen_by_branch, seen_by_step = [-1], [-1, -1]  # of each of the other streams: the latest launch waited for
+    for index, launch in enumerate(prefix):
         if launch.branch:
-            latest = max((written[buffer] for buffer in [*launch.reads, *launch.writes] if buffer in written), default=-1)
-            if latest > waited:
-                launch.wait_for = waited = latest
-        else:
-            written |= dict.fromkeys(launch.writes, index)
-        previous = ahead.get(launch.branch)
-        both_ours = previous is not None and previous.waits_itself and launch.waits_itself
-        launch.overlap = both_ours and launch.wait_for is None
-        ahead[launch.branch] = launch
+            _wait(launch, [main], seen_by_branch)
+        (branch if launch.branch else main).update(dict.fromkeys(launch.writes, index))
+    for launch in step:
+        _wait(launch, [main, branch], seen_by_step)
+    streams = [each for each in prefix if not each.branch], [each for each in prefix if each.branch]
+    orders = [*(zip(stream, stream[1:]) for stream in streams), zip([step[-1], *step], step)]  # a step follows a step
+    for ahead, launch in chain(*orders):
+        launch.overlap = ahead.waits_itself and launch.waits_itself
+
+
+def _wait(launch: Launch, others: Sequence[dict[Buffer, int]], seen: list[int]) -> None:
+    """Makes the launch wait for the others to have written its buffers, unless a launch ahead of it has waited for that."""
+    for stream, written in enumerate(others):
+        latest = max((written[buffer] for buffer in [*launch.reads, *launch.writes] if buffer in written), default=-1)
+        if latest > seen[stream]:
+            launch.wait_for.append(latest)
+            seen[stream] = latest
 
 
 def place(inputs: Sequence[Buffer], programs: Sequence[Sequence[Launch]]) -> int:
     """Gives every buffer its offset; returns the arena's bytes.
 
-    The inputs come first, side by side, so that one copy brings them; then what else is persistent. The others of each
-    program share what follows: the largest first, each at the lowest offset that is free while it lives. A branch runs at
-    no fixed time, so its buffers live throughout.
+    The inputs come first, side by side, so that one copy brings them; then what else is persistent; then the others of each
+    program, which may run beside each other: the largest first, each at the lowest offset that is free while it lives. A
+    branch runs at no fixed time, so its buffers live throughout.
     """
     end = 0
     used = _buffers(programs)
     for buffer in dict.fromkeys([*(each for each in inputs if each in used), *used]):
         if buffer.persistent:
             buffer.offset, end = end, end + _aligned(buffer.bytes)
-    base = end
     for launches in programs:
+        base = end
         lives = _lives(launches)
         placed: list[Buffer] = []
         for buffer in sorted(lives, key=lambda each: -each.bytes):

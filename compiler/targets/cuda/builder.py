@@ -76,7 +76,8 @@ class Builder:
         self.inputs = [each.buffer for each in (self.images, self.embeddings, self.state, self.flow, self.past)]
         self.embedding_table: ir.Value | None = None  # whose rows `embeddings` are
         self.caches: dict[str, Matrix] = {}
-        self.workspaces = [Buffer("workspace", 0, persistent=True), Buffer("workspace of the branch", 0, persistent=True)]
+        streams = "the prefix", "the branch", "the step"
+        self.workspaces = [Buffer(f"workspace of {stream}", 0, persistent=True) for stream in streams]
         self._joined_rows: dict[ir.Node, Matrix] = {}
 
     def start(self, values: dict[ir.Value, Lowered], shapes: dict[str, tuple[int, ...]]) -> None:
@@ -155,7 +156,7 @@ class Builder:
         if tactic.split == 1 or self.sm >= 90:
             return None
         words = gemm.workspace_words(tactic)
-        workspace = self.workspaces[branch]
+        workspace = self.workspaces[2 if self.caches_complete else branch]
         workspace.bytes = max(workspace.bytes, 4 * words)
         return Matrix(workspace, 1, words, "int")
 

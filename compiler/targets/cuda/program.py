@@ -114,8 +114,8 @@ class Launch:
     reads: list[Buffer] = field(default_factory=list)
     writes: list[Buffer] = field(default_factory=list)
     branch: bool = False
-    wait_for: int | None = None  # on the second stream: the launch of the first whose results it reads
-    overlap: bool = False  # may start before the launch ahead of it has ended (programmatic dependent launch)
+    wait_for: list[int] = field(default_factory=list)  # launches of the prefix on other streams; a step's: the first's alone
+    overlap: bool = False  # may start before the launch ahead has ended (programmatic dependent launch), unless it waits
     for_norm: "ForNorm | None" = None
     work: float = 0
     moved: int = 0
@@ -148,7 +148,7 @@ def to_json(launch: Launch, kernel: int | None) -> dict:
             data["cluster"] = list(shape.cluster)
     if launch.branch:
         data["branch"] = True
-    if launch.wait_for is not None:
+    if launch.wait_for:
         data["wait_for"] = launch.wait_for
     if launch.overlap:
         data["overlap"] = True
