@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from plugins.driver import Shape
@@ -120,7 +120,9 @@ MANY_QUERIES = [
     Attention(256, 8, 4, 1, 32, 2),
 ]
 FEW_QUERIES = [
-    WgmmaAttention(8, 1, 1, 112, 1, 8),
+    WgmmaAttention(8, 1, 1, 112, 1, 8),  # and with fewer keys, see for_suffix
+    WgmmaAttention(8, 1, 1, 80, 1, 8),
+    WgmmaAttention(8, 1, 1, 48, 1, 8),
     WgmmaAttention(8, 1, 1, 64, 1, 16),
     WgmmaAttention(8, 1, 1, 64, 3, 8, 1),
     WgmmaAttention(8, 1, 1, 64, 2, 8),
@@ -139,13 +141,14 @@ VISION = [
 ]
 
 
-def best(dims: int, tokens: int, images: int, sm: int) -> Attention | WgmmaAttention:
-    """The kernel for `tokens` queries an image: Gemma's heads of 256, or SigLIP's of 72. Any number of keys.
+def best(dims: int, tokens: int, images: int, sm: int, cached: int = 0, own: int = 0) -> Attention | WgmmaAttention:
+    """The kernel for `tokens` queries an image: Gemma's heads of 256, or SigLIP's of 72. Any number of keys; few queries
+    have one for at most `cached` keys and `own` ones, which then is the fastest.
 
     Raises KernelError for heads that no kernel is made for.
     """
     if dims == 256 and tokens <= FEW_TOKENS:
-        order = FEW_QUERIES
+        order = [for_suffix(cached, own), *FEW_QUERIES]
     elif dims == 256:
         order = MANY_QUERIES[3:] if tokens <= 400 else MANY_QUERIES
     elif dims == 72:
@@ -153,3 +156,10 @@ def best(dims: int, tokens: int, images: int, sm: int) -> Attention | WgmmaAtten
     else:
         raise KernelError(f"no attention kernel for heads of {dims}; there are some for 72 and 256")
     return next(kernel for kernel in order if kernel.fits(sm))
+
+
+def for_suffix(cached: int, own: int) -> WgmmaAttention:
+    """8 blocks share the keys, each with as few tiles as registers permit, which are no larger than its share."""
+    share, most = -(-cached // 8) + -(-own // 8), FEW_QUERIES[0].keys
+    tiles = -(-share // most) or 1
+    return replace(FEW_QUERIES[0], keys=max(-(-share // (16 * tiles)) * 16, 32))

@@ -206,6 +206,11 @@ def test_every_attention_of_the_policy_has_a_kernel(dims, tokens, images, sm):
     assert sm == 90 or shape.cluster == (1, 1, 1)
 
 
+@pytest.mark.parametrize(("cached", "own", "keys"), [(833, 50, 112), (577, 50, 80), (321, 51, 48), (969, 50, 80), (3, 1, 32), (0, 0, 32)])
+def test_a_suffix_has_tiles_of_its_share_of_the_keys(cached, own, keys):
+    assert attention.best(256, 50, 1, 90, cached, own).keys == keys
+
+
 def test_refuses_heads_without_a_kernel():
     with pytest.raises(KernelError, match="heads of 128.*72 and 256"):
         attention.best(128, 50, 1, 90)

@@ -103,7 +103,7 @@ def attention(builder: Builder, node: ir.Node) -> None:
     out = builder.new(node.outputs[0].name, q.rows, q.columns, "Bf16")
     expect(k.stride == v.stride and (own_k is None or own_k.stride == own_v.stride), node)
 
-    kernel = replace(kernels.best(dims, rows, images, builder.sm), heads=heads // kv_heads)
+    kernel = replace(kernels.best(dims, rows, images, builder.sm, k.rows // images, own_rows), heads=heads // kv_heads)
     how = pointwise.Launch(kernel.source, kernel.expression(), kernel.shape(rows, kv_heads, images))
     arguments = [q.pointer, k.pointer, v.pointer, pointer(own_k), pointer(own_v), out.pointer, pointer(past)]
     arguments += [rows, keys, own_rows, q.stride, k.stride, own_k.stride if own_k else 0, out.stride]
