@@ -45,7 +45,8 @@ class Attention:
 
 @dataclass(frozen=True)
 class WgmmaAttention:
-    """attention_wgmma.cu: the same for SM 90 and heads of 256; `helpers` warpgroups only copy and merge."""
+    """attention_wgmma.cu: the same for SM 90 and heads of 256; `helpers` warpgroups only copy and merge. `alone`: so much
+    shared memory that no two blocks are on one multiprocessor."""
 
     heads: int
     row_groups: int
@@ -54,6 +55,7 @@ class WgmmaAttention:
     stages: int
     split: int = 1
     helpers: int = 0
+    alone: bool = False
 
     source: ClassVar[str] = "attention_wgmma.cu"
     dims: ClassVar[int] = 256
@@ -72,7 +74,8 @@ class WgmmaAttention:
         operands = (rows + self.stages * 2 * self.key_groups * self.keys) * self.dims * 2
         partial = self.key_groups * rows * (self.dims + 8) * 4
         threads = 128 * (self.row_groups * self.key_groups + self.helpers)
-        return Shape(grid, threads, max(operands, partial), (self.split, 1, 1))
+        least = MAX_SHARED_BYTES[90] // 2 + 1024 if self.alone else 0
+        return Shape(grid, threads, max(operands, partial, least), (self.split, 1, 1))
 
     def fits(self, sm: int) -> bool:
         return sm == 90 and self.shape(1).shared_bytes <= MAX_SHARED_BYTES[sm]
@@ -120,9 +123,9 @@ MANY_QUERIES = [
     Attention(256, 8, 4, 1, 32, 2),
 ]
 FEW_QUERIES = [
-    WgmmaAttention(8, 1, 1, 112, 1, 8),  # and with fewer keys, see for_suffix
-    WgmmaAttention(8, 1, 1, 80, 1, 8),
-    WgmmaAttention(8, 1, 1, 48, 1, 8),
+    WgmmaAttention(8, 1, 1, 112, 1, 8, alone=True),  # and with fewer keys, see for_suffix
+    WgmmaAttention(8, 1, 1, 80, 1, 8, alone=True),
+    WgmmaAttention(8, 1, 1, 48, 1, 8, alone=True),
     WgmmaAttention(8, 1, 1, 64, 1, 16),
     WgmmaAttention(8, 1, 1, 64, 3, 8, 1),
     WgmmaAttention(8, 1, 1, 64, 2, 8),
@@ -159,7 +162,10 @@ def best(dims: int, tokens: int, images: int, sm: int, cached: int = 0, own: int
 
 
 def for_suffix(cached: int, own: int) -> WgmmaAttention:
-    """8 blocks share the keys, each with as few tiles as registers permit, which are no larger than its share."""
+    """8 blocks share the keys, each with as few tiles as registers permit, which are no larger than its share.
+
+    Small tiles leave room for a second block, and a cluster's blocks would come in twos on half of the multiprocessors.
+    """
     share, most = -(-cached // 8) + -(-own // 8), FEW_QUERIES[0].keys
     tiles = -(-share // most) or 1
     return replace(FEW_QUERIES[0], keys=max(-(-share // (16 * tiles)) * 16, 32))

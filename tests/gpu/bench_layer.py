@@ -30,7 +30,7 @@ CANDIDATES = {
     "o": [Float(*tile) for tile in ((1, TOKENS8, 8, 1, 2), (1, TOKENS8, 8, 2, 2), (2, TOKENS8, 8, 1, 4))],
 }
 KINDS = {"qkv": ("Bf16", True, "ROTARY"), "o": ("float", False, "NONE"), "gate-up": (4, "Bf16", "GEGLU"), "down": (4, "float")}
-ATTENTION = attention.best(DIMS, TOKENS, 1, 90)
+ATTENTION = attention.best(DIMS, TOKENS, 1, 90, PAST, TOKENS)
 
 
 class Layer:
