@@ -17,6 +17,9 @@ from runtime.executors import cuda as executor
 from runtime.plan import Plan
 from tests import emulate
 from tests.emulated_kernels import KERNELS, Launch, Memory, Pointer
+from tests.gpu import recording
+from tests.same_integers import run_given
+from tests.test_cuda_target import cosine
 from tests.test_pipeline import make_inputs, make_noise
 from tests.test_tensorrt_executor import Event, Stream
 
@@ -105,6 +108,20 @@ def test_traces_what_the_stages_produce(on_the_host, tiny_plans):
     assert found.keys() == expected.keys()
     for stage, value in found.items():
         np.testing.assert_array_equal(value, expected[stage], err_msg=stage)
+
+
+@pytest.mark.parametrize("name", ["pi0", "pi05"])
+def test_records_the_integers_of_a_call(name, on_the_host, tiny_plans, monkeypatch):
+    """What tests/gpu compares stage by stage: with the same INT8 activations the CPU engine comes to the same stages."""
+    monkeypatch.setattr(recording, "PinnedArray", Block)
+    plan = Plan(tiny_plans(name, DEFAULT_PRESET, "cuda").plan)
+    config = ModelConfig.from_json(plan.manifest["model"])
+    inputs, noise = make_inputs(config, *CALLS[0]), make_noise(config)
+    found, runs = recording.Recording(plan).record(inputs, noise)
+    expected, roundings = run_given(tiny_plans(name, DEFAULT_PRESET).plan, *runs, inputs, noise)
+    for stage, value in expected.items():
+        assert cosine(found[stage], value) > 0.9999, stage
+    assert 0 < roundings.count and roundings.farthest <= 2 and roundings.different < 0.1 * roundings.count
 
 
 def test_what_the_plan_is_not_for(on_the_host, tiny_plans, monkeypatch):

@@ -270,10 +270,13 @@ class CudaExecutor:
             return ctypes.c_void_p(self._weights.address + self._offsets[name] + step * step_bytes + offset)
         return ctypes.c_float(rest[0])
 
+    def _synchronize(self) -> None:
+        for stream in (self._stream, self._branch, self._ahead):
+            stream.synchronize()
+
     def _read(self, output: dict) -> np.ndarray:
         """Rows of activations from the device, as float32."""
-        for stream in self._workspaces:
-            stream.synchronize()
+        self._synchronize()
         kind = _TYPES[output["type"]]
         rows, columns, stride = output["rows"], output["columns"], output["stride"]
         count = (rows - 1) * stride + columns

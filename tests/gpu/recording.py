@@ -14,7 +14,6 @@ class Recording(CudaExecutor):
 
     _prefix_run: Run | None = None  # None: nothing is being recorded
     _step_runs: list[Run]
-    _in_prefix = False
 
     def record(self, inputs: ModelInputs, noise: np.ndarray) -> tuple[dict, tuple[Run, list[Run]]]:
         """The stages of a call; what the quantisers made in the prefix and in each denoising step, without the rows that
@@ -28,15 +27,11 @@ class Recording(CudaExecutor):
         finally:
             self._prefix_run = None
 
-    def _prefix(self, *arguments) -> None:
-        self._in_prefix = True
-        super()._prefix(*arguments)
-        self._in_prefix = False
-
     def _launch(self, launch: dict, stream: Stream, step: int, overlap: bool) -> None:
         super()._launch(launch, stream, step, overlap)
         if self._prefix_run is not None and launch["name"].endswith("(quantise)"):
-            run = self._prefix_run if self._in_prefix else self._step_runs[step]
+            in_prefix = any(launch is each for variant in self._variants.values() for each in variant["prefix"])
+            run = self._prefix_run if in_prefix else self._step_runs[step]
             run.append((launch["name"], self._quantised(launch)))
 
     def _quantised(self, launch: dict) -> Activations:
@@ -55,8 +50,7 @@ class Recording(CudaExecutor):
         return values.reshape(rows, padded_depth)[:, :depth].copy(), scales.reshape(rows, 1).copy()
 
     def _bytes(self, argument: list, count: int) -> np.ndarray:
-        for stream in (self._stream, self._branch):
-            stream.synchronize()
+        self._synchronize()
         staging = PinnedArray(count)
         self._stream.download(staging.address, self._arena.address + argument[1], count)
         self._stream.synchronize()
