@@ -110,6 +110,17 @@ def test_traces_what_the_stages_produce(on_the_host, tiny_plans):
         np.testing.assert_array_equal(value, expected[stage], err_msg=stage)
 
 
+def test_times_every_launch_of_the_prefix_and_a_step(on_the_host, tiny_plans):
+    plan = Plan(tiny_plans("pi0", DEFAULT_PRESET, "cuda").plan)
+    policy, config = executor.CudaExecutor(plan), ModelConfig.from_json(plan.manifest["model"])
+    size = policy.stage(make_inputs(config, *CALLS[1]), make_noise(config))
+    times = policy.launch_times(size, calls=1)
+    wanted = [("prefix", each) for each in policy._variants[size]["prefix"]]
+    wanted += [("step", each) for each in policy._variants[size]["step"]]
+    assert [(program, launch) for program, launch, _ in times] == wanted
+    assert {us for *_, us in times} == {1e3}  # what the driver here says of any two events
+
+
 @pytest.mark.parametrize("name", ["pi0", "pi05"])
 def test_records_the_integers_of_a_call(name, on_the_host, tiny_plans, monkeypatch):
     """What tests/gpu compares stage by stage: with the same INT8 activations the CPU engine comes to the same stages."""

@@ -41,9 +41,9 @@ def _profile(
 ) -> None:
     """Time every launch of a call and print a table: kernel, launches, microseconds, bytes, share of the ceiling.
 
-    Times include an event each, 3 to 4 microseconds on an H100, and no overlap between launches, so their sum exceeds the graph's
-    time, which is printed too and in which the first step runs beside the prefix. The ceiling is the larger of bytes over bandwidth and operations over the tensor cores'
-    rate (H100).
+    Launches follow each other on one stream. Times include an event each, 3 to 4 microseconds on an H100, and launches do not
+    overlap, so their sum exceeds the graph's time, which is printed too; there the state token and the first step run beside the
+    prefix. The ceiling is the larger of bytes over bandwidth and operations over the tensor cores' rate (H100).
 
     [bold]Example[/bold]
 

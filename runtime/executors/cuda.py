@@ -135,7 +135,7 @@ class CudaExecutor:
     def launch_times(self, size: tuple[int, int], calls: int = 20) -> list[tuple[str, dict, float]]:
         """(program, launch of the schedule, microseconds) of the prefix and of the first denoising step, medians.
 
-        Measured by events between the launches of one graph, in which the first step runs behind the prefix. Launches
+        Measured by events between the launches of one graph, in which they follow each other on one stream. Launches
         cannot overlap across an event, and each includes one event's time, 3 to 4 us on an H100: the whole call is faster
         than the sum.
         """
@@ -149,17 +149,13 @@ class CudaExecutor:
         driver.open_device()
         with self._lock:
             self._prepare_library(variant)
-            graph = self._stream.capture(lambda: self._follow(variant, driver.Event.record_in_graph, mark, beside=False))
+            graph = self._stream.capture(lambda: self._follow(variant, driver.Event.record_in_graph, mark, one_stream=True))
             times = []
             for _ in range(calls):
                 graph.launch(self._stream)
                 self._stream.synchronize()
-                last = {False: self._events[0], True: self._events[0]}
-                of_call = []
-                for (_, launch), event in zip(measured, events):
-                    of_call.append(1e3 * event.milliseconds_since(last[launch.get("branch", False)]))
-                    last[launch.get("branch", False)] = event
-                times.append(of_call)
+                ahead = [self._events[0], *events]
+                times.append([1e3 * event.milliseconds_since(before) for before, event in zip(ahead, events)])
         medians = np.median(np.array(times), axis=0)
         return [(program, launch, float(time)) for (program, launch), time in zip(measured, medians) if program != "later step"]
 
@@ -204,15 +200,15 @@ class CudaExecutor:
         variant: dict,
         mark: Callable[[driver.Event, driver.Stream], None],
         after_launch: Callable[[str, dict, driver.Stream], None] = lambda program, launch, stream: None,
-        beside: bool = True,
+        one_stream: bool = False,
     ) -> None:
         """Enqueues a whole call. `after_launch` gets the program ("prefix", "step" or "later step") and the launch.
 
-        On three streams: the prefix, its branch (pi0's state token), and, `beside` them, the first denoising step. They wait
+        There are three streams: of the prefix, of its branch (pi0's state token), and of the first denoising step. They wait
         for each other as the schedule says, and the later steps for all of them.
         """
-        prefix, step = variant["prefix"], variant["step"]
-        main, ahead = self._stream, self._ahead if beside else self._stream
+        prefix, step, main = variant["prefix"], variant["step"], self._stream
+        branch, ahead = (main, main) if one_stream else (self._branch, self._ahead)
         reached = {index: driver.Event() for launch in [*prefix, *step] for index in launch.get("wait_for", ())}
 
         def enqueue(program: str, launch: dict, stream: driver.Stream, step: int = 0, behind_others: bool = False) -> None:
@@ -228,16 +224,16 @@ class CudaExecutor:
         for offset, size in variant["zeroed"]:
             main.clear(self._arena.address + offset, size)
         mark(self._events[0], main)
-        _go_on_together([main], [self._branch, ahead])
+        _go_on_together([main], [branch, ahead])
         for index, launch in enumerate(prefix):
-            stream = self._branch if launch.get("branch") else main
+            stream = branch if launch.get("branch") else main
             enqueue("prefix", launch, stream)
             if index in reached:
                 reached[index].record(stream)
         mark(self._events[1], main)
         for launch in step:
             enqueue("step", launch, ahead, behind_others=launch is step[0])
-        _go_on_together([self._branch, ahead], [main])
+        _go_on_together([branch, ahead], [main])
         for number in range(1, self._num_steps):
             for launch in step:
                 enqueue("later step", launch, main, number, behind_others=number == 1 and launch is step[0])
