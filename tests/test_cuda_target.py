@@ -147,8 +147,12 @@ def compiled(tiny_plans, tmp_path, monkeypatch):
     return compile
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("policy", POLICIES)
+WITH_ADAPTIVE_NORMS = "everything of the expert", "everything, output rotations", "W4A16, everything"
+
+
+@pytest.mark.parametrize(
+    ("policy", "recipe"), [*(("pi0", each) for each in RECIPES), *(("pi05", each) for each in WITH_ADAPTIVE_NORMS)]
+)
 def test_other_recipes(policy, recipe, compiled):
     # With duquant's, as much as the CPU engine's own values move when pixels and noise do by 0.1 %.
     bound = 0.01 if RECIPES[recipe].get("activation_bits") == 0 else 0.03
