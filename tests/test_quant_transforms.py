@@ -57,7 +57,10 @@ def test_the_function_of_the_linear_does_not_change(case):
 @given(linears())
 def test_restore_input_is_the_inverse(case):
     _, x, transform = case
-    torch.testing.assert_close(transform.restore_input(transform.transform_input(x)), x, rtol=1e-5, atol=1e-5)
+    restored = transform.restore_input(transform.transform_input(x))
+    scale = torch.from_numpy(np.ones(x.shape[1], np.float32) if transform.input_scale is None else transform.input_scale)
+    # A rotation adds channels up that are scaled differently, with a rounding of the largest, then scaled back as the smallest.
+    assert ((restored - x).abs() <= 1e-6 * (x * scale).norm(dim=1, keepdim=True) / scale).all()
 
 
 @settings(deadline=None)
