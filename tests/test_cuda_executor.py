@@ -119,6 +119,8 @@ def test_times_every_launch_of_the_prefix_and_a_step(on_the_host, tiny_plans):
     wanted += [("step", each) for each in policy._variants[size]["step"]]
     assert [(program, launch) for program, launch, _ in times] == wanted
     assert {us for *_, us in times} == {1e3}  # what the driver here says of any two events
+    assert policy.milliseconds_in_turn(size, calls=1) == (1.0, 1.0)
+    assert np.isfinite(policy._download.array.view(np.float32)).all()
 
 
 @pytest.mark.parametrize("name", ["pi0", "pi05"])

@@ -24,6 +24,8 @@ from compiler.quant import Quantization, Recipe
 from compiler.quant.linears import select_linears
 from plugins.driver import free_memory, open_device
 from runtime.config import IMAGE_SLOTS, ModelConfig
+from runtime.executors.cuda import CudaExecutor
+from runtime.plan import Plan
 from runtime.policy import Policy
 from runtime.preprocess import ModelInputs, Preprocessor
 
@@ -57,7 +59,7 @@ def measure(
         del integers
         torch.cuda.empty_cache()
         with _paused(progress):
-            records += _measure_engine(f"engine, --quant {name}", plan, seconds, observations, noise)
+            records += _measure_engine(f"engine, --quant {name}", plan, seconds, checkpoint.config, observations, noise)
     for record in records:
         actions = record.pop("actions")
         record["cosine"] = difference(expected[record["cameras"], record["prompt_tokens"]], actions).cosine
@@ -88,7 +90,9 @@ def _measure_pytorch(checkpoint: Checkpoint, observations: dict, noise: np.ndarr
     return records
 
 
-def _measure_engine(name: str, plan: Path, compile_s: float, observations: dict, noise: np.ndarray) -> list[dict]:
+def _measure_engine(
+    name: str, plan: Path, compile_s: float, config: ModelConfig, observations: dict, noise: np.ndarray
+) -> list[dict]:
     free, start = free_memory()[0], time.perf_counter()
     policy = Policy(plan)
     opened = time.perf_counter()
@@ -116,6 +120,10 @@ def _measure_engine(name: str, plan: Path, compile_s: float, observations: dict,
         split = {key: float(np.median([each[key] for each in stages])) for key in ("prefix_ms", "denoise_ms")}
         host = _host(stages) | {"control": controls[-CALLS:]}
         records.append(_record(name, case, actions, times, replay_ms=replay, host_ms=host, **split, **facts))
+    executor, preprocessor = CudaExecutor(Plan(plan, verify=False)), Preprocessor(config)
+    for record, obs in zip(records, observations.values()):
+        size = executor.stage(preprocessor.model_inputs(obs), noise)
+        record["loop_ms"] = executor.milliseconds_in_turn(size)[1]
     return records
 
 
@@ -202,15 +210,15 @@ def _record(name: str, case: tuple[int, int], actions: np.ndarray, times: list[f
 
 def table(records: list[dict]) -> Table:
     """Medians and 99th percentiles, and what else is known of a contender."""
-    columns = ["", "cameras", "wall p50", "p99", "replay p50", "p99", "prefix", "steps", "memory", "compile", "open+warm", "cosine"]
-    title = "milliseconds (steps: behind the prefix, beside which most of the first runs); memory in GB, compile and open in s; "
-    title += "cosine of the actions to fp32"
+    columns = ["", "cameras", "wall p50", "p99", "replay p50", "p99", "prefix", "steps", "loop", "memory", "compile", "open+warm", "cosine"]
+    title = "milliseconds (steps: behind the prefix, beside which most of the first runs; loop: all of them, nothing beside the prefix);"
+    title += "\nmemory in GB, compile and open in s; cosine of the actions to fp32"
     found = Table(*columns, title=title, title_justify="left")
     for each in records:
         wall, replay = np.percentile(each["wall_ms"], [50, 99]), each.get("replay_ms")
         cells = [f"{value:.2f}" for value in wall]
         cells += [f"{value:.2f}" for value in np.percentile(replay, [50, 99])] if replay else ["", ""]
-        cells += [f"{each[key]:.2f}" if key in each else "" for key in ("prefix_ms", "denoise_ms")]
+        cells += [f"{each[key]:.2f}" if key in each else "" for key in ("prefix_ms", "denoise_ms", "loop_ms")]
         cells.append(f"{each['device_bytes'] / 1e9:.2f}" if "device_bytes" in each else "")
         cells.append(f"{each['compile_s']:.0f}" if "compile_s" in each else "")
         cells.append(f"{each['open_s']:.1f}+{each['warmup_s']:.1f}" if "open_s" in each else "")

@@ -62,6 +62,7 @@ def _profile(
     calls = [executor.run(inputs, noise)[1] for _ in range(100)][20:]
     whole = {key: float(np.median([call[key] for call in calls])) for key in ("prefix_ms", "denoise_ms")}
     executor.stage(inputs, noise)
+    in_turn = dict(zip(("prefix_ms", "denoise_ms"), executor.milliseconds_in_turn(size)))
     launches = executor.launch_times(size)
     if as_json:
         keys = ("name", "work", "moved")
@@ -69,12 +70,13 @@ def _profile(
             {"program": program, **{k: launch[k] for k in keys}, "kernel": executor.kernel_name(launch), "us": us}
             for program, launch, us in launches
         ]
-        typer.echo(json.dumps({"graph_ms": whole, "launches": rows}, indent=1))
+        typer.echo(json.dumps({"graph_ms": whole, "in_turn_ms": in_turn, "launches": rows}, indent=1))
         return
     for program in ("prefix", "step"):
         chosen = [(launch, us) for each, launch, us in launches if each == program]
         Console(width=150).print(_table(program, chosen, executor, each_layer))
-    Console().print(f"In the graph: prefix {whole['prefix_ms']:.3f} ms, denoising behind it {whole['denoise_ms']:.3f} ms")
+    for name, found in (("In the graph", whole), ("With nothing beside the prefix", in_turn)):
+        Console().print(f"{name}: prefix {found['prefix_ms']:.3f} ms, denoising behind it {found['denoise_ms']:.3f} ms")
 
 
 def _inputs(manifest: dict, cameras: int, prompt_tokens: int) -> tuple[ModelInputs, np.ndarray]:
