@@ -146,7 +146,7 @@ attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
 
   __shared__ unsigned long long arrived;
   __shared__ float logarithms[ROWS];  // [SPLIT][ROWS / SPLIT]
-  if (SPLIT > 1 && threadIdx.x == 0) expect(&arrived, ROWS * (ROW + int(sizeof(float))));
+  if (SPLIT > 1 && threadIdx.x == 0) init(&arrived);
   constexpr int AHEAD = STAGES > 1 ? STAGES - 1 : 1;  // tiles on their way
   if (cache_ready)
 #pragma unroll
@@ -220,6 +220,7 @@ attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
     static_assert(KEY_GROUPS == 1 && ROWS % SPLIT == 0 && SPLIT <= 32);
     constexpr int SHARE = ROWS / SPLIT;
     unsigned char* const received = queries;  // [SPLIT][SHARE][ROW]
+    if (threadIdx.x == 0) expect(&arrived, ROWS * (ROW + int(sizeof(float))));
     if (group < GROUPS) {
       const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16;  // row of the block that is the warp's first
       unsigned char* const staging = ring + first * ROW;

@@ -5,10 +5,13 @@
 
 __device__ inline unsigned address_of(const void* shared) { return unsigned(__cvta_generic_to_shared(shared)); }
 
-// One thread, before the other blocks may send: the barrier opens, once, when `bytes` have come.
+// One thread: before the other blocks may send, and a barrier of the block later how many bytes will have come when the
+// barrier opens, once.
+__device__ inline void init(unsigned long long* barrier) {
+  asm volatile("mbarrier.init.shared.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(address_of(barrier)) : "memory");
+}
 __device__ inline void expect(unsigned long long* barrier, int bytes) {
-  asm volatile("mbarrier.init.shared.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;\n"
-               "mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address_of(barrier)), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address_of(barrier)), "r"(bytes) : "memory");
 }
 __device__ inline void wait(unsigned long long* barrier) {
   asm volatile("{.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n@!done bra again;}"

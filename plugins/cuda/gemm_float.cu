@@ -242,9 +242,10 @@ gemm_float(const Bf16* x, const float* squares, const uint4* weight, const float
 #if CLUSTER
   __shared__ unsigned long long arrived;
   if (SPLIT > 1) {
+    if (threadIdx.x == 0) init(&arrived);
+    cluster_wait_for_all();
     const int owned = max(tokens - rank + SPLIT - 1, 0) / SPLIT;
     if (threadIdx.x == 0) expect(&arrived, owned * SPLIT * ALL * 16);
-    cluster_wait_for_all();
   }
 #endif
   wait_for_inputs();

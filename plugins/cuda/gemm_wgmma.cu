@@ -44,7 +44,7 @@ gemm_wgmma(const signed char* x_slabs, const float* x_scale, const unsigned char
   __shared__ unsigned long long arrived;
   const unsigned full = address_of(barriers), empty = full + 8 * STAGES;
 
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
   const int rank = blockIdx.x % SPLIT, block = blockIdx.x / SPLIT, blocks = gridDim.x / SPLIT;
   const int tile_steps = depth / 128, first_step = tile_steps * rank / SPLIT;
   const int steps = tile_steps * (rank + 1) / SPLIT - first_step;  // of this block
@@ -54,12 +54,13 @@ gemm_wgmma(const signed char* x_slabs, const float* x_scale, const unsigned char
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; ++stage) {
       init_barrier(full + 8 * stage, 1);
-      init_barrier(empty + 8 * stage, WARPS);
+      init_barrier(empty + 8 * stage, WARPS * ARRIVALS_OF_WARP);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    if (SPLIT > 1) expect(&arrived, GROUPS * received_bytes<SPLIT, 1, TOKENS8>(rank));
+    if (SPLIT > 1) init(&arrived);
   }
   __syncthreads();
+  if (SPLIT > 1 && threadIdx.x == 0) expect(&arrived, GROUPS * received_bytes<SPLIT, 1, TOKENS8>(rank));
 
   if (warp >= WARPS) {
     if (GROUPS > 1) give_registers<40>();
@@ -109,10 +110,7 @@ gemm_wgmma(const signed char* x_slabs, const float* x_scale, const unsigned char
       const int first_token = tile % token_blocks * TOKENS, first_row = tile / token_blocks * 64 * GROUPS + 16 * warp;
       const TokenScales<IN_PLACE ? TOKENS8 : 1> scales(x_scale, first_token, tokens);
       int acc[1][TOKENS8][4] = {};
-      auto release = [&](int count) {
-        __syncwarp();  // lane 0 speaks for all lanes, which have read their weights
-        if (lane == 0) arrive(empty + 8 * (count % STAGES));
-      };
+      auto release = [&](int count) { give_back(empty + 8 * (count % STAGES)); };
       auto consume = [&](int count, bool first, unsigned (&a)[4][4]) {
         const int stage = count % STAGES;
         wait(full + 8 * stage, count / STAGES & 1);

@@ -3,7 +3,7 @@
 // K = 128 in turn, so that one decodes while the products of another run. SPLIT blocks, a cluster, share the K of a tile
 // too. The sums of all of them meet as gemm_wgmma.cuh describes, each warpgroup finishing a part of the tokens.
 //
-// A block has one tile, 64 rows x 8 TOKENS8 tokens. A warp of its own fills the ring of STAGES stages, a lane a stage;
+// A block has one tile, 64 rows x 8 TOKENS8 tokens. A warp of its own fills the ring of STAGES stages, first a lane a stage;
 // step s of the block is in stage s % STAGES and belongs to warpgroup s % GROUPS.
 //
 // grid (N / 64 * SPLIT, ceil(M / (8 TOKENS8))), cluster SPLIT, block 128 GROUPS + 32; shared memory STAGES *
@@ -36,14 +36,15 @@ gemm_wgmma_few(const signed char* x_slabs, const float* x_scale, const unsigned 
 
   if (warp == WARPS && lane < STAGES) {
     init_barrier(full + 8 * lane, 1);
-    init_barrier(empty + 8 * lane, 4);  // the warps of its warpgroup
-    if (SPLIT > 1 && lane == 0) expect(&arrived, received_bytes<HOLDERS, GROUPS, TOKENS8>(rank));
+    init_barrier(empty + 8 * lane, 4 * ARRIVALS_OF_WARP);  // the warps of its warpgroup
+    if (SPLIT > 1 && lane == 0) init(&arrived);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
   if (SPLIT > 1) arrive_in_cluster();
 
   if (warp == WARPS) {
+    if (SPLIT > 1 && lane == 0) expect(&arrived, received_bytes<HOLDERS, GROUPS, TOKENS8>(rank));
     const unsigned char* const w = weight + (size_t(tile) * tile_steps + first_step) * sizeof(Stage::w);
     const signed char* const x = x_slabs + (size_t(first_step) * gridDim.y + blockIdx.y) * TOKENS * 128;
     auto fetch_weights = [&](int step) {
@@ -57,14 +58,13 @@ gemm_wgmma_few(const signed char* x_slabs, const float* x_scale, const unsigned 
     };
     if (lane < STAGES && lane < steps) fetch_weights(lane);
     wait_for_inputs();
-    if (lane < STAGES) {
-      if (lane < steps) fetch_activations(lane);
-      for (int step = STAGES + lane; step < steps; step += STAGES) {
-        wait(empty + 8 * lane, (step / STAGES & 1) ^ 1);
+    if (lane < STAGES && lane < steps) fetch_activations(lane);
+    if (lane == 0)
+      for (int step = STAGES; step < steps; ++step) {
+        wait(empty + 8 * (step % STAGES), (step / STAGES & 1) ^ 1);
         fetch_weights(step);
         fetch_activations(step);
       }
-    }
     let_next_kernel_start();
     return;  // a block's barriers are used by its warpgroups only, from here on
   }
@@ -81,8 +81,7 @@ gemm_wgmma_few(const signed char* x_slabs, const float* x_scale, const unsigned 
     const Stage& stage = stages[step % STAGES];
     wait(full + 8 * (step % STAGES), step / STAGES & 1);
     multiply_step<BITS>(acc, stage.w[warp % 4], stage.x, a);
-    __syncwarp();  // lane 0 speaks for all lanes, which have read their weights
-    if (step >= GROUPS && lane == 0) arrive(empty + 8 * ((step - GROUPS) % STAGES));  // that step's products are done
+    if (step >= GROUPS) give_back(empty + 8 * ((step - GROUPS) % STAGES));  // that step's products are done
   };
   unsigned even[4][4], odd[4][4];
   int step = group;

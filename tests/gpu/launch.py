@@ -4,6 +4,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+import os
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -35,6 +36,8 @@ def compute_capability() -> int:
 
 @functools.cache
 def kernel(source: str, expression: str, headers: tuple = (), options: tuple = ()) -> driver.Kernel:
+    if os.environ.get("DUQ_RACECHECK"):
+        options = (*options, "-DFOR_RACECHECK")  # plugins/cuda/gemm_wgmma.cuh
     cubin = compile_cubin(source, compute_capability(), [expression], dict(headers), options)
     return driver.load(cubin)[expression]
 
