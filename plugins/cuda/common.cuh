@@ -145,6 +145,11 @@ __device__ inline float gelu_tanh(float g) {
   return g * inverse;
 }
 
+// What a sum of products of integers stands for, float32 in this order.
+__device__ inline float dequantised(int sum, float weight_scale, float x_scale) {
+  return __fmul_rn(__fmul_rn(__int2float_rn(sum), weight_scale), x_scale);
+}
+
 // What becomes of a product last. A kernel takes those that the head of its source names.
 enum Finish { NONE, SILU, GELU, GEGLU, ROTARY };
 
@@ -170,7 +175,7 @@ struct ForNorm {
   }
 };
 
-// y = (float(acc) * weight_scale[n]) * x_scale[m] (+ bias[n]) (+ residual[m, n]), float32 in this order, one rounding
+// y = dequantised(acc, weight_scale[n], x_scale[m]) (+ bias[n]) (+ residual[m, n]), float32 in this order, one rounding
 // at the end. bias and residual may be null; residual may be y itself. Out = int stores acc.
 //
 // FINISH is NONE, or with no residual GELU: gelu_tanh of that; or GEGLU: the rows of every 16 are 8 of the gate and the 8
@@ -225,10 +230,10 @@ template <int BITS, int FINISH, class Out> struct Epilogue {
       for (int part = 0; part < PARTS; ++part) {
         const int4 acc = sum(8 * part);
         const float4 scale = c.scale[part], add = c.bias[part];
-        v[part][0] = dequantise(acc.x, scale.x, in.scale, add.x);
-        v[part][1] = dequantise(acc.y, scale.y, in.scale, add.y);
-        v[part][2] = dequantise(acc.z, scale.z, in.scale, add.z);
-        v[part][3] = dequantise(acc.w, scale.w, in.scale, add.w);
+        v[part][0] = biased(acc.x, scale.x, in.scale, add.x);
+        v[part][1] = biased(acc.y, scale.y, in.scale, add.y);
+        v[part][2] = biased(acc.z, scale.z, in.scale, add.z);
+        v[part][3] = biased(acc.w, scale.w, in.scale, add.w);
       }
       for (int i = 0; i < 4; ++i)
         if (FINISH == GEGLU)
@@ -245,8 +250,8 @@ template <int BITS, int FINISH, class Out> struct Epilogue {
     }
   }
 
-  __device__ float dequantise(int acc, float scale, float token_scale, float add) const {
-    const float value = __fmul_rn(__fmul_rn(BITS == 4 ? acc >> 4 : acc, scale), token_scale);
+  __device__ float biased(int acc, float scale, float token_scale, float add) const {
+    const float value = dequantised(BITS == 4 ? acc >> 4 : acc, scale, token_scale);
     return bias ? __fadd_rn(value, add) : value;
   }
 };

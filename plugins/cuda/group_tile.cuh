@@ -62,10 +62,8 @@ __device__ inline void store_group_tile(const int (&acc)[TOKENS8][4], int* stagi
       float of_token[2], v[2][2];
       scales.of(j, of_token);
       for (int half = 0; half < 2; ++half)
-        for (int odd = 0; odd < 2; ++odd) {
-          const float sum = __int2float_rn(acc[j][2 * half + odd]);
-          v[half][odd] = __fadd_rn(__fmul_rn(__fmul_rn(sum, scale[half]), of_token[odd]), bias[half]);
-        }
+        for (int odd = 0; odd < 2; ++odd)
+          v[half][odd] = __fadd_rn(dequantised(acc[j][2 * half + odd], scale[half], of_token[odd]), bias[half]);
       if constexpr (PARTS == 2)
         store_transposed(target[0] + (j - first) * BYTES,
                          pack2<Out>(gelu_tanh(v[0][0]) * v[1][0], gelu_tanh(v[0][1]) * v[1][1]));
