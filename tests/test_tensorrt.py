@@ -334,6 +334,7 @@ def test_progress_is_shown(tmp_path):
 def test_engines_of_another_library_are_refused(compiled, change, says):
     plan = compiled("pi0", "graph")
     section = executor.section_of(plan, 86) | change
+    executor.check_plugins(plan, section)
     if says is None:
         executor.check_library(plan, section)
     else:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from runtime.errors import PlanError
 from runtime.executors import tensorrt as executor
 from tests.gpu.test_executor_calls import (
     ACTIONS, MANIFEST, SIGNATURES, SIZES, TABLE, StandIn, expected_of_steps, observation, parts, policy, prefix, step,
@@ -84,3 +85,16 @@ def test_one_engine(calls):
         _, last, token, state, _ = parts(inputs)
         np.testing.assert_array_equal(actions, 2 * noise + token + last + state)
         assert set(timing) == {"policy_ms"}
+
+
+@pytest.mark.parametrize(
+    ("section", "version"), [({}, 1), ({"plugins_version": executor.PLUGINS_VERSION + 1}, executor.PLUGINS_VERSION + 1)]
+)
+def test_plugins_of_another_version_are_refused(section, version, monkeypatch):
+    """Before anything of the plan but its manifest is read, or TensorRT is loaded."""
+    monkeypatch.setattr(executor, "driver", SimpleNamespace(open_device=lambda: 86))
+    monkeypatch.setattr(executor, "trt", None)
+    plan = SimpleNamespace(path="old.plan", manifest={"graphs": {"sm86": section}})
+    says = f"old.plan: its plugins are of version {version}, this runtime's of version 2; compile it again"
+    with pytest.raises(PlanError, match=says):
+        executor.TensorRTExecutor(plan)

@@ -20,6 +20,8 @@ from runtime.plan import Plan
 from runtime.preprocess import ModelInputs
 
 ALIGNMENT = 256
+# Of what plugins store in an engine and pass to the plan's kernels, which are compiled with them; 1 passed fewer arguments.
+PLUGINS_VERSION = 2
 MAX_GRAPHS = 16  # kept recorded; a prompt of a length not seen lately takes two calls' time
 _ITEM_BYTES = {"float": 4, "int64": 8, "bfloat16": 2, "float16": 2}
 
@@ -39,13 +41,14 @@ class Engine(Protocol):
 class TensorRTExecutor:
     """Args: plan: opened, target "tensorrt", for the SM of this machine's GPU; threads: of no use here.
 
-    Raises PlanError where the plan is for another SM, or another flavour or version of TensorRT, KernelError where a wheel
-    or the driver is missing.
+    Raises PlanError where the plan is for another SM, another flavour or version of TensorRT or other plugins than these,
+    KernelError where a wheel or the driver is missing.
     """
 
     def __init__(self, plan: Plan, threads: int | None = None):
         sm = driver.open_device()
         section = section_of(plan, sm)
+        check_plugins(plan, section)
         check_library(plan, section)
         trt.register(kernels_of(plan, sm))
         engines = {name: _LoadedEngine(plan, sm, name) for name in section["engines"]}
@@ -72,6 +75,14 @@ def section_of(plan: Plan, sm: int) -> dict:
         made_for = ", ".join(name.removeprefix("sm") for name in sections if "/" not in name)
         raise PlanError(f"{plan.path}: is made for SM {made_for}, this machine's GPU is SM {sm}; compile it with --sm {sm}")
     return sections[f"sm{sm}"]
+
+
+def check_plugins(plan: Plan, section: dict) -> None:
+    """The plan's kernels take the arguments of the plugins they were compiled with, which a launch would only find out."""
+    if (version := section.get("plugins_version", 1)) != PLUGINS_VERSION:
+        raise PlanError(
+            f"{plan.path}: its plugins are of version {version}, this runtime's of version {PLUGINS_VERSION}; compile it again"
+        )
 
 
 def check_library(plan: Plan, section: dict) -> None:

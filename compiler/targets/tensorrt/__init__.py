@@ -26,6 +26,7 @@ from plugins.errors import DuqError
 from plugins.kernels import Cubin, compile_cubin
 from plugins.nodes import KernelName
 from runtime.config import ModelConfig
+from runtime.executors.tensorrt import PLUGINS_VERSION
 from runtime.plan import PlanWriter
 
 ARCHITECTURES = bitblas.SMS
@@ -84,6 +85,7 @@ def _emit(graphs: Graphs, sm: int, writer: PlanWriter, progress: Progress, optio
         f"sm{sm}": {
             "flavour": trt.flavour(),
             "version": trt.library().__version__,
+            "plugins_version": PLUGINS_VERSION,
             "loop": options.loop,
             "float_type": options.float_type,
             "engines": list(models),
