@@ -86,10 +86,10 @@ SETTINGS = [{}, {"scheme": "duquant"}, {"scheme": "reference"}, {"compensate": T
 def test_quantises_on_another_device(policy, settings, monkeypatch):
     """A device that refuses operations on tensors here and there. Sums are rounded otherwise, and permutations may follow."""
     monkeypatch.setitem(CHUNK, "meta", 1 << 26)
-    checkpoint, _, inputs = policy
-    expected = quantised(policy, "all", **settings)
+    checkpoint, model, inputs = policy
+    expected = quantised((checkpoint, model, inputs[:2]), "all", **settings)  # slow there, however small the policy
     with FakeDevice():
-        found = quantised((checkpoint, build_model(checkpoint).to("meta"), inputs), "all", **settings)
+        found = quantised((checkpoint, build_model(checkpoint).to("meta"), inputs[:2]), "all", **settings)
     for name, pack in found.packs.items():
         assert abs(pack.sqnr_db - expected.packs[name].sqnr_db) < 1, name
     assert found.float_weights.keys() == expected.float_weights.keys()
