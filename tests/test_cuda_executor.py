@@ -113,14 +113,17 @@ def test_traces_what_the_stages_produce(on_the_host, tiny_plans):
 def test_times_every_launch_of_the_prefix_and_a_step(on_the_host, tiny_plans):
     plan = Plan(tiny_plans("pi0", DEFAULT_PRESET, "cuda").plan)
     policy, config = executor.CudaExecutor(plan), ModelConfig.from_json(plan.manifest["model"])
-    size = policy.stage(make_inputs(config, *CALLS[1]), make_noise(config))
+    inputs, noise = make_inputs(config, *CALLS[1]), make_noise(config)
+    actions, _ = policy.run(inputs, noise)
+    size = policy.stage(inputs, noise)
     times = policy.launch_times(size, calls=1)
     wanted = [("prefix", each) for each in policy._variants[size]["prefix"]]
     wanted += [("step", each) for each in policy._variants[size]["step"]]
     assert [(program, launch) for program, launch, _ in times] == wanted
     assert {us for *_, us in times} == {1e3}  # what the driver here says of any two events
+    policy._download.array[:] = 0
     assert policy.milliseconds_in_turn(size, calls=1) == (1.0, 1.0)
-    assert np.isfinite(policy._download.array.view(np.float32)).all()
+    np.testing.assert_array_equal(policy._download.array.view(np.float32), actions.ravel())  # a whole call
 
 
 @pytest.mark.parametrize("name", ["pi0", "pi05"])

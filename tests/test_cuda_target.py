@@ -148,12 +148,12 @@ def compiled(tiny_plans, tmp_path, monkeypatch):
 
 
 WITH_ADAPTIVE_NORMS = "everything of the expert", "everything, output rotations", "W4A16, everything"
-# pi0's "everything of the expert" is test_widths_that_only_64_divides.
-WITHOUT = [each for each in RECIPES if each != "everything of the expert"]
+# "everything of the expert" is test_widths_that_only_64_divides.
+OF_PI0 = [each for each in RECIPES if each != "everything of the expert"]
 
 
 @pytest.mark.parametrize(
-    ("policy", "recipe"), [*(("pi0", each) for each in WITHOUT), *(("pi05", each) for each in WITH_ADAPTIVE_NORMS)]
+    ("policy", "recipe"), [*(("pi0", each) for each in OF_PI0), *(("pi05", each) for each in WITH_ADAPTIVE_NORMS)]
 )
 def test_other_recipes(policy, recipe, compiled):
     # With duquant's, as much as the CPU engine's own values move when pixels and noise do by 0.1 %.

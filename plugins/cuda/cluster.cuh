@@ -5,8 +5,8 @@
 
 __device__ inline unsigned address_of(const void* shared) { return unsigned(__cvta_generic_to_shared(shared)); }
 
-// One thread: before the other blocks may send, and a barrier of the block later how many bytes will have come when the
-// barrier opens, once.
+// The barrier opens, once, when all `bytes` have come. One thread calls init, before the other blocks may send, and expect
+// behind a barrier of its block (or racecheck takes the two for a race); bytes may have come by then.
 __device__ inline void init(unsigned long long* barrier) {
   asm volatile("mbarrier.init.shared.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(address_of(barrier)) : "memory");
 }
