@@ -5,18 +5,26 @@
 
 __device__ inline unsigned address_of(const void* shared) { return unsigned(__cvta_generic_to_shared(shared)); }
 
-// The barrier opens, once, when all `bytes` have come. One thread calls init, before the other blocks may send, and expect
+__device__ inline void init_barrier(unsigned barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ inline void let_others_see_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ inline void arrive_expecting(unsigned barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ inline void wait(unsigned barrier, int parity) {
+  asm volatile("{.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;}"
+               ::"r"(barrier), "r"(parity) : "memory");
+}
+
+// A barrier that opens once, when all `bytes` have come. One thread calls init, before the other blocks may send, and expect
 // behind a barrier of its block (or racecheck takes the two for a race); bytes may have come by then.
 __device__ inline void init(unsigned long long* barrier) {
-  asm volatile("mbarrier.init.shared.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(address_of(barrier)) : "memory");
+  init_barrier(address_of(barrier), 1);
+  let_others_see_barriers();
 }
-__device__ inline void expect(unsigned long long* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address_of(barrier)), "r"(bytes) : "memory");
-}
-__device__ inline void wait(unsigned long long* barrier) {
-  asm volatile("{.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n@!done bra again;}"
-               ::"r"(address_of(barrier)) : "memory");
-}
+__device__ inline void expect(unsigned long long* barrier, int bytes) { arrive_expecting(address_of(barrier), bytes); }
+__device__ inline void wait(unsigned long long* barrier) { wait(address_of(barrier), 0); }
 
 // Writes to block `rank` of the cluster, at the addresses that `to` and `barrier` have in one's own shared memory.
 __device__ inline void send(uint4 v, const void* to, unsigned long long* barrier, int rank) {

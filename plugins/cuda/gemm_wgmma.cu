@@ -56,7 +56,7 @@ gemm_wgmma(const signed char* x_slabs, const float* x_scale, const unsigned char
       init_barrier(full + 8 * stage, 1);
       init_barrier(empty + 8 * stage, WARPS * ARRIVALS_OF_WARP);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    let_others_see_barriers();
     if (SPLIT > 1) init(&arrived);
   }
   __syncthreads();

@@ -1,11 +1,9 @@
-// What the GEMMs with wgmma share: barriers and bulk copies of a ring, one step of K = 128, sums of several holders.
+// What the GEMMs with wgmma share: the bulk copies of a ring and how its stages are given back, one step of K = 128, sums
+// of several holders.
 #pragma once
 #include "cluster.cuh"
 #include "wgmma.cuh"  // generated: void wgmma(int (&d)[TOKENS8][4], const unsigned (&a)[4], unsigned long long b)
 
-__device__ inline void init_barrier(unsigned barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
-}
 __device__ inline void arrive(unsigned barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
@@ -19,13 +17,6 @@ constexpr int ARRIVALS_OF_WARP = 1;
 __device__ inline void give_back(unsigned barrier) {
   __syncwarp();
   if (threadIdx.x % 32 < ARRIVALS_OF_WARP) arrive(barrier);
-}
-__device__ inline void arrive_expecting(unsigned barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ inline void wait(unsigned barrier, int parity) {
-  asm volatile("{.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;}"
-               ::"r"(barrier), "r"(parity) : "memory");
 }
 __device__ inline void copy(unsigned to, const void* from, int bytes, unsigned barrier) {  // announced at the barrier
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"

@@ -38,7 +38,7 @@ gemm_wgmma_few(const signed char* x_slabs, const float* x_scale, const unsigned 
     init_barrier(full + 8 * lane, 1);
     init_barrier(empty + 8 * lane, 4 * ARRIVALS_OF_WARP);  // the warps of its warpgroup
     if (SPLIT > 1 && lane == 0) init(&arrived);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    let_others_see_barriers();
   }
   __syncthreads();
   if (SPLIT > 1) arrive_in_cluster();

@@ -24,6 +24,11 @@ from runtime.preprocess import ModelInputs
 SCHEDULE_VERSION = 3  # of what a plan's schedule says and how; 1 had images as floats, 2 no first step beside the prefix
 STAGING_BYTES = 64 << 20
 _TYPES = {"float": np.float32, "Bf16": np.uint16}
+AfterLaunch = Callable[[str, dict, driver.Stream], None]  # of the program, the launch and its stream
+
+
+def _nothing(program: str, launch: dict, stream: driver.Stream) -> None:
+    pass
 
 
 class CudaExecutor:
@@ -146,33 +151,31 @@ class CudaExecutor:
             events[-1].record_in_graph(stream)
             measured.append((program, launch))
 
-        driver.open_device()
-        with self._lock:
-            self._prepare_library(variant)
-            graph = self._stream.capture(lambda: self._follow(variant, driver.Event.record_in_graph, mark, one_stream=True))
-            times = []
-            for _ in range(calls):
-                graph.launch(self._stream)
-                self._stream.synchronize()
-                ahead = [self._events[0], *events]
-                times.append([1e3 * event.milliseconds_since(before) for before, event in zip(ahead, events)])
-        medians = np.median(np.array(times), axis=0)
-        return [(program, launch, float(time)) for (program, launch), time in zip(measured, medians) if program != "later step"]
+        medians = self._times_in_turn(variant, events, calls, mark)
+        return [(program, launch, 1e3 * ms) for (program, launch), ms in zip(measured, medians) if program != "later step"]
 
     def milliseconds_in_turn(self, size: tuple[int, int], calls: int = 50) -> tuple[float, float]:
         """(prefix, all denoising steps) of a graph in which nothing runs beside the prefix, medians, of the inputs staged last."""
-        variant = self._variants[size]
+        prefix, steps = self._times_in_turn(self._variants[size], self._events[1:], calls)
+        return prefix, steps
+
+    def _times_in_turn(
+        self, variant: dict, events: list[driver.Event], calls: int, after_launch: AfterLaunch = _nothing
+    ) -> list[float]:
+        """Milliseconds to each of the events from the one before, medians, of a graph whose launches are on one stream.
+        `after_launch` may add to the events."""
         driver.open_device()
         with self._lock:
             self._prepare_library(variant)
-            graph = self._stream.capture(lambda: self._follow(variant, driver.Event.record_in_graph, one_stream=True))
+            mark = driver.Event.record_in_graph
+            graph = self._stream.capture(lambda: self._follow(variant, mark, after_launch, one_stream=True))
             times = []
             for _ in range(calls):
                 graph.launch(self._stream)
                 self._stream.synchronize()
-                times.append([after.milliseconds_since(before) for before, after in zip(self._events, self._events[1:])])
-        prefix, steps = np.median(times, axis=0)
-        return float(prefix), float(steps)
+                pairs = zip([self._events[0], *events], events)
+                times.append([event.milliseconds_since(before) for before, event in pairs])
+        return np.median(times, axis=0).tolist()
 
     def _inputs(self, variant: dict) -> dict[str, np.ndarray]:
         return {name: self._upload.array[offset : offset + size] for name, (offset, size) in variant["inputs"].items()}
@@ -214,7 +217,7 @@ class CudaExecutor:
         self,
         variant: dict,
         mark: Callable[[driver.Event, driver.Stream], None],
-        after_launch: Callable[[str, dict, driver.Stream], None] = lambda program, launch, stream: None,
+        after_launch: AfterLaunch = _nothing,
         one_stream: bool = False,
     ) -> None:
         """Enqueues a whole call. `after_launch` gets the program ("prefix", "step" or "later step") and the launch.
