@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import resource
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -11,31 +10,35 @@ import typer
 from rich.console import Console
 
 from compiler.checkpoint import Checkpoint
-from compiler.errors import CalibrationError, CheckpointError, DuqError, RecipeError
+from compiler.errors import CalibrationError, DuqError, RecipeError
 from compiler.pipeline import TARGETS, Options, compile_policy, quantize_checkpoint
 from compiler.quant import Quantization, Recipe, load_transforms
 from compiler.quant.calibrate import calibration_inputs
 from compiler.quant.linears import select_linears
 from compiler.quant.store import is_quantization, load_quantization
+from compiler.policy_options import with_policy_options
 from compiler.quantize_cli import (
-    AssetOption, CalibrationOption, DeviceOption, PacksOption, RobotOption, TokenizerOption, check_device, open_checkpoint,
-    progress_bar, use_packs, with_recipe_options,
+    CHECKPOINT_HELP, AssetOption, BaseOption, CalibrationOption, DeviceOption, PacksOption, TokenizerOption, check_device,
+    open_policy, progress_bar, use_packs, with_recipe_options,
 )
+from compiler.settings import Choices, PolicySettings, missing_statistics
 from compiler.targets import tensorrt
 from plugins.driver import open_device
 from plugins.errors import KernelError
 from runtime.cli_errors import check_output_directory, check_output_file, one_line_errors
-from runtime.preprocess import Preprocessor
-from runtime.robots import ROBOT_NAMES
+from runtime.inspect import settings_table
+from runtime.plan import Plan
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 
 @app.command()
+@with_policy_options
 @with_recipe_options
 def _compile(
     recipe: Recipe,
-    checkpoint: Annotated[Path, typer.Argument(help="openpi (PyTorch) or LeRobot checkpoint directory.")],
+    choices: Choices,
+    checkpoint: Annotated[str, typer.Argument(help=CHECKPOINT_HELP)],
     out: Annotated[Path, typer.Option("--out", help="The plan to write.")],
     target: Annotated[str, typer.Option(help=f"What to compile for: {', '.join(TARGETS)}.")] = "cpu",
     sm: Annotated[
@@ -54,12 +57,8 @@ def _compile(
     calibration: CalibrationOption = None,
     device: DeviceOption = "cpu",
     packs: PacksOption = None,
-    robot: RobotOption = "none",
     tokenizer: TokenizerOption = None,
-    num_steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 10,
-    action_horizon: Annotated[
-        Optional[int], typer.Option(min=1, help="Actions in a chunk; by default the checkpoint's.")
-    ] = None,
+    base: BaseOption = None,
     cameras: Annotated[int, typer.Option(min=1, max=3, help="The most cameras an observation will have.")] = 3,
     asset_id: AssetOption = None,
     without_norm_stats: Annotated[
@@ -76,18 +75,20 @@ def _compile(
 
     [bold]Examples[/bold]
 
-      duq-compile checkpoints/pi0_libero --robot libero --calibration observations.npz --out engine.plan
+      duq-compile checkpoints/pi05_libero --config pi05_libero --calibration observations.npz --out engine.plan
 
       duq-compile checkpoints/pi0_libero --robot libero --packs packs --out engine.plan
 
       duq-compile checkpoints/pi0_libero --robot libero --quant none --out float.plan
+
+      duq-compile outputs/train/my_arm/checkpoints/last/pretrained_model --calibration datasets/my_arm --out engine.plan
 
       duq-compile checkpoints/pi0_libero --robot libero --packs packs --target cuda --sm 90 --out engine.plan
 
       duq-compile checkpoints/pi0_libero --robot libero --packs packs --target tensorrt --sm 86 --out engine.plan
     """
     start = time.perf_counter()
-    _check_options(target, robot, recipe)
+    _check_options(target, recipe)
     check_device(device)
     architectures = _architectures(target, sm or [])
     if target == "tensorrt":
@@ -95,32 +96,28 @@ def _compile(
     check_output_file("--out", out)
     if keep_onnx is not None:
         check_output_directory("--keep-onnx", keep_onnx)
-    policy = open_checkpoint(checkpoint, asset_id, tokenizer)
-    if action_horizon is not None:
-        policy = replace(policy, config=replace(policy.config, action_horizon=action_horizon))
-    _check_robot(policy, robot, without_norm_stats)
+    policy, settings = open_policy(checkpoint, choices, asset_id, tokenizer, base)
+    _check_robot(policy, settings, without_norm_stats)
     with progress_bar() as progress:
-        quantization = _quantization(policy, recipe, packs, calibration, robot, device, progress)
+        quantization = _quantization(policy, recipe, packs, calibration, settings, device, progress)
         options = Options(
-            target=target, sm=architectures, robot=robot, num_steps=num_steps, cameras=cameras, timing=timing, loop=loop,
-            float_type=float_type,
+            target=target, sm=architectures, cameras=cameras, timing=timing, loop=loop, float_type=float_type, settings=settings,
         )
         compile_policy(policy, quantization, out, options, progress, keep_onnx)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    Console().print(
+    console = Console(markup=False, highlight=False)
+    console.print(settings_table(Plan(out, verify=False).manifest))
+    console.print(
         f"{out}: {out.stat().st_size / 1e6:,.1f} MB, {len(quantization.packs)} quantised linears, compiled in "
         f"{seconds:.0f} s with a peak of {peak:.1f} GB of memory",
-        highlight=False,
         soft_wrap=True,
     )
 
 
-def _check_options(target: str, robot: str, recipe: Recipe) -> None:
+def _check_options(target: str, recipe: Recipe) -> None:
     if target not in TARGETS:
         raise DuqError(f"--target {target}: unknown, this version compiles for {', '.join(TARGETS)}")
-    if robot not in ROBOT_NAMES:
-        raise DuqError(f"--robot {robot}: unknown, one of {', '.join(ROBOT_NAMES)}")
     if recipe.scheme == "reference":
         raise RecipeError("--scheme reference is a fake quantisation for studies, without integer arithmetic to compile")
 
@@ -144,20 +141,14 @@ def _architectures(target: str, sm: list[int]) -> tuple[int, ...]:
     return tuple(sorted(set(sm)))
 
 
-def _check_robot(checkpoint: Checkpoint, robot: str, without_norm_stats: bool) -> None:
+def _check_robot(checkpoint: Checkpoint, settings: PolicySettings, without_norm_stats: bool) -> None:
     """Finds out now, not on the robot, whether its observations can be converted."""
-    if robot != "none" and checkpoint.norm_stats is None and not without_norm_stats:
-        raise CheckpointError(
-            f"{checkpoint.path} has no normalisation statistics (assets/<asset_id>/norm_stats.json): a plan for {robot} "
-            "would move it wrongly. Copy them from the training run, or say --without-norm-stats"
-        )
-    tokenizer = None if checkpoint.tokenizer is None else checkpoint.tokenizer.read_bytes()
-    Preprocessor(
-        checkpoint.config, robot=robot, layout=checkpoint.layout, norm_stats=checkpoint.norm_stats, tokenizer=tokenizer
-    )
+    if settings.robot and checkpoint.norm_stats is None and not without_norm_stats:
+        raise missing_statistics(checkpoint, settings.robot_name)
+    settings.preprocessor(checkpoint)
 
 
-def _quantization(checkpoint, recipe, packs, calibration, robot, device, progress) -> Quantization:
+def _quantization(checkpoint, recipe, packs, calibration, settings, device, progress) -> Quantization:
     """From complete packs as they are, else by the quantiser, with the transforms of foreign packs if given."""
     if use_packs(packs) and is_quantization(packs):
         return load_quantization(packs, checkpoint)
@@ -169,7 +160,7 @@ def _quantization(checkpoint, recipe, packs, calibration, robot, device, progres
             "duq-quantize with --packs DIR, or compile in float with --quant none"
         )
     transforms = load_transforms(packs, checkpoint, recipe) if use_packs(packs) else None
-    inputs = calibration_inputs(calibration, checkpoint, robot, recipe.calibration_steps)
+    inputs = calibration_inputs(calibration, settings.preprocessor(checkpoint), recipe.calibration_steps)
     return quantize_checkpoint(checkpoint, recipe, inputs, progress, transforms, device)
 
 

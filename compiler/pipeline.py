@@ -4,7 +4,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +30,7 @@ from compiler.graph.passes.tokens import compact_tokens, eliminate_dead_prefix_t
 from compiler.model import build_model
 from compiler.quant import Quantization, Recipe, quantize
 from compiler.quant.transforms import LinearTransform
+from compiler.settings import PolicySettings, default_settings
 from compiler.targets import cpu, cuda, tensorrt
 from plugins import ops
 from runtime.config import GemmaConfig
@@ -60,12 +61,13 @@ class Options:
 
     target: str = "cpu"
     sm: tuple[int, ...] = ()  # compute capabilities of the GPUs, e.g. (86, 90)
-    robot: str = "none"
-    num_steps: int = 10
+    robot: str = "none"  # of the default settings
+    num_steps: int | None = None  # likewise; None: the checkpoint's
     cameras: int = 3
     timing: bool = True  # cuda: beside a GPU of an architecture in `sm`, choose kernels by timing
     loop: str = "graph"  # tensorrt: "unrolled" into one network, or "graph": the executor repeats the step's engine
     float_type: str = "bf16"  # tensorrt: of what is not quantised, "bf16" or "fp16"
+    settings: PolicySettings | None = None  # around the policy; by default those of the checkpoint and `robot`
 
 
 def compile_policy(
@@ -78,6 +80,8 @@ def compile_policy(
 ) -> None:
     """Writes the plan `out`. Nothing of it is left if anything fails. keep_onnx: directory for the graphs between passes."""
     check_weights(checkpoint, progress)
+    settings = options.settings or default_settings(checkpoint, options.robot, options.num_steps)
+    options = replace(options, settings=settings, robot=settings.robot_name, num_steps=settings.num_steps)
     weights = checkpoint.weights | quantization.float_weights
     task = progress.add_task("Exporting", total=None)
     with ThreadPoolExecutor(1) as beside:  # the export is Python, the fingerprint reads and hashes all weights
@@ -175,12 +179,14 @@ def _manifest(checkpoint: Checkpoint, quantization: Quantization, options: Optio
             "onnxruntime": onnxruntime.__version__,
         },
         "model": checkpoint.config.to_json(),
-        **asdict(options),
+        **{name: value for name, value in vars(options).items() if name != "settings"},
+        **options.settings.to_json(),
         "quantization": {"recipe": quantization.recipe.to_json(), "linears": linears},
         "norm_stats": checkpoint.norm_stats,
         "checkpoint": {
             "path": str(checkpoint.path),
             "layout": checkpoint.layout,
+            "form": checkpoint.form,
             "fingerprint": checkpoint.fingerprint,
         },
     }

@@ -16,14 +16,20 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from compiler.checkpoint import Checkpoint, load_checkpoint
+from compiler.checkpoint.training import training_config
 from compiler.errors import CalibrationError, CheckpointError, DuqError
 from compiler.pipeline import quantize_checkpoint
+from compiler.policy_options import with_policy_options
 from compiler.quant import Quantization, Recipe, load_recipe, load_transforms, save_quantization
 from compiler.quant.calibrate import calibration_inputs
 from compiler.quant.recipe import PRESETS, SCHEMES
 from compiler.quant.store import check_destination
+from compiler.settings import Choices, PolicySettings, settle
 from runtime.cli_errors import check_output_directory, one_line_errors
 
+CHECKPOINT_HELP = (
+    "openpi (PyTorch or JAX) or LeRobot checkpoint: its directory, a PEFT adapter's, or hf://owner/name[@revision]."
+)
 RECIPE_PANEL = "Recipe (override --quant)"
 LISTED_LINEARS = 10
 
@@ -61,7 +67,9 @@ PacksOption = Annotated[
 CalibrationOption = Annotated[
     Optional[Path], typer.Option("--calibration", help="Observations: a .npz file, or a directory of them.")
 ]
-RobotOption = Annotated[str, typer.Option("--robot", help="aloha, droid, libero or none: the form of the observations.")]
+BaseOption = Annotated[
+    Optional[Path], typer.Option("--base", help="The policy that an adapter was trained on; by default the one it names.")
+]
 TokenizerOption = Annotated[
     Optional[Path], typer.Option("--tokenizer", help="SentencePiece model; by default the one in the checkpoint.")
 ]
@@ -95,15 +103,17 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptio
 
 
 @app.command()
+@with_policy_options
 @with_recipe_options
 def _quantize(
     recipe: Recipe,
-    checkpoint: Annotated[Path, typer.Argument(help="openpi or LeRobot checkpoint directory.")],
+    choices: Choices,
+    checkpoint: Annotated[str, typer.Argument(help=CHECKPOINT_HELP)],
     out: Annotated[Path, typer.Option("--out", help="Directory of packs to write.")],
     calibration: CalibrationOption = None,
     packs: PacksOption = None,
-    robot: RobotOption = "none",
     tokenizer: TokenizerOption = None,
+    base: BaseOption = None,
     asset_id: AssetOption = None,
     device: DeviceOption = "cpu",
 ) -> None:
@@ -120,9 +130,9 @@ def _quantize(
     check_device(device)
     check_output_directory("--out", out)
     check_destination(out)
-    policy = open_checkpoint(checkpoint, asset_id, tokenizer)
+    policy, settings = open_policy(checkpoint, choices, asset_id, tokenizer, base)
     transforms = load_transforms(packs, policy, recipe) if use_packs(packs) else None
-    inputs = calibration_inputs(calibration, policy, robot, recipe.calibration_steps)
+    inputs = calibration_inputs(calibration, settings.preprocessor(policy), recipe.calibration_steps)
     with progress_bar() as progress:
         quantization = quantize_checkpoint(policy, recipe, inputs, progress, transforms, device)
         save_quantization(quantization, out, policy.fingerprint, progress)
@@ -141,14 +151,17 @@ def check_device(device: str) -> None:
         raise DuqError(f"--device {device}: PyTorch cannot compute there: {str(error).partition(chr(10))[0]}") from error
 
 
-def open_checkpoint(path: Path, asset_id: str | None, tokenizer: Path | None) -> Checkpoint:
-    """The checkpoint, with `tokenizer` in place of its own if given."""
-    checkpoint = load_checkpoint(path, asset_id)
-    if tokenizer is None:
-        return checkpoint
-    if not tokenizer.is_file():
-        raise CheckpointError(f"--tokenizer {tokenizer}: no such file; give a SentencePiece model")
-    return replace(checkpoint, tokenizer=tokenizer)
+def open_policy(
+    path: str, choices: Choices, asset_id: str | None, tokenizer: Path | None, base: Path | None = None
+) -> tuple[Checkpoint, PolicySettings]:
+    """The checkpoint with `tokenizer` in place of its own if given, and the settings around it."""
+    preferred = training_config(choices.config).settings.asset_id if choices.config else None
+    checkpoint = load_checkpoint(path, asset_id, base=base, preferred_asset=preferred)
+    if tokenizer is not None:
+        if not tokenizer.is_file():
+            raise CheckpointError(f"--tokenizer {tokenizer}: no such file; give a SentencePiece model")
+        checkpoint = replace(checkpoint, tokenizer=tokenizer)
+    return settle(checkpoint, choices)
 
 
 def use_packs(packs: Path | None) -> bool:

@@ -41,18 +41,18 @@ def finite(value: np.ndarray, key: str) -> np.ndarray:
     return value
 
 
-def image(value, key: str, layout: str) -> np.ndarray:
+def image(value, key: str, layout: str, keep_float: bool = False) -> np.ndarray:
     """A camera image as uint8 [H, W, 3].
 
     `layout` is "HWC", "CHW", or "any" (channels first if the first axis is 3, as openpi's policies decide). Floating
-    point images hold 0..1 and are truncated to 0..255, as openpi does.
+    point images hold 0..1 and are truncated to 0..255, as openpi does; with `keep_float` they stay, as float32.
     """
     value = np.asarray(value)
     if np.issubdtype(value.dtype, np.floating):
         if value.size and not (value.min() >= 0 and value.max() <= 1):  # a NaN fails both
             raise ObservationError(f"{key}: a floating-point image must lie in [0, 1]; pass uint8 for 0..255")
-        value = (255 * value).astype(np.uint8)
-    if value.dtype != np.uint8:
+        value = value.astype(np.float32) if keep_float else (255 * value).astype(np.uint8)
+    elif value.dtype != np.uint8:
         raise ObservationError(f"{key}: has dtype {value.dtype}, expected uint8")
     shape = list(value.shape)
     if value.ndim == 3 and (layout == "CHW" or layout == "any" and shape[0] == 3):

@@ -47,6 +47,12 @@ class ModelConfig:
     action_dim: int = 32
     action_horizon: int = 50
     max_prompt_tokens: int = 48  # pi0: 48, pi0.5: 200
+    state_dim: int | None = None  # where it is not action_dim (LeRobot's max_state_dim of a pi0)
+
+    @property
+    def state_width(self) -> int:
+        """Numbers of the state that pi0 takes, padding included."""
+        return self.state_dim or self.action_dim
 
     def to_json(self) -> dict:
         return asdict(self)

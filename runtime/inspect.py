@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from runtime.cli_errors import one_line_errors
+from runtime.config import IMAGE_SLOTS
 from runtime.plan import Plan
 
 app = typer.Typer(add_completion=False)
@@ -32,6 +33,7 @@ def inspect(
     console = Console(markup=False, highlight=False)  # recipes hold regexes, which look like markup
     console.print(f"{path}: {_size(path.stat().st_size)}, all {len(plan.names)} entries match their SHA-256")
     for table in (
+        settings_table(plan.manifest),
         _policy_table(plan.manifest),
         _quantization_table(plan.manifest.get("quantization") or {}),
         _layer_table((plan.manifest.get("quantization") or {}).get("linears") or {}),
@@ -48,16 +50,87 @@ def main() -> None:
         app()
 
 
+def settings_table(manifest: dict) -> Table:
+    """Every setting around the model that changes the actions, and who said it."""
+    table, model, transforms = _table("Settings", "", "", ""), manifest["model"], manifest["transforms"]
+    said = manifest.get("settings_from") or {}
+    robot = manifest.get("robot_description")
+    pi05, stats = model["pi05"], manifest.get("norm_stats") or {}
+
+    def row(name: str, value: Any, key: str | None = None) -> None:
+        table.add_row(name, _text(value), said.get(key or name, ""))
+
+    checkpoint = manifest.get("checkpoint") or {}
+    row("policy", f"{'pi0.5' if pi05 else 'pi0'}, {checkpoint.get('form') or checkpoint.get('layout')}")
+    if manifest.get("training_config"):
+        row("training config", manifest["training_config"])
+    row("robot", f"{robot['name']}: state {len(_state_names(robot))}, actions {len(robot['action_names'])}" if robot
+        else "none: bare model inputs; norm stats are not applied")  # fmt: skip
+    if robot:
+        row("cameras", ", ".join(f"{slot} = {'.'.join(camera['key'])}" for slot, camera in zip(IMAGE_SLOTS, robot["cameras"])))
+        row("normalization", "; ".join(f"{key}: {_normalization(stats, key, pi05)}" for key in ("state", "actions")))
+        row("deltas", _deltas(robot, transforms), "delta_actions")
+        row("conversions", _conversions(robot, transforms), "adapt_to_pi")
+    row("denoising steps", manifest["num_steps"], "num_steps")
+    row("action horizon", model["action_horizon"], "action_horizon")
+    row("prompt slots", model["max_prompt_tokens"], "max_prompt_tokens")
+    row("state in prompt", _state_in_prompt(transforms), "state_in_prompt")
+    row("prompt text", {"openpi": "cleaned, as openpi", "lerobot": "cleaned, as openpi" if pi05 else "as it is, as LeRobot"}
+        [transforms["prompt_text"]])  # fmt: skip
+    row("default prompt", repr(transforms["default_prompt"]) if transforms["default_prompt"] is not None else "none", "default_prompt")
+    row("images", f"{model['vision']['image_size']} x {model['vision']['image_size']}, resized as {transforms['resize']}"
+        + (" (uint8, antialiased)" if transforms["resize"] == "openpi" else " (float, not antialiased)"), "lerobot_version")  # fmt: skip
+    row("rotary frequencies", model.get("rotary", "exact"), "rotary")
+    for line in manifest.get("ignored_settings") or ():
+        row("not known, ignored", line)
+    for line in manifest.get("notes") or ():
+        row("note", line)
+    return table
+
+
+def _state_names(robot: dict) -> list[str]:
+    return [name for part in robot["state"] for name in part["names"]]
+
+
+def _normalization(stats: dict, key: str, pi05: bool) -> str:
+    entry = stats.get(key)
+    if not entry:
+        return "none"
+    if "mode" in entry:
+        return f"{entry['mode']} ({stats['rule']})" if entry["mode"] != "IDENTITY" else "IDENTITY"
+    return f"{'q01..q99' if pi05 else 'mean, std'} (openpi)"
+
+
+def _deltas(robot: dict, transforms: dict) -> str:
+    if not transforms["delta_actions"]:
+        return "none: actions are absolute, or what the robot takes"
+    mask = transforms["delta_mask"] or robot["delta"]
+    names = [name for name, delta in zip(robot["action_names"], mask) if delta]
+    return f"{len(names)} of {len(robot['action_names'])} actions are relative to the state: {', '.join(names)}"
+
+
+def _conversions(robot: dict, transforms: dict) -> str:
+    active = [each for each in robot["conversions"] if each["when"] == "always" or transforms["adapt_to_pi"]]
+    return "; ".join(f"{each['kind']} of {', '.join(each['dims'])}" for each in active) or "none"
+
+
+def _state_in_prompt(transforms: dict) -> str:
+    if not transforms["state_in_prompt"]:
+        return "no"
+    padded = transforms["pad_state_in_prompt"]
+    return f"yes, padded to {padded} numbers" if padded else "yes"
+
+
 def _policy_table(manifest: dict) -> Table:
     """Everything in the manifest that is not a section with a table of its own."""
-    elsewhere = {"quantization", "graphs", "entries", "norm_stats"}
+    elsewhere = {
+        "quantization", "graphs", "entries", "norm_stats", "robot_description", "transforms", "settings_from", "notes",
+        "ignored_settings",
+    }  # fmt: skip
     table = _table("Policy", "", "")
     for key, value in manifest.items():
         if key not in elsewhere:
             table.add_row(key, _text(value))
-    stats = manifest.get("norm_stats") or {}
-    table.add_row("norm_stats", ", ".join(f"{key} [{len(value['mean'])}]" for key, value in stats.items()
-                                          if isinstance(value, dict) and value.get("mean")) or "none")  # fmt: skip
     return table
 
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from runtime.errors import PlanError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 
 _CHUNK = 1 << 20  # bytes hashed and written, or read and hashed, at a time

@@ -13,6 +13,7 @@ from runtime.errors import ObservationError, PlanError
 from runtime.executors import open_executor
 from runtime.plan import Plan
 from runtime.preprocess import Preprocessor
+from runtime.robots import Robot
 
 
 class Policy:
@@ -100,12 +101,12 @@ def preprocessor_of(plan: Plan, config: ModelConfig) -> Preprocessor:
     manifest = plan.manifest
     return Preprocessor(
         config,
-        robot=manifest["robot"],
+        robot="none" if manifest["robot"] == "none" else Robot.from_json(manifest["robot_description"]),
         layout=manifest["checkpoint"]["layout"],
         norm_stats=manifest["norm_stats"],
         tokenizer=plan.read("tokenizer.model") if "tokenizer.model" in plan.names else None,
         cameras=manifest["cameras"],
-        transforms=manifest.get("transforms"),
+        transforms=manifest["transforms"],
     )
 
 

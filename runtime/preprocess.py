@@ -1,10 +1,11 @@
 """Around the model: an observation becomes the model's inputs, its output becomes the robot's actions.
 
-    robot observation -> cameras, state -> normalise -> resize images -> tokenise -> pad state     (the order of openpi)
-    bare model inputs ----------------------------> resize images -> tokenise -> pad state
+    robot observation -> cameras, state -> normalize -> resize images -> tokenize -> pad state     (the order of openpi)
+    bare model inputs ----------------------------> resize images -> tokenize -> pad state
 """
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,19 +15,24 @@ from PIL import Image
 from runtime import checks
 from runtime.config import IMAGE_SLOTS, ModelConfig
 from runtime.errors import ObservationError, PlanError
-from runtime.robots import default_transforms, make_robot
+from runtime.images import resize_float
+from runtime.robots import Robot, load_robot
 from runtime.tokenizer import Tokenizer
+from runtime.transforms import checked, default_transforms
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ModelInputs:
     """What the model reads, padded and masked (S = image size, L = max_prompt_tokens, A = action_dim)."""
 
-    images: np.ndarray  # uint8 [3, S, S, 3]: slot (in the order of IMAGE_SLOTS), H, W, RGB; absent: zeros
+    images: np.ndarray  # uint8 [3, S, S, 3]: slot (in the order of IMAGE_SLOTS), H, W, RGB; absent: zeros;
+    # or float32 in [-1, 1] where the policy resizes in float
     image_mask: np.ndarray  # bool [3]
     tokens: np.ndarray  # int64 [L]
     token_mask: np.ndarray  # bool [L]
-    state: np.ndarray  # float32 [A], normalised, zero-padded
+    state: np.ndarray  # float32 [state_width], normalized, zero-padded
 
     def pixels(self) -> np.ndarray:
         """The images as the model's vision tower takes them: float32 [3, 3, S, S] (slot, RGB, H, W) in [-1, 1].
@@ -37,23 +43,26 @@ class ModelInputs:
         planes = np.zeros((len(self.images), 3, *self.images.shape[1:3]), np.float32)
         for slot in np.flatnonzero(self.image_mask):
             planes[slot] = self.images[slot].transpose(2, 0, 1)
-            planes[slot] /= np.float32(127.5)
-            planes[slot] -= np.float32(1)
+            if self.images.dtype == np.uint8:
+                planes[slot] /= np.float32(127.5)
+                planes[slot] -= np.float32(1)
         return planes
 
 
 class Normalizer:
-    """pi0: x' = (x - mean) / (std + eps).   pi0.5: x' = (x - q01) / (q99 - q01 + eps) * 2 - 1.   In float64.
+    """openpi's rule, in float64.
+
+    pi0: x' = (x - mean) / (std + eps).   pi0.5: x' = (x - q01) / (q99 - q01 + eps) * 2 - 1.
 
     `stats` are the lists "mean" and "std", or "q01" and "q99", of one key of norm_stats.json; they may be wider than
     the values, whose first dims they then describe. PlanError if they are absent, not finite, or narrower than `size`.
     """
 
+    dtype = np.float64
+
     def __init__(self, stats: Mapping, key: str, size: int, *, quantiles: bool, epsilon: float):
         names = ("q01", "q99") if quantiles else ("mean", "std")
-        low, high = (np.asarray(stats.get(name), np.float64) for name in names)
-        if low.ndim != 1 or low.shape != high.shape or low.size < size or not np.isfinite([low, high]).all():
-            raise PlanError(f"norm stats of {key!r}: {' and '.join(names)} must be {size} or more finite numbers each")
+        low, high = _statistics(stats, key, size, names)
         self.low = low
         self.span = (high - low if quantiles else high) + epsilon
         self.gain, self.shift = (2.0, -1.0) if quantiles else (1.0, 0.0)
@@ -67,23 +76,107 @@ class Normalizer:
         return (values - self.shift) / self.gain * self.span[:dims] + self.low[:dims]
 
 
+class LeRobotNormalizer:
+    """LeRobot's rule, in float32 and in its order of operations, so that a state falls into the same bin of a prompt.
+
+    MEAN_STD: x' = (x - mean) / (std + eps).   The others: x' = 2 (x - low) / span - 1, with span = high - low, or eps for a
+    value that never changed, which is then -1. Un-normalizing a MEAN_STD value leaves eps out. `rule` "lerobot-0.3" adds
+    eps to the span instead.
+
+    `stats` is {"mode": ..., "epsilon": ..., and the two lists that the mode needs}.
+    """
+
+    dtype = np.float32
+
+    def __init__(self, stats: Mapping, key: str, size: int, rule: str):
+        self.mode, self.old = stats["mode"], rule == "lerobot-0.3"
+        if self.mode not in MODES:
+            raise PlanError(f"norm stats of {key!r}: the mode {self.mode!r} is unknown, one of {', '.join(MODES)}")
+        if self.mode == "IDENTITY":
+            return
+        epsilon = np.float32(stats["epsilon"])
+        low, high = (each[:size].astype(np.float32) for each in _statistics(stats, key, size, MODES[self.mode]))
+        self.low = low
+        if self.mode == "MEAN_STD":
+            self.span, self.scale = high + epsilon, high
+        else:
+            span = high - low
+            self.span = span + epsilon if self.old else np.where(span == 0, epsilon, span)
+            self.scale = span if self.old else self.span
+
+    def normalize(self, values: np.ndarray) -> np.ndarray:
+        values = values.astype(np.float32)
+        if self.mode == "IDENTITY":
+            return values
+        if self.mode == "MEAN_STD":
+            return (values - self.low) / self.span
+        if self.old:
+            return (values - self.low) / self.span * np.float32(2) - np.float32(1)
+        return np.float32(2) * (values - self.low) / self.span - np.float32(1)
+
+    def unnormalize(self, values: np.ndarray) -> np.ndarray:
+        values = values.astype(np.float32)
+        if self.mode == "IDENTITY":
+            return values
+        if self.mode == "MEAN_STD":
+            return values * self.scale + self.low
+        if self.mode == "MIN_MAX":
+            return (values + np.float32(1)) / np.float32(2) * self.scale + self.low
+        return (values + np.float32(1)) * self.scale / np.float32(2) + self.low
+
+
+# LeRobot's normalization modes -> the statistics that each needs.
+MODES = {
+    "MEAN_STD": ("mean", "std"),
+    "MIN_MAX": ("min", "max"),
+    "QUANTILES": ("q01", "q99"),
+    "QUANTILE10": ("q10", "q90"),
+    "IDENTITY": (),
+}
+
+
+def _statistics(stats: Mapping, key: str, size: int, names: tuple[str, ...]) -> list[np.ndarray]:
+    """The two lists as float64 arrays; PlanError unless both are there, finite, and `size` or more numbers long."""
+    low, high = (np.asarray(stats.get(name), np.float64) for name in names)
+    if low.ndim != 1 or low.shape != high.shape or low.size < size or not np.isfinite([low, high]).all():
+        found = f"; they have {low.size}" if low.ndim == 1 else ""
+        raise PlanError(f"norm stats of {key!r}: {' and '.join(names)} must be {size} or more finite numbers each{found}")
+    return [low, high]
+
+
+def normalizers(norm_stats: Mapping, robot: Robot, pi05: bool) -> list:
+    """Of the robot's state and of its actions."""
+    rule = norm_stats.get("rule", "openpi")
+    made = []
+    for key, size in (("state", robot.state_dim), ("actions", robot.action_dim)):
+        stats = norm_stats.get(key) or {}
+        if rule == "openpi":
+            made.append(Normalizer(stats, key, size, quantiles=pi05, epsilon=norm_stats.get("epsilon", 1e-6)))
+        elif rule in ("lerobot", "lerobot-0.3"):
+            made.append(LeRobotNormalizer(stats, key, size, rule))
+        else:
+            raise PlanError(f"norm stats: the rule {rule!r} is unknown to this duq; upgrade it")
+    return made
+
+
 class Preprocessor:
     """Converts observations for one policy; stateless once built, so safe to share between threads.
 
-    Two forms of observation are understood. The form of the `robot` ("aloha", "droid", "libero"), in the robot's units.
-    And, by every policy, bare model inputs, known by their key "image": {"image": {slot: uint8 HWC}, "image_mask":
-    {slot: bool} (optional), "state": float32 [<= A]}: the state is already what the model sees, and so are the actions
-    that come back. Both hold "prompt", which takes a tokenizer, or "tokenized_prompt" and "tokenized_prompt_mask".
+    Two forms of observation are understood. The form of the `robot` (a name of `runtime.robots`, a TOML file's path, or a
+    Robot), in the robot's units. And, by every policy, bare model inputs, known by their key "image": {"image": {slot:
+    uint8 HWC}, "image_mask": {slot: bool} (optional), "state": float32 [<= A]}: the state is already what the model sees,
+    and so are the actions that come back. Both hold a prompt, which takes a tokenizer, or "tokenized_prompt" and
+    "tokenized_prompt_mask".
 
-    `norm_stats`: {"state": {...}, "actions": {...}, "epsilon": optional}, or None for a policy trained without;
-    `tokenizer`: the bytes of a SentencePiece model; `transforms` overrides `robots.default_transforms`.
+    `norm_stats`: {"state": {...}, "actions": {...}, "epsilon": optional, "rule": optional}, or None for a policy trained
+    without; `tokenizer`: the bytes of a SentencePiece model; `transforms` overrides `default_transforms`.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         *,
-        robot: str = "none",
+        robot: str | Robot = "none",
         layout: str = "openpi",
         norm_stats: Mapping | None = None,
         tokenizer: bytes | None = None,
@@ -92,16 +185,15 @@ class Preprocessor:
     ):
         self.config = config
         self.cameras = cameras
-        self.transforms = default_transforms(robot, pi05=config.pi05, layout=layout) | dict(transforms or {})
-        self.robot = make_robot(
-            robot, delta_actions=self.transforms["delta_actions"], adapt_to_pi=self.transforms["adapt_to_pi"]
-        )
+        self.robot = load_robot(robot) if isinstance(robot, str) else robot
+        self.transforms = default_transforms(self.robot, pi05=config.pi05, layout=layout) | checked(transforms or {})
         self.tokenizer = None if tokenizer is None else Tokenizer(tokenizer)
+        self._delta = self._delta_mask()
         self._state_norm = self._action_norm = None
+        if self.robot:
+            self._check_widths()
         if self.robot and norm_stats:
-            how = {"quantiles": config.pi05, "epsilon": norm_stats.get("epsilon", 1e-6)}
-            self._state_norm = Normalizer(norm_stats.get("state", {}), "state", self.robot.state_dim, **how)
-            self._action_norm = Normalizer(norm_stats.get("actions", {}), "actions", self.robot.action_dim, **how)
+            self._state_norm, self._action_norm = normalizers(norm_stats, self.robot, config.pi05)
 
     @property
     def action_dim(self) -> int:
@@ -115,7 +207,7 @@ class Preprocessor:
         if self.is_bare(observation):
             cameras, state = _bare_cameras(observation), self._bare_state(observation)
         else:
-            cameras, state = self.robot.images(observation), self.robot.state(observation)
+            cameras, state = self._robot_cameras(observation), self._model_state(observation)
             if self._state_norm:
                 state = self._state_norm.normalize(state)
         images, image_mask = self._stack(cameras)
@@ -125,53 +217,99 @@ class Preprocessor:
     def robot_actions(self, actions: np.ndarray, observation: Mapping) -> np.ndarray:
         """The model's actions, float32 [H, A], as the robot takes them: float32 [H, action_dim].
 
-        Un-normalised, made absolute with the observation's state and converted; unchanged if the inputs were bare.
+        Un-normalized, made absolute with the observation's state and converted; unchanged if the inputs were bare.
         """
         if self.is_bare(observation):
             return actions
-        actions = actions[:, : self.robot.action_dim].astype(np.float64)
-        if self._action_norm:
-            actions = self._action_norm.unnormalize(actions)
-        return self.robot.actions(actions, self.robot.state(observation)).astype(np.float32)
+        norm, actions = self._action_norm, actions[:, : self.robot.action_dim]
+        actions = actions.astype(norm.dtype if norm else np.float64)
+        if norm:
+            actions = norm.unnormalize(actions)
+        if self._delta is not None:
+            state = self._model_state(observation)[: self._delta.size].astype(actions.dtype)
+            actions = actions.copy()
+            actions[:, : self._delta.size] += np.where(self._delta, state, 0).astype(actions.dtype)
+        return self.robot.actions_to_robot(actions, self.transforms["adapt_to_pi"]).astype(np.float32)
 
     def is_bare(self, observation: Mapping) -> bool:
         """Whether these are bare model inputs and not an observation of the robot."""
         return self.robot is None or "image" in observation
 
+    def _delta_mask(self) -> np.ndarray | None:
+        """Which actions are relative to the state, bool [<= action_dim]; None where none is."""
+        if self.robot is None or not self.transforms["delta_actions"]:
+            return None
+        mask = np.array(self.transforms["delta_mask"] or self.robot.delta, bool)
+        if not mask.any():
+            raise PlanError(f"robot {self.robot.name}: delta_actions is on, but nothing says which actions are relative")
+        return mask[: self.robot.state_dim]
+
+    def _check_widths(self) -> None:
+        """A robot whose numbers do not fit into the policy's is another policy's robot."""
+        robot, config = self.robot, self.config
+        if robot.action_dim > config.action_dim:
+            raise PlanError(f"robot {robot.name} has {robot.action_dim} actions, but the policy predicts {config.action_dim}")
+        if robot.state_dim > config.state_width and not config.pi05:  # pi0.5 reads the state from the prompt, if at all
+            raise PlanError(f"robot {robot.name} has a state of {robot.state_dim}, but the policy takes {config.state_width}")
+
+    def _model_state(self, observation: Mapping) -> np.ndarray:
+        """The robot's state in the model's units, not normalized, float64 [state_dim]."""
+        return self.robot.state_to_model(self.robot.read_state(observation), self.transforms["adapt_to_pi"])
+
+    def _robot_cameras(self, observation: Mapping) -> dict[str, np.ndarray]:
+        """The images of the cameras that are there, by slot: uint8, or float32 in [0, 1] where the policy resizes in float."""
+        keep = self.transforms["resize"] != "openpi"
+        found = self.robot.images(observation)
+        return {slot: checks.image(value, camera.name, camera.layout, keep) for slot, (value, camera) in found.items()}
+
     def _bare_state(self, observation: Mapping) -> np.ndarray:
-        dims = np.shape(checks.required(observation, "state"))
-        fits = len(dims) == 1 and dims[0] <= self.config.action_dim
-        return checks.vector(observation, "state", dims[0] if fits else self.config.action_dim)
+        dims, width = np.shape(checks.required(observation, "state")), self.config.state_width
+        fits = len(dims) == 1 and dims[0] <= width
+        return checks.vector(observation, "state", dims[0] if fits else width)
 
     def _pad(self, state: np.ndarray) -> np.ndarray:
-        return _padded(state, self.config.action_dim)
+        return _padded(state[: self.config.state_width], self.config.state_width)
 
     def _stack(self, cameras: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Resizes and stacks the cameras in slot order; what is absent stays zero and masked off."""
         if not 1 <= len(cameras) <= self.cameras:
             raise ObservationError(f"observation has {len(cameras)} cameras, the plan takes 1 to {self.cameras}")
-        size = self.config.vision.image_size
-        images = np.empty((len(IMAGE_SLOTS), size, size, 3), np.uint8)
+        size, rule = self.config.vision.image_size, self.transforms["resize"]
+        images = np.empty((len(IMAGE_SLOTS), size, size, 3), np.uint8 if rule == "openpi" else np.float32)
         for slot, image in zip(IMAGE_SLOTS, images):
-            if slot in cameras:
+            if slot not in cameras:
+                image[:] = 0
+            elif rule == "openpi":
                 _copy(resize_with_pad(cameras[slot], size, size), image)
             else:
-                image[:] = 0
+                image[:] = resize_float(cameras[slot], size, size, rule)
         return images, np.array([slot in cameras for slot in IMAGE_SLOTS])
 
     def _prompt(self, observation: Mapping, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids int64 [L] and their mask bool [L]."""
+        """Token ids int64 [L] and their mask bool [L]. A text that is too long is cut off, as the policies' own code does."""
+        limit = self.config.max_prompt_tokens
         if "tokenized_prompt" in observation or "tokenized_prompt_mask" in observation:
             ids, mask = _given_tokens(observation)
+            if ids.size > limit:
+                raise ObservationError(f"prompt: has {ids.size} tokens, the policy takes at most {limit}; shorten it")
         else:
-            ids = np.asarray(self._tokenize(_text(observation), state), np.int64)
+            text = self._text(observation)
+            ids = np.asarray(self._tokenize(text, state), np.int64)
+            if ids.size > limit:
+                log.warning("prompt: %d tokens, cut off at the policy's %d: %.80r", ids.size, limit, text)
+            ids = ids[:limit]
             mask = np.ones(ids.size, bool)
-        if ids.size > (limit := self.config.max_prompt_tokens):
-            raise ObservationError(f"prompt: has {ids.size} tokens, the policy takes at most {limit}; shorten it")
         unknown = ids[mask & ((ids < 0) | (ids >= self.config.vocab_size))]
         if unknown.size:
             raise ObservationError(f"prompt: token {unknown[0]} is not in the vocabulary of {self.config.vocab_size}")
         return _padded(np.where(mask, ids, 0), limit), _padded(mask, limit)
+
+    def _text(self, observation: Mapping) -> str:
+        keys = ("prompt",) if self.robot is None else self.robot.prompt_keys
+        key = next((key for key in keys if key in observation), None)
+        if key is None and self.transforms["default_prompt"] is not None:
+            return self.transforms["default_prompt"]
+        return _text(observation, key or keys[0])
 
     def _tokenize(self, prompt: str, state: np.ndarray) -> list[int]:
         if self.tokenizer is None:
@@ -179,9 +317,11 @@ class Preprocessor:
                 "prompt: the plan holds no tokenizer; compile it with --tokenizer FILE, "
                 "or pass tokenized_prompt and tokenized_prompt_mask"
             )
-        if not self.transforms["state_in_prompt"]:
-            return self.tokenizer.encode(prompt)
-        return self.tokenizer.encode(prompt, self._pad(state) if self.transforms["pad_state_in_prompt"] else state)
+        if self.transforms["state_in_prompt"]:
+            padded = self.transforms["pad_state_in_prompt"]
+            width = self.config.action_dim if padded is True else int(padded)
+            return self.tokenizer.encode(prompt, _padded(state, max(width, state.size)))
+        return self.tokenizer.encode_task(prompt) if self.transforms["prompt_text"] == "lerobot" else self.tokenizer.encode(prompt)
 
 
 def _padded(values: np.ndarray, size: int) -> np.ndarray:
@@ -259,13 +399,13 @@ def _given_tokens(observation: Mapping) -> tuple[np.ndarray, np.ndarray]:
     return ids.astype(np.int64), mask
 
 
-def _text(observation: Mapping) -> str:
+def _text(observation: Mapping, key: str) -> str:
     """The prompt: a str, UTF-8 bytes, or either in a numpy scalar, as robot clients send it."""
-    prompt = checks.required(observation, "prompt")
+    prompt = checks.required(observation, key)
     if isinstance(prompt, (np.ndarray, np.generic)) and prompt.size == 1:
         prompt = prompt.item()
     if isinstance(prompt, bytes):
         prompt = prompt.decode("utf-8", "replace")
     if not isinstance(prompt, str):
-        raise ObservationError(f"prompt: is a {type(prompt).__name__}, expected a str")
+        raise ObservationError(f"{key}: is a {type(prompt).__name__}, expected a str")
     return prompt

@@ -30,3 +30,7 @@ class Tokenizer:
             return self._model.encode(text, add_bos=True) + self._model.encode("\n")
         bins = " ".join(map(str, np.digitize(state, _STATE_BINS) - 1))
         return self._model.encode(f"Task: {text}, State: {bins};\nAction: ", add_bos=True)
+
+    def encode_task(self, task: str) -> list[int]:
+        """Token ids of an instruction as LeRobot's pi0 takes it: <bos>, the text as it is, and a newline if it ends in none."""
+        return self._model.encode(task if task.endswith("\n") else f"{task}\n", add_bos=True)

@@ -17,7 +17,7 @@ def synthetic_observations(config: ModelConfig, cameras: int, count: int = 3, se
 def _observation(config: ModelConfig, cameras: int, length: int, random: np.random.Generator) -> dict:
     return {
         "image": {slot: _image(config.vision.image_size, random) for slot in IMAGE_SLOTS[:cameras]},
-        "state": random.standard_normal(config.action_dim).astype(np.float32),
+        "state": random.standard_normal(config.state_width).astype(np.float32),
         "tokenized_prompt": random.integers(1, config.vocab_size, length),
         "tokenized_prompt_mask": np.ones(length, bool),
     }

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from compiler.checkpoint import lerobot, openpi
 from compiler.checkpoint.claims import check_claims, positive_int, section
 from compiler.checkpoint.names import TIED_HEAD, UNUSED_HEAD, canonical_name
 from compiler.checkpoint.norm_stats import read_openpi_stats
+from compiler.checkpoint.settings import Settings
 from compiler.checkpoint.shapes import check_shapes, expected_shapes, infer_config, listing
 from compiler.checkpoint.storage import open_tensors, read_json, weight_files
 from compiler.errors import CheckpointError
@@ -20,6 +21,7 @@ from compiler.parallel import thread_pool
 from runtime.config import ModelConfig
 
 EMBEDDING = "llm.embed_tokens.weight"
+DEFAULT_HORIZON = 50  # until somebody says the true one (see compiler.settings)
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -33,6 +35,16 @@ class Checkpoint:
     norm_stats: dict | None  # see compiler.checkpoint.norm_stats
     tokenizer: Path | None  # a SentencePiece model
     layout: str  # "openpi" | "lerobot"
+    settings: Settings = field(default_factory=Settings)  # what the files say about the policy around its weights
+    form: str = ""
+    notes: list[str] = field(default_factory=list)
+    origin: str = "torch"
+    metadata: dict | None = None
+
+    @property
+    def trained_in_bfloat16(self) -> bool:
+        """Whether PyTorch held the policy in bfloat16, its rotary frequencies included."""
+        return self.origin == "torch" and self.weights[EMBEDDING].dtype == torch.bfloat16
 
     @cached_property
     def fingerprint(self) -> str:
@@ -45,7 +57,9 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def load_checkpoint(path: str | Path, asset_id: str | None = None) -> Checkpoint:
+def load_checkpoint(
+    path: str | Path, asset_id: str | None = None, *, base: Path | None = None, preferred_asset: str | None = None
+) -> Checkpoint:
     """Opens a pi0 or pi0.5 checkpoint directory; weights stay on disk until they are used.
 
     `asset_id` chooses among the statistics of several robots in an openpi directory.
@@ -67,11 +81,12 @@ def load_checkpoint(path: str | Path, asset_id: str | None = None) -> Checkpoint
     if layout == "lerobot":
         if asset_id is not None:
             raise CheckpointError(f'asset id "{asset_id}" given, but {path} is a LeRobot directory, which has none')
-        norm_stats = lerobot.read_stats(path, settings)
+        said, norm_stats, notes = lerobot.read_policy(path, settings, config.pi05, {})
     else:
         openpi.check_precision(settings, weights)
-        norm_stats = read_openpi_stats(path, asset_id)
-    return Checkpoint(path, config, weights, norm_stats, _tokenizer(path), layout)
+        said, notes = openpi.read_policy(settings, config, None), []
+        norm_stats = read_openpi_stats(path, asset_id, preferred_asset or said.asset_id)
+    return Checkpoint(path, config, weights, norm_stats, _tokenizer(path), layout, said, notes=notes)
 
 
 def check_finite(weights: dict[str, torch.Tensor], progress: Callable[[int, int], None] | None = None) -> None:
@@ -114,7 +129,7 @@ def _checked_config(weights: dict[str, torch.Tensor], settings: dict, layout) ->
     config = infer_config(
         shapes,
         vision_heads=positive_int(section(settings, "vision"), "heads", None),
-        action_horizon=layout.action_horizon(settings),
+        action_horizon=layout.action_horizon(settings) or DEFAULT_HORIZON,
         max_prompt_tokens=layout.max_prompt_tokens(settings),
     )
     check_shapes(shapes, expected_shapes(config))

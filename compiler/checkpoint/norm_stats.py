@@ -1,10 +1,15 @@
-"""Normalisation statistics in one form, whichever file they come from.
+"""Normalization statistics in one form, whichever file they come from.
 
     {"epsilon": float,
      "state":   {"mean": [..], "std": [..], "q01": [..] | None, "q99": [..] | None},
      "actions": {the same}}
 
-pi0 normalises with (x - mean) / (std + epsilon), pi0.5 with (x - q01) / (q99 - q01 + epsilon) * 2 - 1.
+openpi's pi0 normalizes with (x - mean) / (std + epsilon), its pi0.5 with (x - q01) / (q99 - q01 + epsilon) * 2 - 1. In LeRobot
+each feature has a mode of its own, and the statistics that the mode needs:
+
+    {"rule": "lerobot" | "lerobot-0.3",
+     "state":   {"mode": "MIN_MAX", "epsilon": float, "min": [..], "max": [..]},
+     "actions": {...}}
 """
 from __future__ import annotations
 
@@ -13,20 +18,23 @@ from pathlib import Path
 
 from compiler.checkpoint.storage import read_json
 from compiler.errors import CheckpointError
+from runtime.preprocess import MODES
 
 STATISTICS = ("mean", "std", "q01", "q99")
 OPENPI_EPSILON = 1e-6
 LEROBOT_EPSILON = 1e-8
 
 
-def read_openpi_stats(directory: Path, asset_id: str | None) -> dict | None:
+def read_openpi_stats(directory: Path, asset_id: str | None, preferred: str | None = None) -> dict | None:
     """assets/<asset_id>/norm_stats.json of an openpi checkpoint; None when there is none at all.
 
     An asset id may hold slashes ("physical-intelligence/libero"). Raises CheckpointError when several are there and
-    `asset_id` is None, when the one asked for is not there, and when the file does not hold statistics.
+    `asset_id` is None and none of them is `preferred` (by the training config), when the one asked for is not there, and when the file does not hold statistics.
     """
     assets = directory / "assets"
     files = {file.parent.relative_to(assets).as_posix(): file for file in sorted(assets.rglob("norm_stats.json"))}
+    if asset_id is None and len(files) > 1 and preferred in files:
+        asset_id = preferred
     if asset_id is None and len(files) > 1:
         raise CheckpointError(f"{assets} has statistics of several robots; choose an asset id: {', '.join(files)}")
     if asset_id is not None and asset_id not in files:
@@ -44,8 +52,9 @@ def checked_stats(file: Path, state: dict | None, actions: dict | None, epsilon:
     """The canonical form. Raises CheckpointError (naming file and entry) when one is absent, ragged or not finite."""
     stats: dict = {"epsilon": epsilon}
     for name, entry in (("state", state), ("actions", actions)):
-        if not isinstance(entry, dict) or entry.get("mean") is None or entry.get("std") is None:
-            raise CheckpointError(f'{file}: "{name}" needs "mean" and "std"')
+        pairs = ({"mean", "std"}, {"q01", "q99"})
+        if not isinstance(entry, dict) or not any(all(entry.get(key) is not None for key in pair) for pair in pairs):
+            raise CheckpointError(f'{file}: "{name}" needs "mean" and "std" (pi0), or "q01" and "q99" (pi0.5)')
         stats[name] = {key: _vector(file, f"{name}.{key}", entry.get(key)) for key in STATISTICS}
         lengths = {key: len(values) for key, values in stats[name].items() if values is not None}
         if len(set(lengths.values())) > 1:
@@ -53,7 +62,26 @@ def checked_stats(file: Path, state: dict | None, actions: dict | None, epsilon:
     return stats
 
 
-def _vector(file: Path, name: str, values: list | None) -> list[float] | None:
+def checked_modes(file: str, feature: str, mode: str, stored: dict, epsilon: float) -> dict:
+    """The statistics of one of LeRobot's features that its normalization mode needs, with the mode.
+
+    Raises CheckpointError (naming file and feature) for an unknown mode, and for statistics absent, ragged or not finite.
+    """
+    if mode not in MODES:
+        raise CheckpointError(f"{file}: normalization {mode!r} of {feature} is unknown, one of {', '.join(MODES)}")
+    absent = [name for name in MODES[mode] if name not in stored]
+    if absent:
+        found = ", ".join(stored) or "no statistics of it"
+        raise CheckpointError(f"{file}: {mode} normalization of {feature} needs {' and '.join(absent)}; there is {found}")
+    stats = {name: _vector(file, f"{feature}.{name}", stored[name]) for name in MODES[mode]}
+    if len({len(values) for values in stats.values()}) > 1:
+        raise CheckpointError(f"{file}: the statistics of {feature} differ in length")
+    if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)) or not 0 <= epsilon < math.inf:
+        raise CheckpointError(f"{file}: eps of {feature} is {epsilon!r}, expected a small positive number")
+    return {"mode": mode, "epsilon": float(epsilon), **stats}
+
+
+def _vector(file: Path | str, name: str, values: list | None) -> list[float] | None:
     if values is None:
         return None
     finite = isinstance(values, list) and all(

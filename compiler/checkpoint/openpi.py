@@ -4,16 +4,51 @@ openpi's trainer writes no config.json (its converter does), so every key is opt
 """
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import torch
 
 from compiler.checkpoint.claims import Claim, explicit_claims, positive_int, variant_claims
+from compiler.checkpoint.settings import Settings
+from compiler.checkpoint.training import settings_of_trainer
 from compiler.errors import CheckpointError
+from runtime.config import ModelConfig
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
 
-def action_horizon(settings: dict) -> int:
-    return positive_int(settings, "action_horizon", 50)
+# Keys of config.json that are applied or known to be harmless; all others are listed to the user.
+CONFIG_KEYS = {
+    "action_dim", "action_horizon", "max_token_len", "paligemma_variant", "action_expert_variant", "precision", "dtype", "pi05",
+    "discrete_state_input", "pytorch_compile_mode", "vision", "llm", "expert",
+}  # fmt: skip
+
+
+def read_policy(settings: dict, config: ModelConfig, trainer: Mapping | None) -> Settings:
+    """What config.json and the trainer's metadata.pt (its "config") say about the policy around its weights.
+
+    Raises CheckpointError where the two contradict each other.
+    """
+    said = settings_of_trainer(trainer) if trainer is not None else Settings()
+    transforms = dict(said.transforms)
+    if isinstance(settings.get("discrete_state_input"), bool):
+        transforms["state_in_prompt"] = config.pi05 and settings["discrete_state_input"]
+    found = {"action_horizon": action_horizon(settings), "max_prompt_tokens": max_prompt_tokens(settings)}
+    for name, value in found.items():
+        trained = getattr(said, name)
+        if value is not None and trained is not None and value != trained:
+            raise CheckpointError(f"config.json has {name} {value}, but metadata.pt {trained}; remove the wrong one")
+    return replace(
+        said,
+        transforms=transforms,
+        ignored=tuple(f"{key}: {value!r}" for key, value in settings.items() if key not in CONFIG_KEYS),
+        **{name: value for name, value in found.items() if value is not None},
+    )
+
+
+def action_horizon(settings: dict) -> int | None:
+    return positive_int(settings, "action_horizon", None)
 
 
 def max_prompt_tokens(settings: dict) -> int | None:
@@ -25,6 +60,7 @@ def claims(settings: dict) -> list[Claim]:
     plain = [Claim(key, key, settings[key]) for key in ("action_dim", "pi05") if key in settings]
     return (
         plain
+        + [Claim("state_proj", "state_dim", None)]  # as wide as the actions
         + variant_claims("paligemma_variant", "llm", settings)
         + variant_claims("action_expert_variant", "expert", settings)
         + explicit_claims(settings)

@@ -27,7 +27,7 @@ def expected_shapes(config: ModelConfig) -> Shapes:
     if config.pi05:
         shapes |= _linear("time_mlp_in", width, width) | _linear("time_mlp_out", width, width)
     else:
-        shapes |= _linear("state_proj", width, action_dim)
+        shapes |= _linear("state_proj", width, config.state_width)
         shapes |= _linear("action_time_mlp_in", width, 2 * width) | _linear("action_time_mlp_out", width, width)
     return shapes
 
@@ -98,6 +98,7 @@ def infer_config(
     mlp_width, _ = _typical(shapes, "vision.encoder.layers.*.mlp.fc1.weight", 2)
     vocab_size, _ = _typical(shapes, "llm.embed_tokens.weight", 2)
     _, action_dim = _typical(shapes, "action_in_proj.weight", 2)
+    _, state_dim = (None, action_dim) if pi05 else _typical(shapes, "state_proj.weight", 2)
     config = ModelConfig(
         pi05=pi05,
         vision=VisionConfig(
@@ -114,6 +115,7 @@ def infer_config(
         action_dim=action_dim,
         action_horizon=action_horizon,
         max_prompt_tokens=max_prompt_tokens or (200 if pi05 else 48),
+        state_dim=None if state_dim == action_dim else state_dim,
     )
     _check_joint_attention(config)
     return config

@@ -109,7 +109,7 @@ def _export_step(model: Pi0, num_steps: int) -> ir.Model:
     inputs = {
         "x": torch.zeros(config.action_horizon, config.action_dim),
         "time": torch.ones(()),
-        "state": None if config.pi05 else torch.zeros(config.action_dim),
+        "state": None if config.pi05 else torch.zeros(config.state_width),
         "prefix_mask": torch.ones(prefix, dtype=torch.bool),
         **dict(zip(key_value_names(config.llm.depth), key_values)),
     }

@@ -55,7 +55,7 @@ class Pi0(nn.Module):
             self.time_mlp_in = Linear(width, width)
             self.time_mlp_out = Linear(width, width)
         else:
-            self.state_proj = Linear(config.action_dim, width)
+            self.state_proj = Linear(config.state_width, width)
             self.action_time_mlp_in = Linear(2 * width, width)
             self.action_time_mlp_out = Linear(width, width)
 

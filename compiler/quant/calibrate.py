@@ -66,18 +66,11 @@ class InputStatistics:
         return self._sample[: len(self._sample) // 4]
 
 
-def calibration_inputs(path: Path, checkpoint, robot: str, steps: int) -> list[ModelInputs]:
+def calibration_inputs(path: Path, preprocessor: Preprocessor, steps: int) -> list[ModelInputs]:
     """Up to ``steps`` observations from a file or directory (see runtime/observations.py), spread over all it holds.
 
-    Raises CalibrationError when it cannot be read or an observation is not one of ``robot`` or of the bare model.
+    Raises CalibrationError when it cannot be read or an observation is not one that ``preprocessor`` takes.
     """
-    preprocessor = Preprocessor(
-        checkpoint.config,
-        robot=robot,
-        layout=checkpoint.layout,
-        norm_stats=checkpoint.norm_stats,
-        tokenizer=None if checkpoint.tokenizer is None else checkpoint.tokenizer.read_bytes(),
-    )
     try:
         observations = load_observations(path)
     except ObservationError as error:
@@ -165,7 +158,7 @@ def _check(observation: ModelInputs, index: int, config: ModelConfig) -> None:
         "images": (cameras, size, size, 3),
         "tokens": (config.max_prompt_tokens,),
         "token_mask": (config.max_prompt_tokens,),
-        "state": (config.action_dim,),
+        "state": (config.state_width,),
     }
     for key, shape in expected.items():
         found = tuple(getattr(observation, key).shape)

@@ -70,7 +70,7 @@ class Builder:
         size, width = config.vision.image_size, config.llm.width
         self.images = self._input("images", cameras * size, 3 * size, "unsigned char")  # [cameras, size, size, RGB]
         self.embeddings = self._input("embeddings", prompt, width, "Bf16")
-        self.state = self._input("state", 1, config.action_dim, "float", branch=True)
+        self.state = self._input("state", 1, config.state_width, "float", branch=True)
         self.flow = self._input("x", config.action_horizon, config.action_dim, "float")
         self.past = self._input("past", 1, 1, "int")  # how many tokens of the prefix are real
         self.inputs = [each.buffer for each in (self.images, self.embeddings, self.state, self.flow, self.past)]

@@ -49,7 +49,7 @@ def lower_variant(graphs: Graphs, sm: int, cameras: int, prompt: int, weights: W
     builder = Builder(config, sm, cameras, prompt, has_state, weights, choose)
 
     size = config.vision.image_size
-    shapes = {"images": (cameras, 3, size, size), "tokens": (prompt,), "state": (config.action_dim,)}
+    shapes = {"images": (cameras, 3, size, size), "tokens": (prompt,), "state": (config.state_width,)}
     prefix = _cover(builder, graphs.prefix, {"images": builder.images, "state": builder.state}, shapes)
     outputs = {value.name: builder.value(value) for value in graphs.prefix.graph.outputs}
     for name, output in outputs.items():
