@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -11,15 +11,16 @@ import torch
 
 from compiler.checkpoint import lerobot, openpi
 from compiler.checkpoint.claims import check_claims, positive_int, section
-from compiler.checkpoint.names import TIED_HEAD, UNUSED_HEAD, canonical_name
+from compiler.checkpoint.forms import open_stored
+from compiler.checkpoint.metadata import read_metadata
 from compiler.checkpoint.norm_stats import read_openpi_stats
 from compiler.checkpoint.shapes import check_shapes, expected_shapes, infer_config, listing
-from compiler.checkpoint.storage import open_tensors, read_json, weight_files
+from compiler.checkpoint.storage import read_json, weight_files
 from compiler.errors import CheckpointError
 from compiler.parallel import thread_pool
 from runtime.config import ModelConfig
 
-EMBEDDING = "llm.embed_tokens.weight"
+METADATA = "metadata.pt"
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -33,45 +34,62 @@ class Checkpoint:
     norm_stats: dict | None  # see compiler.checkpoint.norm_stats
     tokenizer: Path | None  # a SentencePiece model
     layout: str  # "openpi" | "lerobot"
+    form: str = ""  # for people: "openpi JAX (Orbax), float32, LoRA merged (rank 16, 32)"
+    origin: str = "torch"  # "jax" | "torch": what the policy was trained with
+    notes: list[str] = field(default_factory=list)  # what was chosen or assumed, worth saying when a plan is made
+    files: list[Path] = field(default_factory=list)  # that define the weights, in a fixed order; `path`'s when empty
+    buffers: dict[str, list[float]] = field(default_factory=dict)  # statistics among the tensors (LeRobot 0.3)
+    metadata: dict | None = None  # the training config in openpi's metadata.pt, see compiler.checkpoint.metadata
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over the weight files. Reads them all, so it is computed when first asked for."""
         digest = hashlib.sha256()
-        for file in weight_files(self.path):
+        for file in self.files or weight_files(self.path):
             with open(file, "rb") as stream:
                 while block := stream.read(1 << 24):
                     digest.update(block)
         return digest.hexdigest()
 
 
-def load_checkpoint(path: str | Path, asset_id: str | None = None) -> Checkpoint:
-    """Opens a pi0 or pi0.5 checkpoint directory; weights stay on disk until they are used.
+def load_checkpoint(
+    path: str | Path,
+    asset_id: str | None = None,
+    *,
+    base: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Checkpoint:
+    """Opens a pi0 or pi0.5 checkpoint; weights stay on disk until they are used.
 
-    `asset_id` chooses among the statistics of several robots in an openpi directory.
-    Raises CheckpointError: not a checkpoint, damaged files, tensors missing, extra or mis-shaped (all listed),
-    config.json contradicting the tensors, norm stats unusable or ambiguous.
+    `path` is a folder of openpi's JAX or PyTorch trainer (a run's folder: its newest complete step is taken, and said in the
+    notes), of LeRobot, of a PEFT adapter, or hf://owner/name[@revision][/subfolder]. `base`: the policy that an adapter is
+    for, if not the one that it names. `asset_id` chooses among the statistics of several robots in an openpi directory.
+    JAX weights and merged LoRA are written to a temporary file (in TMPDIR) in the policy's layout, after everything else was
+    checked; `progress(done, total)` is called with bytes as that goes on.
+    Raises CheckpointError: not a checkpoint (naming what is there), damaged or incomplete files, tensors missing, extra or
+    mis-shaped (all listed), config.json contradicting the tensors, norm stats unusable or ambiguous.
     """
-    path = Path(path)
-    tensors = {name: tensor for file in weight_files(path) for name, tensor in open_tensors(file).items()}
-    settings = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    behind_prefix = any(name.startswith(lerobot.PREFIX) for name in tensors)
-    layout = "lerobot" if "type" in settings or behind_prefix else "openpi"
-    if layout == "lerobot":
-        tensors = {name.removeprefix(lerobot.PREFIX): tensor for name, tensor in tensors.items()}
-    weights = _resolve_heads({canonical_name(name): tensor for name, tensor in tensors.items()})
+    stored = open_stored(path, base)
+    path = stored.folder
+    settings_file = stored.file("config.json")
+    settings = read_json(settings_file) if settings_file.is_file() else {}
     try:
-        config = _checked_config(weights, settings, lerobot if layout == "lerobot" else openpi)
+        config = _checked_config(stored.tensors, settings, lerobot if stored.layout == "lerobot" else openpi, stored.vision_heads)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    if layout == "lerobot":
+    if stored.layout == "lerobot":
         if asset_id is not None:
             raise CheckpointError(f'asset id "{asset_id}" given, but {path} is a LeRobot directory, which has none')
-        norm_stats = lerobot.read_stats(path, settings)
+        norm_stats = lerobot.read_stats(stored.file(lerobot.PREPROCESSOR).parent, settings)
     else:
-        openpi.check_precision(settings, weights)
+        openpi.check_precision(settings, stored.tensors)
         norm_stats = read_openpi_stats(path, asset_id)
-    return Checkpoint(path, config, weights, norm_stats, _tokenizer(path), layout)
+    tokenizer = next(filter(None, map(_tokenizer, (path, *stored.beside))), None)
+    metadata = read_metadata(path / METADATA).get("config") if (path / METADATA).is_file() else None
+    return Checkpoint(
+        path, config, stored.read(progress), norm_stats, tokenizer, stored.layout, form=stored.form, origin=stored.origin,
+        notes=stored.notes, files=stored.files, buffers=stored.buffers, metadata=metadata,
+    )  # fmt: skip
 
 
 def check_finite(weights: dict[str, torch.Tensor], progress: Callable[[int, int], None] | None = None) -> None:
@@ -96,16 +114,9 @@ def check_finite(weights: dict[str, torch.Tensor], progress: Callable[[int, int]
         raise CheckpointError(f"{len(faults)} tensors hold NaN or Inf:\n{listing(faults)}")
 
 
-def _resolve_heads(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Drops both language-model heads; the tied one stands in for the embedding where a saver kept only the head."""
-    tied = weights.pop(TIED_HEAD, None)
-    weights.pop(UNUSED_HEAD, None)
-    if tied is not None:
-        weights.setdefault(EMBEDDING, tied)
-    return weights
-
-
-def _checked_config(weights: dict[str, torch.Tensor], settings: dict, layout) -> ModelConfig:
+def _checked_config(
+    weights: dict[str, torch.Tensor], settings: dict, layout, vision_heads: int | None
+) -> ModelConfig:
     wrong = [f"{name} is {tensor.dtype}" for name, tensor in weights.items() if tensor.dtype not in WEIGHT_DTYPES]
     if wrong:
         stored = ", ".join(map(str, WEIGHT_DTYPES))
@@ -113,7 +124,7 @@ def _checked_config(weights: dict[str, torch.Tensor], settings: dict, layout) ->
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     config = infer_config(
         shapes,
-        vision_heads=positive_int(section(settings, "vision"), "heads", None),
+        vision_heads=positive_int(section(settings, "vision"), "heads", vision_heads),
         action_horizon=layout.action_horizon(settings),
         max_prompt_tokens=layout.max_prompt_tokens(settings),
     )
