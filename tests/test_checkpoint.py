@@ -262,7 +262,7 @@ def test_not_a_checkpoint(tmp_path, tiny_pi0):
     fails(tiny_pi0 / "model.safetensors", "is a file.*directory")
     fails(tmp_path, "not a checkpoint.*no model.safetensors")
     (tmp_path / "params").mkdir()
-    fails(tmp_path, "JAX checkpoint.*convert_jax_model_to_pytorch")
+    fails(tmp_path, "params has no _METADATA.*download it again")
 
 
 @pytest.mark.parametrize("size", [0, 5, 1000, 1_000_000, -1])

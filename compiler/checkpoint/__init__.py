@@ -11,16 +11,18 @@ import torch
 
 from compiler.checkpoint import lerobot, openpi
 from compiler.checkpoint.claims import check_claims, positive_int, section
-from compiler.checkpoint.names import TIED_HEAD, UNUSED_HEAD, canonical_name
+from compiler.checkpoint.forms import open_stored
+from compiler.checkpoint.metadata import read_metadata
 from compiler.checkpoint.norm_stats import read_openpi_stats
 from compiler.checkpoint.settings import Settings
 from compiler.checkpoint.shapes import check_shapes, expected_shapes, infer_config, listing
-from compiler.checkpoint.storage import open_tensors, read_json, weight_files
+from compiler.checkpoint.storage import read_json, weight_files
 from compiler.errors import CheckpointError
 from compiler.parallel import thread_pool
 from runtime.config import ModelConfig
 
 EMBEDDING = "llm.embed_tokens.weight"
+METADATA = "metadata.pt"
 DEFAULT_HORIZON = 50  # until somebody says the true one (see compiler.settings)
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -36,10 +38,10 @@ class Checkpoint:
     tokenizer: Path | None  # a SentencePiece model
     layout: str  # "openpi" | "lerobot"
     settings: Settings = field(default_factory=Settings)  # what the files say about the policy around its weights
-    form: str = ""
-    notes: list[str] = field(default_factory=list)
-    origin: str = "torch"
-    metadata: dict | None = None
+    form: str = ""  # for people: "openpi JAX (Orbax), float32, LoRA merged (rank 16, 32)"
+    origin: str = "torch"  # "jax" | "torch": what the policy was trained with
+    notes: list[str] = field(default_factory=list)  # what was chosen or assumed, worth saying when a plan is made
+    files: list[Path] = field(default_factory=list)  # that define the weights, in a fixed order; `path`'s when empty
 
     @property
     def trained_in_bfloat16(self) -> bool:
@@ -50,7 +52,7 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """sha256 over the weight files. Reads them all, so it is computed when first asked for."""
         digest = hashlib.sha256()
-        for file in weight_files(self.path):
+        for file in self.files or weight_files(self.path):
             with open(file, "rb") as stream:
                 while block := stream.read(1 << 24):
                     digest.update(block)
@@ -58,35 +60,47 @@ class Checkpoint:
 
 
 def load_checkpoint(
-    path: str | Path, asset_id: str | None = None, *, base: Path | None = None, preferred_asset: str | None = None
+    path: str | Path,
+    asset_id: str | None = None,
+    *,
+    base: str | Path | None = None,
+    preferred_asset: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Checkpoint:
-    """Opens a pi0 or pi0.5 checkpoint directory; weights stay on disk until they are used.
+    """Opens a pi0 or pi0.5 checkpoint; weights stay on disk until they are used.
 
-    `asset_id` chooses among the statistics of several robots in an openpi directory.
-    Raises CheckpointError: not a checkpoint, damaged files, tensors missing, extra or mis-shaped (all listed),
-    config.json contradicting the tensors, norm stats unusable or ambiguous.
+    `path` is a folder of openpi's JAX or PyTorch trainer (a run's folder: its newest complete step is taken, and said in the
+    notes), of LeRobot, of a PEFT adapter, or hf://owner/name[@revision][/subfolder]. `base`: the policy that an adapter is
+    for, if not the one that it names. `asset_id` chooses among the statistics of several robots in an openpi directory, where `preferred_asset` may not be there.
+    JAX weights and merged LoRA are written to a temporary file (in TMPDIR) in the policy's layout, after everything else was
+    checked; `progress(done, total)` is called with bytes as that goes on.
+    Raises CheckpointError: not a checkpoint (naming what is there), damaged or incomplete files, tensors missing, extra or
+    mis-shaped (all listed), config.json contradicting the tensors, norm stats unusable or ambiguous.
     """
-    path = Path(path)
-    tensors = {name: tensor for file in weight_files(path) for name, tensor in open_tensors(file).items()}
-    settings = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    behind_prefix = any(name.startswith(lerobot.PREFIX) for name in tensors)
-    layout = "lerobot" if "type" in settings or behind_prefix else "openpi"
-    if layout == "lerobot":
-        tensors = {name.removeprefix(lerobot.PREFIX): tensor for name, tensor in tensors.items()}
-    weights = _resolve_heads({canonical_name(name): tensor for name, tensor in tensors.items()})
+    stored = open_stored(path, base)
+    path = stored.folder
+    settings_file = stored.file("config.json")
+    settings = read_json(settings_file) if settings_file.is_file() else {}
     try:
-        config = _checked_config(weights, settings, lerobot if layout == "lerobot" else openpi)
+        config = _checked_config(stored.tensors, settings, lerobot if stored.layout == "lerobot" else openpi, stored.vision_heads)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    if layout == "lerobot":
+    if stored.layout == "lerobot":
         if asset_id is not None:
             raise CheckpointError(f'asset id "{asset_id}" given, but {path} is a LeRobot directory, which has none')
-        said, norm_stats, notes = lerobot.read_policy(path, settings, config.pi05, {})
+        said, norm_stats, notes = lerobot.read_policy(
+            stored.file(lerobot.PREPROCESSOR).parent, settings, config.pi05, stored.buffers
+        )
     else:
-        openpi.check_precision(settings, weights)
-        said, notes = openpi.read_policy(settings, config, None), []
+        openpi.check_precision(settings, stored.tensors)
+        trainer = read_metadata(path / METADATA).get("config") if (path / METADATA).is_file() else None
+        said, notes = openpi.read_policy(settings, config, trainer), []
         norm_stats = read_openpi_stats(path, asset_id, preferred_asset or said.asset_id)
-    return Checkpoint(path, config, weights, norm_stats, _tokenizer(path), layout, said, notes=notes)
+    tokenizer = next(filter(None, map(_tokenizer, (path, *stored.beside))), None)
+    return Checkpoint(
+        path, config, stored.read(progress), norm_stats, tokenizer, stored.layout, said, stored.form, stored.origin,
+        [*stored.notes, *notes], stored.files,
+    )  # fmt: skip
 
 
 def check_finite(weights: dict[str, torch.Tensor], progress: Callable[[int, int], None] | None = None) -> None:
@@ -111,16 +125,9 @@ def check_finite(weights: dict[str, torch.Tensor], progress: Callable[[int, int]
         raise CheckpointError(f"{len(faults)} tensors hold NaN or Inf:\n{listing(faults)}")
 
 
-def _resolve_heads(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Drops both language-model heads; the tied one stands in for the embedding where a saver kept only the head."""
-    tied = weights.pop(TIED_HEAD, None)
-    weights.pop(UNUSED_HEAD, None)
-    if tied is not None:
-        weights.setdefault(EMBEDDING, tied)
-    return weights
-
-
-def _checked_config(weights: dict[str, torch.Tensor], settings: dict, layout) -> ModelConfig:
+def _checked_config(
+    weights: dict[str, torch.Tensor], settings: dict, layout, vision_heads: int | None
+) -> ModelConfig:
     wrong = [f"{name} is {tensor.dtype}" for name, tensor in weights.items() if tensor.dtype not in WEIGHT_DTYPES]
     if wrong:
         stored = ", ".join(map(str, WEIGHT_DTYPES))
@@ -128,7 +135,7 @@ def _checked_config(weights: dict[str, torch.Tensor], settings: dict, layout) ->
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     config = infer_config(
         shapes,
-        vision_heads=positive_int(section(settings, "vision"), "heads", None),
+        vision_heads=positive_int(section(settings, "vision"), "heads", vision_heads),
         action_horizon=layout.action_horizon(settings) or DEFAULT_HORIZON,
         max_prompt_tokens=layout.max_prompt_tokens(settings),
     )

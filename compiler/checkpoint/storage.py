@@ -11,6 +11,7 @@ from compiler.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+LFS_HEAD = b"version https://git-lfs"
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -43,8 +44,18 @@ def open_tensors(file: Path) -> dict[str, torch.Tensor]:
         with safe_open(file, framework="pt") as tensors:
             return {name: tensors.get_tensor(name) for name in tensors.keys()}
     except (SafetensorError, OSError) as error:
+        if is_lfs_pointer(file):
+            raise CheckpointError(f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder") from error
         size = f"{file.stat().st_size:,} bytes" if file.is_file() else "missing"
         raise CheckpointError(f"{file} ({size}) is cut short or damaged: {error}; copy or download it again") from error
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether the file only stands for one that Git LFS has not fetched."""
+    if not file.is_file():
+        return False
+    with open(file, "rb") as stream:
+        return stream.read(len(LFS_HEAD)) == LFS_HEAD
 
 
 def read_json(file: Path) -> dict:
