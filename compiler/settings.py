@@ -14,13 +14,12 @@ from compiler.checkpoint import Checkpoint
 from compiler.checkpoint.lerobot import POSTPROCESSOR, PREPROCESSOR, VERSIONS, version_transforms
 from compiler.checkpoint.training import TrainingConfig, training_config
 from compiler.errors import CheckpointError, DuqError
-from runtime.config import IMAGE_SLOTS
+from runtime.config import IMAGE_SLOTS, ROTARY
 from runtime.preprocess import Preprocessor
 from runtime.robots import ROBOT_NAMES, Robot, load_robot
 from runtime.transforms import default_transforms
 
 DEFAULT_STEPS = 10  # of openpi and of LeRobot
-ROTARY = ("exact", "bfloat16")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from runtime.errors import PlanError
+
 IMAGE_SLOTS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+ROTARY = ("exact", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,12 @@ class GemmaConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole pi0 or pi0.5 policy."""
+    """A whole pi0 or pi0.5 policy.
+
+    rotary: the frequencies of both Gemmas' rotary embeddings. "exact", as JAX and PyTorch in float32 have them, or "bfloat16",
+    rounded to it: PyTorch's `model.to(torch.bfloat16)` rounds the buffer they lie in with the weights, so policies that were
+    trained so know no others. Angles, cosines and sines are float32 either way. PlanError if it is neither.
+    """
 
     pi05: bool
     vision: VisionConfig
@@ -48,6 +56,11 @@ class ModelConfig:
     action_horizon: int = 50
     max_prompt_tokens: int = 48  # pi0: 48, pi0.5: 200
     state_dim: int | None = None  # where it is not action_dim (LeRobot's max_state_dim of a pi0)
+    rotary: str = "exact"
+
+    def __post_init__(self) -> None:
+        if self.rotary not in ROTARY:
+            raise PlanError(f"rotary is {self.rotary!r}; expected {' or '.join(ROTARY)}")
 
     @property
     def state_width(self) -> int:

@@ -11,10 +11,16 @@ from runtime.config import GemmaConfig
 KeyValue = tuple[Tensor, Tensor]
 
 
-def rotary_embedding(positions: Tensor, head_dim: int) -> KeyValue:
-    """cos and sin [B, 1, T, head_dim / 2] of position * 10000^(-2i / head_dim), for positions [B, T] (RoFormer)."""
+def rotary_embedding(positions: Tensor, head_dim: int, precision: str = "exact") -> KeyValue:
+    """cos and sin [B, 1, T, head_dim / 2] of position * 10000^(-2i / head_dim), for positions [B, T] (RoFormer).
+
+    precision: "exact", or "bfloat16" for frequencies rounded to it (see runtime/config.py); all else is float32.
+    """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angle = positions[:, None, :, None].to(torch.float32) * torch.pow(10000.0, -exponent)
+    frequency = torch.pow(10000.0, -exponent)
+    if precision == "bfloat16":
+        frequency = frequency.to(torch.bfloat16).to(torch.float32)
+    angle = positions[:, None, :, None].to(torch.float32) * frequency
     return angle.cos(), angle.sin()
 
 
@@ -94,9 +100,9 @@ class Gemma(nn.Module):
         condition: [B, width] for adaptive norms, else None.
     """
 
-    def __init__(self, config: GemmaConfig, vocab_size: int | None = None, adaptive: bool = False):
+    def __init__(self, config: GemmaConfig, vocab_size: int | None = None, adaptive: bool = False, rotary: str = "exact"):
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.rotary = config.head_dim, rotary
         norm = AdaptiveRMSNorm if adaptive else RMSNorm
         if vocab_size is not None:
             self.embed_tokens = nn.Embedding(vocab_size, config.width)
@@ -115,7 +121,7 @@ class Gemma(nn.Module):
         past: list[KeyValue] | None = None,
         condition: Tensor | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
-        rotary = rotary_embedding(positions, self.head_dim)
+        rotary = rotary_embedding(positions, self.head_dim, self.rotary)
         key_values = []
         for index, layer in enumerate(self.layers):
             x, key_value = layer(x, rotary, mask, past[index] if past else None, condition)

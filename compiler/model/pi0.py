@@ -47,8 +47,8 @@ class Pi0(nn.Module):
         width = config.expert.width
         self.vision = SigLIP(config.vision)
         self.projector = Linear(config.vision.width, config.llm.width)
-        self.llm = Gemma(config.llm, vocab_size=config.vocab_size)
-        self.expert = Gemma(config.expert, adaptive=config.pi05)
+        self.llm = Gemma(config.llm, vocab_size=config.vocab_size, rotary=config.rotary)
+        self.expert = Gemma(config.expert, adaptive=config.pi05, rotary=config.rotary)
         self.action_in_proj = Linear(config.action_dim, width)
         self.action_out_proj = Linear(width, config.action_dim)
         if config.pi05:

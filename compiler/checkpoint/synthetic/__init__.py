@@ -113,7 +113,7 @@ def make_checkpoint(
         if layout == "openpi":
             settings, prefix = files.openpi_settings(config, dtype, sizes), ""
         else:
-            settings, prefix = files.lerobot_settings(config, dtype, sizes), lerobot.PREFIX
+            settings, prefix = files.lerobot_settings(config, dtype, sizes, robot), lerobot.PREFIX
         files.write_json(draft / "config.json", settings)
         (draft / "tokenizer.model").write_bytes(files.train_tokenizer())
         if robot != "none" and layout == "openpi":

@@ -83,13 +83,23 @@ def openpi_settings(config: ModelConfig, dtype: str, sizes: dict) -> dict:
     return {"action_dim": config.action_dim, "action_horizon": config.action_horizon, **sizes, "precision": dtype}
 
 
-def lerobot_settings(config: ModelConfig, dtype: str, sizes: dict) -> dict:
+def lerobot_settings(config: ModelConfig, dtype: str, sizes: dict, robot: str = "none") -> dict:
+    """config.json as LeRobot 0.5.1 and later write it; the features are those of `robot`."""
+    state_dims, action_dims = ROBOTS[robot][:2] if robot in ROBOTS else (config.action_dim, config.action_dim)
+    image = {"type": "VISUAL", "shape": [3, config.vision.image_size, config.vision.image_size]}
     mode = "QUANTILES" if config.pi05 else "MEAN_STD"
     return {
         "type": "pi05" if config.pi05 else "pi0",
         **sizes,
         "dtype": dtype,
         "n_obs_steps": 1,
+        "input_features": {
+            "observation.images.image": image,
+            "observation.images.wrist_image": image,
+            "observation.state": {"type": "STATE", "shape": [state_dims]},
+        },
+        "output_features": {"action": {"type": "ACTION", "shape": [action_dims]}},
+        "use_relative_actions": False,
         "chunk_size": config.action_horizon,
         "n_action_steps": config.action_horizon,
         "max_state_dim": config.action_dim,
