@@ -101,12 +101,12 @@ def preprocessor_of(plan: Plan, config: ModelConfig) -> Preprocessor:
     manifest = plan.manifest
     return Preprocessor(
         config,
-        robot="none" if manifest["robot"] == "none" else Robot.from_json(manifest["robot_description"]),
+        robot=Robot.from_json(described) if (described := manifest.get("robot_description")) else manifest["robot"],
         layout=manifest["checkpoint"]["layout"],
         norm_stats=manifest["norm_stats"],
         tokenizer=plan.read("tokenizer.model") if "tokenizer.model" in plan.names else None,
         cameras=manifest["cameras"],
-        transforms=manifest["transforms"],
+        transforms=manifest.get("transforms"),
     )
 
 

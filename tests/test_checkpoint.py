@@ -335,9 +335,9 @@ def test_config_json_that_is_no_json(tiny_pi0, edit):
     "change, message",
     [
         ({"type": "pi0"}, "type pi0: pi05 False, but the tensors have True"),
-        ({"max_state_dim": 16}, "max_state_dim: action_dim 16"),
+        ({"max_action_dim": 16}, "max_action_dim: action_dim 16"),
         ({"image_resolution": [224, 336]}, "vision.image_size 336, but the tensors have 224"),
-        ({"use_relative_actions": True}, "use_relative_actions cannot be compiled"),
+        ({"adapt_to_pi_aloha": True}, '"adapt_to_pi_aloha" is True .only False can be compiled'),
     ],
 )
 def test_lerobot_config_that_is_wrong(lerobot_pi05, edit, change, message):
@@ -380,49 +380,3 @@ def test_openpi_statistics_that_are_wrong(tiny_pi0, edit, change, message):
     change(data["norm_stats"])
     file.write_text(json.dumps(data))
     fails(path, message)
-
-
-def test_lerobot_statistics(lerobot_pi05):
-    stored = load_file(lerobot_pi05 / "policy_preprocessor_step_0_normalizer_processor.safetensors")
-    stats = load_checkpoint(lerobot_pi05).norm_stats
-    assert stats["epsilon"] == 1e-8
-    assert len(stats["state"]["mean"]) == 8 and len(stats["actions"]["mean"]) == 7  # LIBERO
-    assert stats["state"]["q01"] == stored["observation.state.q01"].tolist()
-    assert stats["actions"]["q99"] == stored["action.q99"].tolist()
-
-
-@pytest.mark.parametrize("mode", ["MEAN_STD", "MIN_MAX", "QUANTILES"])
-@pytest.mark.parametrize("pi05", [False, True])
-def test_lerobot_normalisation_modes_are_rewritten_for_the_policy(tmp_path, pi05, mode):
-    path = make_checkpoint(tmp_path / "policy", pi05=pi05, layout="lerobot", depth=1, vision_depth=1)
-    state_file = path / "policy_preprocessor_step_0_normalizer_processor.safetensors"
-    stored = load_file(state_file)
-    for feature in ("observation.state", "action"):
-        stored[f"{feature}.min"], stored[f"{feature}.max"] = stored[f"{feature}.q01"] - 1, stored[f"{feature}.q99"] + 2
-    save_file(stored, state_file)
-    pipeline = json.loads((path / "policy_preprocessor.json").read_text())
-    pipeline["steps"][0]["config"]["norm_map"] = {"STATE": mode, "ACTION": mode}
-    (path / "policy_preprocessor.json").write_text(json.dumps(pipeline))
-
-    stats = load_checkpoint(path).norm_stats["state"]
-    x = np.linspace(-2, 2, 14)
-    mean, std, q01, q99 = (np.array(stats[key]) for key in ("mean", "std", "q01", "q99"))
-    ours = (x - q01) / (q99 - q01) * 2 - 1 if pi05 else (x - mean) / std
-    first, second = {"MEAN_STD": ("mean", "std"), "MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99")}[mode]
-    a, b = (stored[f"observation.state.{key}"].double().numpy() for key in (first, second))
-    theirs = (x - a) / b if mode == "MEAN_STD" else 2 * (x - a) / (b - a) - 1  # LeRobot's normaliser
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
-
-
-def test_lerobot_statistics_that_are_wrong(lerobot_pi05, edit):
-    path = edit(lerobot_pi05)
-    state_file = path / "policy_preprocessor_step_0_normalizer_processor.safetensors"
-    stored = load_file(state_file)
-    del stored["action.q01"]
-    save_file(stored, state_file)
-    fails(path, "QUANTILES normalisation of action needs q01")
-    state_file.unlink()
-    fails(path, r"normalizer_processor\.safetensors \(missing\)")
-    (path / "policy_preprocessor.json").unlink()
-    assert load_checkpoint(path).norm_stats is None
-    fails(path, 'asset id "libero".*LeRobot', asset_id="libero")

@@ -157,8 +157,9 @@ def test_prompt_types_and_padding(tokenizer_bytes, prompt):
 def test_pi05_tokens_of_a_bare_observation_use_its_state(tokenizer_bytes):
     state = np.linspace(-1, 1, 8, dtype=np.float32)
     observation = bare_observation(prompt="open", state=state, tokenized_prompt=None, tokenized_prompt_mask=None)
-    for layout, expected in (("openpi", state), ("lerobot", np.pad(state, (0, 24)))):  # LeRobot pads before binning
-        inputs = Preprocessor(PI05, tokenizer=tokenizer_bytes, layout=layout).model_inputs(observation)
+    for padded, expected in ((0, state), (32, np.pad(state, (0, 24)))):  # LeRobot 0.4 pads before binning
+        transforms = {"pad_state_in_prompt": padded}
+        inputs = Preprocessor(PI05, tokenizer=tokenizer_bytes, transforms=transforms).model_inputs(observation)
         assert inputs.tokens[inputs.token_mask].tolist() == Tokenizer(tokenizer_bytes).encode("open", expected)
 
 
@@ -287,11 +288,23 @@ def test_refused_with_one_clear_line(name):
     assert "\n" not in str(error.value)
 
 
-def test_refuses_too_long_a_text_and_what_is_no_text(tokenizer_bytes):
+def test_refuses_what_is_no_text(tokenizer_bytes):
     policy = Preprocessor(CONFIG, tokenizer=tokenizer_bytes)
-    for prompt, message in (("pick up the cup " * 40, "at most 48; shorten it"), (3, "prompt: is a int")):
-        with pytest.raises(ObservationError, match=message):
-            policy.model_inputs(bare_observation(prompt=prompt, tokenized_prompt=None, tokenized_prompt_mask=None))
+    with pytest.raises(ObservationError, match="prompt: is a int"):
+        policy.model_inputs(bare_observation(prompt=3, tokenized_prompt=None, tokenized_prompt_mask=None))
+
+
+@pytest.mark.parametrize("slots", [48, 100])
+def test_too_long_a_text_is_cut_off_with_a_warning(tokenizer_bytes, caplog, slots):
+    """As openpi and LeRobot do: the first tokens stay."""
+    text = "pick up the cup " * 40
+    policy = Preprocessor(replace(CONFIG, max_prompt_tokens=slots), tokenizer=tokenizer_bytes)
+    inputs = policy.model_inputs(bare_observation(prompt=text, tokenized_prompt=None, tokenized_prompt_mask=None))
+    assert inputs.tokens.tolist() == Tokenizer(tokenizer_bytes).encode(text)[:slots] and inputs.token_mask.all()
+    assert f"cut off at the policy's {slots}" in caplog.text
+    caplog.clear()
+    policy.model_inputs(bare_observation(prompt="pick up the cup", tokenized_prompt=None, tokenized_prompt_mask=None))
+    assert not caplog.text
 
 
 def test_refuses_more_cameras_than_compiled_for():

@@ -4,7 +4,8 @@ import pytest
 
 from runtime.errors import ObservationError, PlanError
 from runtime.preprocess import Preprocessor
-from runtime.robots import default_transforms, make_robot
+from runtime.robots import load_robot
+from runtime.transforms import default_transforms
 from test_preprocess import CONFIG, PI05
 
 TOKENS = {"tokenized_prompt": np.arange(4), "tokenized_prompt_mask": np.ones(4, bool)}
@@ -199,17 +200,17 @@ def test_observations_are_not_modified(robot):
 
 def test_default_transforms_follow_the_public_checkpoints():
     def on(name, **kind):
-        return {key for key, value in default_transforms(name, **kind).items() if value}
+        return {key for key, value in default_transforms(load_robot(name), **kind).items() if value is True}
 
     assert on("aloha", pi05=False, layout="openpi") == {"delta_actions", "adapt_to_pi"}
     assert on("aloha", pi05=True, layout="openpi") == {"delta_actions", "adapt_to_pi", "state_in_prompt"}
     assert on("droid", pi05=True, layout="openpi") == {"state_in_prompt"}
     assert on("libero", pi05=True, layout="openpi") == set()
     assert on("libero", pi05=False, layout="openpi") == {"delta_actions"}
-    assert on("libero", pi05=True, layout="lerobot") == {"state_in_prompt", "pad_state_in_prompt"}
+    assert on("libero", pi05=True, layout="lerobot") == {"state_in_prompt"}
 
 
 def test_robot_names():
-    assert make_robot("none", delta_actions=False, adapt_to_pi=False) is None
-    with pytest.raises(PlanError, match="'kuka' is unknown; there are aloha, droid, libero, none"):
+    assert load_robot("none") is None
+    with pytest.raises(PlanError, match="'kuka' is unknown; there are aloha, droid, libero, none, or give your own TOML"):
         Preprocessor(CONFIG, robot="kuka")
