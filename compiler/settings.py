@@ -107,13 +107,13 @@ class _Decision:
         self.robot = self._robot()
 
     def settled(self) -> tuple[Checkpoint, PolicySettings]:
+        _check_fit(self.checkpoint, self.robot)
         config = replace(
             self.checkpoint.config,
             action_horizon=self._action_horizon(),
             max_prompt_tokens=self._max_prompt_tokens(),
             rotary=self._rotary(),
         )
-        checkpoint = replace(self.checkpoint, config=config)
         settings = PolicySettings(
             self.robot,
             self._transforms(),
@@ -123,8 +123,7 @@ class _Decision:
             self.said.ignored,
             tuple(self.checkpoint.notes),
         )
-        _check_fit(checkpoint, settings)
-        return checkpoint, settings
+        return replace(self.checkpoint, config=config), settings
 
     def _training(self, name: str) -> TrainingConfig:
         found, config = training_config(name), self.checkpoint.config
@@ -284,9 +283,9 @@ def _version(text: str) -> str:
     return VERSIONS[-1]
 
 
-def _check_fit(checkpoint: Checkpoint, settings: PolicySettings) -> None:
+def _check_fit(checkpoint: Checkpoint, robot: Robot | None) -> None:
     """A robot whose numbers are not those of the statistics or the features is another policy's."""
-    robot, stats = settings.robot, checkpoint.norm_stats
+    stats = checkpoint.norm_stats
     if robot is None:
         return
     if checkpoint.config.pi05 is False and robot.state_dim > checkpoint.config.state_width:
