@@ -66,6 +66,7 @@ class Options:
     timing: bool = True  # cuda: beside a GPU of an architecture in `sm`, choose kernels by timing
     loop: str = "graph"  # tensorrt: "unrolled" into one network, or "graph": the executor repeats the step's engine
     float_type: str = "bf16"  # tensorrt: of what is not quantised, "bf16" or "fp16"
+    float_images: bool = False  # the policy's images are resized in floating point (runtime/images.py, FLOAT_RULES)
 
 
 def compile_policy(
