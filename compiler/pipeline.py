@@ -68,6 +68,7 @@ class Options:
     loop: str = "graph"  # tensorrt: "unrolled" into one network, or "graph": the executor repeats the step's engine
     float_type: str = "bf16"  # tensorrt: of what is not quantised, "bf16" or "fp16"
     settings: PolicySettings | None = None  # around the policy; by default those of the checkpoint and `robot`
+    float_images: bool = False  # the policy's images are resized in floating point (runtime/images.py, FLOAT_RULES)
 
 
 def compile_policy(
@@ -81,7 +82,10 @@ def compile_policy(
     """Writes the plan `out`. Nothing of it is left if anything fails. keep_onnx: directory for the graphs between passes."""
     check_weights(checkpoint, progress)
     settings = options.settings or default_settings(checkpoint, options.robot, options.num_steps)
-    options = replace(options, settings=settings, robot=settings.robot_name, num_steps=settings.num_steps)
+    options = replace(
+        options, settings=settings, robot=settings.robot_name, num_steps=settings.num_steps,
+        float_images=options.float_images or settings.transforms["resize"] != "openpi",
+    )  # fmt: skip
     weights = checkpoint.weights | quantization.float_weights
     task = progress.add_task("Exporting", total=None)
     with ThreadPoolExecutor(1) as beside:  # the export is Python, the fingerprint reads and hashes all weights

@@ -20,8 +20,8 @@ from compiler.quantize_cli import progress_bar
 from examples.metaworld_data import Demonstrations, encode, observations, save
 from plugins.errors import DuqError
 from runtime.cli_errors import check_output_file, one_line_errors
+from runtime.images import resize_with_pad
 from runtime.observations import save_observations
-from runtime.preprocess import resize_with_pad
 
 try:
     from examples.metaworld_env import ACTION_DIM, PROMPTS, MetaworldEnv

@@ -64,10 +64,11 @@ def rotary(tokens: int, heads: int, dims: int) -> Launch:
     return Launch("rotary.cu", f"rotary<{heads}, {dims}>", Shape((tokens, 1, 1), (heads + 2) * dims // 16))
 
 
-def patches(cameras: int, size: int, patch: int) -> Launch:
-    """Images of `size` x `size` pixels in patches of `patch` x `patch`; a thread takes two pixels."""
+def patches(cameras: int, size: int, patch: int, pixel: str = "unsigned char") -> Launch:
+    """Images of `size` x `size` pixels ("unsigned char" or "float") in patches of `patch` x `patch`; a thread takes two."""
     threads = 32 * -(-(patch**2) // (2 * 32))
-    return Launch("embed.cu", f"patches<{patch}>", Shape(((size // patch) ** 2, cameras, 1), threads))
+    kernel = "float_patches" if pixel == "float" else "patches"
+    return Launch("embed.cu", f"{kernel}<{patch}>", Shape(((size // patch) ** 2, cameras, 1), threads))
 
 
 def tokens(count: int, depth: int) -> Launch:

@@ -97,7 +97,8 @@ class Compiled(NamedTuple):
 def tiny_plans(tmp_path_factory, trace_once):
     """("pi0" or "pi05", preset, target) -> Compiled: a LIBERO policy of two layers, 8 actions and 4 steps. Read only.
 
-    Each is compiled when it is first asked for. A plan for the target "cuda" is for SM 86 and SM 90.
+    Each is compiled when it is first asked for. A plan for the target "cuda" is for SM 86 and SM 90; `float_images`: it
+    takes images as floats.
     """
     directory = tmp_path_factory.mktemp("plans")
 
@@ -117,16 +118,16 @@ def tiny_plans(tmp_path_factory, trace_once):
             return quantize_checkpoint(source, recipe, inputs, progress)
 
     @functools.cache
-    def plan(policy: str, quant: str, target: str) -> Path:
-        path = directory / f"{policy}.{quant}.{target}.plan"
+    def plan(policy: str, quant: str, target: str, float_images: bool) -> Path:
+        path = directory / f"{policy}.{quant}.{target}{'.float_images' * float_images}.plan"
         sm = (86, 90) if target == "cuda" else ()
-        options = Options(target=target, sm=sm, robot="libero", num_steps=4)
+        options = Options(target=target, sm=sm, robot="libero", num_steps=4, float_images=float_images)
         with Progress(disable=True) as progress:
             compile_policy(load_checkpoint(checkpoint(policy)), quantization(policy, quant), path, options, progress)
         return path
 
-    def compiled(policy: str, quant: str, target: str = "cpu") -> Compiled:
-        return Compiled(checkpoint(policy), plan(policy, quant, target))
+    def compiled(policy: str, quant: str, target: str = "cpu", float_images: bool = False) -> Compiled:
+        return Compiled(checkpoint(policy), plan(policy, quant, target, float_images))
 
     return compiled
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from runtime.plan import Plan
 from runtime.preprocess import ModelInputs
-from tests.emulated_kernels import KERNELS, Launch, Memory, Pointer
+from tests.emulated_kernels import KERNELS, TYPES, Launch, Memory, Pointer
 
 
 class Device:
@@ -25,7 +25,7 @@ class Device:
         schedule = json.loads(bytes(plan.read(f"schedule/sm{sm}.json")))
         fitting = [each for each in schedule["variants"] if each["cameras"] == cameras and each["prompt"] >= prompt]
         self.variant = min(fitting, key=lambda each: each["prompt"])
-        self.sm, self.kernels = sm, schedule["kernels"]
+        self.sm, self.kernels, self.pixel = sm, schedule["kernels"], schedule.get("pixel", "unsigned char")
         self.arena = Memory(np.full(schedule["arena_bytes"], 0xFF, np.uint8))
         self.weights = {
             name: Memory(np.frombuffer(plan.read(f"weights/{name}"), np.uint8)) for name in schedule["weights"]
@@ -129,7 +129,7 @@ def _put_inputs(device: Device, plan: Plan, inputs: ModelInputs, noise: np.ndarr
     config, present = plan.manifest["model"], inputs.tokens[inputs.token_mask]
     table = np.frombuffer(plan.read("embedding"), np.uint16).reshape(config["vocab_size"], config["llm"]["width"])
     image_tokens = (config["vision"]["image_size"] // config["vision"]["patch_size"]) ** 2
-    device.put("images", inputs.images[inputs.image_mask])
+    device.put("images", inputs.images[inputs.image_mask].astype(TYPES[device.pixel], casting="no"))
     device.put("embeddings", table[present])
     device.put("past", np.array(inputs.image_mask.sum() * image_tokens + len(present), np.int32))
     device.put("x", noise)

@@ -77,10 +77,19 @@ class Launch(NamedTuple):
 
 
 def patches(launch: Launch, images, y, size, pitch):
+    pixels = images.read("unsigned char", launch.grid[1], size, size, 3) / np.float32(127.5) - np.float32(1)
+    _write_patches(launch, pixels, y, pitch)
+
+
+def float_patches(launch: Launch, images, y, size, pitch):
+    _write_patches(launch, images.read("float", launch.grid[1], size, size, 3), y, pitch)
+
+
+def _write_patches(launch: Launch, pixels: np.ndarray, y, pitch: int) -> None:
     patch, (count, cameras, _) = int(launch.template[0]), launch.grid
-    across = size // patch
+    across = pixels.shape[1] // patch
     assert count == across**2
-    pixels = images.read("unsigned char", cameras, across, patch, across, patch, 3) / np.float32(127.5) - np.float32(1)
+    pixels = pixels.reshape(cameras, across, patch, across, patch, 3)
     rows = pixels.transpose(0, 1, 3, 5, 2, 4).reshape(cameras * count, -1)
     y.write("Bf16", np.pad(rows, ((0, 0), (0, pitch - rows.shape[1]))))
 
@@ -340,7 +349,7 @@ def attention(launch: Launch, q, k, v, own_k, own_v, out, past, m, keys, own_key
 KERNELS: dict[str, Callable] = {
     each.__name__: each
     for each in (
-        patches, tokens, normalize, rotate_quantize, hadamard_quantize, dequantize, expand, gemm_float, linear_narrow, flow_step,
+        patches, float_patches, tokens, normalize, rotate_quantize, hadamard_quantize, dequantize, expand, gemm_float, linear_narrow, flow_step,
         geglu, rotary, attention,
     )  # fmt: skip
 } | {"gemm_small": gemm, "gemm_large": gemm, "gemm_wgmma": gemm, "gemm_wgmma_few": gemm, "attention_wgmma": attention, LIBRARY: matmul}

@@ -19,6 +19,7 @@ POINTWISE = [
     pointwise.normalize(1, 1152, "float", "Bf16", centre=True),
     pointwise.normalize(1, 8192, "Bf16", "float", centre=False),
     pointwise.patches(3, 224, 14),
+    pointwise.patches(3, 224, 14, "float"),
     pointwise.tokens(48, 2048),
     pointwise.linear_narrow(50, 1024, "NONE", "float"),
     pointwise.linear_narrow(1, 1024, "SILU", "Bf16"),

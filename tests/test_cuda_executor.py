@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +19,7 @@ from tests import emulate
 from tests.emulated_kernels import KERNELS, Launch, Memory, Pointer
 from tests.gpu import recording
 from tests.same_integers import run_given
-from tests.test_cuda_target import cosine
+from tests.test_cuda_target import cosine, with_float_images
 from tests.test_pipeline import make_inputs, make_noise
 from tests.test_tensorrt_executor import Event, Stream
 
@@ -97,6 +97,27 @@ def test_follows_the_schedule(name, on_the_host, tiny_plans):
         np.testing.assert_array_equal(actions, emulate.run(plan, 90, inputs, noise))
         assert timing.keys() == {"stage_ms", "launch_ms", "wait_ms", "prefix_ms", "denoise_ms"}
         assert all(type(value) is float for value in timing.values())
+
+
+def test_takes_float_images(on_the_host, tiny_plans):
+    """Where the plan is for them; there also bytes, as what they stand for."""
+    plan = Plan(tiny_plans("pi0", "none", "cuda", float_images=True).plan)
+    config = ModelConfig.from_json(plan.manifest["model"])
+    policy, noise = executor.CudaExecutor(plan), make_noise(config)
+    for seed, (cameras, prompt) in enumerate(CALLS):
+        inputs = make_inputs(config, cameras, prompt, seed)
+        floats = with_float_images(inputs, seed)
+        np.testing.assert_array_equal(policy.run(floats, noise)[0], emulate.run(plan, 90, floats, noise))
+        bytes_as_floats = replace(inputs, images=inputs.pixels().transpose(0, 2, 3, 1))
+        np.testing.assert_array_equal(policy.run(inputs, noise)[0], policy.run(bytes_as_floats, noise)[0])
+
+
+def test_refuses_float_images_where_the_plan_takes_bytes(on_the_host, tiny_plans):
+    plan = Plan(tiny_plans("pi0", "none", "cuda").plan)
+    config = ModelConfig.from_json(plan.manifest["model"])
+    inputs = with_float_images(make_inputs(config, *CALLS[0]))
+    with pytest.raises(PlanError, match="takes images of uint8, got float32; compile it again"):
+        executor.CudaExecutor(plan).run(inputs, make_noise(config))
 
 
 def test_traces_what_the_stages_produce(on_the_host, tiny_plans):

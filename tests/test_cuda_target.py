@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from runtime.config import GemmaConfig, ModelConfig, VisionConfig
 from runtime.executors.cpu import CpuExecutor
 from runtime.inspect import main as inspect_main
 from runtime.plan import Plan
+from runtime.preprocess import ModelInputs
 from tests import emulate
 from tests.quant_policy import observation
 from tests.test_pipeline import make_inputs, make_noise
@@ -71,6 +73,40 @@ def test_schedules_compute_the_policy(policy, preset, sm, name, tiny_plans):
     for stage, value in traced.items():
         assert value.shape == expected[stage].shape
         assert relative_error(value, expected[stage]) < BOUNDS.get(stage, BOUNDS[preset]), stage
+
+
+def with_float_images(inputs: ModelInputs, seed: int = 0) -> ModelInputs:
+    """Values that no byte stands for, and padding as LeRobot 0.4 has it."""
+    images = np.random.default_rng(seed).uniform(-1, 1, inputs.images.shape).astype(np.float32)
+    images[:, :5] = -3
+    return replace(inputs, images=images)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+def test_float_images(sm, name, tiny_plans):
+    plan = Plan(tiny_plans("pi0", "none", "cuda", float_images=True).plan)
+    inputs, noise = case(plan, name)
+    inputs, expected, traced = with_float_images(inputs), {}, {}
+    CpuExecutor(Plan(tiny_plans("pi0", "none").plan), threads=1).run(inputs, noise, expected)
+    emulate.run(plan, sm, inputs, noise, traced)
+    assert traced.keys() == expected.keys()
+    for stage, value in traced.items():
+        assert relative_error(value, expected[stage]) < BOUNDS.get(stage, BOUNDS["none"]), stage
+
+
+def test_float_images_change_one_launch(tiny_plans):
+    """Its kernel, and where everything lies behind images of four times the size."""
+    kinds_of = []
+    for float_images in (False, True):
+        plan = Plan(tiny_plans("pi0", "none", "cuda", float_images).plan)
+        schedule = json.loads(bytes(plan.read("schedule/sm90.json")))
+        assert plan.manifest["float_images"] == float_images and schedule.get("pixel") == ("float" if float_images else None)
+        kinds_of.append([kernel["expression"] for kernel in schedule["kernels"]])
+        for variant in schedule["variants"]:
+            size = plan.manifest["model"]["vision"]["image_size"]
+            assert variant["inputs"]["images"][1] == variant["cameras"] * size * size * 3 * (4 if float_images else 1)
+    assert kinds_of[1] == [each.replace("patches", "float_patches") for each in kinds_of[0]] != kinds_of[0]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -236,9 +272,9 @@ def kinds(arguments: list) -> list[str]:
     return ["int" if isinstance(each, int) else "pointer" if each is None else names[each[0]] for each in arguments]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_arguments_are_those_of_the_sources(preset, tiny_plans):
-    plan = Plan(tiny_plans("pi0", preset, "cuda").plan)
+@pytest.mark.parametrize(("preset", "float_images"), [*((preset, False) for preset in PRESETS), ("none", True)])
+def test_arguments_are_those_of_the_sources(preset, float_images, tiny_plans):
+    plan = Plan(tiny_plans("pi0", preset, "cuda", float_images).plan)
     checked = set()
     for sm in ARCHITECTURES:
         schedule = json.loads(bytes(plan.read(f"schedule/sm{sm}.json")))
@@ -250,7 +286,7 @@ def test_arguments_are_those_of_the_sources(preset, tiny_plans):
             source, name = kernel["cubin"].rpartition(".")[2] + ".cu", kernel["expression"].partition("<")[0]
             assert kinds(launch["args"]) == parameters(source, name), launch["name"]
             checked.add(name)
-    assert {"patches", "attention", "gemm_float"} <= checked
+    assert {"float_patches" if float_images else "patches", "attention", "gemm_float"} <= checked
 
 
 @pytest.mark.parametrize("preset", PRESETS)

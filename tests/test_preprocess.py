@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from runtime.config import IMAGE_SLOTS, GemmaConfig, ModelConfig, VisionConfig
 from runtime.errors import ObservationError, PlanError
-from runtime.preprocess import ModelInputs, Normalizer, Preprocessor, resize_with_pad
+from runtime.images import resize_with_pad
+from runtime.preprocess import ModelInputs, Normalizer, Preprocessor
 from runtime.tokenizer import Tokenizer
 
 CONFIG = ModelConfig(

@@ -30,6 +30,27 @@ template <int PATCH> __global__ void patches(const unsigned char* images, Bf16* 
   for (int at = 3 * PLANE + 2 * threadIdx.x; at < pitch; at += 2 * blockDim.x) *reinterpret_cast<unsigned*>(to + at) = 0;
 }
 
+// The same from floats in [-1, 1], for images that were resized in floating point: y is theirs, rounded to bf16. A thread
+// takes two pixels in three 8-byte loads.
+template <int PATCH> __global__ void float_patches(const float* images, Bf16* y, int size, int pitch) {
+  static_assert(PATCH % 2 == 0);
+  constexpr int PLANE = PATCH * PATCH;
+  const int across = size / PATCH, top = blockIdx.x / across * PATCH, left = blockIdx.x % across * PATCH;
+  const float* const corner = images + 3 * ((size_t(blockIdx.y) * size + top) * size + left);
+  Bf16* const to = y + (size_t(blockIdx.y) * gridDim.x + blockIdx.x) * pitch;
+
+  let_next_kernel_start();
+  wait_for_inputs();
+  for (int at = 2 * threadIdx.x; at < PLANE; at += 2 * blockDim.x) {
+    const auto* const from = reinterpret_cast<const float2*>(corner + 3 * (at / PATCH * size + at % PATCH));
+    const float2 rg = from[0], br = from[1], gb = from[2];
+    *reinterpret_cast<unsigned*>(to + at) = pack2<Bf16>(rg.x, br.y);
+    *reinterpret_cast<unsigned*>(to + PLANE + at) = pack2<Bf16>(rg.y, gb.x);
+    *reinterpret_cast<unsigned*>(to + 2 * PLANE + at) = pack2<Bf16>(br.x, gb.y);
+  }
+  for (int at = 3 * PLANE + 2 * threadIdx.x; at < pitch; at += 2 * blockDim.x) *reinterpret_cast<unsigned*>(to + at) = 0;
+}
+
 // Rows of the token table -> the residual stream: y = rows * scale.
 //
 //   rows  [tokens, depth]; y [tokens, depth], rows `y_stride` apart; depth and y_stride are multiples of 8

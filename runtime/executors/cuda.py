@@ -23,7 +23,7 @@ from runtime.preprocess import ModelInputs
 
 SCHEDULE_VERSION = 3  # of what a plan's schedule says and how; 1 had images as floats, 2 no first step beside the prefix
 STAGING_BYTES = 64 << 20
-_TYPES = {"float": np.float32, "Bf16": np.uint16}
+_TYPES = {"float": np.float32, "Bf16": np.uint16, "unsigned char": np.uint8}
 AfterLaunch = Callable[[str, dict, driver.Stream], None]  # of the program, the launch and its stream
 
 
@@ -46,6 +46,7 @@ class CudaExecutor:
         self._image_tokens = (config["vision"]["image_size"] // config["vision"]["patch_size"]) ** 2
         sm = driver.open_device()
         schedule = _schedule(plan, sm)
+        self._pixel = np.dtype(_TYPES[schedule.get("pixel", "unsigned char")])
         self._variants = {(each["cameras"], each["prompt"]): each for each in schedule["variants"]}
         self._table = np.frombuffer(plan.read("embedding"), np.uint16).reshape(config["vocab_size"], -1)
 
@@ -125,9 +126,9 @@ class CudaExecutor:
         if size is None:
             raise PlanError(f"{self._plan.path}: is not for {cameras} cameras and {len(tokens)} prompt tokens; compile again")
         into = self._inputs(self._variants[size])
-        images = into["images"].reshape(cameras, *inputs.images.shape[1:])
+        images = into["images"].view(self._pixel).reshape(cameras, *inputs.images.shape[1:])
         for image, slot in zip(images, np.flatnonzero(inputs.image_mask)):
-            image[:] = inputs.images[slot]
+            image[:] = self._pixels(inputs.images[slot])
         rows = into["embeddings"].view(np.uint16).reshape(size[1], -1)
         np.take(self._table, tokens, axis=0, out=rows[: len(tokens)], mode="clip")
         rows[len(tokens) :] = 0  # padding, whose results nothing reads
@@ -136,6 +137,17 @@ class CudaExecutor:
         into["x"].view(np.float32).reshape(noise.shape)[:] = noise
         into["past"].view(np.int32)[:] = cameras * self._image_tokens + len(tokens)
         return size
+
+    def _pixels(self, image: np.ndarray) -> np.ndarray:
+        """An image of ModelInputs as the plan takes it; bytes as ModelInputs.pixels has them."""
+        if image.dtype == self._pixel:
+            return image
+        if image.dtype == np.uint8:
+            return image / np.float32(127.5) - np.float32(1)
+        raise PlanError(
+            f"{self._plan.path}: takes images of {self._pixel}, got {image.dtype}; compile it again for images that are "
+            "resized in floating point"
+        )
 
     def launch_times(self, size: tuple[int, int], calls: int = 20) -> list[tuple[str, dict, float]]:
         """(program, launch of the schedule, microseconds) of the prefix and of the first denoising step, medians.

@@ -201,9 +201,10 @@ def normalize(
 
 
 def patches(images: torch.Tensor, y: torch.Tensor, patch: int, overlap: bool = False) -> None:
-    """One launch on images [cameras, size, size, 3] -> y [cameras (size / patch)^2, pitch]."""
+    """One launch on images [cameras, size, size, 3], bytes or floats -> y [cameras (size / patch)^2, pitch]."""
     cameras, size, _, _ = images.shape
-    run(pointwise.patches(cameras, size, patch), (images, y, size, y.shape[1]), overlap)
+    pixel = "float" if images.dtype == torch.float32 else "unsigned char"
+    run(pointwise.patches(cameras, size, patch, pixel), (images, y, size, y.shape[1]), overlap)
 
 
 def tokens(rows: torch.Tensor, y: torch.Tensor, scale: float, overlap: bool = False) -> None:

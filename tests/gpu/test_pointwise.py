@@ -95,6 +95,21 @@ def test_patches(cameras, size, patch, pitch):
     assert y[len(exact) :].isnan().all()
 
 
+@pytest.mark.parametrize(
+    ("cameras", "size", "patch", "pitch"),
+    [(1, 224, 14, 592), (3, 224, 14, 640), (2, 56, 14, 1024), (2, 32, 16, 768), (1, 6, 2, 16)],
+)
+def test_patches_of_floats(cameras, size, patch, pitch):
+    images = torch.rand(cameras, size, size, 3, generator=torch.Generator().manual_seed(size)) * 2 - 1
+    images[:, : size // 4] = -3  # padding of LeRobot 0.4
+    exact = functional.unfold(images.permute(0, 3, 1, 2), patch, stride=patch)
+    exact = exact.transpose(1, 2).flatten(0, 1).bfloat16().cuda()
+    y = poisoned(len(exact), pitch, torch.bfloat16)
+    launch.patches(images.cuda(), y[: len(exact)], patch)
+    assert torch.equal(y[: len(exact)], functional.pad(exact, (0, pitch - exact.shape[1])))
+    assert y[len(exact) :].isnan().all()
+
+
 @pytest.mark.parametrize(("count", "depth"), [(1, 8), (48, 2048), (201, 2048), (3, 8200)])
 def test_tokens(count, depth):
     rows, y = random(count, depth, seed=depth, dtype=torch.bfloat16), poisoned(count, depth + GUARD)

@@ -36,26 +36,27 @@ TIMED = ("pi0", "llm+expert-mlp")  # with tactics by timing, the others with the
 
 
 @functools.cache
-def policy(name: str, quant: str, directory):
+def policy(name: str, quant: str, directory, float_images: bool = False):
     """The checkpoint's config and the paths of its cpu and cuda plans."""
     sizes = dict(depth=3, vision_depth=2, action_horizon=50)
     checkpoint = load_checkpoint(make_checkpoint(directory / f"{name}.{quant}", pi05=name == "pi05", robot="libero", **sizes))
     preprocessor = Preprocessor(checkpoint.config)
     inputs = [preprocessor.model_inputs(each) for each in synthetic_observations(checkpoint.config, cameras=3, count=2)]
     preset, settings = RECIPES.get(quant, (quant, {}))
-    stem, timing = directory / f"{name}.{quant}", (name, quant) == TIMED
-    return checkpoint.config, both_plans(checkpoint, preset, settings, inputs, stem, timing)
+    stem, timing = directory / f"{name}.{quant}{'.float_images' * float_images}", (name, quant) == TIMED and not float_images
+    return checkpoint.config, both_plans(checkpoint, preset, settings, inputs, stem, timing, float_images)
 
 
 def both_plans(
-    checkpoint: Checkpoint, preset: str, settings: dict, inputs: list[ModelInputs], stem: Path, timing: bool = False
+    checkpoint: Checkpoint, preset: str, settings: dict, inputs: list[ModelInputs], stem: Path, timing: bool = False,
+    float_images: bool = False,
 ) -> dict[str, Path]:
     recipe = load_recipe(preset, settings, environment={})
     integers = Quantization(recipe) if preset == "none" else quantize_checkpoint(checkpoint, recipe, inputs, SILENT)
     plans = {}
     for target, sm in (("cpu", ()), ("cuda", (open_device(),))):
         plans[target] = stem.with_name(f"{stem.name}.{target}.plan")
-        options = Options(target=target, sm=sm, num_steps=NUM_STEPS, timing=timing)
+        options = Options(target=target, sm=sm, num_steps=NUM_STEPS, timing=timing, float_images=float_images)
         compile_policy(checkpoint, integers, plans[target], options, SILENT)
     return plans
 
@@ -90,6 +91,20 @@ def test_equals_cpu_engine(name, quant, cameras, prompt, directory):
     # A flipped rounding of one INT8 activation moves what follows by as much as quantisation itself does: the bound
     # with quantisation is above that noise (docs/accuracy.md), the one without is bf16's.
     check_stages(plans, *make_inputs(config, cameras, prompt), at_least=0.9999 if quant in ("none", "w4a16") else 0.9995)
+
+
+@pytest.mark.parametrize(("cameras", "prompt"), CASES)
+@pytest.mark.parametrize("quant", ["none", "llm+expert-mlp"])
+def test_float_images_equal_cpu_engine(quant, cameras, prompt, directory):
+    """Values that no byte stands for, and padding as LeRobot 0.4 has it."""
+    config, plans = policy("pi0", quant, directory, float_images=True)
+    inputs, noise = make_inputs(config, cameras, prompt)
+    images = np.random.default_rng(prompt).uniform(-1, 1, inputs.images.shape).astype(np.float32)
+    images[:, :5] = -3
+    check_stages(plans, replace(inputs, images=images), noise, at_least=0.9999 if quant == "none" else 0.9995)
+    as_floats = replace(inputs, images=inputs.pixels().transpose(0, 2, 3, 1))
+    executor = cuda_executor(plans["cuda"])
+    np.testing.assert_array_equal(executor.run(inputs, noise)[0], executor.run(as_floats, noise)[0])
 
 
 def test_shipped_policy_equals_cpu_engine(directory):

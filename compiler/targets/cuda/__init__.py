@@ -34,6 +34,7 @@ def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options) -> dic
     for _, model in graphs.items():
         common.ShapeInferencePass()(model)
     weights, schedules, sections = Weights(), {}, {}
+    pixel = "float" if options.float_images else "unsigned char"
     sizes = [(c, p) for c in range(1, options.cameras + 1) for p in prompt_sizes(graphs.config.max_prompt_tokens)]
     for sm in options.sm:
         choose = from_table(sm)
@@ -41,7 +42,7 @@ def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options) -> dic
             choose = timing.by_timing(_problems(graphs, sm, sizes), sm, progress)
         variants, arena_bytes = [], 0
         for cameras, prompt in progress.track(sizes, description=f"Lowering for SM {sm}"):
-            variant = lower_variant(graphs, sm, cameras, prompt, weights, choose)
+            variant = lower_variant(graphs, sm, cameras, prompt, weights, choose, pixel)
             schedule(variant.prefix, variant.step)
             arena_bytes = max(arena_bytes, place(variant.inputs, [variant.prefix, variant.step]))
             variants.append(variant)
@@ -49,6 +50,8 @@ def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options) -> dic
             timing.choose_algorithms(_launches(variants), progress)
         kernels = _write_cubins(sm, variants, writer, progress)
         schedules[sm] = {"arena_bytes": arena_bytes, **_schedule(variants, kernels)}
+        if options.float_images:
+            schedules[sm]["pixel"] = pixel
         sections[f"sm{sm}"] = _summary(variants, arena_bytes, len(kernels), timed)
 
     offsets = _write_weights(weights, writer, progress)

@@ -57,18 +57,26 @@ class Builder:
 
     values: what the graph's values have become. covered: the nodes that a launch of another node computes. weights:
     what the launches read. caches: each layer's keys and values of the prefix [prefix_rows, head_dim], in pi0 the state
-    token's in one more row.
+    token's in one more row. pixel: type of the images, "unsigned char", or "float" in [-1, 1].
     """
 
     def __init__(
-        self, config: ModelConfig, sm: int, cameras: int, prompt: int, has_state: bool, weights: Weights, choose: Choose
+        self,
+        config: ModelConfig,
+        sm: int,
+        cameras: int,
+        prompt: int,
+        has_state: bool,
+        weights: Weights,
+        choose: Choose,
+        pixel: str = "unsigned char",
     ):
         self.config, self.sm, self.cameras, self.prompt, self.weights = config, sm, cameras, prompt, weights
         self._choose = choose
         self.prefix_rows = cameras * config.vision.tokens + prompt
         self.cache_rows = self.prefix_rows + has_state
         size, width = config.vision.image_size, config.llm.width
-        self.images = self._input("images", cameras * size, 3 * size, "unsigned char")  # [cameras, size, size, RGB]
+        self.images = self._input("images", cameras * size, 3 * size, pixel)  # [cameras, size, size, RGB]
         self.embeddings = self._input("embeddings", prompt, width, "Bf16")
         self.state = self._input("state", 1, config.state_width, "float", branch=True)
         self.flow = self._input("x", config.action_horizon, config.action_dim, "float")

@@ -18,7 +18,8 @@ def patch_embedding(builder: Builder, node: ir.Node) -> None:
     """A convolution without overlap is a product over the pixels of a patch; the positions are added to it.
 
     The graph's input is float, byte / 127.5 - 1 of the camera's bytes (ModelInputs.pixels). Here the bytes are uploaded, a
-    quarter, and the kernel that makes patches computes the same float32 values before it rounds them to bf16.
+    quarter, and the kernel that makes patches computes the same float32 values before it rounds them to bf16. Images that
+    are resized in floating point are uploaded as they are.
     """
     weight, bias = node.inputs[1:3]
     added = readers_of(past_views(node.outputs[0]))[0]
@@ -29,7 +30,8 @@ def patch_embedding(builder: Builder, node: ir.Node) -> None:
     columns = -(-3 * patch * patch // 8) * 8  # whole 16 bytes
     x = builder.new("patches", builder.cameras * tokens, columns, "Bf16")
     arguments = [builder.images.pointer, x.pointer, size, columns]
-    builder.kernel("patches", pointwise.patches(builder.cameras, size, patch), arguments, [builder.images], [x])
+    launch = pointwise.patches(builder.cameras, size, patch, builder.images.type)
+    builder.kernel("patches", launch, arguments, [builder.images], [x])
     y = builder.new_output(Epilogue(added.outputs[0]), x.rows, n)
 
     def offsets() -> np.ndarray:

@@ -39,14 +39,16 @@ class Variant:
     embedding_table: ir.Value  # of the prompt's tokens; the host's
 
 
-def lower_variant(graphs: Graphs, sm: int, cameras: int, prompt: int, weights: Weights, choose: Choose) -> Variant:
-    """Adds what the launches read to `weights`; `choose` has the tactics.
+def lower_variant(
+    graphs: Graphs, sm: int, cameras: int, prompt: int, weights: Weights, choose: Choose, pixel: str = "unsigned char"
+) -> Variant:
+    """Adds what the launches read to `weights`; `choose` has the tactics; `pixel` is the type of the images (Builder).
 
     Raises GraphError for a node that no launch covers, KernelError for a size that no kernel takes.
     """
     config = graphs.config
     has_state = any(value.name == "state" for value in graphs.prefix.graph.inputs)
-    builder = Builder(config, sm, cameras, prompt, has_state, weights, choose)
+    builder = Builder(config, sm, cameras, prompt, has_state, weights, choose, pixel)
 
     size = config.vision.image_size
     shapes = {"images": (cameras, 3, size, size), "tokens": (prompt,), "state": (config.state_width,)}
