@@ -18,8 +18,8 @@ from compiler.quant.calibrate import calibration_inputs
 from compiler.quant.linears import select_linears
 from compiler.quant.store import is_quantization, load_quantization
 from compiler.quantize_cli import (
-    AssetOption, CalibrationOption, DeviceOption, PacksOption, RobotOption, TokenizerOption, check_device, open_checkpoint,
-    progress_bar, use_packs, with_recipe_options,
+    AssetOption, CalibrationOption, CalibrationSeedOption, DeviceOption, PacksOption, RobotOption, TokenizerOption,
+    check_device, open_checkpoint, print_line, progress_bar, use_packs, with_recipe_options,
 )
 from compiler.targets import tensorrt
 from plugins.driver import open_device
@@ -52,6 +52,7 @@ def _compile(
     ] = "graph",
     float_type: Annotated[str, typer.Option(help="--target tensorrt: of what is not quantised, bf16 or fp16.")] = "bf16",
     calibration: CalibrationOption = None,
+    calibration_seed: CalibrationSeedOption = 0,
     device: DeviceOption = "cpu",
     packs: PacksOption = None,
     robot: RobotOption = "none",
@@ -100,7 +101,7 @@ def _compile(
         policy = replace(policy, config=replace(policy.config, action_horizon=action_horizon))
     _check_robot(policy, robot, without_norm_stats)
     with progress_bar() as progress:
-        quantization = _quantization(policy, recipe, packs, calibration, robot, device, progress)
+        quantization = _quantization(policy, recipe, packs, calibration, calibration_seed, robot, device, progress)
         options = Options(
             target=target, sm=architectures, robot=robot, num_steps=num_steps, cameras=cameras, timing=timing, loop=loop,
             float_type=float_type,
@@ -157,7 +158,7 @@ def _check_robot(checkpoint: Checkpoint, robot: str, without_norm_stats: bool) -
     )
 
 
-def _quantization(checkpoint, recipe, packs, calibration, robot, device, progress) -> Quantization:
+def _quantization(checkpoint, recipe, packs, calibration, seed, robot, device, progress) -> Quantization:
     """From complete packs as they are, else by the quantiser, with the transforms of foreign packs if given."""
     if use_packs(packs) and is_quantization(packs):
         return load_quantization(packs, checkpoint)
@@ -169,7 +170,7 @@ def _quantization(checkpoint, recipe, packs, calibration, robot, device, progres
             "duq-quantize with --packs DIR, or compile in float with --quant none"
         )
     transforms = load_transforms(packs, checkpoint, recipe) if use_packs(packs) else None
-    inputs = calibration_inputs(calibration, checkpoint, robot, recipe.calibration_steps)
+    inputs = calibration_inputs(calibration, checkpoint, robot, recipe.calibration_steps, seed=seed, report=print_line)
     return quantize_checkpoint(checkpoint, recipe, inputs, progress, transforms, device)
 
 

@@ -59,7 +59,11 @@ PacksOption = Annotated[
     typer.Option("--packs", envvar="OPENPI_DUQUANT_PACKDIR", help="Directory of DuQuant packs to take the transforms from."),
 ]
 CalibrationOption = Annotated[
-    Optional[Path], typer.Option("--calibration", help="Observations: a .npz file, or a directory of them.")
+    Optional[Path],
+    typer.Option("--calibration", help="Observations: a LeRobotDataset folder, what duq-serve --record wrote, or .npz files."),
+]
+CalibrationSeedOption = Annotated[
+    int, typer.Option("--calibration-seed", min=0, help="Of the choice of frames from a LeRobotDataset.")
 ]
 RobotOption = Annotated[str, typer.Option("--robot", help="aloha, droid, libero or none: the form of the observations.")]
 TokenizerOption = Annotated[
@@ -101,6 +105,7 @@ def _quantize(
     checkpoint: Annotated[Path, typer.Argument(help="openpi or LeRobot checkpoint directory.")],
     out: Annotated[Path, typer.Option("--out", help="Directory of packs to write.")],
     calibration: CalibrationOption = None,
+    calibration_seed: CalibrationSeedOption = 0,
     packs: PacksOption = None,
     robot: RobotOption = "none",
     tokenizer: TokenizerOption = None,
@@ -113,7 +118,7 @@ def _quantize(
 
       duq-quantize checkpoints/pi0 --calibration observations.npz --out packs
 
-      duq-quantize checkpoints/pi0 --calibration observations/ --robot aloha --quant all --layer-bits layers.0:8 --out packs
+      duq-quantize checkpoints/pi0 --calibration dataset/ --robot aloha --quant all --layer-bits layers.0:8 --out packs
     """
     if calibration is None:
         raise CalibrationError("--calibration is missing: quantisation needs observations to measure activations on")
@@ -122,7 +127,9 @@ def _quantize(
     check_destination(out)
     policy = open_checkpoint(checkpoint, asset_id, tokenizer)
     transforms = load_transforms(packs, policy, recipe) if use_packs(packs) else None
-    inputs = calibration_inputs(calibration, policy, robot, recipe.calibration_steps)
+    inputs = calibration_inputs(
+        calibration, policy, robot, recipe.calibration_steps, seed=calibration_seed, report=print_line
+    )
     with progress_bar() as progress:
         quantization = quantize_checkpoint(policy, recipe, inputs, progress, transforms, device)
         save_quantization(quantization, out, policy.fingerprint, progress)
@@ -155,6 +162,11 @@ def use_packs(packs: Path | None) -> bool:
     """Whether packs are given. The original scripts create the directory they name, so there it may not exist yet."""
     by_variable = str(packs) == os.environ.get("OPENPI_DUQUANT_PACKDIR")
     return packs is not None and (packs.is_dir() or not by_variable)
+
+
+def print_line(line: str) -> None:
+    """To stderr, where progress and warnings go."""
+    typer.echo(line, err=True)
 
 
 def progress_bar() -> Progress:
