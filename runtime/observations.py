@@ -137,16 +137,21 @@ def _stack(path: Path, key: str, values: list) -> np.ndarray:
 
 
 def _flatten(observation: Mapping) -> dict:
-    flat: dict = {}
-    for key, value in observation.items():
-        if not isinstance(key, str) or "//" in key or key in _RESERVED:
-            raise ObservationError(f"{key!r} cannot be the key of an observation that is saved; rename it")
-        if not isinstance(value, Mapping):
-            flat[key] = value
-            continue
-        for name, inner in _flatten(value).items():
-            flat[f"{key}/{name}" if key in _NESTED and "//" not in name else f"{key}//{name}"] = inner
+    flat = {}
+    for path, value in _leaves(observation):
+        flat["/".join(path) if len(path) == 2 and path[0] in _NESTED else "//".join(path)] = value
     return flat
+
+
+def _leaves(observation: Mapping, outer: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
+    """(keys from the outermost dict inwards, value) of everything that is no dict."""
+    for key, value in observation.items():
+        if not isinstance(key, str) or "//" in key or key != key.strip("/") or key in _RESERVED:
+            raise ObservationError(f"{key!r} cannot be the key of an observation that is saved; rename it")
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*outer, key))
+        else:
+            yield (*outer, key), value
 
 
 def nest(flat: Mapping) -> dict:

@@ -110,6 +110,7 @@ def _from_dataset(dataset: Dataset, count: int, seed: int, mapping: RobotMapping
     if mapping is not None:
         absent = [key for key in mapping.sources if key not in sources]
         warnings = [f"{dataset.folder}: has nothing for {key}; it is left out of the observations" for key in absent]
+    warnings += dict.fromkeys(dataset.notes)
     source = (
         f"{dataset.folder}: LeRobotDataset {dataset.codebase_version}, {len(picked)} of {len(dataset):,} frames, seed {seed}"
     )

@@ -55,6 +55,7 @@ class Dataset:
         camera_keys: names of the features that `read` returns as images.
         keys: names of all features that `read` returns. Actions, rewards and what numbers the frames are left out.
         left_out: name -> why it cannot be read, such as a depth map.
+        notes: lines about what `read` had to put right.
     """
 
     def __init__(self, folder: Path, version: str, features: dict, tasks: dict[int, str], episodes: list[Episode]):
@@ -65,6 +66,7 @@ class Dataset:
         self.left_out = {name: reason for name, reason in reasons.items() if reason}
         self.keys = [name for name in inputs if name not in self.left_out]
         self.camera_keys = [name for name in self.keys if features[name]["dtype"] in ("video", "image")]
+        self.notes: list[str] = []
         self._starts = np.array([episode.start for episode in episodes])
         self._begins: dict[Path, float] = {}  # video file -> the time in it at which its first episode begins
         for file, begin in (video for episode in episodes for video in episode.videos.values()):
@@ -144,7 +146,8 @@ class Dataset:
             by_file.setdefault(file, {})[index] = begin + time
         images: dict[int, np.ndarray] = {}
         for file, wanted in by_file.items():
-            images |= zip(wanted, decode_frames(file, list(wanted.values()), self._begins[file]))
+            frames = decode_frames(file, list(wanted.values()), self._begins[file], self.notes.append)
+            images |= zip(wanted, frames)
         return images
 
     def _value(self, key: str, value, index: int):

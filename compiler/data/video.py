@@ -1,7 +1,7 @@
 """Frames of a video at given times, decoded exactly: seek to a keyframe, then decode forward."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,12 +15,15 @@ _READ_ON_S = 1.0  # a frame at most so far ahead is reached by decoding on, a la
 _BACK_S = (0.0, 1.0, 10.0, float("inf"))  # how far before the time to seek: keyframes of some codecs are found too late
 
 
-def decode_frames(file: Path, times: Sequence[float], first: float = 0.0) -> list[np.ndarray]:
+def decode_frames(
+    file: Path, times: Sequence[float], first: float = 0.0, note: Callable[[str], None] = lambda line: None
+) -> list[np.ndarray]:
     """The frames at ``times`` (seconds), in their order: uint8 RGB [H, W, 3] each.
 
     Times are those that the file itself gives its frames (presentation timestamps), as in LeRobot's decoder. But where
     its first frame comes later than ``first``, the time at which the file's first episode begins, the whole file is
-    taken to be shifted by the difference: otherwise every frame would be a neighbor of the right one.
+    taken to be shifted by the difference, and ``note`` is called with a line that says so: otherwise every frame would
+    be a neighbor of the right one.
 
     Raises CalibrationError if the file is missing or damaged, or has no frame within TOLERANCE_S of a time.
     """
@@ -29,7 +32,10 @@ def decode_frames(file: Path, times: Sequence[float], first: float = 0.0) -> lis
     with _opened(file) as container:
         video = _Video(file, container)
         shift = max(0.0, video.start - first)
-        shift = shift if shift > TOLERANCE_S else 0.0
+        if shift > TOLERANCE_S:
+            note(f"{file}: begins {shift:.4f} s late; its frames are counted from its first one")
+        else:
+            shift = 0.0
         for time in sorted(set(times)):
             frames[time] = video.frame_at(time + shift).to_ndarray(format="rgb24")
     return [frames[time] for time in times]
