@@ -26,10 +26,12 @@ test: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps openpi-client==0.1.2
 	touch $@
 
-# Runs LeRobot's published pi0 and pi0.5 (Python 3.12, about 5 GB) and renews tests/data/lerobot_actions.npz.
+# Runs LeRobot's published pi0 and pi0.5 (Python 3.12, about 5 GB) and renews tests/data/lerobot_actions.npz; compares duq's
+# reading of a LeRobotDataset with LeRobot's own.
 .PHONY: test-peers
 test-peers: .venv/installed
 	python3.12 -m venv build/peers
 	build/peers/bin/pip install --quiet -r tests/peers/requirements.txt
 	build/peers/bin/python tests/peers/lerobot_actions.py
+	build/peers/bin/python tests/peers/lerobot_dataset.py
 	$(BIN)/python -m pytest tests/test_model_lerobot.py

@@ -18,8 +18,8 @@ from compiler.quant.linears import select_linears
 from compiler.quant.store import is_quantization, load_quantization
 from compiler.policy_options import with_policy_options
 from compiler.quantize_cli import (
-    CHECKPOINT_HELP, AssetOption, BaseOption, CalibrationOption, DeviceOption, PacksOption, TokenizerOption, check_device,
-    open_policy, progress_bar, use_packs, with_recipe_options,
+    CHECKPOINT_HELP, AssetOption, BaseOption, CalibrationOption, CalibrationSeedOption, DeviceOption, PacksOption,
+    TokenizerOption, check_device, open_policy, print_line, progress_bar, use_packs, with_recipe_options,
 )
 from compiler.settings import Choices, PolicySettings, missing_statistics
 from compiler.targets import tensorrt
@@ -55,6 +55,7 @@ def _compile(
     ] = "graph",
     float_type: Annotated[str, typer.Option(help="--target tensorrt: of what is not quantised, bf16 or fp16.")] = "bf16",
     calibration: CalibrationOption = None,
+    calibration_seed: CalibrationSeedOption = 0,
     device: DeviceOption = "cpu",
     packs: PacksOption = None,
     tokenizer: TokenizerOption = None,
@@ -99,7 +100,7 @@ def _compile(
     policy, settings = open_policy(checkpoint, choices, asset_id, tokenizer, base)
     _check_robot(policy, settings, without_norm_stats)
     with progress_bar() as progress:
-        quantization = _quantization(policy, recipe, packs, calibration, settings, device, progress)
+        quantization = _quantization(policy, recipe, packs, calibration, calibration_seed, settings, device, progress)
         options = Options(
             target=target, sm=architectures, cameras=cameras, timing=timing, loop=loop, float_type=float_type, settings=settings,
         )
@@ -148,7 +149,7 @@ def _check_robot(checkpoint: Checkpoint, settings: PolicySettings, without_norm_
     settings.preprocessor(checkpoint)
 
 
-def _quantization(checkpoint, recipe, packs, calibration, settings, device, progress) -> Quantization:
+def _quantization(checkpoint, recipe, packs, calibration, seed, settings, device, progress) -> Quantization:
     """From complete packs as they are, else by the quantiser, with the transforms of foreign packs if given."""
     if use_packs(packs) and is_quantization(packs):
         return load_quantization(packs, checkpoint)
@@ -160,7 +161,9 @@ def _quantization(checkpoint, recipe, packs, calibration, settings, device, prog
             "duq-quantize with --packs DIR, or compile in float with --quant none"
         )
     transforms = load_transforms(packs, checkpoint, recipe) if use_packs(packs) else None
-    inputs = calibration_inputs(calibration, settings.preprocessor(checkpoint), recipe.calibration_steps)
+    inputs = calibration_inputs(
+        calibration, settings.preprocessor(checkpoint), recipe.calibration_steps, seed=seed, report=print_line
+    )
     return quantize_checkpoint(checkpoint, recipe, inputs, progress, transforms, device)
 
 

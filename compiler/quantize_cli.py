@@ -65,7 +65,11 @@ PacksOption = Annotated[
     typer.Option("--packs", envvar="OPENPI_DUQUANT_PACKDIR", help="Directory of DuQuant packs to take the transforms from."),
 ]
 CalibrationOption = Annotated[
-    Optional[Path], typer.Option("--calibration", help="Observations: a .npz file, or a directory of them.")
+    Optional[Path],
+    typer.Option("--calibration", help="Observations: a LeRobotDataset folder, what duq-serve --record wrote, or .npz files."),
+]
+CalibrationSeedOption = Annotated[
+    int, typer.Option("--calibration-seed", min=0, help="Of the choice of frames from a LeRobotDataset.")
 ]
 BaseOption = Annotated[
     Optional[Path], typer.Option("--base", help="The policy that an adapter was trained on; by default the one it names.")
@@ -111,6 +115,7 @@ def _quantize(
     checkpoint: Annotated[str, typer.Argument(help=CHECKPOINT_HELP)],
     out: Annotated[Path, typer.Option("--out", help="Directory of packs to write.")],
     calibration: CalibrationOption = None,
+    calibration_seed: CalibrationSeedOption = 0,
     packs: PacksOption = None,
     tokenizer: TokenizerOption = None,
     base: BaseOption = None,
@@ -123,7 +128,7 @@ def _quantize(
 
       duq-quantize checkpoints/pi0 --calibration observations.npz --out packs
 
-      duq-quantize checkpoints/pi0 --calibration observations/ --robot aloha --quant all --layer-bits layers.0:8 --out packs
+      duq-quantize checkpoints/pi0 --calibration dataset/ --robot aloha --quant all --layer-bits layers.0:8 --out packs
     """
     if calibration is None:
         raise CalibrationError("--calibration is missing: quantisation needs observations to measure activations on")
@@ -132,7 +137,9 @@ def _quantize(
     check_destination(out)
     policy, settings = open_policy(checkpoint, choices, asset_id, tokenizer, base)
     transforms = load_transforms(packs, policy, recipe) if use_packs(packs) else None
-    inputs = calibration_inputs(calibration, settings.preprocessor(policy), recipe.calibration_steps)
+    inputs = calibration_inputs(
+        calibration, settings.preprocessor(policy), recipe.calibration_steps, seed=calibration_seed, report=print_line
+    )
     with progress_bar() as progress:
         quantization = quantize_checkpoint(policy, recipe, inputs, progress, transforms, device)
         save_quantization(quantization, out, policy.fingerprint, progress)
@@ -168,6 +175,11 @@ def use_packs(packs: Path | None) -> bool:
     """Whether packs are given. The original scripts create the directory they name, so there it may not exist yet."""
     by_variable = str(packs) == os.environ.get("OPENPI_DUQUANT_PACKDIR")
     return packs is not None and (packs.is_dir() or not by_variable)
+
+
+def print_line(line: str) -> None:
+    """To stderr, where progress and warnings go."""
+    typer.echo(line, err=True)
 
 
 def progress_bar() -> Progress:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
+from runtime.recording import OUTCOMES
+
 ERROR_KINDS = ("observation", "malformed", "oversized", "unauthorized", "disconnected", "internal")
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
 
@@ -22,12 +24,21 @@ class Metrics:
         self._stages = Histogram(
             "duq_stage_seconds", "Time of a request by stage", ["stage"], registry=self.registry, buckets=_SECONDS
         )
+        self._recordings = Counter(
+            "duq_recordings", "Observations that --record was to write", ["outcome"], registry=self.registry
+        )
+        for outcome in OUTCOMES:
+            self._recordings.labels(outcome)
         for kind in ERROR_KINDS:  # so that each is there, as zero, before it first happens
             self._errors.labels(kind)
 
     def error(self, kind: str) -> None:
         """Counts a failure of one of ERROR_KINDS."""
         self._errors.labels(kind).inc()
+
+    def recording(self, outcome: str) -> None:
+        """Counts an observation that was to be recorded, by one of recording.OUTCOMES."""
+        self._recordings.labels(outcome).inc()
 
     def times(self, milliseconds: Mapping[str, float]) -> None:
         """Adds the stages of a call: {"prefix_ms": ..} counts as stage "prefix"."""

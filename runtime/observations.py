@@ -2,21 +2,25 @@
 
 A `.npz` file holds N observations, one array a key with a leading axis of N; a directory holds any number of such files
 (for sets whose observations differ in their keys or image sizes). Keys of the nested dicts are written with a slash,
-`image/base_0_rgb`; a robot's own keys that contain one, such as `observation/image`, stay as they are.
+`image/base_0_rgb`; a robot's own keys that contain one, such as `observation/image`, stay as they are. Other nested
+dicts, of any depth, take two slashes: `left//camera//front`.
 """
 from __future__ import annotations
 
+import itertools
 import os
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from runtime.errors import ObservationError
 
-_NESTED = ("image", "image_mask", "images")
+NESTED = ("image", "image_mask", "images")
+_RESERVED = ("file", "allow_pickle")  # arguments of np.savez
 
 
 def load_observations(path: str | os.PathLike) -> list[dict]:
@@ -24,11 +28,24 @@ def load_observations(path: str | os.PathLike) -> list[dict]:
 
     Raises ObservationError if there is none, a file is unreadable, or its arrays disagree about N.
     """
-    path = Path(path)
-    files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
-    if not files:
-        raise ObservationError(f"{path}: holds no .npz file of observations")
-    return [observation for file in files for observation in _split(file, _read(file))]
+    return [observation for file in _files(path) for observation in _split(file, _read(file))]
+
+
+def list_observations(path: str | os.PathLike) -> list[tuple[Path, int]]:
+    """Where each observation of a file or directory is: (file, index in it), in the order of `load_observations`.
+
+    Of the files only the beginnings are read. Raises ObservationError as `load_observations` does.
+    """
+    return [(file, index) for file in _files(path) for index in range(_count(file))]
+
+
+def read_observations(places: Sequence[tuple[Path, int]]) -> list[dict]:
+    """The observations at these places, which `list_observations` gave; files without any of them are not opened."""
+    found = []
+    for file, group in itertools.groupby(places, key=lambda place: place[0]):
+        observations = _split(file, _read(file))
+        found += [observations[index] for _, index in group]
+    return found
 
 
 def save_observations(path: str | os.PathLike, observations: Sequence[Mapping]) -> None:
@@ -51,10 +68,40 @@ def save_observations(path: str | os.PathLike, observations: Sequence[Mapping]) 
         temporary.unlink(missing_ok=True)
 
 
+def _files(path: str | os.PathLike) -> list[Path]:
+    path = Path(path)
+    files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
+    if not files:
+        raise ObservationError(f"{path}: holds no .npz file of observations")
+    return files
+
+
 def _read(file: Path) -> dict[str, np.ndarray]:
+    with _readable(file), np.lib.npyio.NpzFile(file) as archive:  # not np.load: that would also take a lone array or a pickle
+        return {key: np.asarray(archive[key]) for key in archive.files}
+
+
+def _count(file: Path) -> int:
+    """Observations in a file, by the shape of its first array."""
+    with _readable(file), zipfile.ZipFile(file) as archive:
+        if not archive.namelist():
+            raise ObservationError(f"{file}: holds no arrays")
+        with archive.open(archive.namelist()[0]) as array:
+            version = np.lib.format.read_magic(array)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, _ = read(array)
+    if not shape or not shape[0]:
+        raise ObservationError(f"{file}: {Path(archive.namelist()[0]).stem} holds 0 observations")
+    return shape[0]
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Turns what can be wrong with a file into an ObservationError."""
     try:
-        with np.lib.npyio.NpzFile(file) as archive:  # not np.load: that would also take a lone array or a pickle
-            return {key: np.asarray(archive[key]) for key in archive.files}
+        yield
+    except ObservationError:
+        raise
     except OSError as error:
         raise ObservationError(f"{file}: cannot be read ({error.strerror})") from error
     except (ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
@@ -70,7 +117,7 @@ def _split(file: Path, arrays: dict[str, np.ndarray]) -> list[dict]:
     for key, length in lengths.items():
         if length != count or not count:
             raise ObservationError(f"{file}: {key} holds {length} observations and {first} {count}, must be equal, > 0")
-    return [_nest({key: _element(array, index) for key, array in arrays.items()}) for index in range(count)]
+    return [nest({key: _element(array, index) for key, array in arrays.items()}) for index in range(count)]
 
 
 def _element(array: np.ndarray, index: int):
@@ -79,7 +126,10 @@ def _element(array: np.ndarray, index: int):
 
 
 def _stack(path: Path, key: str, values: list) -> np.ndarray:
-    values = [np.asarray(value) for value in values]
+    try:
+        values = [np.asarray(value) for value in values]
+    except ValueError as error:  # lists of unequal lengths
+        raise ObservationError(f"{path}: {key} is no plain array ({error})") from error
     kinds = {(value.shape, value.dtype.kind if value.dtype.kind in "US" else value.dtype) for value in values}
     if len(kinds) > 1 or values[0].dtype == object:
         raise ObservationError(f"{path}: {key} differs in shape or dtype between observations, or is no plain array")
@@ -88,17 +138,32 @@ def _stack(path: Path, key: str, values: list) -> np.ndarray:
 
 def _flatten(observation: Mapping) -> dict:
     flat = {}
-    for key, value in observation.items():
-        flat.update({f"{key}/{name}": inner for name, inner in value.items()} if key in _NESTED else {key: value})
+    for path, value in _leaves(observation):
+        flat["/".join(path) if len(path) == 2 and path[0] in NESTED else "//".join(path)] = value
     return flat
 
 
-def _nest(flat: dict) -> dict:
+def _leaves(observation: Mapping, outer: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
+    """(keys from the outermost dict inwards, value) of everything that is no dict."""
+    for key, value in observation.items():
+        if not isinstance(key, str) or "//" in key or key != key.strip("/") or key in _RESERVED:
+            raise ObservationError(f"{key!r} cannot be the key of an observation that is saved; rename it")
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*outer, key))
+        else:
+            yield (*outer, key), value
+
+
+def nest(flat: Mapping) -> dict:
+    """The observation whose keys are written as in a file: {"images/top": ..} as {"images": {"top": ..}}."""
     nested: dict = {}
     for key, value in flat.items():
-        outer, slash, inner = key.partition("/")
-        if slash and outer in _NESTED:
-            nested.setdefault(outer, {})[inner] = value
-        else:
-            nested[key] = value
+        *outer, last = key.split("//")
+        if not outer and key.partition("/")[0] in NESTED and "/" in key:
+            first, _, last = key.partition("/")
+            outer = [first]
+        inside = nested
+        for name in outer:
+            inside = inside.setdefault(name, {})
+        inside[last] = value
     return nested

@@ -15,6 +15,7 @@ import typer
 from plugins.errors import DuqError
 from runtime.cli_errors import one_line_errors
 from runtime.policy import Policy
+from runtime.recording import Recorder
 
 API_KEY_VARIABLE = "DUQ_API_KEY"
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -33,6 +34,11 @@ def _serve(
     threads: Annotated[Optional[int], typer.Option(min=1, help="Of the engine; by default one a core.")] = None,
     seed: Annotated[Optional[int], typer.Option(help="Of the noise that actions start from; by default random.")] = None,
     max_message_mb: Annotated[int, typer.Option(min=1, help="Largest observation accepted, in MiB.")] = 64,
+    record: Annotated[
+        Optional[Path], typer.Option(help="Folder to write observations to, for duq-compile --calibration.")
+    ] = None,
+    every: Annotated[int, typer.Option(min=1, help="With --record: write one of so many observations.")] = 10,
+    record_limit: Annotated[float, typer.Option(min=0, help="With --record: the most that the folder may hold, in GB.")] = 1.0,
 ) -> None:
     """Answer the unmodified openpi-client with a plan's actions.
 
@@ -43,6 +49,8 @@ def _serve(
       duq-serve engine.plan
 
       DUQ_API_KEY=$(cat key) duq-serve engine.plan --host 0.0.0.0
+
+      duq-serve engine.plan --record observations/
     """
     try:
         from runtime.server import PolicyServer
@@ -55,9 +63,11 @@ def _serve(
     with _bound_socket(host, port) as listener:  # a port in use is found before the plan is opened
         if key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
             log.warning("anyone who reaches %s can use this policy: set $%s", host, API_KEY_VARIABLE)
+        recorder = None if record is None else Recorder(record, every=every, limit_bytes=int(record_limit * 1e9))
         policy = Policy(plan, threads=threads, seed=seed)
         policy.warmup()
-        asyncio.run(_run(PolicyServer(policy, api_key=key, max_message_bytes=max_message_mb << 20), listener))
+        server = PolicyServer(policy, api_key=key, max_message_bytes=max_message_mb << 20, recorder=recorder)
+        asyncio.run(_run(server, listener))
 
 
 async def _run(server, listener: socket.socket) -> None:

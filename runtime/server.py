@@ -26,6 +26,7 @@ from runtime.errors import MessageError, ObservationError
 from runtime.messages import pack, unpack
 from runtime.metrics import Metrics
 from runtime.policy import Policy
+from runtime.recording import Recorder
 
 # Why the websocket layer itself ends a connection, as the metrics name it.
 _REFUSALS = {
@@ -45,20 +46,31 @@ class PolicyServer:
 
     api_key: what clients must send as `Authorization: Api-Key ...`; None: nothing is asked of them.
     max_message_bytes: a larger message ends its connection with close code 1009.
+    recorder: is offered every observation that was answered with actions; started and closed by `run`.
     """
 
-    def __init__(self, policy: Policy, *, api_key: str | None = None, max_message_bytes: int = 64 << 20):
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        api_key: str | None = None,
+        max_message_bytes: int = 64 << 20,
+        recorder: Recorder | None = None,
+    ):
         self.metrics = Metrics()
         self._policy = policy
         self._metadata = pack(policy.metadata)
         self._authorization = None if api_key is None else f"Api-Key {api_key}".encode()
         self._max_message_bytes = max_message_bytes
+        self._recorder = recorder
         self._worker = ThreadPoolExecutor(1, "duq-infer")
         self._busy: set[ServerConnection] = set()
         self._stop = asyncio.Event()
 
     async def run(self, listener: socket.socket) -> None:
         """Serves on a bound TCP socket until `stop` is called; then answers the requests it has, and returns."""
+        if self._recorder is not None:
+            self._recorder.start(self.metrics.recording)
         async with serve(
             self._converse,
             sock=listener,
@@ -75,6 +87,8 @@ class PolicyServer:
             log.info("stopping: %d clients are idle, %d get their reply", len(idle), len(self._busy))
             await asyncio.gather(*(_close_stopped(connection) for connection in idle))
         self._worker.shutdown()
+        if self._recorder is not None:
+            self._recorder.close()
 
     def stop(self) -> None:
         """Begins the end of `run`. To be called in its event loop."""
@@ -156,6 +170,8 @@ class PolicyServer:
         queue_ms, infer_ms = (start - received) * 1e3, (end - ready) * 1e3
         self.metrics.times({"queue_ms": queue_ms, "decode_ms": (ready - start) * 1e3, **reply["policy_timing"]})
         self.metrics.requests.inc()
+        if self._recorder is not None:
+            self._recorder.offer(observation)
         return pack(reply | {"server_timing": {"infer_ms": infer_ms, "queue_ms": queue_ms, **previous}})
 
     async def _report(self, connection: ServerConnection, error: BaseException) -> None:

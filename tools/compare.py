@@ -18,10 +18,10 @@ from compiler.accuracy.report import STAGES, WORST_LINEARS, decibels, megabytes,
 from compiler.accuracy.synthetic import synthetic_observations
 from compiler.accuracy.thresholds import Thresholds
 from compiler.checkpoint import load_checkpoint
+from compiler.data import DATASET_COUNT, load_calibration
 from compiler.pipeline import check_weights
-from compiler.quantize_cli import progress_bar
+from compiler.quantize_cli import print_line, progress_bar
 from runtime.cli_errors import check_output_file, one_line_errors
-from runtime.observations import load_observations
 from runtime.plan import Plan
 
 PAST_THRESHOLDS = 1  # exit code; 2 is bad input
@@ -35,16 +35,19 @@ def _compare(
     plan: Annotated[Path, typer.Argument(help="The engine.plan compiled from it.")],
     observations: Annotated[
         Optional[Path],
-        typer.Option(help="Your robot's: a .npz file, or a directory of them. Without, three are made up, which show "
-                     "that the path works but not how well the policy does."),
+        typer.Option(help="Your robot's: a LeRobotDataset folder, what duq-serve --record wrote, or .npz files. Without, "
+                     "three are made up, which show that the path works but not how well the policy does."),
     ] = None,  # fmt: skip
+    count: Annotated[
+        Optional[int], typer.Option(min=1, help=f"Of the observations; by default {DATASET_COUNT} of a dataset, all of .npz.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measures as JSON.")] = False,
     report: Annotated[Optional[Path], typer.Option(help="HTML page to write, self-contained, with plots.")] = None,
     min_cosine: Annotated[Optional[float], typer.Option(help="Fail if an observation's actions are below.")] = None,
     max_error: Annotated[Optional[float], typer.Option(help="Fail if an action (normalised) is further off.")] = None,
     min_sqnr: Annotated[Optional[float], typer.Option(help="Fail if an observation's actions are below, in dB.")] = None,
     threads: Annotated[Optional[int], typer.Option(min=1, help="Of either side; by default one a core.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise, equal on both sides.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise, equal on both sides, and of the choice from a dataset.")] = 0,
     any_checkpoint: Annotated[
         bool, typer.Option("--any-checkpoint", help="Compare although the plan was made from other weights.")
     ] = False,
@@ -64,7 +67,7 @@ def _compare(
     """
     if report is not None:
         check_output_file("--report", report)
-    found = None if observations is None else load_observations(observations)
+    found = None if observations is None else _observations(observations, count, seed)
     engine = Plan(plan)
     policy = load_checkpoint(checkpoint, asset_id)
     check_match(policy, engine, any_checkpoint)
@@ -88,6 +91,13 @@ def _compare(
         typer.echo(f"failed: {line}", err=True)
     if failures:
         raise typer.Exit(PAST_THRESHOLDS)
+
+
+def _observations(path: Path, count: int | None, seed: int) -> list[dict]:
+    found = load_calibration(path, count, seed)
+    for line in (*found.shown, *(f"warning: {each}" for each in found.warnings)):
+        print_line(line)
+    return found.observations
 
 
 def _print(comparison: Comparison, report: Path | None) -> None:

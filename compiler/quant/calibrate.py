@@ -1,18 +1,18 @@
 """Calibration: the reference model runs over observations while hooks watch the inputs of the linears."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from compiler.data import load_calibration, robot_mapping
 from compiler.errors import CalibrationError
 from compiler.quant.linears import input_group
 from runtime.config import ModelConfig
 from runtime.errors import ObservationError
-from runtime.observations import load_observations
 from runtime.preprocess import ModelInputs, Preprocessor
 
 RESERVOIR_ROWS = 1024
@@ -66,21 +66,29 @@ class InputStatistics:
         return self._sample[: len(self._sample) // 4]
 
 
-def calibration_inputs(path: Path, preprocessor: Preprocessor, steps: int) -> list[ModelInputs]:
-    """Up to ``steps`` observations from a file or directory (see runtime/observations.py), spread over all it holds.
+def calibration_inputs(
+    path: Path,
+    preprocessor: Preprocessor,
+    steps: int,
+    *,
+    seed: int = 0,
+    report: Callable[[str], None] = lambda line: None,
+) -> list[ModelInputs]:
+    """Up to ``steps`` observations of a LeRobotDataset or .npz files (see compiler/data), spread over all it holds.
 
-    Raises CalibrationError when it cannot be read or an observation is not one that ``preprocessor`` takes.
+    ``seed``: as `load_calibration` takes it. ``report`` is called with each line that the user should see: what was read,
+    which observations of it, and what is suspicious about them. Raises CalibrationError when it cannot be read or an
+    observation is not one that ``preprocessor`` takes.
     """
-    try:
-        observations = load_observations(path)
-    except ObservationError as error:
-        raise CalibrationError(f"calibration data {error}") from error
+    found = load_calibration(path, steps, seed, robot_mapping(preprocessor.robot))
+    for line in (found.source, *found.shown, *(f"warning: {each}" for each in found.warnings)):
+        report(line)
     inputs = []
-    for index in torch.linspace(0, len(observations) - 1, min(steps, len(observations))).round().int().tolist():
+    for label, observation in zip(found.labels, found.observations):
         try:
-            inputs.append(preprocessor.model_inputs(observations[index]))
+            inputs.append(preprocessor.model_inputs(observation))
         except ObservationError as error:
-            raise CalibrationError(f"calibration data {path}, observation {index}: {error}") from error
+            raise CalibrationError(f"calibration data {path}, {label}: {error}") from error
     return inputs
 
 

@@ -110,7 +110,7 @@ def test_float_images_equal_cpu_engine(quant, cameras, prompt, directory):
 def test_shipped_policy_equals_cpu_engine(directory):
     """Trained weights, observations of the robot that it is for, and an expert of 192 channels."""
     checkpoint = load_checkpoint(SHIPPED)
-    inputs = calibration_inputs(SHIPPED / "calibration.npz", checkpoint, "none", 4)
+    inputs = calibration_inputs(SHIPPED / "calibration.npz", Preprocessor(checkpoint.config, tokenizer=checkpoint.tokenizer.read_bytes()), 4)
     plans = both_plans(checkpoint, "llm+expert-mlp", {}, inputs, directory / "shipped")
     for each in inputs:
         _, noise = make_inputs(checkpoint.config, 2, 1)
