@@ -16,7 +16,8 @@ from compiler.pipeline import TARGETS, Options, compile_policy, quantize_checkpo
 from compiler.quant import Quantization, Recipe, load_transforms
 from compiler.quant.calibrate import calibration_inputs
 from compiler.quant.linears import select_linears
-from compiler.quant.store import is_quantization, load_quantization
+from compiler.quant.recipe import NO_LINEAR
+from compiler.quant.store import check_recipe, is_quantization, load_quantization
 from compiler.quantize_cli import (
     AssetOption, CalibrationOption, DeviceOption, PacksOption, RobotOption, TokenizerOption, check_device, open_checkpoint,
     progress_bar, use_packs, with_recipe_options,
@@ -35,6 +36,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptio
 @with_recipe_options
 def _compile(
     recipe: Recipe,
+    origins: dict,
     checkpoint: Annotated[Path, typer.Argument(help="openpi (PyTorch) or LeRobot checkpoint directory.")],
     out: Annotated[Path, typer.Option("--out", help="The plan to write.")],
     target: Annotated[str, typer.Option(help=f"What to compile for: {', '.join(TARGETS)}.")] = "cpu",
@@ -64,6 +66,9 @@ def _compile(
     asset_id: AssetOption = None,
     without_norm_stats: Annotated[
         bool, typer.Option("--without-norm-stats", help="Make a robot's plan although the checkpoint has none.")
+    ] = False,
+    without_tokenizer: Annotated[
+        bool, typer.Option("--without-tokenizer", help="Make a robot's plan that takes tokenized prompts only.")
     ] = False,
     keep_onnx: Annotated[
         Optional[Path], typer.Option(help="Directory for both graphs after each phase, weights included.")
@@ -98,9 +103,9 @@ def _compile(
     policy = open_checkpoint(checkpoint, asset_id, tokenizer)
     if action_horizon is not None:
         policy = replace(policy, config=replace(policy.config, action_horizon=action_horizon))
-    _check_robot(policy, robot, without_norm_stats)
+    _check_robot(policy, robot, without_norm_stats, without_tokenizer)
     with progress_bar() as progress:
-        quantization = _quantization(policy, recipe, packs, calibration, robot, device, progress)
+        quantization = _quantization(policy, recipe, origins, packs, calibration, robot, device, progress)
         options = Options(
             target=target, sm=architectures, robot=robot, num_steps=num_steps, cameras=cameras, timing=timing, loop=loop,
             float_type=float_type,
@@ -144,12 +149,17 @@ def _architectures(target: str, sm: list[int]) -> tuple[int, ...]:
     return tuple(sorted(set(sm)))
 
 
-def _check_robot(checkpoint: Checkpoint, robot: str, without_norm_stats: bool) -> None:
+def _check_robot(checkpoint: Checkpoint, robot: str, without_norm_stats: bool, without_tokenizer: bool) -> None:
     """Finds out now, not on the robot, whether its observations can be converted."""
     if robot != "none" and checkpoint.norm_stats is None and not without_norm_stats:
         raise CheckpointError(
             f"{checkpoint.path} has no normalisation statistics (assets/<asset_id>/norm_stats.json): a plan for {robot} "
             "would move it wrongly. Copy them from the training run, or say --without-norm-stats"
+        )
+    if robot != "none" and checkpoint.tokenizer is None and not without_tokenizer:
+        raise CheckpointError(
+            f"{checkpoint.path} has no tokenizer (*.model): a plan for {robot} would refuse every prompt. Give PaliGemma's "
+            "with --tokenizer FILE, or say --without-tokenizer to pass tokenized prompts only"
         )
     tokenizer = None if checkpoint.tokenizer is None else checkpoint.tokenizer.read_bytes()
     Preprocessor(
@@ -157,9 +167,15 @@ def _check_robot(checkpoint: Checkpoint, robot: str, without_norm_stats: bool) -
     )
 
 
-def _quantization(checkpoint, recipe, packs, calibration, robot, device, progress) -> Quantization:
-    """From complete packs as they are, else by the quantiser, with the transforms of foreign packs if given."""
+def _quantization(checkpoint, recipe, origins, packs, calibration, robot, device, progress) -> Quantization:
+    """From complete packs as they are, else by the quantiser, with the transforms of foreign packs if given.
+
+    --quant none wins over packs; other recipe options have to agree with complete ones.
+    """
+    if recipe.include == NO_LINEAR:
+        return Quantization(recipe)
     if use_packs(packs) and is_quantization(packs):
+        check_recipe(packs, recipe, origins, checkpoint.config)
         return load_quantization(packs, checkpoint)
     if not select_linears(recipe, checkpoint.config):
         return Quantization(recipe)

@@ -7,13 +7,12 @@ A `.npz` file holds N observations, one array a key with a leading axis of N; a 
 from __future__ import annotations
 
 import os
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from runtime.archives import read_npz
 from runtime.errors import ObservationError
 
 _NESTED = ("image", "image_mask", "images")
@@ -53,11 +52,10 @@ def save_observations(path: str | os.PathLike, observations: Sequence[Mapping]) 
 
 def _read(file: Path) -> dict[str, np.ndarray]:
     try:
-        with np.lib.npyio.NpzFile(file) as archive:  # not np.load: that would also take a lone array or a pickle
-            return {key: np.asarray(archive[key]) for key in archive.files}
+        return read_npz(file)
     except OSError as error:
-        raise ObservationError(f"{file}: cannot be read ({error.strerror})") from error
-    except (ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        raise ObservationError(f"{file}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
         raise ObservationError(f"{file}: is not an .npz file of plain arrays ({error})") from error
 
 
