@@ -10,12 +10,13 @@ import typer
 from rich.console import Console
 
 from compiler.checkpoint import Checkpoint
-from compiler.errors import CalibrationError, DuqError, RecipeError
+from compiler.errors import CalibrationError, CheckpointError, DuqError, RecipeError
 from compiler.pipeline import TARGETS, Options, compile_policy, quantize_checkpoint
 from compiler.quant import Quantization, Recipe, load_transforms
 from compiler.quant.calibrate import calibration_inputs
 from compiler.quant.linears import select_linears
-from compiler.quant.store import is_quantization, load_quantization
+from compiler.quant.recipe import NO_LINEAR
+from compiler.quant.store import check_recipe, is_quantization, load_quantization
 from compiler.policy_options import with_policy_options
 from compiler.quantize_cli import (
     CHECKPOINT_HELP, AssetOption, BaseOption, CalibrationOption, CalibrationSeedOption, DeviceOption, PacksOption,
@@ -37,6 +38,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptio
 @with_recipe_options
 def _compile(
     recipe: Recipe,
+    origins: dict,
     choices: Choices,
     checkpoint: Annotated[str, typer.Argument(help=CHECKPOINT_HELP)],
     out: Annotated[Path, typer.Option("--out", help="The plan to write.")],
@@ -64,6 +66,9 @@ def _compile(
     asset_id: AssetOption = None,
     without_norm_stats: Annotated[
         bool, typer.Option("--without-norm-stats", help="Make a robot's plan although the checkpoint has none.")
+    ] = False,
+    without_tokenizer: Annotated[
+        bool, typer.Option("--without-tokenizer", help="Make a robot's plan that takes tokenized prompts only.")
     ] = False,
     keep_onnx: Annotated[
         Optional[Path], typer.Option(help="Directory for both graphs after each phase, weights included.")
@@ -98,9 +103,9 @@ def _compile(
     if keep_onnx is not None:
         check_output_directory("--keep-onnx", keep_onnx)
     policy, settings = open_policy(checkpoint, choices, asset_id, tokenizer, base)
-    _check_robot(policy, settings, without_norm_stats)
+    _check_robot(policy, settings, without_norm_stats, without_tokenizer)
     with progress_bar() as progress:
-        quantization = _quantization(policy, recipe, packs, calibration, calibration_seed, settings, device, progress)
+        quantization = _quantization(policy, recipe, origins, packs, calibration, calibration_seed, settings, device, progress)
         options = Options(
             target=target, sm=architectures, cameras=cameras, timing=timing, loop=loop, float_type=float_type, settings=settings,
         )
@@ -142,16 +147,27 @@ def _architectures(target: str, sm: list[int]) -> tuple[int, ...]:
     return tuple(sorted(set(sm)))
 
 
-def _check_robot(checkpoint: Checkpoint, settings: PolicySettings, without_norm_stats: bool) -> None:
+def _check_robot(checkpoint: Checkpoint, settings: PolicySettings, without_norm_stats: bool, without_tokenizer: bool) -> None:
     """Finds out now, not on the robot, whether its observations can be converted."""
     if settings.robot and checkpoint.norm_stats is None and not without_norm_stats:
         raise missing_statistics(checkpoint, settings.robot_name)
+    if settings.robot and checkpoint.tokenizer is None and not without_tokenizer:
+        raise CheckpointError(
+            f"{checkpoint.path} has no tokenizer (*.model): a plan for {settings.robot_name} would refuse every prompt. Give "
+            "PaliGemma's with --tokenizer FILE, or say --without-tokenizer to pass tokenized prompts only"
+        )
     settings.preprocessor(checkpoint)
 
 
-def _quantization(checkpoint, recipe, packs, calibration, seed, settings, device, progress) -> Quantization:
-    """From complete packs as they are, else by the quantiser, with the transforms of foreign packs if given."""
+def _quantization(checkpoint, recipe, origins, packs, calibration, seed, settings, device, progress) -> Quantization:
+    """From complete packs as they are, else by the quantizer, with the transforms of foreign packs if given.
+
+    --quant none wins over packs; other recipe options have to agree with complete ones.
+    """
+    if recipe.include == NO_LINEAR:
+        return Quantization(recipe)
     if use_packs(packs) and is_quantization(packs):
+        check_recipe(packs, recipe, origins, checkpoint.config)
         return load_quantization(packs, checkpoint)
     if not select_linears(recipe, checkpoint.config):
         return Quantization(recipe)

@@ -22,7 +22,7 @@ from compiler.pipeline import quantize_checkpoint
 from compiler.policy_options import with_policy_options
 from compiler.quant import Quantization, Recipe, load_recipe, load_transforms, save_quantization
 from compiler.quant.calibrate import calibration_inputs
-from compiler.quant.recipe import PRESETS, SCHEMES
+from compiler.quant.recipe import PRESETS, SCHEMES, recipe_origins
 from compiler.quant.store import check_destination
 from compiler.settings import Choices, PolicySettings, settle
 from runtime.cli_errors import check_output_directory, one_line_errors
@@ -84,9 +84,12 @@ AssetOption = Annotated[
 
 
 def with_recipe_options(command: Callable) -> Callable:
-    """Gives a typer command the option ``--quant`` and one for each recipe key, and passes it the ``recipe``."""
+    """Gives a typer command the option ``--quant`` and one for each recipe key, and passes it the ``recipe``.
+
+    And, to a command that has a parameter of that name, ``origins``: what set each key that is not at its default.
+    """
     own = inspect.signature(command, eval_str=True)
-    parameters = [parameter for parameter in own.parameters.values() if parameter.name != "recipe"]
+    parameters = [parameter for parameter in own.parameters.values() if parameter.name not in ("recipe", "origins")]
     options = {"quant": QuantOption, **RECIPE_OPTIONS}
     parameters += [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -95,8 +98,10 @@ def with_recipe_options(command: Callable) -> Callable:
 
     @functools.wraps(command)
     def with_recipe(**arguments):
-        overrides = {key: arguments.pop(key) for key in RECIPE_OPTIONS}
-        return command(recipe=load_recipe(arguments.pop("quant"), overrides), **arguments)
+        source, overrides = arguments.pop("quant"), {key: arguments.pop(key) for key in RECIPE_OPTIONS}
+        if "origins" in own.parameters:
+            arguments["origins"] = recipe_origins(source, overrides)
+        return command(recipe=load_recipe(source, overrides), **arguments)
 
     with_recipe.__signature__ = own.replace(parameters=parameters)
     with_recipe.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

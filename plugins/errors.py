@@ -9,6 +9,10 @@ class DuqError(Exception):
     """Something the user can act on: the message names the file or value at fault and the fix."""
 
 
+class DuqWarning(UserWarning):
+    """Something done otherwise than it was asked for, and why; a command line prints it as one line on stderr."""
+
+
 class LayoutError(DuqError, ValueError):
     """Values that do not fit the storage asked for, such as an INT4 weight outside -8..7."""
 

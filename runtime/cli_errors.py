@@ -3,11 +3,12 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from plugins.errors import DuqError
+from plugins.errors import DuqError, DuqWarning
 
 
 @contextmanager
@@ -18,11 +19,28 @@ def one_line_errors() -> Iterator[None]:
             with one_line_errors():
                 app()
     """
-    try:
+    with _one_line_warnings():
+        try:
+            yield
+        except (DuqError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+
+@contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """A DuqWarning is for the user, and appears without the place in the code that warns."""
+    original = warnings.showwarning
+
+    def show(message, category, *place, **more) -> None:
+        if issubclass(category, DuqWarning):
+            print(f"warning: {message}", file=sys.stderr)
+        else:
+            original(message, category, *place, **more)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
         yield
-    except (DuqError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 def check_output_file(flag: str, file: Path) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,9 +25,12 @@ from rich.progress import Progress
 
 import compiler.accuracy.compare
 import tools.compare
+from compiler.accuracy import plots
 from compiler.accuracy.compare import compare
 from compiler.accuracy.metrics import Difference, difference, jerk
 from compiler.accuracy.reference import tensors
+from compiler.accuracy.report import dimension_table
+from compiler.accuracy.stages import Stages
 from compiler.accuracy.synthetic import synthetic_observations
 from compiler.accuracy.thresholds import Thresholds
 from compiler.accuracy.worker import run_worker
@@ -35,6 +39,7 @@ from compiler.checkpoint.synthetic import make_checkpoint
 from compiler.model import build_model
 from plugins.errors import DuqError
 from runtime import Policy
+from runtime.observations import save_observations
 from runtime.plan import Plan
 from runtime.preprocess import Preprocessor
 
@@ -176,12 +181,13 @@ def test_actions_are_those_of_the_policy_and_of_the_model(compared, tiny_plans):
         engine = policy.infer(observation, noise)["actions"]
         inputs = tensors(preprocessor.model_inputs(observation))
         reference = model.sample_actions(*inputs, torch.from_numpy(noise)[None], num_steps=4)[0].numpy()
-        np.testing.assert_allclose(comparison.reference[index], reference, atol=1e-5)
+        np.testing.assert_allclose(comparison.reference[index], reference[:, :7], atol=1e-5)  # LIBERO reads 7
         if index == 0:
+            engine = engine[:, :7]
             np.testing.assert_allclose(comparison.engine[0], engine, atol=1e-6)
             found = comparison.summary["observations"][0]
             assert (found["cameras"], found["prompt_tokens"]) == (1, 48)
-            expected = reference
+            expected = reference[:, :7]
         else:
             found = {"actions": comparison.summary["stages"]["robot_actions"]}
             expected = preprocessor.robot_actions(reference, observation)
@@ -254,7 +260,7 @@ def test_json(tool, tiny_plans):
     assert result.code == 0 and "made up" in summary["source"] and summary["thresholds"] == {"min_sqnr": 60}
     assert set(summary) == {
         "source", "thresholds", "failures", "checkpoint", "plan", "threads", "seed", "versions", "stages", "layers", "steps",
-        "observations", "linears", "jerk", "cost",
+        "observations", "linears", "jerk", "cost", "dimensions", "padding_dimensions",
     }  # fmt: skip
     measures = [*all_measures(summary).values(), *(found["actions"] for found in summary["observations"])]
     for found in measures:
@@ -277,6 +283,135 @@ def test_text_names_every_stage_and_the_worst_linears(tool, tiny_plans, compared
     linears = list(compared("pi05", W4A8).summary["linears"]["sqnr"])
     assert all(name in result.out for name in linears[:10]) and linears[10] not in result.out
     assert max(map(len, result.out.splitlines()[1:])) <= 80
+
+
+def test_text_and_json_name_every_action_that_the_robot_reads(tool, tiny_plans, monkeypatch):
+    """And none that it does not, but under the key that says so."""
+    out = tool(*tiny_plans("pi0", W4A8)).out
+    assert out.count("action 6") == 1 and "action 7" not in out and "RMS error" in out
+    summary = finite_json(tool(*tiny_plans("pi0", W4A8), "--json").out)
+    assert [each["name"] for each in summary["dimensions"]] == [f"action {index}" for index in range(7)]
+    assert summary["padding_dimensions"]["count"] == 25 and summary["padding_dimensions"]["max_error"] > 0
+
+
+def test_each_dimension_against_the_formulas(compared, tiny_plans):
+    """In normalized units over all observations, in the robot's over its own; padding and joints do not leak into each other."""
+    comparison = compared("pi0", W4A8)
+    robot = comparison.robot
+    assert list(robot.reference) == list(robot.engine) == [1]
+    for index, found in enumerate(comparison.summary["dimensions"]):
+        pairs = {
+            "normalized": (comparison.reference[..., index], comparison.engine[..., index]),
+            "robot": (robot.reference[1][:, index], robot.engine[1][:, index]),
+        }
+        for units, (reference, engine) in pairs.items():
+            reference, error = reference.astype(np.float64), (engine - reference).astype(np.float64)
+            assert found[units]["max_error"] == pytest.approx(np.abs(error).max(), rel=1e-5)
+            assert found[units]["rms_error"] == pytest.approx(np.sqrt(np.square(error).mean()), rel=1e-5)
+            sqnr = 10 * math.log10(np.square(reference).sum() / np.square(error).sum())
+            assert found[units]["sqnr_db"] == pytest.approx(sqnr, abs=1e-3)
+    per_dimension = [found["normalized"]["max_error"] for found in comparison.summary["dimensions"]]
+    assert comparison.summary["stages"]["actions"]["max_error"] == max(per_dimension)
+
+
+def test_dimensions_that_only_pad_count_nowhere_else():
+    """Whatever the engine computes there, no measure changes but the one of the padding."""
+    random = np.random.default_rng(0)
+    basis = {"image_features": np.ones((1, 1)), "key.0": np.ones(1), "value.0": np.ones(1)}
+    x, v = random.normal(size=(3, 5, 6)), random.normal(size=(2, 5, 6))
+    reference = basis | {"v": v, "v_at_engine_x": v, "actions": x[2]}
+
+    def measured(noise: float) -> dict:
+        engine = basis | {"x": x + 0, "actions": x[2] + 0}
+        for key in ("x", "actions"):
+            engine[key][..., 4:] += noise * random.normal(size=engine[key][..., 4:].shape)
+        stages = Stages(2, [None], dims=4)
+        stages.add(reference, engine)
+        return stages.to_json()
+
+    quiet, loud = measured(0), measured(100)
+    assert quiet.pop("padding_dimensions")["max_error"] == 0 and loud.pop("padding_dimensions")["max_error"] > 10
+    assert quiet == loud
+    every = Stages(2, [None], dims=6)
+    every.add(reference, basis | {"x": x, "actions": x[2]})
+    assert every.to_json()["padding_dimensions"] is None
+
+
+class Arm:
+    """A robot that names its actions."""
+
+    action_names, action_units = ("shoulder", "elbow", "grip"), ("rad", "rad", "")
+
+
+def test_joints_are_named_with_their_units(compared):
+    names, units = compiler.accuracy.compare.action_labels(SimpleNamespace(robot=Arm(), action_dim=3))
+    assert (names, units) == (["shoulder", "elbow", "grip"], ["rad", "rad", ""])
+    bare = SimpleNamespace(robot=None, action_dim=2)
+    assert compiler.accuracy.compare.action_labels(bare) == (["action 0", "action 1"], ["", ""])
+    random = np.random.default_rng(0)
+    chunks = random.normal(size=(2, 5, 3)).astype(np.float32)
+    summary = dict(compared("pi0", "none").summary)
+    summary["dimensions"] = [{"name": n, "unit": u, "normalized": {}, "robot": {"max_error": 1}} for n, u in zip(names, units)]
+    summary["observations"] = [{"actions": {"max_error": 0.1}}, {"actions": {"max_error": 0.2}}]
+    robot = compiler.accuracy.compare.RobotActions({1: chunks[1]}, {1: chunks[1]})
+    comparison = compiler.accuracy.compare.Comparison(summary, chunks, chunks, robot)
+    drawing = base64.b64decode(plots.trajectories(comparison).partition(",")[2]).decode()
+    assert "shoulder, rad" in drawing and ">grip<" in drawing and plots.drawn_units(comparison) == "the robot's units"
+    comparison.robot = None
+    drawing = base64.b64decode(plots.trajectories(comparison).partition(",")[2]).decode()
+    assert ">shoulder<" in drawing and "rad" not in drawing.split("<style")[0] + drawing.rpartition("</defs>")[2]
+    rows = dimension_table(summary | {"plan": {"robot": "arm"}})
+    assert [(name, unit) for name, unit, _ in rows] == [("shoulder", "rad"), ("elbow", "rad"), ("grip", "-")]
+    assert dimension_table(summary | {"plan": {"robot": "none"}}) == []
+
+
+@pytest.mark.parametrize("dims", [1, 4, 5, 14, 16, 17, 32])
+def test_every_joint_has_a_panel_or_the_worst_have(dims):
+    random = np.random.default_rng(dims)
+    reference = random.normal(size=(1, 6, dims))
+    engine = reference + random.normal(size=(1, 6, dims)) * np.arange(1, dims + 1)
+    summary = {
+        "dimensions": [{"name": f"joint {index}.", "unit": "", "robot": None} for index in range(dims)],
+        "observations": [{"actions": {"max_error": 1.0}}],
+    }
+    drawing = base64.b64decode(
+        plots.trajectories(compiler.accuracy.compare.Comparison(summary, reference, engine)).partition(",")[2]
+    ).decode()
+    drawn = {index for index in range(dims) if f"joint {index}." in drawing}
+    errors = np.abs(engine - reference).max((0, 1))
+    assert drawn == set(np.argsort(-errors)[: plots.TRAJECTORIES].tolist())
+
+
+def test_bounds_in_the_robot_s_units():
+    def observation(error, robot):
+        robot = None if robot is None else {"max_error": robot, "worst_dimension": "elbow"}
+        return {"actions": {"cosine": 1.0, "max_error": error, "sqnr_db": 50.0}, "robot_actions": robot}
+
+    observations = [observation(9.0, None), observation(0.1, 2.0), observation(0.1, 1.0)]
+    bounds = Thresholds(max_robot_error=1.5).failures(observations)
+    assert bounds == ["robot actions of observation 1: max_error 2 (elbow) is past --max-robot-error 1.5"]
+    assert Thresholds(max_robot_error=2.0).failures(observations) == []
+    assert len(Thresholds(max_error=8.0, max_robot_error=0.5).failures(observations)) == 2
+    assert "observation 2" in Thresholds(max_robot_error=2.0).failures([*observations[:2], observation(0.1, math.nan)])[0]
+
+
+@pytest.mark.parametrize("flag", ["--min-cosine", "--max-error", "--min-sqnr", "--max-robot-error"])
+@pytest.mark.parametrize("bound", ["nan", "inf", "-inf"])
+def test_bounds_that_are_no_bounds_are_refused(tool, tiny_plans, flag, bound):
+    result = tool(*tiny_plans("pi0", "none"), flag, bound)
+    assert result.code == 2 and result.err == f"error: {flag} {bound}: must be a finite number\n"
+
+
+def test_a_bound_in_the_robot_s_units_takes_the_robot_s_observations(tool, tiny_plans, tmp_path, compared):
+    result = tool(*tiny_plans("pi0", W4A8), "--max-robot-error", 1)
+    assert result.code == 2 and "--max-robot-error: no observation is one of a robot (the plan's: libero)" in result.err
+    observation = two_observations(load_checkpoint(tiny_plans("pi0", W4A8).checkpoint).config)[1]
+    save_observations(tmp_path / "robot.npz", [observation])
+    found = compared("pi0", W4A8).summary["observations"][1]["robot_actions"]["max_error"]
+    options = [*tiny_plans("pi0", W4A8), "--observations", tmp_path / "robot.npz", "--max-robot-error"]
+    assert tool(*options, found * 1.01).code == 0
+    result = tool(*options, found * 0.99)
+    assert result.code == 1 and "robot actions of observation 1" in result.err and "(action " in result.err
 
 
 def test_past_a_threshold_the_exit_code_is_1(tool, tiny_plans, tmp_path):

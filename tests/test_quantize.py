@@ -1,5 +1,6 @@
 """The quantiser on a policy of a few thousand weights: exact folding, calibration, rounding, and the command line."""
 import copy
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from compiler.quant.calibrate import RESERVOIR_ROWS, InputStatistics, calibrate
 from compiler.quant.linears import input_group, quantisable_linears, select_linears
 from compiler.quant.quantize import float_edits, in_output_basis, place_transforms, sqnr_db
 from compiler.quant.rounding import CHUNK, round_compensated, round_weights, search_scales
+from compiler.quant.transforms import weight_rotation
 from tests.fake_device import FakeDevice
 from tests.quant_policy import observation, sample_actions, tiny_checkpoint, tiny_config
 
@@ -331,3 +333,67 @@ def test_auto_bits_lower_the_noise_within_the_budget(policy):
 
     assert noise(mixed) < 0.8 * noise(plain)
     assert mixed.packs.keys() == plain.packs.keys() and mixed.recipe.auto_bits == 5.0
+
+
+# --- compensation where the Hessian is singular ----------------------------------------------------------------------
+
+
+def rows_of(kind: str, rows: int, channels: int) -> torch.Tensor:
+    x = torch.randn(rows, channels, generator=torch.Generator().manual_seed(1))
+    if kind == "dead":
+        x[:, ::3] = 0
+    elif kind == "equal":
+        x[:, 1::2] = x[:, ::2]
+    scale = {"zero": 0.0, "tiny": 1e-37, "huge": 1e37, "spread": torch.logspace(-15, 15, channels)}
+    return x * scale.get(kind, 1.0)
+
+
+@pytest.mark.parametrize("damping", [1e-30, 1e-12, 1e-6, 1e-2, 1.0, 1e6])
+@pytest.mark.parametrize("kind", ["full", "few", "dead", "equal", "zero", "tiny", "huge", "spread"])
+def test_compensation_works_on_any_rows_with_any_damping(kind, damping):
+    """And is never worse than plain rounding on the rows it was fitted to, beyond what float32 resolves."""
+    channels, rows = 96, 20 if kind == "few" else 80 if kind in ("dead", "equal") else 300
+    x = rows_of(kind, rows, channels)
+    weight = torch.randn(24, channels, generator=torch.Generator().manual_seed(2))
+    scale = weight.abs().amax(1) / 7
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = round_compensated(weight, scale, x, 4, damping, "llm.layers.0.mlp.up_proj")
+    assert found.dtype == torch.int8 and found.min() >= -8 and found.max() <= 7
+
+    def error(integers):
+        return float((x.double() @ (weight - integers * scale[:, None]).double().T).square().sum())
+
+    plain = error(round_weights(weight, scale, 4))
+    assert error(found) <= 1.001 * plain
+    if kind in ("few", "equal") and damping < 1e-2:
+        assert error(found) < 0.7 * plain
+    for warning in said:
+        assert damping < 1e-11 and "llm.layers.0.mlp.up_proj: --damping 1e-" in str(warning.message)
+        assert "compensated with" in str(warning.message)
+    if kind == "few":
+        assert bool(said) == (damping == 1e-30)
+
+
+def test_damping_enough_for_float32_changes_nothing():
+    """Where the Hessian is well posed, the result is that of the plain formula, to the bit."""
+    x, weight = rows_of("full", 300, 64), torch.randn(16, 64, generator=torch.Generator().manual_seed(2))
+    scale = weight.abs().amax(1) / 7
+    for power in (1.0, 2.0**40, 2.0**-40):
+        assert torch.equal(round_compensated(weight, scale, x * power, 4, 1.0), round_compensated(weight, scale, x, 4, 1.0))
+
+
+def test_a_policy_is_compensated_with_hardly_any_damping(policy):
+    packs = quantised(policy, "llm", compensate=True, damping=1e-6).packs
+    plain = quantised(policy, "llm", compensate=False).packs
+    assert all(np.isfinite(pack.sqnr_db) for pack in packs.values()) and packs.keys() == plain.keys()
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-30, 1e-20, 1.0, 1e18, 1e30])
+def test_rotations_from_weights_of_any_size(factor):
+    weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)) * factor
+    rotation = weight_rotation(weight, 16)
+    np.testing.assert_allclose(rotation @ rotation.swapaxes(1, 2), np.broadcast_to(np.eye(16), (4, 16, 16)), atol=1e-5)
+    if factor:
+        reference = weight_rotation(weight / factor, 16)
+        np.testing.assert_allclose(np.abs((reference * rotation).sum(1)), 1, atol=1e-3)  # the same vectors, up to sign

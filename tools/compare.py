@@ -13,8 +13,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from compiler.accuracy.compare import Comparison, check_match, compare
-from compiler.accuracy.report import STAGES, WORST_LINEARS, decibels, megabytes, number, to_json, write_report
+from compiler.accuracy.compare import Comparison, check_match, check_robot_units, compare
+from compiler.accuracy.report import (
+    STAGES, WORST_LINEARS, decibels, dimension_table, megabytes, number, to_json, write_report,
+)
 from compiler.accuracy.synthetic import synthetic_observations
 from compiler.accuracy.thresholds import Thresholds
 from compiler.checkpoint import load_checkpoint
@@ -45,6 +47,9 @@ def _compare(
     report: Annotated[Optional[Path], typer.Option(help="HTML page to write, self-contained, with plots.")] = None,
     min_cosine: Annotated[Optional[float], typer.Option(help="Fail if an observation's actions are below.")] = None,
     max_error: Annotated[Optional[float], typer.Option(help="Fail if an action (normalised) is further off.")] = None,
+    max_robot_error: Annotated[
+        Optional[float], typer.Option(help="Fail if an action is further off in the robot's units.")
+    ] = None,
     min_sqnr: Annotated[Optional[float], typer.Option(help="Fail if an observation's actions are below, in dB.")] = None,
     threads: Annotated[Optional[int], typer.Option(min=1, help="Of either side; by default one a core.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise, equal on both sides, and of the choice from a dataset.")] = 0,
@@ -65,6 +70,7 @@ def _compare(
 
       python tools/compare.py checkpoints/pi0 engine.plan --min-sqnr 20 --json
     """
+    thresholds = Thresholds(min_cosine, max_error, min_sqnr, max_robot_error)
     if report is not None:
         check_output_file("--report", report)
     found = None if observations is None else _observations(observations, count, seed)
@@ -73,10 +79,11 @@ def _compare(
     check_match(policy, engine, any_checkpoint)
     if found is None:
         found = synthetic_observations(policy.config, engine.manifest["cameras"])
+    if max_robot_error is not None:
+        check_robot_units(engine, found)
     with progress_bar() as progress:
         check_weights(policy, progress)
         comparison = compare(policy, engine, found, progress, threads=threads, seed=seed, asset_id=asset_id)
-    thresholds = Thresholds(min_cosine, max_error, min_sqnr)
     set_thresholds = {name: bound for name, bound in asdict(thresholds).items() if bound is not None}
     source = "made up, not a robot's (--observations gives those)" if observations is None else f"from {observations}"
     comparison = replace(comparison, summary={"source": source, "thresholds": set_thresholds, **comparison.summary})
@@ -104,7 +111,8 @@ def _print(comparison: Comparison, report: Path | None) -> None:
     console, summary = Console(highlight=False, markup=False), comparison.summary
     count = len(summary["observations"])
     console.print(f"{summary['plan']['path']} on {count} observations, {summary['source']}", soft_wrap=True)
-    for table in (_stage_table(summary), _linear_table(summary), _jerk_table(summary), _cost_table(summary)):
+    for draw in (_stage_table, _dimension_table, _linear_table, _jerk_table, _cost_table):
+        table = draw(summary)
         if table.row_count:
             console.print(table)
     if report is not None:
@@ -134,6 +142,13 @@ def _worst(stage: str, summary: dict) -> str:
         return ""
     worst, found = min(enumerate(part[key]["sqnr_db"] for part in parts), key=lambda pair: pair[1])
     return f"{decibels(found)} ({kind} {worst})"
+
+
+def _dimension_table(summary: dict) -> Table:
+    table = _table("The actions that the robot reads, one by one", "action", "unit", "max error", "RMS error", "SQNR")
+    for name, unit, found in dimension_table(summary):
+        table.add_row(name, unit, number(found["max_error"]), number(found["rms_error"]), decibels(found["sqnr_db"]))
+    return table
 
 
 def _linear_table(summary: dict) -> Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
@@ -13,11 +13,11 @@ import onnxruntime
 import torch
 from rich.progress import Progress
 
-from compiler.accuracy.metrics import Difference, difference, jerk
+from compiler.accuracy.metrics import Difference, by_dimension, difference, jerk
 from compiler.accuracy.stages import Stages
 from compiler.accuracy.worker import passes, read_arrays, run_worker, write_inputs
 from compiler.checkpoint import Checkpoint
-from compiler.errors import CheckpointError
+from compiler.errors import CheckpointError, DuqError
 from compiler.pipeline import value_basis_entry
 from runtime.config import ModelConfig
 from runtime.errors import ObservationError
@@ -25,16 +25,24 @@ from runtime.plan import Plan
 from runtime.policy import preprocessor_of
 from runtime.preprocess import ModelInputs, Preprocessor
 
+CHOSEN = ("action_horizon", "rotary")  # when compiling: the reference follows the plan, whatever the checkpoint's own are
 SQNR_SOURCE = "by the quantiser, on calibration rows held out from the fit"
 
 
 @dataclass
 class Comparison:
-    """summary: all measures in JSON types (see `compare`); reference, engine: the action chunks [observations, H, A]."""
+    """The measures, and what they were taken of.
+
+    Attributes:
+        summary: all measures in JSON types (see `compare`).
+        reference, engine: the chunks as the model gives them, float32 [observations, H, dims]: the dims that are read.
+        robot: the same in the robot's units; None where no observation is one of a robot.
+    """
 
     summary: dict
     reference: np.ndarray
     engine: np.ndarray
+    robot: "RobotActions | None" = None
 
 
 def check_match(checkpoint: Checkpoint, plan: Plan, any_checkpoint: bool) -> None:
@@ -42,8 +50,8 @@ def check_match(checkpoint: Checkpoint, plan: Plan, any_checkpoint: bool) -> Non
 
     any_checkpoint: other weights of the same dimensions are welcome (the effect of fine-tuning, say).
     """
-    compiled, found = _dimensions(plan.manifest["model"]), _dimensions(checkpoint.config.to_json())
-    differing = [key for key in found if key != "action_horizon" and found[key] != compiled.get(key)]
+    compiled, found = _dimensions(_compiled_model(plan).to_json()), _dimensions(checkpoint.config.to_json())
+    differing = [key for key in found if key not in CHOSEN and found[key] != compiled[key]]
     if differing:
         key = differing[0]
         raise CheckpointError(
@@ -55,6 +63,20 @@ def check_match(checkpoint: Checkpoint, plan: Plan, any_checkpoint: bool) -> Non
             f"{checkpoint.path} has other weights than those that {plan.path} was compiled from "
             f"({plan.manifest['checkpoint']['path']}); to compare them all the same, say --any-checkpoint"
         )
+
+
+def check_robot_units(plan: Plan, observations: Sequence[Mapping]) -> None:
+    """Raises DuqError unless some observation is one of the plan's robot: bare model inputs give actions without units."""
+    preprocessor = preprocessor_of(plan, _compiled_model(plan))
+    if all(preprocessor.is_bare(each) for each in observations):
+        raise DuqError(
+            f"--max-robot-error: no observation is one of a robot (the plan's: {plan.manifest['robot']}), so no action has its "
+            "units; give the robot's with --observations, or bound normalized actions with --max-error"
+        )
+
+
+def _compiled_model(plan: Plan) -> ModelConfig:
+    return ModelConfig.from_json(plan.manifest["model"])
 
 
 def _dimensions(config: dict) -> dict:
@@ -93,31 +115,44 @@ def compare(
 
     The summary's keys: "checkpoint", "plan", "threads", "seed", "versions"; "stages": the measures (cosine, max_error,
     sqnr_db) of every stage over all observations; "layers" and "steps": the same for keys and values of each layer and
-    velocities of each step; "observations": the same for the actions of each; "linears"; "jerk"; "cost".
+    velocities of each step; "observations": the same for the actions of each, and in the robot's units; "dimensions":
+    errors of the actions that are read, one by one (see `_dimensions_json`); "linears"; "jerk"; "cost". Velocities and actions
+    are those of the dimensions that the robot reads. What the model computes behind them is in "padding_dimensions" alone.
     """
     threads = threads or len(os.sched_getaffinity(0))
-    config, num_steps = ModelConfig.from_json(plan.manifest["model"]), plan.manifest["num_steps"]
+    config, num_steps = _compiled_model(plan), plan.manifest["num_steps"]
     preprocessor = preprocessor_of(plan, config)
     inputs, count = model_inputs(preprocessor, observations), len(observations)
     with tempfile.TemporaryDirectory(prefix="duq-compare-") as name:
         directory = Path(name)
         for index, each in enumerate(inputs):
-            noise = np.random.default_rng([seed, index]).standard_normal((config.action_horizon, config.action_dim), np.float32)
+            random = np.random.default_rng([seed, index])
+            noise = random.standard_normal((config.action_horizon, config.action_dim), np.float32)
             write_inputs(directory, index, each, noise)
         job = [directory, count, threads]
         asset = [] if asset_id is None else [asset_id]
         cost = {
             "engine": _run("engine", [*job, plan.path.resolve()], count, progress),
-            "reference": _run("reference", [*job, checkpoint.path.resolve(), num_steps, *asset], count, progress),
+            "reference": _run(
+                "reference", [*job, checkpoint.path.resolve(), num_steps, config.rotary, *asset], count, progress
+            ),
         }
-        stages = Stages(num_steps, [_value_basis(plan, layer) for layer in range(config.llm.depth)])
+        bases, dims = [_value_basis(plan, layer) for layer in range(config.llm.depth)], preprocessor.action_dim
+        stages = Stages(num_steps, bases, dims)
         for index in range(count):
             stages.add(*(read_arrays(directory / f"{side}.{index}.npz") for side in ("reference", "engine")))
     reference, engine = np.stack(stages.reference_actions), np.stack(stages.engine_actions)
     robot = RobotActions.of(preprocessor, observations, reference, engine)
+    reference, engine = reference[..., :dims], engine[..., :dims]
+    names, units = action_labels(preprocessor)
     per_observation = [
-        {"cameras": int(i.image_mask.sum()), "prompt_tokens": int(i.token_mask.sum()), "actions": difference(r, e).to_json()}
-        for i, r, e in zip(inputs, reference, engine)
+        {
+            "cameras": int(each.image_mask.sum()),
+            "prompt_tokens": int(each.token_mask.sum()),
+            "actions": difference(reference[index], engine[index]).to_json(),
+            "robot_actions": robot.measures(index, names) if robot else None,
+        }
+        for index, each in enumerate(inputs)
     ]
     summary = {
         "checkpoint": {"path": str(checkpoint.path), "layout": checkpoint.layout},
@@ -125,6 +160,7 @@ def compare(
             "path": str(plan.path),
             "bytes": plan.path.stat().st_size,
             **{key: plan.manifest[key] for key in ("target", "robot", "num_steps")},
+            "rotary": config.rotary,
             "recipe": plan.manifest["quantization"]["recipe"],
         },
         "threads": threads,
@@ -132,35 +168,68 @@ def compare(
         "versions": {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__},
         **stages.to_json(),
         "observations": per_observation,
+        "dimensions": _dimensions_json(names, units, reference, engine, robot),
         "linears": _linears(plan),
         "jerk": {"model": {"reference": jerk(reference), "engine": jerk(engine)}, "robot": robot and robot.jerk()},
         "cost": cost | {"speedup": cost["reference"]["median_ms"] / cost["engine"]["median_ms"]},
     }
     if robot:
-        summary["stages"]["robot_actions"] = robot.difference().to_json()
-    return Comparison(summary, reference, engine)
+        summary["stages"]["robot_actions"] = difference(*robot.stacked()).to_json()
+    return Comparison(summary, reference, engine, robot)
+
+
+def action_labels(preprocessor: Preprocessor) -> tuple[list[str], list[str]]:
+    """Names and units of the actions that are read; "action 0" and "" where the robot does not say."""
+    dims = range(preprocessor.action_dim)
+    names = getattr(preprocessor.robot, "action_names", None) or [f"action {index}" for index in dims]
+    units = getattr(preprocessor.robot, "action_units", None) or [""] * len(dims)
+    return list(names), list(units)
+
+
+def _dimensions_json(names, units, reference, engine, robot: "RobotActions | None") -> list[dict]:
+    """By dimension: name, unit; "normalized" and "robot", its measures in either units (None without a robot's)."""
+    normalized = [_errors(found) for found in by_dimension(reference, engine)]
+    robots = [_errors(found) for found in by_dimension(*robot.stacked())] if robot else [None] * len(normalized)
+    keys = ("name", "unit", "normalized", "robot")
+    return [dict(zip(keys, row)) for row in zip(names, units, normalized, robots, strict=True)]
+
+
+def _errors(found: Difference) -> dict:
+    return {"max_error": found.max_error, "rms_error": found.rms_error, "sqnr_db": found.sqnr_db}
 
 
 @dataclass
 class RobotActions:
-    """Both sides' chunks as the robot takes them: un-normalised, absolute, cut to its dims. Lists of [H, dims]."""
+    """Both sides' chunks [H, dims] in the robot's units, by the index of their observation."""
 
-    reference: list[np.ndarray]
-    engine: list[np.ndarray]
+    reference: dict[int, np.ndarray] = field(default_factory=dict)
+    engine: dict[int, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def of(cls, preprocessor: Preprocessor, observations, reference, engine) -> "RobotActions | None":
         """None where no observation is one of a robot: actions for bare model inputs have no units."""
-        own = [index for index, each in enumerate(observations) if not preprocessor.is_bare(each)]
-        convert = preprocessor.robot_actions
-        chunks = ([convert(side[index], observations[index]) for index in own] for side in (reference, engine))
-        return cls(*chunks) if own else None
+        found, convert = cls(), preprocessor.robot_actions
+        for index, observation in enumerate(observations):
+            if not preprocessor.is_bare(observation):
+                found.reference[index] = convert(reference[index], observation)
+                found.engine[index] = convert(engine[index], observation)
+        return found if found.reference else None
 
-    def difference(self) -> Difference:
-        return difference(np.stack(self.reference), np.stack(self.engine))
+    def stacked(self) -> tuple[np.ndarray, np.ndarray]:
+        """Reference and engine, [robot's observations, H, dims] each."""
+        return np.stack(list(self.reference.values())), np.stack(list(self.engine.values()))
+
+    def measures(self, index: int, names: Sequence[str]) -> dict | None:
+        """Of one observation, and the name of the dimension that is furthest off; None where it is not a robot's."""
+        if index not in self.reference:
+            return None
+        reference, engine = self.reference[index], self.engine[index]
+        worst = int(np.argmax([found.max_error for found in by_dimension(reference, engine)]))  # NaN, if there is one
+        return difference(reference, engine).to_json() | {"worst_dimension": names[worst]}
 
     def jerk(self) -> dict:
-        return {"reference": jerk(np.stack(self.reference)), "engine": jerk(np.stack(self.engine))}
+        reference, engine = self.stacked()
+        return {"reference": jerk(reference), "engine": jerk(engine)}
 
 
 def _run(side: str, arguments: list, count: int, progress: Progress) -> dict:

@@ -15,6 +15,7 @@ class Difference:
     engine: float = 0.0  # sum of engine^2
     product: float = 0.0  # sum of reference * engine
     noise: float = 0.0  # sum of (reference - engine)^2
+    count: int = 0  # of values
     max_error: float = 0.0
 
     def add(self, reference: np.ndarray, engine: np.ndarray) -> None:
@@ -27,6 +28,7 @@ class Difference:
         self.engine += engine @ engine
         self.product += reference @ engine
         self.noise += error @ error
+        self.count += error.size
         self.max_error = float(np.maximum(self.max_error, np.abs(error).max(initial=0.0)))  # NaN stays NaN
 
     @classmethod
@@ -37,6 +39,7 @@ class Difference:
             total.signal, total.engine = total.signal + part.signal, total.engine + part.engine
             total.product, total.noise = total.product + part.product, total.noise + part.noise
             total.max_error = float(np.maximum(total.max_error, part.max_error))
+            total.count += part.count
         return total
 
     @property
@@ -44,6 +47,11 @@ class Difference:
         """Of the angle between the two; 1 where both are zero."""
         norms = np.sqrt(self.signal * self.engine)
         return float(self.product / norms) if norms != 0 else float(self.noise == 0)
+
+    @property
+    def rms_error(self) -> float:
+        """Root of the mean squared error; 0 where there is nothing to compare."""
+        return float(np.sqrt(self.noise / max(1, self.count)))
 
     @property
     def sqnr_db(self) -> float:
@@ -60,6 +68,11 @@ def difference(reference: np.ndarray, engine: np.ndarray) -> Difference:
     found = Difference()
     found.add(reference, engine)
     return found
+
+
+def by_dimension(reference: np.ndarray, engine: np.ndarray) -> list[Difference]:
+    """The difference of each of the D dimensions of two arrays [..., D]."""
+    return [difference(reference[..., index], engine[..., index]) for index in range(reference.shape[-1])]
 
 
 def jerk(actions: np.ndarray) -> float | None:

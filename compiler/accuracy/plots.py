@@ -31,7 +31,8 @@ STYLE = {
     "lines.linewidth": 1.6,
 }
 PARTS = {"vision": "#7b61a8", "llm": ENGINE, "expert": ACCENT}  # of linears, by the first part of their names
-TRAJECTORIES = 8
+TRAJECTORIES = 16  # the most dimensions to draw, each in a panel
+PANELS = 4  # in a row
 BINS = 61
 
 
@@ -90,16 +91,18 @@ def steps(canvas: Figure, comparison: Comparison) -> None:
 
 @figure(9.4, 4.2)
 def trajectories(canvas: Figure, comparison: Comparison) -> None:
-    """The observation with the largest error, its first dims."""
-    worst = worst_observation(comparison)
-    reference, engine = comparison.reference[worst], comparison.engine[worst]
-    count = min(TRAJECTORIES, reference.shape[1])
-    panels = canvas.subplots(2, (count + 1) // 2, sharex=True, squeeze=False).flatten()
-    for dim, axes in enumerate(panels[:count]):
+    """The observation with the largest error, in the robot's units if it is a robot's; of many dimensions the worst."""
+    reference, engine = _worst_chunks(comparison)
+    errors = np.nan_to_num(np.abs(engine - reference).max(0), nan=np.inf)
+    drawn = sorted(np.argsort(-errors, kind="stable")[:TRAJECTORIES])
+    rows = -(-len(drawn) // PANELS)
+    canvas.set_size_inches(9.4, 1.0 + 1.6 * rows)
+    panels = canvas.subplots(rows, PANELS, sharex=True, squeeze=False).flatten()
+    for dim, axes in zip(drawn, panels):
         axes.plot(reference[:, dim], color=REFERENCE, linewidth=3.2, label="PyTorch fp32")
         axes.plot(engine[:, dim], color=ENGINE, linewidth=1.2, label="engine")
-        axes.set_title(f"dim {dim}", loc="left")
-    for axes in panels[count:]:
+        axes.set_title(_label(comparison, dim), loc="left")
+    for axes in panels[len(drawn) :]:
         axes.set_visible(False)
     canvas.supxlabel("action of the chunk", fontsize=9)
     canvas.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
@@ -133,6 +136,28 @@ FIGURES = (stage_sqnr, layers, steps, trajectories, errors, linears)
 
 def worst_observation(comparison: Comparison) -> int:
     return int(np.argmax([observation["actions"]["max_error"] for observation in comparison.summary["observations"]]))
+
+
+def drawn_units(comparison: Comparison) -> str:
+    """The units of `trajectories`."""
+    return "the robot's units" if _in_robot_units(comparison) else "normalized units"
+
+
+def _in_robot_units(comparison: Comparison) -> bool:
+    return comparison.robot is not None and worst_observation(comparison) in comparison.robot.reference
+
+
+def _worst_chunks(comparison: Comparison) -> tuple[np.ndarray, np.ndarray]:
+    """Reference and engine [H, dims] of the worst observation."""
+    source = comparison.robot if _in_robot_units(comparison) else comparison
+    worst = worst_observation(comparison)
+    return source.reference[worst], source.engine[worst]
+
+
+def _label(comparison: Comparison, dim: int) -> str:
+    """A dimension's name, and its unit where it is drawn in the robot's."""
+    found = comparison.summary["dimensions"][dim]
+    return f"{found['name']}, {found['unit']}" if found["unit"] and _in_robot_units(comparison) else found["name"]
 
 
 def _line(axes: Axes, x, values: list[float], label: str, colour: str) -> None:

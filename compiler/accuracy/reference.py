@@ -1,10 +1,11 @@
-"""The reference's side: `python -m compiler.accuracy.reference DIRECTORY COUNT THREADS CHECKPOINT STEPS [ASSET_ID]`.
+"""The reference's side: `python -m compiler.accuracy.reference DIRECTORY COUNT THREADS CHECKPOINT STEPS ROTARY [ASSET_ID]`.
 
 PyTorch, eager, float32, from the checkpoint's weights.
 """
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,11 +69,14 @@ def _with_state_token(model: Pi0, state: Tensor, mask: Tensor, past: list) -> li
     return model.expert(token, mask.sum(dim=1, keepdim=True), sees, past)[1]
 
 
-def main(directory: str, count: str, threads: str, checkpoint: str, steps: str, asset_id: str | None = None) -> None:
+def main(
+    directory: str, count: str, threads: str, checkpoint: str, steps: str, rotary: str, asset_id: str | None = None
+) -> None:
     opened = resident_bytes()
     torch.set_num_threads(int(threads))
     num_steps = int(steps)
-    model = build_model(load_checkpoint(checkpoint, asset_id))
+    policy = load_checkpoint(checkpoint, asset_id)
+    model = build_model(replace(policy, config=replace(policy.config, rotary=rotary)))
 
     def run(inputs, noise):
         return model.sample_actions(*tensors(inputs), torch.from_numpy(noise)[None], num_steps)[0].numpy()

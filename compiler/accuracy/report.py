@@ -21,8 +21,8 @@ STAGES = {
     "values": "all layers' values of the same tokens, in the checkpoint's basis",
     "velocity_at_engine_x": "v of every step, both sides at the x that the engine reached",
     "velocity": "v of every step, each side at the x that it reached itself",
-    "actions": "the chunk, normalised as the model gives it",
-    "robot_actions": "the chunk in the robot's units",
+    "actions": "the chunk, normalised as the model gives it, in the dimensions that the robot reads",
+    "robot_actions": "the chunk in the robot's units, all dimensions together",
 }
 
 
@@ -44,6 +44,8 @@ def write_report(comparison: Comparison, failures: Sequence[str], path: Path) ->
         descriptions=STAGES,
         worst=list(comparison.summary["linears"]["sqnr"].items())[:WORST_LINEARS],
         worst_observation=plots.worst_observation(comparison),
+        drawn_units=plots.drawn_units(comparison),
+        dimension_table=dimension_table(comparison.summary),
         figures={draw.__name__: draw(comparison) for draw in plots.FIGURES},
     )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -52,6 +54,19 @@ def write_report(comparison: Comparison, failures: Sequence[str], path: Path) ->
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def dimension_table(summary: dict) -> list[tuple[str, str, dict]]:
+    """Name, unit and measures of each action that the robot reads: in its units, or normalized where no observation is its.
+
+    Empty without a robot, whose plans give what the model computes.
+    """
+    if summary["plan"]["robot"] == "none":
+        return []
+    return [
+        (each["name"], (each["unit"] or "-") if each["robot"] else "normalized", each["robot"] or each["normalized"])
+        for each in summary["dimensions"]
+    ]
 
 
 def decibels(value: float) -> str:

@@ -13,12 +13,13 @@ from compiler.model import timesteps
 class Stages:
     """Collects the differences of all stages, observation by observation.
 
-    value_bases: by layer, the matrix that leads from the engine's values to the reference's, or None.
+    value_bases: by layer, the matrix that leads from the engine's values to the reference's, or None. dims: the leading
+    dimensions of actions and velocities that are read; those behind them only pad, and are measured apart.
     """
 
-    def __init__(self, num_steps: int, value_bases: Sequence[np.ndarray | None]):
-        self.num_steps, self.value_bases = num_steps, value_bases
-        self.features, self.actions = Difference(), Difference()
+    def __init__(self, num_steps: int, value_bases: Sequence[np.ndarray | None], dims: int):
+        self.num_steps, self.value_bases, self.dims = num_steps, value_bases, dims
+        self.features, self.actions, self.padding = Difference(), Difference(), Difference()
         self.keys, self.values = ([Difference() for _ in value_bases] for _ in range(2))
         self.velocities, self.at_engine_x = ([Difference() for _ in range(num_steps)] for _ in range(2))
         self.reference_actions: list[np.ndarray] = []
@@ -32,11 +33,20 @@ class Stages:
             self.values[layer].add(reference[f"value.{layer}"], values if basis is None else _in_basis(values, basis))
         velocities = (engine["x"][:-1] - engine["x"][1:]) * self.num_steps  # x <- x - v / num_steps
         for step, velocity in enumerate(velocities):
-            self.velocities[step].add(reference["v"][step], velocity)
-            self.at_engine_x[step].add(reference["v_at_engine_x"][step], velocity)
-        self.actions.add(reference["actions"], engine["actions"])
+            self.velocities[step].add(self._read(reference["v"][step]), self._read(velocity))
+            self.at_engine_x[step].add(self._read(reference["v_at_engine_x"][step]), self._read(velocity))
+        self.actions.add(self._read(reference["actions"]), self._read(engine["actions"]))
+        self.padding.add(reference["actions"][:, self.dims :], engine["actions"][:, self.dims :])
         self.reference_actions.append(reference["actions"])
         self.engine_actions.append(engine["actions"])
+
+    def _read(self, values: np.ndarray) -> np.ndarray:
+        """[H, A] -> [H, dims]."""
+        return values[:, : self.dims]
+
+    @property
+    def padding_dims(self) -> int:
+        return self.reference_actions[0].shape[-1] - self.dims
 
     def to_json(self) -> dict:
         stages = {
@@ -54,6 +64,7 @@ class Stages:
                 {"time": time, "velocity": free.to_json(), "velocity_at_engine_x": forced.to_json()}
                 for time, free, forced in zip(timesteps(self.num_steps), self.velocities, self.at_engine_x)
             ],
+            "padding_dimensions": {"count": self.padding_dims, **self.padding.to_json()} if self.padding_dims else None,
         }
 
 

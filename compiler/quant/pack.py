@@ -2,21 +2,23 @@
 
 A file has the keys of the original openpi packs: ``perm`` [K], ``Rin_<i>`` and ``Rout_<i>`` [B, B] for the block ids
 in ``R_in_blocks`` and ``R_out_blocks``, ``weight_scale`` [N] and ``meta`` (JSON text). Ours add ``weight_q``,
-``input_scale`` and ``activation_scale``. A file without ``weight_q`` is a foreign one: it gives the transform only.
+``input_scale`` and ``activation_scale``, and the linear's name to ``meta``. A file without ``weight_q`` is a foreign one:
+it gives the transform only. Whatever a file holds is checked before it is used: a swapped or damaged pack may still have
+the right shapes, and would move the robot wrongly without a word.
 """
 from __future__ import annotations
 
 import json
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from compiler.errors import PackError
-from compiler.quant.recipe import openpi_module
+from compiler.quant.recipe import canonical_module, openpi_module
 from compiler.quant.transforms import LinearTransform
 from plugins.layout import pack_int4, unpack_int4
+from runtime.archives import read_npz
 
 
 @dataclass(kw_only=True, eq=False)
@@ -86,50 +88,120 @@ def load_pack(directory: Path, name: str, shape: tuple[int, int]) -> LinearTrans
     """Reads the pack of linear ``name`` with weight [N, K] = ``shape``, under its canonical or its openpi file name.
 
     Returns a :class:`LinearPack` where the file has integer weights, else a plain :class:`LinearTransform`.
-    Raises PackError when there is no such file, it is damaged, or it does not fit the linear.
+    Raises PackError when there is no such file, or two; when it is damaged, names another linear, does not fit this one, or
+    holds values that no pack has.
     """
     candidates = [directory / f"{name}.npz", directory / f"{openpi_module(name)}.npz"]
-    path = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if path is None:
+    files = [candidate for candidate in candidates if candidate.is_file()]
+    if not files:
         raise PackError(f"{directory} has no pack for {name} (looked for {candidates[0].name} and {candidates[1].name})")
+    if len(files) > 1:
+        raise PackError(f"{directory} has two packs for {name}: {files[0].name} and {files[1].name}; keep one")
+    path = files[0]
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-        return _from_arrays(name, shape, arrays)
-    except (zipfile.BadZipFile, EOFError, KeyError, ValueError, TypeError, OSError) as error:
-        raise PackError(f"{path} is not a readable pack: {error}") from error
+        return _from_arrays(name, shape, read_npz(path))
     except PackError as error:
         raise PackError(f"{path}: {error}") from error
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:  # of what is read, or of meta
+        raise PackError(f"{path} is not a readable pack: {' '.join(str(error).split())}") from error
 
 
 def _from_arrays(name: str, shape: tuple[int, int], arrays: dict[str, np.ndarray]) -> LinearTransform:
     meta = json.loads(arrays["meta"].item()) if "meta" in arrays else {}
+    if not isinstance(meta, dict):
+        raise PackError(f"meta is a {type(meta).__name__}, expected a JSON object")
+    _check_name(meta, name)
+    _check_finite(arrays)
     rows, columns = shape
     for key, expected in (("in_features", columns), ("out_features", rows)):
         if meta.get(key, expected) != expected:
             raise PackError(f"made for {key} {meta[key]}, but {name} of the checkpoint has {expected}")
     rotation = _block_diagonal(arrays, "Rin_", "R_in_blocks", meta.get("block_size"), columns)
     transform = {
-        "input_scale": _checked(arrays, "input_scale", (columns,)),
+        "input_scale": _scale(arrays, "input_scale", (columns,)),
         "permutation": _permutation(arrays, columns),
-        "rotation": "hadamard" if meta.get("hadamard") else rotation,
-        "block_size": int(meta["block_size"]) if meta.get("hadamard") else 0 if rotation is None else rotation.shape[-1],
+        "rotation": rotation,
+        "block_size": 0 if rotation is None else rotation.shape[-1],
         "output_rotation": _block_diagonal(arrays, "Rout_", "R_out_blocks", meta.get("block_out_size"), rows),
     }
+    if meta.get("hadamard"):
+        transform |= {"rotation": "hadamard", "block_size": _hadamard_block(meta, columns)}
     if "weight_q" not in arrays:
         return LinearTransform(**transform)
+    for key, valid in (("weight_bits", (4, 8)), ("activation_bits", (8, 0))):
+        if meta[key] not in valid:
+            raise PackError(f"{key} is {meta[key]!r}, expected {valid[0]} or {valid[1]}")
     bits = meta["weight_bits"]
-    weight_q = _checked(arrays, "weight_q", (rows, columns // 2 if bits == 4 else columns))
     return LinearPack(
         name=name,
-        weight_q=weight_q,
+        weight_q=_integers(arrays, bits, shape),
         weight_bits=bits,
-        weight_scale=_checked(arrays, "weight_scale", (rows,)),
+        weight_scale=_weight_scale(arrays, rows),
         activation_bits=meta["activation_bits"],
-        activation_scale=arrays.get("activation_scale"),
-        sqnr_db=meta["sqnr_db"],
+        activation_scale=_activation_scale(arrays, columns),
+        sqnr_db=float(meta["sqnr_db"]),
         **transform,
     )
+
+
+def _check_name(meta: dict, name: str) -> None:
+    """PackError if the pack says that it is another linear's; foreign packs may say nothing."""
+    found = meta.get("name")
+    if found is not None and (not isinstance(found, str) or canonical_module(found) != name):
+        raise PackError(f"is the pack of {found}, not of {name}: files were renamed or swapped; copy or make them again")
+
+
+def _check_finite(arrays: dict[str, np.ndarray]) -> None:
+    for key, array in arrays.items():
+        if array.dtype.kind not in ("biufU" if key == "meta" else "iuf"):
+            raise PackError(f"{key} has dtype {array.dtype}, expected numbers")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            index = np.flatnonzero(~np.isfinite(array))[0]
+            what = f"{key}<i> are not rotations: " if key.startswith(("Rin_", "Rout_")) else ""
+            raise PackError(f"{what}{key} holds {array.flat[index]} at index {index}; make the pack again")
+
+
+def _integers(arrays: dict[str, np.ndarray], bits: int, shape: tuple[int, int]) -> np.ndarray:
+    """weight_q as :class:`LinearPack` has it. Two INT4 fill a byte, so each of its values is a valid pair."""
+    rows, columns = shape
+    weight_q = _checked(arrays, "weight_q", (rows, columns // 2 if bits == 4 else columns))
+    expected = np.uint8 if bits == 4 else np.int8
+    if weight_q.dtype != expected:
+        raise PackError(f"weight_q has dtype {weight_q.dtype}, expected {np.dtype(expected)} for {bits} bits")
+    return weight_q
+
+
+def _weight_scale(arrays: dict[str, np.ndarray], rows: int) -> np.ndarray:
+    """Of either sign: the integers reach one further down than up, and the sign turns a row's longer tail there."""
+    scale = _checked(arrays, "weight_scale", (rows,))
+    if scale is None:
+        raise PackError("weight_scale is missing")
+    if scale.dtype != np.float32 or not scale.all():
+        raise PackError(f"weight_scale is {scale.dtype}, {np.sum(scale == 0)} of it 0; expected float32 other than 0")
+    return scale
+
+
+def _scale(arrays: dict[str, np.ndarray], key: str, *shapes: tuple[int, ...]) -> np.ndarray | None:
+    """A float32 array of one of the shapes, all of it above 0; None if the file has none."""
+    scale = arrays.get(key)
+    if scale is None:
+        return None
+    if scale.shape not in shapes:
+        raise PackError(f"{key} has shape {scale.shape}, expected {' or '.join(map(str, shapes))}")
+    if scale.dtype != np.float32 or not (scale > 0).all():
+        raise PackError(f"{key} is {scale.dtype}, as small as {scale.min()}; expected float32 above 0")
+    return scale
+
+
+def _activation_scale(arrays: dict[str, np.ndarray], columns: int) -> np.ndarray | None:
+    return _scale(arrays, "activation_scale", (), (columns,))
+
+
+def _hadamard_block(meta: dict, channels: int) -> int:
+    size = int(meta["block_size"])
+    if size < 1 or size & (size - 1) or channels % size:
+        raise PackError(f"block_size is {size}; a Hadamard's is a power of two that divides {channels} channels")
+    return size
 
 
 def _blocks(prefix: str, index_key: str, rotation: np.ndarray) -> dict[str, np.ndarray]:
@@ -146,6 +218,8 @@ def _checked(arrays: dict[str, np.ndarray], key: str, shape: tuple[int, ...]) ->
 
 def _permutation(arrays: dict[str, np.ndarray], channels: int) -> np.ndarray | None:
     permutation = _checked(arrays, "perm", (channels,))
+    if permutation is not None and permutation.dtype.kind not in "iu":
+        raise PackError(f"perm has dtype {permutation.dtype}, expected integers")
     if permutation is not None and not np.array_equal(np.sort(permutation), np.arange(channels)):
         raise PackError(f"perm is not a permutation of 0..{channels - 1}")
     return None if permutation is None else permutation.astype(np.int64)
@@ -158,8 +232,10 @@ def _block_diagonal(
     if index_key not in arrays or not len(arrays[index_key]):
         return None
     indices = arrays[index_key]
+    if indices.ndim != 1 or indices.dtype.kind not in "iu":
+        raise PackError(f"{index_key} is {indices.dtype} of shape {indices.shape}, expected a list of block numbers")
     size = int(size) if size else arrays[f"{prefix}{indices[0]}"].shape[0]
-    if channels % size or indices.min() < 0 or indices.max() >= channels // size:
+    if size < 1 or channels % size or indices.min() < 0 or indices.max() >= channels // size:
         raise PackError(f"{index_key} with blocks of {size} does not divide {channels} channels")
     blocks = np.tile(np.eye(size, dtype=np.float32), (channels // size, 1, 1))
     for index in indices:

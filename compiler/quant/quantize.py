@@ -172,7 +172,7 @@ def quantize_linear(
     x = full.transform_input(statistics.fitting_rows)
     scale = search_scales(weight, x.square().mean(0), bits)
     if recipe.compensate:
-        integers = round_compensated(weight, scale, x, bits, recipe.damping)
+        integers = round_compensated(weight, scale, x, bits, recipe.damping, name)
     else:
         integers = round_weights(weight, scale, bits)
     pack = LinearPack(

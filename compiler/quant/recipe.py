@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from compiler.checkpoint.names import openpi_name
+from compiler.checkpoint.names import canonical_name, openpi_name
 from compiler.errors import RecipeError
 
 EVERY_LINEAR = r"\.layers\.|^projector$"
 NO_LINEAR = r"(?!)"
+SELECTION = ("scope", "include", "exclude")
 
 # The selection each preset stands for. The small projections of state, action and time always stay in float.
 PRESETS = {
@@ -23,6 +24,8 @@ PRESETS = {
     "none": NO_LINEAR,
 }
 DEFAULT_PRESET = "llm+expert-mlp"
+
+MAX_DAMPING = 1e6  # errors are not compensated at all long before
 
 # What a scheme implies where the user says nothing.
 SCHEMES = {
@@ -53,7 +56,8 @@ class Recipe:
         row_rotation: ``0``, or ``restore``: block rotation of the output channels, undone after the GEMM.
         activation_percentile: of |x'|, for calibrated activation scales.
         calibration_steps: observations to calibrate on.
-        compensate, damping: GPTQ-style error compensation, with ``damping`` x the mean diagonal added to the Hessian.
+        compensate, damping: GPTQ-style error compensation, with ``damping`` x the mean diagonal added to the Hessian, or
+            more, with a warning, where so little leaves it singular (``compiler/quant/rounding.py``).
     """
 
     scheme: str = "balanced"
@@ -90,8 +94,10 @@ class Recipe:
             raise RecipeError(f"activation_percentile is {self.activation_percentile}; expected 50..100")
         if self.calibration_steps < 1:
             raise RecipeError(f"calibration_steps is {self.calibration_steps}; at least one observation is needed")
-        if self.damping <= 0.0:
-            raise RecipeError(f"damping is {self.damping}; it must be positive for the Hessian to be invertible")
+        if not 0.0 < self.damping <= MAX_DAMPING:
+            raise RecipeError(
+                f"damping is {self.damping}; it must be positive for the Hessian to be invertible, at most {MAX_DAMPING:g}"
+            )
         for key in ("scope", "include", "exclude"):
             _compile(key, getattr(self, key))
         for pattern, _ in self.layer_bits:
@@ -145,11 +151,29 @@ def load_recipe(
     """
     settings = environment_settings(environment)
     if source is not None:
-        settings |= preset_settings(source) if source in PRESETS else file_settings(source)
+        settings |= source_settings(source)
     elif "include" not in settings:
         settings |= preset_settings(DEFAULT_PRESET)
     settings |= {key: value for key, value in (overrides or {}).items() if value is not None}
     return Recipe.from_settings(settings)
+
+
+def recipe_origins(
+    source: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> dict[str, str]:
+    """Recipe key -> the option or variable that sets it, of the keys that the arguments of :func:`load_recipe` set."""
+    origins = environment_origins(environment)
+    if source is not None:
+        origins |= dict.fromkeys(source_settings(source), f"--quant {source}")
+    given = [key for key, value in (overrides or {}).items() if value is not None]
+    return origins | {key: f"--{key.replace('_', '-')}" for key in given}
+
+
+def source_settings(source: str) -> dict[str, Any]:
+    """The settings of a preset or a recipe file."""
+    return preset_settings(source) if source in PRESETS else file_settings(source)
 
 
 def preset_settings(preset: str) -> dict[str, str]:
@@ -197,6 +221,16 @@ def environment_settings(environment: Mapping[str, str]) -> dict[str, Any]:
     return settings
 
 
+def environment_origins(environment: Mapping[str, str]) -> dict[str, str]:
+    """Recipe key -> the variable that sets it, of the keys of :func:`environment_settings`."""
+    variables = {key: (variable,) for variable, key in ENVIRONMENT.items()} | {"scheme": ("PERMUTE", "ROW_ROT")}
+    variables |= {key: (key.upper(), "LAYERS", "INCLUDE", "SCOPE", "EXCLUDE") for key in SELECTION}
+    return {
+        key: next(name for name in (f"OPENPI_DUQUANT_{variable}" for variable in variables[key]) if name in environment)
+        for key in environment_settings(environment)
+    }
+
+
 # OPENPI_DUQUANT_<variable> -> recipe key. LS needs none: it shifts all channel energies alike, and only their order
 # is used. PACKDIR is the command line's default for --packs.
 ENVIRONMENT = {
@@ -214,6 +248,11 @@ ENVIRONMENT = {
 def openpi_module(name: str) -> str:
     """The openpi name of a module given by its canonical name."""
     return openpi_name(f"{name}.weight").removesuffix(".weight")
+
+
+def canonical_module(name: str) -> str:
+    """The inverse of :func:`openpi_module`; canonical names stay as they are."""
+    return canonical_name(f"{name}.weight").removesuffix(".weight")
 
 
 def parse_layer_bits(items: Iterable[str]) -> tuple[tuple[str, int], ...]:

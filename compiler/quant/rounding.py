@@ -4,8 +4,13 @@ Everything happens in the transformed basis: W' [N, K], rows x' [M, K].
 """
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
+
+from compiler.quant.transforms import unit_power
+from plugins.errors import DuqWarning
 
 # A step of the scale that clips the tails of a row buys finer steps for all other weights. Ratios of the scale to the
 # one that clips nothing: first every twentieth, then every hundredth around the best.
@@ -14,6 +19,7 @@ FINE = [0.01 * i for i in range(-4, 5) if i]
 
 CHUNK = {"cpu": 1 << 17, "cuda": 1 << 26}  # weights searched at a time; on CPUs the temporaries stay in the cache
 SEGMENT = 4096  # columns whose errors compensate each other
+DAMPING_STEP, DAMPING_START = 10.0, 1e-12  # by and from which a damping that leaves the Hessian singular is raised
 LAZY = 128  # columns after which the rest of the segment is brought up to date
 
 
@@ -64,7 +70,13 @@ def _search(rows: Tensor, energy: Tensor, bits: int) -> Tensor:
     return best_ratio * unclipped
 
 
-def round_compensated(weight: Tensor, scale: Tensor, x: Tensor, bits: int, damping: float) -> Tensor:
+class DampingWarning(DuqWarning):
+    """A Hessian took more damping than the recipe gives it."""
+
+
+def round_compensated(
+    weight: Tensor, scale: Tensor, x: Tensor, bits: int, damping: float, name: str = "a linear"
+) -> Tensor:
     """GPTQ (arXiv 2210.17323): each column's rounding error is made up for by the columns after it.
 
     Minimises |x' (W' - scale q)^T|^2 + damping * mean_k |x'_k|^2 |W' - scale q|^2 greedily, column by column. Columns
@@ -72,15 +84,15 @@ def round_compensated(weight: Tensor, scale: Tensor, x: Tensor, bits: int, dampi
 
     Args:
         weight: W', float32 [N, K]. scale: [N]. x: calibration rows x' [M, K].
+        name: of the linear, for the warning where its Hessian takes more damping.
     Returns: int8 [N, K].
     """
     segments = zip(weight.split(SEGMENT, dim=1), x.split(SEGMENT, dim=1))
-    return torch.cat([_compensate(w, scale, rows, bits, damping) for w, rows in segments], dim=1)
+    return torch.cat([_compensate(w, scale, _inverse_factor(rows, damping, name), bits) for w, rows in segments], dim=1)
 
 
-def _compensate(weight: Tensor, scale: Tensor, x: Tensor, bits: int, damping: float) -> Tensor:
+def _compensate(weight: Tensor, scale: Tensor, factor: Tensor, bits: int) -> Tensor:
     low, high = integer_range(bits)
-    factor = _inverse_factor(x, damping)
     columns = weight.T.contiguous()  # [K, N]: a column of W' is a contiguous row here
     quantised = torch.empty_like(columns, dtype=torch.int8)
     for start in range(0, len(columns), LAZY):
@@ -95,8 +107,33 @@ def _compensate(weight: Tensor, scale: Tensor, x: Tensor, bits: int, damping: fl
     return quantised.T.contiguous()
 
 
-def _inverse_factor(x: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of (x^T x / M + damping * mean(diag) I)^-1: [K, K]."""
+def _inverse_factor(x: Tensor, damping: float, name: str) -> Tensor:
+    """The upper Cholesky factor of (x^T x / M + damping * mean(diag) I)^-1, up to a constant factor: float32 [K, K].
+
+    In float32; where that finds the Hessian singular (fewer rows than channels, dead or equal channels) in float64; and
+    where this does too, with ten times the damping, and ten times that, until it does not, which a DampingWarning says.
+    """
+    x = x / unit_power(x)  # a constant factor changes no compensation; a power of two not even a rounding
+    factor = _damped_factor(x, damping)
+    if factor is None:
+        x, used = x.double(), damping
+        while (factor := _damped_factor(x, used)) is None:
+            used = max(DAMPING_STEP * used, DAMPING_START)
+        if used != damping:
+            warnings.warn(
+                f"{name}: --damping {damping:g} leaves its Hessian singular; it was compensated with {used:g}",
+                DampingWarning, stacklevel=2,
+            )  # fmt: skip
+    return factor
+
+
+def _damped_factor(x: Tensor, damping: float) -> Tensor | None:
+    """:func:`_inverse_factor` in the type of x [M, K], whose largest magnitude is about 1; None where it is singular."""
     hessian = x.T @ x / len(x)
     hessian.diagonal().add_(damping * hessian.diagonal().mean() + 1e-30)
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    lower, failed = torch.linalg.cholesky_ex(hessian)
+    if failed:
+        return None
+    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    upper = upper.float()
+    return None if failed or not upper.isfinite().all() or not upper.diagonal().all() else upper

@@ -8,19 +8,24 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import torch
 from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 
-from compiler.errors import PackError
+from compiler.errors import PackError, RecipeError
 from compiler.quant.linears import select_linears
 from compiler.quant.pack import LinearPack, load_pack, save_pack
 from compiler.quant.quantize import Quantization
-from compiler.quant.recipe import Recipe
+from compiler.quant.recipe import SELECTION, Recipe
 from compiler.quant.transforms import LinearTransform
+from runtime.config import ModelConfig
 
 FORMAT_VERSION = 1
 RECIPE, FLOAT_WEIGHTS, VALUE_SCALES = "recipe.json", "float_weights.safetensors", "value_scales.safetensors"
@@ -64,31 +69,108 @@ def save_quantization(quantization: Quantization, directory: Path, fingerprint: 
 def load_quantization(directory: Path, checkpoint) -> Quantization:
     """Reads what :func:`save_quantization` wrote for this checkpoint.
 
-    Raises PackError when something is missing or damaged, or was made from another checkpoint.
+    Raises PackError when something is missing, damaged or there beyond what recipe.json lists, or was made from another
+    checkpoint.
     """
-    try:
-        description = json.loads((directory / RECIPE).read_text())
-        version, fingerprint = description["format_version"], description["checkpoint_fingerprint"]
-        recipe, linears = description["recipe"], description["linears"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PackError(f"{directory / RECIPE} is not readable: {error}") from error
-    if version != FORMAT_VERSION:
-        raise PackError(f"{directory} has packs of format {version}, this duq reads {FORMAT_VERSION}; quantise again")
-    if fingerprint != checkpoint.fingerprint:
+    description = _description(directory)
+    recipe, linears = _recipe(directory, description), description["linears"]
+    if description["checkpoint_fingerprint"] != checkpoint.fingerprint:
         raise PackError(f"{directory} was made from another checkpoint than {checkpoint.path}; quantise again")
+    _check_files(directory, linears)
     packs = {name: load_pack(directory, name, _shape(checkpoint, name)) for name in linears}
     for name, pack in packs.items():
         if not isinstance(pack, LinearPack):
             raise PackError(f"{directory / name}.npz holds no integer weights; quantise again")
     try:
-        return Quantization(
-            Recipe.from_settings(recipe),
-            packs,
-            load_file(directory / FLOAT_WEIGHTS),
-            _load_value_transforms(directory),
-        )
-    except (OSError, SafetensorError) as error:
+        float_weights, value_transforms = load_file(directory / FLOAT_WEIGHTS), _load_value_transforms(directory)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise PackError(f"{directory}: {error}; quantise again") from error
+    _check_float_weights(directory, float_weights, checkpoint)
+    _check_value_transforms(directory, value_transforms, checkpoint)
+    return Quantization(recipe, packs, float_weights, value_transforms)
+
+
+def read_recipe(directory: Path) -> Recipe:
+    """The recipe that packs written by :func:`save_quantization` were made with. PackError if it cannot be read."""
+    return _recipe(directory, _description(directory))
+
+
+def check_recipe(directory: Path, recipe: Recipe, origins: Mapping[str, str], config: ModelConfig) -> None:
+    """PackError where what was asked for contradicts the packs, which are compiled as they are.
+
+    recipe: what was asked for. origins: its keys that the user set, and where (`recipe_origins`). Selections and bits agree
+    if they give the policy's linears the same bits, however they are written.
+    """
+    own, asked = read_recipe(directory), {key: getattr(recipe, key) for key in origins}
+    of_bits = {key: value for key, value in asked.items() if key in (*SELECTION, "weight_bits", "layer_bits")}
+    if select_linears(replace(own, **of_bits), config) == select_linears(own, config):
+        asked = {key: value for key, value in asked.items() if key not in of_bits}
+    for key, value in asked.items():
+        if value != getattr(own, key):
+            raise PackError(
+                f"{origins[key]}: asks for {key} {value!r}, but the packs in {directory} were made with "
+                f"{getattr(own, key)!r}; leave it out to compile them as they are, or make others with duq-quantize"
+            )
+
+
+def _description(directory: Path) -> dict:
+    """recipe.json, each of its keys there and of the right kind."""
+    try:
+        description = json.loads((directory / RECIPE).read_text())
+        version = description["format_version"]
+        kinds = {"checkpoint_fingerprint": str, "recipe": dict, "linears": list}
+        wrong = [key for key, kind in kinds.items() if version == FORMAT_VERSION and not isinstance(description[key], kind)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PackError(f"{directory / RECIPE} is not readable: {error}") from error
+    if version != FORMAT_VERSION:
+        raise PackError(f"{directory} has packs of format {version}, this duq reads {FORMAT_VERSION}; quantise again")
+    if wrong:
+        raise PackError(f"{directory / RECIPE} is not readable: {wrong[0]} is no {kinds[wrong[0]].__name__}")
+    return description
+
+
+def _recipe(directory: Path, description: dict) -> Recipe:
+    try:
+        return Recipe.from_settings(description["recipe"])
+    except RecipeError as error:
+        raise PackError(f"{directory / RECIPE} is not readable: {error}; quantise again") from error
+
+
+def _check_files(directory: Path, linears: list) -> None:
+    """PackError unless the directory has a pack of each linear that recipe.json lists, and of no other."""
+    listed, found = {str(name) for name in linears}, {file.stem for file in directory.glob("*.npz")}
+    if len(listed) < len(linears):
+        raise PackError(f"{directory / RECIPE} lists a linear twice; quantise again")
+    for names, what in (
+        (listed - found, "has no pack for"),
+        (found - listed, f"holds packs that {RECIPE} does not list:"),
+    ):
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise PackError(f"{directory} {what} {shown}; copy the directory whole or quantise again")
+
+
+def _check_float_weights(directory: Path, weights: dict[str, torch.Tensor], checkpoint) -> None:
+    for name, tensor in weights.items():
+        original = checkpoint.weights.get(name)
+        if original is None or original.shape != tensor.shape:
+            there = "does not have it" if original is None else f"has {list(original.shape)}"
+            raise PackError(f"{directory / FLOAT_WEIGHTS}: {name} is {list(tensor.shape)}, but {checkpoint.path} {there}")
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise PackError(f"{directory / FLOAT_WEIGHTS}: {name} is {tensor.dtype} or not finite; quantise again")
+
+
+def _check_value_transforms(directory: Path, transforms: dict[int, LinearTransform], checkpoint) -> None:
+    gemma = checkpoint.config.llm
+    channels = gemma.kv_heads * gemma.head_dim
+    for layer, transform in transforms.items():
+        scale, block = transform.input_scale, transform.block_size
+        good = scale.dtype == np.float32 and scale.shape == (channels,) and np.isfinite(scale).all() and (scale > 0).all()
+        if not good or not 0 <= layer < gemma.depth or block < 1 or block & (block - 1) or channels % block:
+            raise PackError(
+                f"{directory / VALUE_SCALES}: layer {layer} has {scale.dtype} {list(scale.shape)} in blocks of {block}; "
+                f"expected positive float32 [{channels}] for layers 0 to {gemma.depth - 1}; quantise again"
+            )
 
 
 def load_transforms(directory: Path, checkpoint, recipe: Recipe) -> dict[str, LinearTransform]:

@@ -5,6 +5,7 @@ R_out orthogonal and block-diagonal, so that x' W'^T R_out = x W^T. docs/quantiz
 """
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -127,11 +128,22 @@ def interleaving_permutation(magnitude: Tensor) -> np.ndarray:
     return interleaved.cpu().numpy()
 
 
+def unit_power(x: Tensor) -> float:
+    """The power of two at or below the largest magnitude of x; 1 where all is zero. x / it has its largest in [1, 2)."""
+    largest = float(x.abs().max()) if x.numel() else 0.0
+    return 2.0 ** (math.frexp(largest)[1] - 1) if 0 < largest < math.inf else 1.0
+
+
 def weight_rotation(weight: Tensor, block_size: int) -> np.ndarray:
     """Per block of columns, the left singular vectors of W[:, block]^T: weight [N, K] -> float32 [K/B, B, B]."""
     blocks = weight.unflatten(-1, (-1, block_size)).transpose(0, 1).to(torch.float32)  # [K/B, N, B]
+    blocks = blocks / unit_power(blocks)  # squares of the largest and the smallest floats are none
     gram = blocks.transpose(1, 2) @ blocks  # its eigenvectors are those singular vectors, at the cost of B x B
-    return torch.linalg.eigh(gram).eigenvectors.flip(-1).cpu().numpy()
+    try:
+        vectors = torch.linalg.eigh(gram).eigenvectors
+    except torch.linalg.LinAlgError:  # many equal eigenvalues, which float32 does not tell from each other
+        vectors = torch.linalg.eigh(gram.double()).eigenvectors.float()
+    return vectors.flip(-1).cpu().numpy()
 
 
 def greedy_rotation(x: Tensor, block_size: int, seed: int = 0) -> np.ndarray:
