@@ -52,7 +52,9 @@ def main() -> None:
 
 def settings_table(manifest: dict) -> Table:
     """Every setting around the model that changes the actions, and who said it."""
-    table, model, transforms = _table("Settings", "", "", ""), manifest["model"], manifest["transforms"]
+    table, model, transforms = _table("Settings", "", "", ""), manifest.get("model"), manifest.get("transforms")
+    if not (model and transforms):  # made by hand
+        return table
     said = manifest.get("settings_from") or {}
     robot = manifest.get("robot_description")
     pi05, stats = model["pi05"], manifest.get("norm_stats") or {}
@@ -131,6 +133,9 @@ def _policy_table(manifest: dict) -> Table:
     for key, value in manifest.items():
         if key not in elsewhere:
             table.add_row(key, _text(value))
+    stats = {key: entry for key, entry in (manifest.get("norm_stats") or {}).items() if isinstance(entry, dict)}
+    sizes = {key: next((len(values) for values in entry.values() if isinstance(values, list)), 0) for key, entry in stats.items()}
+    table.add_row("norm_stats", ", ".join(f"{key} [{size}]" for key, size in sizes.items()) or "none")
     return table
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from compiler.model import Pi0
+from compiler.checkpoint.settings import Settings
 from runtime.config import GemmaConfig, ModelConfig, VisionConfig
 from runtime.preprocess import ModelInputs
 
@@ -37,7 +38,7 @@ def tiny_checkpoint(pi05: bool = False, seed: int = 0) -> SimpleNamespace:
         elif tensor.dim() == 2:
             weight = weight * (0.7 * torch.randn(tensor.shape[1])).exp()
         weights[name] = weight.to(torch.bfloat16)
-    return SimpleNamespace(config=config, weights=weights, path="tiny", fingerprint=f"tiny{seed}")
+    return SimpleNamespace(config=config, weights=weights, path="tiny", fingerprint=f"tiny{seed}", settings=Settings(), form="")
 
 
 def observation(config: ModelConfig, seed: int, cameras: int = 3) -> ModelInputs:

@@ -72,7 +72,6 @@ OBSERVATIONS = {
     "camera of integers": (libero(observation__image=np.zeros((20, 30, 3), int)), "observation/image: has dtype int64, expec"),
     "camera 0..255 in float": (libero(observation__wrist_image=np.full((9, 9, 3), 2.0)), "wrist_image: a floating-point image"),
     "camera grey": (libero(observation__image=np.zeros((20, 30), np.uint8)), "observation/image: has shape [20, 30], expected"),
-    "prompt too long": (libero(prompt="open the drawer " * 30), "tokens, the policy takes at most 48; shorten it"),
     "bare, state missing": (bare(state=None), "observation lacks 'state'"),
     "bare, state of integers": (bare(state=np.zeros(32, int)), "state: has dtype int64, expected"),
     "bare, state too wide": (bare(state=np.zeros(33, np.float32)), "state: has shape [33], expected"),
@@ -217,7 +216,7 @@ def no_tokenizer_model(path: Path) -> None:
 CHECKPOINTS = {
     "missing": (missing, "bad does not exist: expected the directory that holds model.safetensors"),
     "a file": (a_file, "bad is a file: expected the directory"),
-    "no weights": (no_weights, "bad is not a checkpoint: it has no model.safetensors"),
+    "no weights": (no_weights, "bad has settings but no weights: it has no model.safetensors"),
     "cut short": (cut_short, "bad/model.safetensors", "is cut short or damaged", "copy or download it again"),
     "tensor missing": (weights(lambda tensors: tensors.pop(EXPERT)), "bad: 1 tensors do not fit", "missing    expert.layers.1"),
     "wrong dims": (weights(narrow), "bad: 1 tensors do not fit", "expert.layers.1.mlp.up_proj.weight", "expected ["),
@@ -225,7 +224,7 @@ CHECKPOINTS = {
     "contradiction": (contradiction, "bad: config.json contradicts", "action_dim: action_dim 24, but the tensors have 32"),
     "config no JSON": (no_json, "bad/config.json cannot be read"),
     "no tokenizer model": (no_tokenizer_model, "tokenizer.model: is not a SentencePiece model; give one with --tokenizer"),
-    "no statistics": (no_statistics, "bad has no normalisation statistics", "--without-norm-stats"),
+    "no statistics": (no_statistics, "bad has no normalization statistics", "--without-norm-stats"),
 }
 
 
@@ -280,7 +279,7 @@ def of_unequal_lengths(path: Path) -> None:
 
 FILES = {
     "missing": (lambda path: None, "No such file"),
-    "empty directory": (Path.mkdir, "holds no .npz file of observations"),
+    "empty directory": (Path.mkdir, "holds neither a LeRobotDataset (meta/info.json) nor .npz files"),
     "not a zip": (not_a_zip, "is not an .npz file of plain arrays"),
     "pickles": (pickles, "is not an .npz file of plain arrays"),
     "of unequal lengths": (of_unequal_lengths, "prompt holds 2 observations and state 3, must be equal"),
@@ -357,7 +356,7 @@ def test_a_plan_of_a_newer_format(plan_refused, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, PlanWriter(tmp_path / "engine.plan") as plan:
         patch.setattr(runtime.plan, "FORMAT_VERSION", runtime.plan.FORMAT_VERSION + 1)
         plan.finish({"target": "cpu"})
-    plan_refused("has format version 2, this runtime reads 1; upgrade duq", tmp_path / "engine.plan")
+    plan_refused("has format version 3, this runtime reads 2; upgrade duq", tmp_path / "engine.plan")
 
 
 def test_what_is_no_plan(plan_refused, tmp_path):

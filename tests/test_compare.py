@@ -288,9 +288,9 @@ def test_text_names_every_stage_and_the_worst_linears(tool, tiny_plans, compared
 def test_text_and_json_name_every_action_that_the_robot_reads(tool, tiny_plans, monkeypatch):
     """And none that it does not, but under the key that says so."""
     out = tool(*tiny_plans("pi0", W4A8)).out
-    assert out.count("action 6") == 1 and "action 7" not in out and "RMS error" in out
+    assert out.count("axis_angle_z") == 1 and out.count("gripper") == 1 and "action 7" not in out and "RMS error" in out
     summary = finite_json(tool(*tiny_plans("pi0", W4A8), "--json").out)
-    assert [each["name"] for each in summary["dimensions"]] == [f"action {index}" for index in range(7)]
+    assert [each["name"] for each in summary["dimensions"]] == ["x", "y", "z", "axis_angle_x", "axis_angle_y", "axis_angle_z", "gripper"]
     assert summary["padding_dimensions"]["count"] == 25 and summary["padding_dimensions"]["max_error"] > 0
 
 
@@ -411,7 +411,7 @@ def test_a_bound_in_the_robot_s_units_takes_the_robot_s_observations(tool, tiny_
     options = [*tiny_plans("pi0", W4A8), "--observations", tmp_path / "robot.npz", "--max-robot-error"]
     assert tool(*options, found * 1.01).code == 0
     result = tool(*options, found * 0.99)
-    assert result.code == 1 and "robot actions of observation 1" in result.err and "(action " in result.err
+    assert result.code == 1 and "robot actions of observation 1" in result.err and "(gripper)" in result.err
 
 
 def test_past_a_threshold_the_exit_code_is_1(tool, tiny_plans, tmp_path):

@@ -44,7 +44,7 @@ class CpuExecutor:
             image_mask=np.arange(len(IMAGE_SLOTS)) < cameras,
             tokens=np.zeros(prompt, np.int64),
             token_mask=np.ones(prompt, bool),
-            state=np.zeros(config["state_dim"] or config["action_dim"], np.float32),
+            state=np.zeros(config.get("state_dim") or config["action_dim"], np.float32),
         )
         self.run(inputs, np.zeros((config["action_horizon"], config["action_dim"]), np.float32))
 

@@ -235,7 +235,7 @@ class Calls:
         shapes = {
             "images": (cameras, 3, image, image),
             "embeddings": (prompt, llm["width"]),
-            "state": (config["state_dim"] or config["action_dim"],),
+            "state": (config.get("state_dim") or config["action_dim"],),
             "image_features": (patches, llm["width"]),
             "x": actions,
             "x_next": actions,
