@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime import checks
 from runtime.archives import read_npz
 from runtime.errors import ObservationError
 
@@ -77,11 +78,21 @@ def _element(array: np.ndarray, index: int):
 
 
 def _stack(path: Path, key: str, values: list) -> np.ndarray:
-    values = [np.asarray(value) for value in values]
+    try:
+        values = [_plain(value, key) for value in values]
+    except ObservationError as error:
+        raise ObservationError(f"{path}: {error}") from error
     kinds = {(value.shape, value.dtype.kind if value.dtype.kind in "US" else value.dtype) for value in values}
-    if len(kinds) > 1 or values[0].dtype == object:
-        raise ObservationError(f"{path}: {key} differs in shape or dtype between observations, or is no plain array")
+    if len(kinds) > 1:
+        raise ObservationError(f"{path}: {key} differs in shape or dtype between observations")
     return np.stack(values)
+
+
+def _plain(value, key: str) -> np.ndarray:
+    """Text, a plain numpy array of any dtype, or numbers in whatever form, as an array."""
+    if isinstance(value, (str, bytes)) or type(value) is np.ndarray and value.dtype.kind not in "OV":
+        return np.asarray(value)
+    return checks.array(value, key)
 
 
 def _flatten(observation: Mapping) -> dict:
