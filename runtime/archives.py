@@ -12,10 +12,10 @@ def read_npz(file: Path) -> dict[str, np.ndarray]:
     Raises OSError if the file cannot be read, ValueError with one line if it is not an intact .npz of plain arrays.
     """
     try:
-        with np.lib.npyio.NpzFile(file, allow_pickle=False) as archive:  # not np.load: it also takes a lone array or a pickle
+        with np.lib.npyio.NpzFile(file, allow_pickle=False) as archive:  # np.load also takes a lone array or a pickle
             arrays = {key: np.asarray(archive[key]) for key in archive.files}
     except OSError:
         raise
-    except Exception as error:  # numpy parses headers as Python: damaged ones fail in zipfile, zlib, tokenize, ast and numpy
+    except Exception as error:  # damaged ones fail in zipfile, zlib, numpy, and, as headers are Python, in tokenize and ast
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
     return arrays

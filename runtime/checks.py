@@ -7,6 +7,10 @@ import numpy as np
 
 from runtime.errors import ObservationError
 
+MAX_NESTING = 8  # of one text
+NUMERIC = "biuf"  # kinds of numpy's dtypes
+EXPECTED = "numbers in a numpy array, a torch tensor or a list"
+
 
 def required(observation: Mapping, key: str):
     """The value of `key`; ObservationError if the observation lacks it."""
@@ -23,11 +27,72 @@ def mapping(observation: Mapping, key: str) -> Mapping:
     return value
 
 
+def array(value, key: str, expected: str = EXPECTED) -> np.ndarray:
+    """Whatever a user hands over as numbers, as a numpy array of booleans, integers or floats in the machine's byte order.
+
+    Takes numpy arrays and scalars of any layout, numbers, nested lists of anything taken here, torch tensors of any device
+    and dtype (bfloat16 becomes float32), JAX arrays, PIL images, and all else that has `__array__`, `__dlpack__` or a
+    buffer. No library is imported for it, and an ordinary array comes back as it is.
+    Raises ObservationError that names the key, what it holds and what is expected (`expected`), for all else: text,
+    objects, dates, complex numbers, records, ragged lists, masked values, tensors without values.
+    """
+    if type(value) is np.ndarray and value.dtype.kind in NUMERIC and value.dtype.isnative:
+        return value
+    try:
+        found = _converted(value, key, expected)
+    except ObservationError:
+        raise
+    except Exception as error:  # each library has its own for what it cannot convert
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        raise ObservationError(f"{key}: is a {_kind(value)} that cannot be read ({reason}), expected {expected}") from error
+    if found.dtype.kind not in NUMERIC:
+        what = f"has dtype {found.dtype}" if isinstance(value, (np.ndarray, np.generic)) else f"is a {_kind(value)}"
+        raise ObservationError(f"{key}: {what}, expected {expected}")
+    return found if found.dtype.isnative else found.astype(found.dtype.newbyteorder("="))
+
+
+def _converted(value, key: str, expected: str) -> np.ndarray:
+    """The value as a numpy array of some dtype; raises whatever the value's library does."""
+    if isinstance(value, (list, tuple)) and not _all_numbers(value):
+        return np.stack([array(each, key, expected) for each in value])  # numpy would drop masks and fail at tensors
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        raise ObservationError(f"{key}: is an array with {np.ma.count_masked(value)} masked values, expected {expected}")
+    if hasattr(value, "detach") and hasattr(value, "cpu"):
+        value = _tensor(value)
+    if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
+        return np.from_dlpack(value)
+    found = np.asarray(value)
+    if found.dtype.kind == "V" and found.dtype.type is not np.void:  # ml_dtypes' bfloat16, float8 and int4, as JAX has
+        found = found.astype(np.float32)
+    return found
+
+
+def _tensor(value):
+    """A torch tensor as a numpy array; what numpy has no type for as float32."""
+    value = value.detach().cpu()
+    try:
+        return value.numpy(force=True)  # resolves conjugated and negated views
+    except TypeError:
+        return value.float().numpy()
+
+
+def _all_numbers(values) -> bool:
+    """Whether a nested list holds nothing but Python's and numpy's own numbers."""
+    kinds = set(map(type, values))
+    if kinds <= {list, tuple}:
+        return all(map(_all_numbers, values))
+    return all(issubclass(kind, (bool, int, float, np.bool_, np.number)) for kind in kinds)
+
+
+def _kind(value) -> str:
+    """What a value is, for an error: its type, and its dtype if it has one."""
+    dtype = getattr(value, "dtype", None)
+    return type(value).__name__ + ("" if dtype is None else f" of {dtype}")
+
+
 def vector(observation: Mapping, key: str, size: int) -> np.ndarray:
-    """A finite floating-point [size] array as float64; a scalar counts as [1]."""
-    value = np.atleast_1d(np.asarray(required(observation, key)))
-    if not np.issubdtype(value.dtype, np.floating):
-        raise ObservationError(f"{key}: has dtype {value.dtype}, expected floating point (float32)")
+    """A finite [size] array as float64, from anything that `array` reads; a scalar counts as [1]."""
+    value = np.atleast_1d(array(required(observation, key), key))
     if value.shape != (size,):
         raise ObservationError(f"{key}: has shape {list(value.shape)}, expected [{size}]")
     return finite(value.astype(np.float64), key)
@@ -41,23 +106,84 @@ def finite(value: np.ndarray, key: str) -> np.ndarray:
     return value
 
 
+def text(value, key: str) -> str:
+    """A str, UTF-8 bytes, or one of either in a numpy array, list or tuple."""
+    for _ in range(MAX_NESTING):
+        if isinstance(value, (str, bytes)) or not isinstance(value, (list, tuple, np.ndarray, np.generic)):
+            break
+        count = value.size if hasattr(value, "size") else len(value)
+        if count != 1:
+            raise ObservationError(f"{key}: is a {type(value).__name__} of {count}, expected one str")
+        value = value.item() if hasattr(value, "item") else value[0]
+    try:
+        found = bytes(value).decode() if isinstance(value, (bytes, bytearray, memoryview)) else value
+        if isinstance(found, str):
+            found.encode()
+            return str(found)
+    except UnicodeError as error:
+        raise ObservationError(f"{key}: is no UTF-8 text ({error})") from error
+    raise ObservationError(f"{key}: is a {type(value).__name__}, expected a str")
+
+
 def image(value, key: str, layout: str, keep_float: bool = False) -> np.ndarray:
-    """A camera image as uint8 [H, W, 3].
+    """A camera image as uint8 [H, W, 3], from anything that `array` reads.
 
     `layout` is "HWC", "CHW", or "any" (channels first if the first axis is 3, as openpi's policies decide). Floating
-    point images hold 0..1 and are truncated to 0..255, as openpi does; with `keep_float` they stay, as float32.
+    point images hold 0..1 and are truncated to 0..255, as openpi does; integers of other widths hold 0..255.
+    With `keep_float` floating point images stay, as float32.
     """
-    value = np.asarray(value)
-    if np.issubdtype(value.dtype, np.floating):
-        if value.size and not (value.min() >= 0 and value.max() <= 1):  # a NaN fails both
-            raise ObservationError(f"{key}: a floating-point image must lie in [0, 1]; pass uint8 for 0..255")
-        value = value.astype(np.float32) if keep_float else (255 * value).astype(np.uint8)
-    elif value.dtype != np.uint8:
-        raise ObservationError(f"{key}: has dtype {value.dtype}, expected uint8")
+    mode = getattr(value, "mode", "RGB") if hasattr(value, "getbands") else "RGB"  # a PIL image
+    if mode != "RGB":
+        raise ObservationError(f"{key}: is a PIL image of mode {mode}, expected RGB; pass image.convert('RGB')")
+    value = array(value, key)
+    value = _unit_floats(value, key) if keep_float and value.dtype.kind == "f" else bytes_of(value, key)
     shape = list(value.shape)
     if value.ndim == 3 and (layout == "CHW" or layout == "any" and shape[0] == 3):
         value = value.transpose(1, 2, 0)
     if value.ndim != 3 or value.shape[2] != 3 or 0 in shape:
         expected = "[3, H, W]" if layout == "CHW" else "[H, W, 3]"
-        raise ObservationError(f"{key}: has shape {shape}, expected {expected}")
+        raise ObservationError(f"{key}: has shape {shape}, expected {expected}{_likely(value, layout)}")
     return value
+
+
+def _unit_floats(value: np.ndarray, key: str) -> np.ndarray:
+    return _checked_unit(value, key).astype(np.float32, copy=False)
+
+
+def _checked_unit(value: np.ndarray, key: str) -> np.ndarray:
+    """`value` itself; ObservationError unless all of it lies in [0, 1]."""
+    if value.size and not (value.min() >= 0 and value.max() <= 1):  # a NaN fails both
+        raise ObservationError(f"{key}: a floating-point image must lie in [0, 1]; pass uint8 for 0..255")
+    return value
+
+
+def bytes_of(value: np.ndarray, key: str) -> np.ndarray:
+    """Pixels of any real dtype as uint8."""
+    if value.dtype == np.uint8:
+        return value
+    if value.dtype.kind == "f":
+        return (255 * _checked_unit(value, key)).astype(np.uint8)
+    if value.dtype.kind == "b":
+        raise ObservationError(f"{key}: has dtype bool, expected uint8; a mask is no image")
+    if value.size and not (value.min() >= 0 and value.max() <= 255):
+        raise ObservationError(
+            f"{key}: has dtype {value.dtype} with values from {value.min()} to {value.max()}, expected uint8; scale them "
+            "to 0..255 and pass .astype(numpy.uint8)"
+        )
+    return value.astype(np.uint8)
+
+
+def _likely(value: np.ndarray, layout: str) -> str:
+    """What an image of a wrong shape may be, and what to do."""
+    if value.ndim == 2 and 0 not in value.shape:
+        return "; grayscale? pass it three times, once a channel"
+    if value.ndim == 4:
+        return "; a batch? pass one image"
+    if value.ndim == 3:
+        channels = value.shape[2] if layout == "CHW" else (value.shape[2], value.shape[0])
+        for count, fix in ((4, "4 channels: RGBA? drop the last"), (1, "1 channel: grayscale? repeat it to three")):
+            if count in np.atleast_1d(channels):
+                return f"; {fix}"
+        if layout == "HWC" and value.shape[0] == 3:
+            return "; channels first? transpose it"
+    return ""

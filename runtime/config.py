@@ -42,9 +42,9 @@ class GemmaConfig:
 class ModelConfig:
     """A whole pi0 or pi0.5 policy.
 
-    rotary: the frequencies of both Gemmas' rotary embeddings. "exact", as JAX and PyTorch in float32 have them, or "bfloat16",
-    rounded to it: PyTorch's `model.to(torch.bfloat16)` rounds the buffer they lie in with the weights, so policies that were
-    trained so know no others. Angles, cosines and sines are float32 either way. PlanError if it is neither.
+    rotary: the frequencies of both Gemmas' rotary embeddings. "exact", as JAX and PyTorch in float32 have them, or
+    "bfloat16", rounded to it: PyTorch's `model.to(torch.bfloat16)` rounds the buffer they lie in with the weights, so
+    policies that were trained so know no others. Angles, cosines and sines are float32 either way. PlanError if neither.
     """
 
     pi05: bool

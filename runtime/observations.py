@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime import checks
 from runtime.archives import read_npz
 from runtime.errors import ObservationError
 
@@ -127,13 +128,20 @@ def _element(array: np.ndarray, index: int):
 
 def _stack(path: Path, key: str, values: list) -> np.ndarray:
     try:
-        values = [np.asarray(value) for value in values]
-    except ValueError as error:  # lists of unequal lengths
-        raise ObservationError(f"{path}: {key} is no plain array ({error})") from error
+        values = [_plain(value, key) for value in values]
+    except ObservationError as error:
+        raise ObservationError(f"{path}: {error}") from error
     kinds = {(value.shape, value.dtype.kind if value.dtype.kind in "US" else value.dtype) for value in values}
-    if len(kinds) > 1 or values[0].dtype == object:
-        raise ObservationError(f"{path}: {key} differs in shape or dtype between observations, or is no plain array")
+    if len(kinds) > 1:
+        raise ObservationError(f"{path}: {key} differs in shape or dtype between observations")
     return np.stack(values)
+
+
+def _plain(value, key: str) -> np.ndarray:
+    """Text, a plain numpy array of any dtype, or numbers in whatever form, as an array."""
+    if isinstance(value, (str, bytes)) or type(value) is np.ndarray and value.dtype.kind not in "OV":
+        return np.asarray(value)
+    return checks.array(value, key)
 
 
 def _flatten(observation: Mapping) -> dict:

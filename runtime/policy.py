@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from runtime import checks
 from runtime.config import IMAGE_SLOTS, ModelConfig
 from runtime.errors import ObservationError, PlanError
 from runtime.executors import open_executor
@@ -85,11 +86,11 @@ class Policy:
         return self._noise.standard_normal(self._noise_shape, np.float32)
 
     def _checked_noise(self, noise: np.ndarray) -> np.ndarray:
-        noise = np.asarray(noise)
+        expected = f"finite float32 {list(self._noise_shape)}"
+        noise = checks.array(noise, "noise", expected)
         if noise.shape != self._noise_shape or noise.dtype != np.float32 or not np.isfinite(noise).all():
-            found = f"{noise.dtype} {list(noise.shape)}"
-            raise ObservationError(f"noise: is {found}, expected finite float32 {list(self._noise_shape)}")
-        return noise
+            raise ObservationError(f"noise: is {noise.dtype} {list(noise.shape)}, expected {expected}")
+        return np.ascontiguousarray(noise)
 
     @property
     def _noise_shape(self) -> tuple[int, int]:

@@ -261,7 +261,7 @@ class Preprocessor:
         return {slot: checks.image(value, camera.name, camera.layout, keep) for slot, (value, camera) in found.items()}
 
     def _bare_state(self, observation: Mapping) -> np.ndarray:
-        dims, width = np.shape(checks.required(observation, "state")), self.config.state_width
+        dims, width = checks.array(checks.required(observation, "state"), "state").shape, self.config.state_width
         fits = len(dims) == 1 and dims[0] <= width
         return checks.vector(observation, "state", dims[0] if fits else width)
 
@@ -334,13 +334,14 @@ def _bare_cameras(observation: Mapping) -> dict[str, np.ndarray]:
 
 
 def _bare_image(value, key: str) -> np.ndarray:
-    if np.asarray(value).dtype != np.uint8:  # openpi takes floats here as -1..1, robots' cameras as 0..1
-        raise ObservationError(f"{key}: has dtype {np.asarray(value).dtype}, expected uint8")
+    dtype = np.dtype(np.uint8) if hasattr(value, "getbands") else checks.array(value, key).dtype
+    if dtype.kind == "f":  # openpi takes floats here as -1..1, robots' cameras as 0..1
+        raise ObservationError(f"{key}: has dtype {dtype}, expected uint8")
     return checks.image(value, key, "HWC")
 
 
 def _flag(value, slot: str) -> bool:
-    value = np.asarray(value)
+    value = checks.array(value, f"image_mask/{slot}", "one bool")
     if value.dtype != bool or value.size != 1:
         raise ObservationError(f"image_mask/{slot}: is {value.dtype} of shape {list(value.shape)}, expected one bool")
     return bool(value.item())
@@ -348,7 +349,8 @@ def _flag(value, slot: str) -> bool:
 
 def _given_tokens(observation: Mapping) -> tuple[np.ndarray, np.ndarray]:
     """tokenized_prompt and its mask, of equal length, at least one token of it valid."""
-    ids, mask = (np.asarray(checks.required(observation, key)) for key in ("tokenized_prompt", "tokenized_prompt_mask"))
+    keys = {"tokenized_prompt": "integers [tokens]", "tokenized_prompt_mask": "bools [tokens]"}
+    ids, mask = (checks.array(checks.required(observation, key), key, expected) for key, expected in keys.items())
     if not np.issubdtype(ids.dtype, np.integer) or mask.dtype != bool:
         raise ObservationError(f"tokenized_prompt: is {ids.dtype}, its mask {mask.dtype}; expected integer and bool")
     if ids.ndim != 1 or ids.shape != mask.shape or not mask.any():
@@ -358,12 +360,5 @@ def _given_tokens(observation: Mapping) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _text(observation: Mapping, key: str) -> str:
-    """The prompt: a str, UTF-8 bytes, or either in a numpy scalar, as robot clients send it."""
-    prompt = checks.required(observation, key)
-    if isinstance(prompt, (np.ndarray, np.generic)) and prompt.size == 1:
-        prompt = prompt.item()
-    if isinstance(prompt, bytes):
-        prompt = prompt.decode("utf-8", "replace")
-    if not isinstance(prompt, str):
-        raise ObservationError(f"{key}: is a {type(prompt).__name__}, expected a str")
-    return prompt
+    """The prompt: a str, UTF-8 bytes, or one of either in a numpy array, list or tuple, as robot clients send it."""
+    return checks.text(checks.required(observation, key), key)

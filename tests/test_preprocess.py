@@ -258,7 +258,7 @@ REFUSED = {
     ),
     "mask of ints": (bare_observation(image_mask={"base_0_rgb": 1}), "image_mask/base_0_rgb: is int64"),
     "no camera": (bare_observation(image_mask=dict.fromkeys(IMAGE_SLOTS, False)), "0 cameras"),
-    "state of ints": (bare_observation(state=np.zeros(32, np.int64)), "state: has dtype int64"),
+    "state of complex numbers": (bare_observation(state=np.zeros(32, complex)), "state: has dtype complex128"),
     "state of text": (bare_observation(state=np.array(["a"] * 32)), "state: has dtype <U1"),
     "state too wide": (bare_observation(state=np.zeros(33, np.float32)), "state: has shape .33., expected .32."),
     "batched state": (bare_observation(state=np.zeros((1, 32), np.float32)), "state: has shape .1, 32."),
