@@ -39,7 +39,7 @@ REFUSED: dict[str, tuple] = {
     "megatron_config": (None,),
     "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
-    "init_lora_weights": (True, False, "gaussian", "eva", None),  # others change the base that the adapter is relative to
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # others change the base
 }
 
 
