@@ -84,6 +84,6 @@ def _without_unused(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Drops what the policy does not use; the tied head stands in for the embedding where a saver kept only the head."""
     weights = {name: tensor for name, tensor in weights.items() if not is_unused(name)}
     head = weights.pop(TIED_HEAD, None)
-    if head is not None and not head.equal(weights.setdefault(EMBEDDING, head)):
+    if head is not None and weights.setdefault(EMBEDDING, head) is not head and not head.equal(weights[EMBEDDING]):
         raise CheckpointError(f"{TIED_HEAD} and {EMBEDDING} differ, but the policy has one tensor for both")
     return weights
