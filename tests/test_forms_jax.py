@@ -280,12 +280,14 @@ def test_too_little_space_is_said_before_work_starts(stored, monkeypatch):
 
 def test_progress_and_finite(stored, tmp_path):
     seen = []
-    load_checkpoint(stored, progress=lambda done, total: seen.append((done, total)))
+    assert load_checkpoint(stored, progress=lambda done, total: seen.append((done, total))).finite
     assert seen[-1][0] == seen[-1][1] > 0 and [done for done, _ in seen] == sorted(done for done, _ in seen)
     arrays = tree()
     arrays["PaliGemma/llm/layers/mlp/linear"][1, 2, 3] = np.nan
+    checkpoint = load_checkpoint(write(tmp_path / "params", arrays))
+    assert not checkpoint.finite
     with pytest.raises(CheckpointError, match=r"llm\.layers\.1\.mlp\.down_proj\.weight: 1 of"):
-        check_finite(load_checkpoint(write(tmp_path / "params", arrays)).weights)
+        check_finite(checkpoint.weights)
 
 
 # --- what is missing, damaged or foreign
@@ -362,6 +364,16 @@ def test_arrays_that_do_not_fit(tmp_path, change, message):
     arrays = tree()
     change(arrays)
     fails(write(tmp_path / "params", arrays), message)
+
+
+def test_heads_of_another_size_are_refused(tmp_path):
+    arrays = tree()
+    for suffix in ("", "_1"):
+        for name in ("q_einsum", "kv_einsum", "attn_vec_einsum"):
+            array = arrays[f"PaliGemma/llm/layers/attn/{name}{suffix}/w"]
+            kv = array.repeat(2, axis=2) if name == "kv_einsum" else array
+            arrays[f"PaliGemma/llm/layers/attn/{name}{suffix}/w"] = kv  # two key/value heads of 16: looks like one of 32
+    fails(write(tmp_path / "params", arrays), "the llm has 2 heads and 2 key/value heads of 16; .* it would compute with 1 and 1 of 32")
 
 
 def test_integers_are_no_weights(tmp_path):

@@ -39,6 +39,7 @@ class Checkpoint:
     notes: list[str] = field(default_factory=list)  # what was chosen or assumed, worth saying when a plan is made
     files: list[Path] = field(default_factory=list)  # that define the weights, in a fixed order; `path`'s when empty
     buffers: dict[str, list[float]] = field(default_factory=dict)  # statistics among the tensors (LeRobot 0.3)
+    finite: bool = False  # every weight is known to be finite
     metadata: dict | None = None  # the training config in openpi's metadata.pt, see compiler.checkpoint.metadata
 
     @cached_property
@@ -75,6 +76,7 @@ def load_checkpoint(
     settings = read_json(settings_file) if settings_file.is_file() else {}
     try:
         config = _checked_config(stored.tensors, settings, lerobot if stored.layout == "lerobot" else openpi, stored.vision_heads)
+        stored.check(config)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     if stored.layout == "lerobot":
@@ -86,9 +88,10 @@ def load_checkpoint(
         norm_stats = read_openpi_stats(path, asset_id)
     tokenizer = next(filter(None, map(_tokenizer, (path, *stored.beside))), None)
     metadata = read_metadata(path / METADATA).get("config") if (path / METADATA).is_file() else None
+    weights = stored.read(progress)
     return Checkpoint(
-        path, config, stored.read(progress), norm_stats, tokenizer, stored.layout, form=stored.form, origin=stored.origin,
-        notes=stored.notes, files=stored.files, buffers=stored.buffers, metadata=metadata,
+        path, config, weights, norm_stats, tokenizer, stored.layout, form=stored.form, origin=stored.origin,
+        notes=stored.notes, files=stored.files, buffers=stored.buffers, finite=stored.finite, metadata=metadata,
     )  # fmt: skip
 
 

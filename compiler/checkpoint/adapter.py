@@ -233,8 +233,10 @@ def _result(change: Change, base: Tensor) -> Tensor:
     return torch.empty(base.shape, dtype=dtype, device="meta")
 
 
-def _merge(base: Stored, changes: dict[str, Change], layout: dict[str, Tensor], progress: Progress | None) -> dict[str, Tensor]:
+def _merge(
+    base: Stored, changes: dict[str, Change], layout: dict[str, Tensor], progress: Progress | None
+) -> tuple[dict[str, Tensor], bool]:
     made, scratch = base.read(progress), Scratch(layout)
     for name, change in changes.items():
         scratch.write(name, change.apply(made[name]))
-    return made | scratch.tensors()
+    return made | scratch.tensors(), base.finite and scratch.finite

@@ -114,6 +114,8 @@ def _pickled(folder: Path) -> str | None:
     files = sorted(file.name for file in folder.iterdir() if file.is_file())
     if pickled := [name for name in files if name.endswith(PICKLED) and not name.startswith(("optimizer", "metadata"))]:
         return f"has only pickled weights ({', '.join(pickled[:3])}), which duq does not load, as they can run any code: {CONVERT}"
+    if others := [name for name in files if name.endswith((".npz", ".msgpack", ".h5", ".onnx", ".tflite"))]:
+        return f"has weights in a form that duq does not read ({others[0]}): {CONVERT}"
     if gguf := [name for name in files if name.endswith(".gguf")]:
         return f"holds a model for llama.cpp ({gguf[0]}); pass the directory of the policy it was made from"
     if shards := [name for name in files if name.startswith("model-0") and name.endswith(".safetensors")]:

@@ -17,6 +17,7 @@ from compiler.checkpoint.shapes import listing
 from compiler.checkpoint.stored import Progress, Stored
 from compiler.errors import CheckpointError
 from compiler.parallel import in_order, thread_pool
+from runtime.config import ModelConfig
 
 ROWS = 1 << 14  # of an array without layers that are read at a time
 IN_FLIGHT = 1 << 29  # bytes that threads have read ahead
@@ -160,6 +161,7 @@ def open_jax(params: Path, folder: Path) -> Stored:
         make=lambda progress: _convert(params, parts, layout, progress),
         notes=_lora_notes(ranks),
         vision_heads=query.shape[2] if query else None,
+        check=lambda config: _check_heads(config, arrays),
     )
 
 
@@ -220,6 +222,19 @@ def _parts(array: OrbaxArray, rule: Rule, adapter: tuple[OrbaxArray, OrbaxArray]
     return [Part(array, rule, slice(start, min(start + step, rows)), adapter) for start in range(0, rows, step)]
 
 
+def _check_heads(config: ModelConfig, arrays: dict[str, OrbaxArray]) -> None:
+    """Once converted, tensors do not tell heads of one size from more heads of another; the arrays do."""
+    for suffix, stack in STACKS.items():
+        gemma = getattr(config, stack)
+        _, _, kv_heads, _, head_dim = arrays[f"PaliGemma/llm/layers/attn/kv_einsum{suffix}/w"].shape
+        heads = arrays[f"PaliGemma/llm/layers/attn/q_einsum{suffix}/w"].shape[1]
+        if (heads, kv_heads, head_dim) != (gemma.heads, gemma.kv_heads, gemma.head_dim):
+            raise CheckpointError(
+                f"the {stack} has {heads} heads and {kv_heads} key/value heads of {head_dim}; duq knows heads of 256 (and "
+                f"openpi's dummy), so it would compute with {gemma.heads} and {gemma.kv_heads} of {gemma.head_dim}"
+            )
+
+
 def _layout(parts: list[Part]) -> dict[str, Tensor]:
     layout = {}
     for part in parts:
@@ -230,7 +245,9 @@ def _layout(parts: list[Part]) -> dict[str, Tensor]:
     return layout
 
 
-def _convert(params: Path, parts: list[Part], layout: dict[str, Tensor], progress: Progress | None) -> dict[str, Tensor]:
+def _convert(
+    params: Path, parts: list[Part], layout: dict[str, Tensor], progress: Progress | None
+) -> tuple[dict[str, Tensor], bool]:
     scratch = Scratch(layout)
     total, done = sum(part.nbytes for part in parts), 0
 
@@ -245,7 +262,7 @@ def _convert(params: Path, parts: list[Part], layout: dict[str, Tensor], progres
                     progress(done, total)
     except CheckpointError as error:
         raise CheckpointError(f"{params}: {error}") from error
-    return scratch.tensors()
+    return scratch.tensors(), scratch.finite
 
 
 def _cached(parts: list[Part]) -> Iterator[Part]:

@@ -39,9 +39,12 @@ class Scratch:
             )
         self.file = tempfile.TemporaryFile(prefix="duq-weights-", dir=self.folder, buffering=0)
         self.file.truncate(end)
+        self.finite = True  # so far: what was written holds neither NaN nor infinity
 
     def write(self, name: str, values: torch.Tensor, start: int = 0) -> None:
         """Puts `values`, of the tensor's dtype, into it from its element `start` on, in C order."""
+        if not all(torch.isfinite(bound) for bound in torch.aminmax(values)):
+            self.finite = False
         data = memoryview(values.contiguous().flatten().view(torch.uint8).numpy())
         offset = self.offsets[name] + start * values.element_size()
         try:
