@@ -1,4 +1,4 @@
-"""Forms of checkpoints other than the plain ones: names of every generation, adapters, places, and what else a folder may be."""
+"""Forms of checkpoints other than the plain ones: names of every generation, adapters, places, other folders."""
 from __future__ import annotations
 
 import enum
@@ -112,7 +112,9 @@ def test_wrappers_anywhere_in_a_name(wrappers, generation):
     assert current_name(".".join(parts)) == name
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.model.", "model._orig_mod."])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.model.", "model._orig_mod."]
+)
 def test_checkpoints_of_wrapped_models(openpi, lerobot, edit, prefix):
     source = lerobot if "model" in prefix.split(".") else openpi
     path = edit(source, lambda weights: {prefix + name.removeprefix("model."): tensor for name, tensor in weights.items()})
@@ -120,7 +122,10 @@ def test_checkpoints_of_wrapped_models(openpi, lerobot, edit, prefix):
 
 
 def test_a_tensor_under_two_names_that_mean_the_same(openpi, edit):
-    fails(edit(openpi, lambda w: w | {"module.state_proj.bias": w["state_proj.bias"]}), "stored twice.*\n.*a second state_proj.bias")
+    fails(
+        edit(openpi, lambda w: w | {"module.state_proj.bias": w["state_proj.bias"]}),
+        "stored twice.*\n.*a second state_proj.bias",
+    )
 
 
 def test_unused_tensors_are_dropped_knowingly(lerobot, edit):
@@ -136,7 +141,10 @@ def test_unused_tensors_are_dropped_knowingly(lerobot, edit):
 
 
 def test_other_tensors_are_not(lerobot, edit):
-    fails(edit(lerobot, lambda w: w | {f"model.{EXPERT}embed_positions.weight": torch.zeros(4)}), r"extra +expert\.embed_positions")
+    fails(
+        edit(lerobot, lambda w: w | {f"model.{EXPERT}embed_positions.weight": torch.zeros(4)}),
+        r"extra +expert\.embed_positions",
+    )
 
 
 def test_embedding_and_head_that_differ(openpi, edit):
@@ -176,7 +184,7 @@ def test_metadata_as_torch_saves_it(tmp_path):
     config = {
         "name": "pi05_libero", "model": shared, "again": shared, "tuple": (1, (2.0, "x")), "set": {3},
         "path": pathlib.Path("/data/assets"), "relative": pathlib.PurePosixPath("a/b"), "ordered": OrderedDict(a=1),
-        "kind": Kind.ONE, "node": Node(), "array": np.arange(3), "tensor": torch.zeros(2), "function": math.sqrt, "type": Node,
+        "kind": Kind.ONE, "node": Node(), "array": np.arange(3), "tensor": torch.zeros(2), "function": math.sqrt,
     }  # fmt: skip
     torch.save({"global_step": 7, "config": config, "timestamp": 1.5}, tmp_path / "metadata.pt")
     found = read_metadata(tmp_path / "metadata.pt")
@@ -255,12 +263,16 @@ def make_adapter(folder: Path, base: Path, rank=lambda module: 4, targets=TARGET
     for name, tensor in load_file(base / "model.safetensors").items():
         module = name.removesuffix(".weight")
         if tensor.ndim == 2 and re.fullmatch(targets, module):
-            tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(rank(module), tensor.shape[1], generator=random)
-            tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(tensor.shape[0], rank(module), generator=random) / 50
+            tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(
+                rank(module), tensor.shape[1], generator=random
+            )
+            tensors[f"base_model.model.{module}.lora_B.weight"] = (
+                torch.randn(tensor.shape[0], rank(module), generator=random) / 50
+            )
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors | (also or {}), folder / "adapter_model.safetensors")
-    defaults = dict(peft_type="LORA", r=4, lora_alpha=8, target_modules=targets, bias="none", base_model_name_or_path=str(base),
-                    init_lora_weights=True, loftq_config={}, megatron_core="megatron.core", inference_mode=True)  # fmt: skip
+    defaults = dict(peft_type="LORA", r=4, lora_alpha=8, target_modules=targets, bias="none", init_lora_weights=True)
+    defaults |= dict(base_model_name_or_path=str(base), loftq_config={}, megatron_core="megatron.core", inference_mode=True)
     (folder / "adapter_config.json").write_text(json.dumps(defaults | config))
     return folder
 
@@ -321,7 +333,7 @@ def test_biases_that_were_trained(lerobot, tmp_path, bias):
 
 def test_the_base_may_be_given_and_has_any_form(lerobot, openpi, tmp_path):
     folder = make_adapter(tmp_path / "adapter", lerobot, base_model_name_or_path="gone/away/far")
-    fails(folder, "its base gone/away/far is not on this machine; give the base's folder")
+    fails(folder, "its base gone/away/far is not on this machine; give its folder")
     given = load_checkpoint(folder, base=lerobot)
     assert given.weights[CANONICAL[Q]].dtype == torch.float32
     assert load_checkpoint(folder, base=openpi).layout == "openpi"
@@ -375,7 +387,9 @@ def test_adapters_that_cannot_be_merged(lerobot, tmp_path, config, message):
     fails(folder, message)
 
 
-@pytest.mark.parametrize("config", [{"some_new_scale": None}, {"some_new_list": []}, {"lora_dropout": 0.1, "task_type": "x"}])
+@pytest.mark.parametrize(
+    "config", [{"some_new_scale": None}, {"some_new_list": []}, {"lora_dropout": 0.1, "task_type": "x"}]
+)
 def test_settings_that_change_nothing(lerobot, tmp_path, config):
     assert load_checkpoint(make_adapter(tmp_path / "adapter", lerobot, **config)).weights
 
@@ -384,9 +398,15 @@ def test_settings_that_change_nothing(lerobot, tmp_path, config):
     "change, message",
     [
         (lambda t: t.pop(f"base_model.model.{Q}.lora_B.weight"), "q_proj: lora_B is missing"),
-        (lambda t: t.update({"base_model.model.model.unknown.lora_A.weight": torch.zeros(4, 4)}), "unknown: the base has no such tensor"),
+        (
+            lambda t: t.update({"base_model.model.model.unknown.lora_A.weight": torch.zeros(4, 4)}),
+            "unknown: the base has no such tensor",
+        ),
         (lambda t: t.update({f"base_model.model.{Q}.lora_magnitude_vector.weight": torch.zeros(4)}), "is DoRA"),
-        (lambda t: t.update({"base_model.model.model.state_proj.weight": torch.zeros(4)}), r"state_proj\.weight \[4\] is of no kind"),
+        (
+            lambda t: t.update({"base_model.model.model.state_proj.weight": torch.zeros(4)}),
+            r"state_proj\.weight \[4\] is of no kind",
+        ),
         (lambda t: t.update({f"base_model.model.{Q}.lora_A.weight": torch.zeros(4, 7)}), r"A \[4, 7\] and B .* do not fit"),
         (lambda t: [t.pop(name) for name in list(t) if Q in name], "q_proj is a target .* has no tensors"),
     ],
@@ -416,13 +436,16 @@ def test_folders_that_are_half_an_adapter(lerobot, tmp_path):
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     fails(folder, "adapter_model.bin is pickled")
     itself = make_adapter(tmp_path / "itself", lerobot, base_model_name_or_path=str(tmp_path / "itself"))
-    fails(itself, "its base .* give the base's folder")
+    fails(itself, "its base .* give its folder")
 
 
 def test_openpi_s_lm_heads_in_an_adapter_change_nothing(lerobot, tmp_path):
-    also = {f"base_model.model.model.{HEAD.removesuffix('.weight')}.lora_{letter}.weight": torch.ones(4, 4) for letter in "AB"}
+    also = {
+        f"base_model.model.model.{HEAD.removesuffix('.weight')}.lora_{letter}.weight": torch.ones(4, 4) for letter in "AB"
+    }
     folder = make_adapter(tmp_path / "adapter", lerobot, also=also)
-    assert torch.equal(load_checkpoint(folder).weights["llm.embed_tokens.weight"], load_checkpoint(lerobot).weights["llm.embed_tokens.weight"])
+    name = "llm.embed_tokens.weight"
+    assert torch.equal(load_checkpoint(folder).weights[name], load_checkpoint(lerobot).weights[name])
 
 
 # --- places
@@ -447,7 +470,10 @@ def test_locations(text, expected):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("gs://openpi-assets/checkpoints/pi05_base", r"gsutil -m cp -r gs://openpi-assets/checkpoints/pi05_base .*pass pi05_base"),
+        (
+            "gs://openpi-assets/checkpoints/pi05_base",
+            r"gsutil -m cp -r gs://openpi-assets/checkpoints/pi05_base .*pass pi05",
+        ),
         (Path("gs://openpi-assets/checkpoints/pi05_base/"), "gsutil -m cp -r gs://openpi-assets/checkpoints/pi05_base"),
         ("s3://bucket/x", "aws s3 cp --recursive s3://bucket/x"),
         ("https://host/x", "cannot be read: download it"),
@@ -475,7 +501,12 @@ def hub_cache(lerobot, tmp_path, monkeypatch):
 
 def test_the_hub_s_cache_is_used_offline(hub_cache, lerobot, tmp_path):
     expected = load_checkpoint(lerobot)
-    for text in ("hf://owner/name", Path("hf://owner/name"), "hf://owner/name@main", f"hf://owner/name@{hub_cache.name}/sub"):
+    for text in (
+        "hf://owner/name",
+        Path("hf://owner/name"),
+        "hf://owner/name@main",
+        f"hf://owner/name@{hub_cache.name}/sub",
+    ):
         found = load_checkpoint(text)
         assert same(found.weights, expected.weights) and found.fingerprint == expected.fingerprint
     assert found.path == hub_cache / "sub" and fetch(parse_location("hf://owner/name")) == hub_cache
@@ -556,7 +587,12 @@ def test_folders_one_level_off(openpi, tmp_path, place, passed, expected):
 
 def test_files_in_place_of_folders(openpi, tmp_path):
     fails(openpi / "model.safetensors", f"is a file: pass its directory {re.escape(str(openpi))}$")
-    for name, message in (("x.pt", "pickled tensors"), ("x.gguf", "GGUF"), ("x.bin", "pickled"), ("notes.txt", "is a file")):
+    for name, message in (
+        ("x.pt", "pickled tensors"),
+        ("x.gguf", "GGUF"),
+        ("x.bin", "pickled"),
+        ("notes.txt", "is a file"),
+    ):
         (tmp_path / name).write_text("x")
         fails(tmp_path / name, message)
     (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid")
@@ -585,7 +621,7 @@ def test_other_policies_of_lerobot(lerobot, tmp_path, policy):
         (["model.vlm_with_expert.vlm.model.x.weight"], {}, "SmolVLA"),
         ([f"{PALIGEMMA}model.language_model.norm.weight"], {}, "pi0-FAST"),
         (["language_model.model.norm.weight", "vision_tower.x"], {}, "PaliGemma itself"),
-        (["language_model.model.norm.weight"], {"model_type": "paligemma"}, "'paligemma' model, not a policy"),
+        (["language_model.model.norm.weight"], {"model_type": "paligemma"}, "'paligemma' model; only"),
         ([f"{Q}.base_layer.weight", f"{Q}.lora_A.default.weight"], {}, r"LoRA that is not merged.*merge_and_unload"),
         ([f"{Q}.lora_magnitude_vector.default.weight", f"{Q}.lora_A.default.weight"], {}, "DoRA"),
     ],

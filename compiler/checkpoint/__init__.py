@@ -62,11 +62,11 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Opens a pi0 or pi0.5 checkpoint; weights stay on disk until they are used.
 
-    `path` is a folder of openpi's JAX or PyTorch trainer (a run's folder: its newest complete step is taken, and said in the
-    notes), of LeRobot, of a PEFT adapter, or hf://owner/name[@revision][/subfolder]. `base`: the policy that an adapter is
-    for, if not the one that it names. `asset_id` chooses among the statistics of several robots in an openpi directory.
-    JAX weights and merged LoRA are written to a temporary file (in TMPDIR) in the policy's layout, after everything else was
-    checked; `progress(done, total)` is called with bytes as that goes on.
+    `path` is a folder of openpi's JAX or PyTorch trainer (a run's folder: its newest complete step is taken, and said in
+    the notes), of LeRobot, of a PEFT adapter, or hf://owner/name[@revision][/subfolder]. `base`: the policy that an adapter
+    is for, if not the one that it names. `asset_id` chooses among the statistics of several robots in an openpi directory.
+    JAX weights and merged LoRA are written to a temporary file (in TMPDIR) in the policy's layout, after everything else
+    was checked; `progress(done, total)` is called with bytes as that goes on.
     Raises CheckpointError: not a checkpoint (naming what is there), damaged or incomplete files, tensors missing, extra or
     mis-shaped (all listed), config.json contradicting the tensors, norm stats unusable or ambiguous.
     """
@@ -75,7 +75,8 @@ def load_checkpoint(
     settings_file = stored.file("config.json")
     settings = read_json(settings_file) if settings_file.is_file() else {}
     try:
-        config = _checked_config(stored.tensors, settings, lerobot if stored.layout == "lerobot" else openpi, stored.vision_heads)
+        layout = lerobot if stored.layout == "lerobot" else openpi
+        config = _checked_config(stored.tensors, settings, layout, stored.vision_heads)
         stored.check(config)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error

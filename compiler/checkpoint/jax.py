@@ -1,6 +1,6 @@
 """openpi's JAX parameters -> canonical weights, layer by layer, with LoRA merged.
 
-In JAX the layers of a stack are one array with a first axis, kernels are [in, out], and attention has an axis for the heads.
+In JAX the layers of a stack are one array with a first axis, kernels are [in, out], and attention has an axis for heads.
 """
 from __future__ import annotations
 
@@ -148,7 +148,10 @@ def open_jax(params: Path, folder: Path) -> Stored:
         parts, adapters = _plan(arrays)
     except CheckpointError as error:
         raise CheckpointError(f"{params}: {error}") from error
-    ranks = {stack: sorted({_rank(pair) for name, pair in adapters.items() if _stack(name) == stack}) for stack in STACKS.values()}
+    ranks = {
+        stack: sorted({_rank(pair) for name, pair in adapters.items() if _stack(name) == stack})
+        for stack in STACKS.values()
+    }
     query = arrays.get("PaliGemma/img/Transformer/encoderblock/MultiHeadDotProductAttention_0/query/kernel")
     layout = _layout(parts)
     return Stored(
@@ -170,7 +173,11 @@ def _plan(arrays: dict[str, OrbaxArray]) -> tuple[list[Part], dict[str, tuple[Or
     _check_policy(arrays)
     adapters = {name: pair for name in RULES if name in arrays and (pair := _adapter(arrays, name))}
     known = {*RULES, *(part.name for pair in adapters.values() for part in pair)}
-    faults = [f"{name} {list(array.shape)}: pi0 and pi0.5 have no such array" for name, array in arrays.items() if name not in known]
+    faults = [
+        f"{name} {list(array.shape)}: pi0 and pi0.5 have no such array"
+        for name, array in arrays.items()
+        if name not in known
+    ]
     parts = []
     for name, rule in RULES.items():
         if name in arrays:
@@ -192,7 +199,7 @@ def _check_policy(arrays: dict[str, OrbaxArray]) -> None:
             "this is pi0-FAST (or PaliGemma alone): it has no action expert, and only pi0 and pi0.5 can be compiled"
         )
     if any(name.startswith(("llm/", "img/")) for name in arrays):
-        raise CheckpointError("this is PaliGemma itself, from which policies are trained; only pi0 and pi0.5 can be compiled")
+        raise CheckpointError("this is PaliGemma itself, not a policy trained from it; only pi0 and pi0.5 can be compiled")
 
 
 def _adapter(arrays: dict[str, OrbaxArray], name: str) -> tuple[OrbaxArray, OrbaxArray] | None:

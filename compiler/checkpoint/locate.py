@@ -85,5 +85,5 @@ def _hub_location(rest: str) -> HubLocation:
     name = r"[\w.-]+"
     found = re.fullmatch(rf"({name}/{name})(?:@(refs/(?:pr|convert)/[^/]+|[^/]+))?(?:/(.+))?", rest)
     if found is None:
-        raise CheckpointError(f"hf://{rest}: expected hf://owner/name, hf://owner/name@revision or hf://owner/name/subfolder")
+        raise CheckpointError(f"hf://{rest}: expected hf://owner/name[@revision][/subfolder]")
     return HubLocation(found[1], found[2], found[3] or "")

@@ -52,7 +52,9 @@ class Scratch:
                 written = os.pwrite(self.file.fileno(), data, offset)
                 data, offset = data[written:], offset + written
         except OSError as error:
-            raise CheckpointError(f"{self.folder}: {error.strerror}; set TMPDIR to a folder with {self.size:,} bytes free") from error
+            raise CheckpointError(
+                f"{self.folder}: {error.strerror}; set TMPDIR to a folder with {self.size:,} bytes free"
+            ) from error
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Name -> tensor, memory-mapped."""
@@ -60,6 +62,8 @@ class Scratch:
             return {}
         memory = mmap.mmap(self.file.fileno(), self.size)
         return {
-            name: torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=self.offsets[name]).view(tensor.shape)
+            name: torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=self.offsets[name]).view(
+                tensor.shape
+            )
             for name, tensor in self.layout.items()
         }

@@ -83,7 +83,9 @@ def _inverse(name: str, tensors: list[Tensor], config: ModelConfig) -> Tensor:
     return first.T if name.endswith(("/kernel", "/linear")) else first
 
 
-def _writer(store, name: str, index: int, described: dict[str, Distribution], config: ModelConfig, seed: int, dtype: torch.dtype):
+def _writer(
+    store, name: str, index: int, described: dict[str, Distribution], config: ModelConfig, seed: int, dtype: torch.dtype
+):
     rule = RULES[name]
 
     def write() -> int:
