@@ -88,7 +88,7 @@ def load_checkpoint(
         openpi.check_precision(settings, stored.tensors)
         norm_stats = read_openpi_stats(path, asset_id)
     tokenizer = next(filter(None, map(_tokenizer, (path, *stored.beside))), None)
-    metadata = read_metadata(path / METADATA).get("config") if (path / METADATA).is_file() else None
+    metadata = _training_config(path / METADATA)
     weights = stored.read(progress)
     return Checkpoint(
         path, config, weights, norm_stats, tokenizer, stored.layout, form=stored.form, origin=stored.origin,
@@ -135,6 +135,12 @@ def _checked_config(
     check_shapes(shapes, expected_shapes(config))
     check_claims(config, layout.claims(settings))
     return config
+
+
+def _training_config(file: Path) -> dict | None:
+    """The training config in openpi's metadata.pt; None when there is no such file, or no config in it."""
+    config = read_metadata(file).get("config") if file.is_file() else None
+    return config if isinstance(config, dict) else None
 
 
 def _tokenizer(path: Path) -> Path | None:

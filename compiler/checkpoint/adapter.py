@@ -153,6 +153,8 @@ def _changes(config: dict, tensors: dict[str, Tensor], base: dict[str, Tensor]) 
             modules.setdefault(pair[1], {})[pair[2]] = tensor
         elif _is_saved(config, name):
             target = _canonical(re.sub(r"\.(base_layer|modules_to_save(\.default)?|original_module)(?=\.)", "", name))
+            if target == TIED_HEAD or is_unused(target):
+                continue
             changes[target] = Change(whole=tensor)
             if target not in base or base[target].shape != tensor.shape:
                 faults.append(f"{stored} {list(tensor.shape)} takes the place of no tensor of the base")
