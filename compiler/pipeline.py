@@ -148,14 +148,14 @@ def quantize_checkpoint(
 
 def check_weights(checkpoint: Checkpoint, progress: Progress) -> None:
     """Raises CheckpointError if a weight is NaN or infinite. Done once for a checkpoint, before any other work."""
-    if getattr(checkpoint, "_finite", False):
+    if checkpoint.finite:
         return
     task = progress.add_task("Checking the weights", total=None)
     try:
         check_finite(checkpoint.weights, lambda done, total: progress.update(task, completed=done, total=total))
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from error
-    checkpoint._finite = True
+    checkpoint.finite = True
 
 
 def _value_basis(transform: LinearTransform, config: GemmaConfig) -> np.ndarray:

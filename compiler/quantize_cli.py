@@ -168,12 +168,25 @@ def open_policy(
 ) -> tuple[Checkpoint, PolicySettings]:
     """The checkpoint with `tokenizer` in place of its own if given, and the settings around it."""
     preferred = training_config(choices.config).settings.asset_id if choices.config else None
-    checkpoint = load_checkpoint(path, asset_id, base=base, preferred_asset=preferred)
+    with progress_bar() as bar:
+        checkpoint = load_checkpoint(path, asset_id, base=base, preferred_asset=preferred, progress=_follow(bar))
     if tokenizer is not None:
         if not tokenizer.is_file():
             raise CheckpointError(f"--tokenizer {tokenizer}: no such file; give a SentencePiece model")
         checkpoint = replace(checkpoint, tokenizer=tokenizer)
     return settle(checkpoint, choices)
+
+
+def _follow(bar: Progress) -> Callable[[int, int], None]:
+    """Shows how far a checkpoint's conversion is; nothing where none is needed."""
+    tasks: list = []
+
+    def show(done: int, total: int) -> None:
+        if not tasks:
+            tasks.append(bar.add_task("Reading the checkpoint", total=total))
+        bar.update(tasks[0], completed=done, total=total)
+
+    return show
 
 
 def use_packs(packs: Path | None) -> bool:

@@ -41,7 +41,7 @@ def policy(request):
     """A checkpoint of a few thousand weights, calibration inputs, and one input without padding."""
     checkpoint = tiny_checkpoint(request.param)
     checkpoint = SimpleNamespace(
-        **vars(checkpoint), layout="openpi", norm_stats=None, tokenizer=None, _finite=True
+        **vars(checkpoint), layout="openpi", norm_stats=None, tokenizer=None, finite=True
     )
     config = checkpoint.config
     full = observation(config, 5)

@@ -18,7 +18,7 @@ from compiler.checkpoint.synthetic.files import DTYPES, ROBOTS
 from runtime.cli_errors import check_output_directory, one_line_errors
 
 Variant = Enum("Variant", {name: name for name in VARIANTS}, type=str)
-Layout = Enum("Layout", {"openpi": "openpi", "lerobot": "lerobot"}, type=str)
+Layout = Enum("Layout", {"openpi": "openpi", "jax": "jax", "lerobot": "lerobot"}, type=str)
 Dtype = Enum("Dtype", {name: name for name in DTYPES}, type=str)
 Robot = Enum("Robot", {name: name for name in (*ROBOTS, "none")}, type=str)
 
@@ -39,7 +39,7 @@ def _make(
         bool, typer.Option("--pi05", help="pi0.5 (adaptive norms, state in the prompt) instead of pi0.")
     ] = False,
     layout: Annotated[
-        Layout, typer.Option(help="openpi's PyTorch directory or LeRobot's pretrained_model/.")
+        Layout, typer.Option(help="openpi's PyTorch directory, its JAX directory (Orbax) or LeRobot's pretrained_model/.")
     ] = Layout.openpi,
     robot: Annotated[
         Robot, typer.Option(help="Whose normalisation statistics to add; none adds no statistics.")

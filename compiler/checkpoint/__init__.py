@@ -42,6 +42,7 @@ class Checkpoint:
     origin: str = "torch"  # "jax" | "torch": what the policy was trained with
     notes: list[str] = field(default_factory=list)  # what was chosen or assumed, worth saying when a plan is made
     files: list[Path] = field(default_factory=list)  # that define the weights, in a fixed order; `path`'s when empty
+    finite: bool = False  # every weight is known to be finite
 
     @property
     def trained_in_bfloat16(self) -> bool:
@@ -69,11 +70,12 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Opens a pi0 or pi0.5 checkpoint; weights stay on disk until they are used.
 
-    `path` is a folder of openpi's JAX or PyTorch trainer (a run's folder: its newest complete step is taken, and said in the
-    notes), of LeRobot, of a PEFT adapter, or hf://owner/name[@revision][/subfolder]. `base`: the policy that an adapter is
-    for, if not the one that it names. `asset_id` chooses among the statistics of several robots in an openpi directory, where `preferred_asset` may not be there.
-    JAX weights and merged LoRA are written to a temporary file (in TMPDIR) in the policy's layout, after everything else was
-    checked; `progress(done, total)` is called with bytes as that goes on.
+    `path` is a folder of openpi's JAX or PyTorch trainer (a run's folder: its newest complete step is taken, and said in
+    the notes), of LeRobot, of a PEFT adapter, or hf://owner/name[@revision][/subfolder]. `base`: the policy that an adapter
+    is for, if not the one that it names. `asset_id` chooses among the statistics of several robots in an openpi directory;
+    `preferred_asset` does too, but need not be there.
+    JAX weights and merged LoRA are written to a temporary file (in TMPDIR) in the policy's layout, after everything else
+    was checked; `progress(done, total)` is called with bytes as that goes on.
     Raises CheckpointError: not a checkpoint (naming what is there), damaged or incomplete files, tensors missing, extra or
     mis-shaped (all listed), config.json contradicting the tensors, norm stats unusable or ambiguous.
     """
@@ -82,7 +84,9 @@ def load_checkpoint(
     settings_file = stored.file("config.json")
     settings = read_json(settings_file) if settings_file.is_file() else {}
     try:
-        config = _checked_config(stored.tensors, settings, lerobot if stored.layout == "lerobot" else openpi, stored.vision_heads)
+        layout = lerobot if stored.layout == "lerobot" else openpi
+        config = _checked_config(stored.tensors, settings, layout, stored.vision_heads)
+        stored.check(config)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     if stored.layout == "lerobot":
@@ -93,13 +97,14 @@ def load_checkpoint(
         )
     else:
         openpi.check_precision(settings, stored.tensors)
-        trainer = read_metadata(path / METADATA).get("config") if (path / METADATA).is_file() else None
+        trainer = _training_config(path / METADATA)
         said, notes = openpi.read_policy(settings, config, trainer), []
         norm_stats = read_openpi_stats(path, asset_id, preferred_asset or said.asset_id)
     tokenizer = next(filter(None, map(_tokenizer, (path, *stored.beside))), None)
+    weights = stored.read(progress)
     return Checkpoint(
-        path, config, stored.read(progress), norm_stats, tokenizer, stored.layout, said, stored.form, stored.origin,
-        [*stored.notes, *notes], stored.files,
+        path, config, weights, norm_stats, tokenizer, stored.layout, said, stored.form, stored.origin,
+        [*stored.notes, *notes], stored.files, stored.finite,
     )  # fmt: skip
 
 
@@ -142,6 +147,12 @@ def _checked_config(
     check_shapes(shapes, expected_shapes(config))
     check_claims(config, layout.claims(settings))
     return config
+
+
+def _training_config(file: Path) -> dict | None:
+    """The training config in openpi's metadata.pt; None when there is no such file, or no config in it."""
+    config = read_metadata(file).get("config") if file.is_file() else None
+    return config if isinstance(config, dict) else None
 
 
 def _tokenizer(path: Path) -> Path | None:

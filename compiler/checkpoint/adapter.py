@@ -39,7 +39,7 @@ REFUSED: dict[str, tuple] = {
     "megatron_config": (None,),
     "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
-    "init_lora_weights": (True, False, "gaussian", "eva", None),  # others change the base that the adapter is relative to
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # others change the base
 }
 
 
@@ -61,14 +61,16 @@ class Change:
 
 
 def is_adapter(folder: Path, base: Path | None) -> bool:
-    """Whether the folder holds an adapter. Raises CheckpointError when that is not clear, or the adapter is not all there."""
+    """Whether the folder holds an adapter. Raises CheckpointError when that is not clear, or parts are missing."""
     config, tensors, whole = ((folder / name).is_file() for name in (CONFIG, TENSORS, WEIGHTS))
     if not config and not tensors:
         return False
     if not config:
         raise CheckpointError(f"{folder} has {TENSORS} but no {CONFIG}, which says how to merge it: copy it as well")
     if not tensors:
-        pickled = " (adapter_model.bin is pickled: save it as safetensors)" if (folder / "adapter_model.bin").is_file() else ""
+        pickled = (
+            " (adapter_model.bin is pickled: save it as safetensors)" if (folder / "adapter_model.bin").is_file() else ""
+        )
         beside = f"; if {WEIGHTS} has it merged, remove {CONFIG}" if whole else ""
         raise CheckpointError(f"{folder} has {CONFIG} but no {TENSORS}{pickled}: copy the adapter as well{beside}")
     settings = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
@@ -81,7 +83,7 @@ def is_adapter(folder: Path, base: Path | None) -> bool:
 
 
 def base_location(folder: Path) -> str | Path:
-    """The policy that the adapter says it was trained on. Raises CheckpointError when that is neither a folder nor on the Hub."""
+    """The policy that the adapter says it was trained on. Raises CheckpointError unless it is a folder or a Hub id."""
     config = read_json(folder / CONFIG)
     name = config.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
@@ -94,11 +96,11 @@ def base_location(folder: Path) -> str | Path:
     if "://" in name:
         parse_location(name)
         return name
-    raise CheckpointError(f"{folder / CONFIG}: its base {name} is not on this machine; give the base's folder (base, --base)")
+    raise CheckpointError(f"{folder / CONFIG}: its base {name} is not on this machine; give its folder (base, --base)")
 
 
 def open_adapter(folder: Path, open_base: Callable[[], Stored]) -> Stored:
-    """Opens the adapter and its base. Raises CheckpointError: settings that are not merged here, tensors that do not fit."""
+    """Opens the adapter and its base. Raises CheckpointError: settings that cannot be merged, tensors that do not fit."""
     config = read_json(folder / CONFIG)
     try:
         _check_config(config)
@@ -131,10 +133,13 @@ def _check_config(config: dict) -> None:
     if config.get("bias", "none") not in ("none", "all", "lora_only"):
         wrong.append(f"bias {config['bias']!r}")
     known = APPLIED | WITHOUT_EFFECT | REFUSED.keys()
-    wrong += [f"{key} {value!r}" for key, value in config.items() if key not in known and value not in (None, False, [], {}, "")]
+    wrong += [
+        f"{key} {value!r}" for key, value in config.items() if key not in known and value not in (None, False, [], {}, "")
+    ]
     if wrong:
         raise CheckpointError(
-            f"{CONFIG} has {', '.join(wrong)}, which cannot be merged here: merge it with PEFT (merge_and_unload) and save the result"
+            f"{CONFIG} has {', '.join(wrong)}, which cannot be merged here: merge it with PEFT (merge_and_unload), and "
+            "pass the result"
         )
 
 
@@ -148,6 +153,8 @@ def _changes(config: dict, tensors: dict[str, Tensor], base: dict[str, Tensor]) 
             modules.setdefault(pair[1], {})[pair[2]] = tensor
         elif _is_saved(config, name):
             target = _canonical(re.sub(r"\.(base_layer|modules_to_save(\.default)?|original_module)(?=\.)", "", name))
+            if target == TIED_HEAD or is_unused(target):
+                continue
             changes[target] = Change(whole=tensor)
             if target not in base or base[target].shape != tensor.shape:
                 faults.append(f"{stored} {list(tensor.shape)} takes the place of no tensor of the base")
@@ -214,7 +221,9 @@ def _unmatched(config: dict, modules: set[str], base: dict[str, Tensor]) -> list
     if not targets or targets == "all-linear" or config.get("layers_to_transform") is not None:
         return []
     absent = []
-    linears = [name for name, tensor in base.items() if name.endswith(".weight") and tensor.ndim == 2 and "embed" not in name]
+    linears = [
+        name for name, tensor in base.items() if name.endswith(".weight") and tensor.ndim == 2 and "embed" not in name
+    ]
     for name in linears:
         module = lerobot.PREFIX + openpi_name(name).removesuffix(".weight")
         if _is_target(targets, module) and not _is_target(config.get("exclude_modules"), module) and name not in changed:
@@ -233,8 +242,10 @@ def _result(change: Change, base: Tensor) -> Tensor:
     return torch.empty(base.shape, dtype=dtype, device="meta")
 
 
-def _merge(base: Stored, changes: dict[str, Change], layout: dict[str, Tensor], progress: Progress | None) -> dict[str, Tensor]:
+def _merge(
+    base: Stored, changes: dict[str, Change], layout: dict[str, Tensor], progress: Progress | None
+) -> tuple[dict[str, Tensor], bool]:
     made, scratch = base.read(progress), Scratch(layout)
     for name, change in changes.items():
         scratch.write(name, change.apply(made[name]))
-    return made | scratch.tensors()
+    return made | scratch.tensors(), base.finite and scratch.finite

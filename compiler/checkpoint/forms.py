@@ -63,7 +63,9 @@ def _steps(folder: Path) -> list[Path]:
 def _newest(folder: Path, steps: list[Path]) -> Stored:
     complete = [step for step in steps if _is_whole(step) or (step / "params" / orbax.METADATA).is_file()]
     if not complete:
-        raise CheckpointError(f"{folder} is a run's folder, and no step in it is complete: none has weights or params/_METADATA")
+        raise CheckpointError(
+            f"{folder} is a run's folder, and no step in it is complete (none has weights or params/_METADATA)"
+        )
     stored = open_stored(complete[0])
     skipped = [step.name for step in steps if int(step.name) > int(complete[0].name)]
     incomplete = f"; {', '.join(skipped)} is not complete" if skipped else ""
@@ -81,7 +83,7 @@ def _check_settings(folder: Path) -> None:
         known = " and ".join(lerobot.POLICY_TYPES)
         raise CheckpointError(f'{file}: policy "type" is {settings["type"]!r}; only {known} can be compiled')
     if "type" not in settings and "model_type" in settings and "action_dim" not in settings:
-        raise CheckpointError(f'{file}: this is a {settings["model_type"]!r} model, not a policy; only pi0 and pi05 can be compiled')
+        raise CheckpointError(f"{file}: this is a {settings['model_type']!r} model; only pi0 and pi05 can be compiled")
 
 
 def _not_a_folder(path: Path) -> str:
@@ -102,7 +104,7 @@ def _not_a_folder(path: Path) -> str:
 
 def _what_it_is(folder: Path) -> str:
     """Why this folder is no checkpoint, and what to pass instead."""
-    for known in (_pickled, _one_level_off, _training, _cache, _unfinished):
+    for known in (_pickled, _cache, _one_level_off, _training, _unfinished):
         if message := known(folder):
             return f"{folder} {message}"
     if not any(folder.iterdir()):
@@ -113,7 +115,9 @@ def _what_it_is(folder: Path) -> str:
 def _pickled(folder: Path) -> str | None:
     files = sorted(file.name for file in folder.iterdir() if file.is_file())
     if pickled := [name for name in files if name.endswith(PICKLED) and not name.startswith(("optimizer", "metadata"))]:
-        return f"has only pickled weights ({', '.join(pickled[:3])}), which duq does not load, as they can run any code: {CONVERT}"
+        return f"has only pickled weights ({', '.join(pickled[:3])}), which can run any code when loaded: {CONVERT}"
+    if others := [name for name in files if name.endswith((".npz", ".msgpack", ".h5", ".onnx", ".tflite"))]:
+        return f"has weights in a form that duq does not read ({others[0]}): {CONVERT}"
     if gguf := [name for name in files if name.endswith(".gguf")]:
         return f"holds a model for llama.cpp ({gguf[0]}); pass the directory of the policy it was made from"
     if shards := [name for name in files if name.startswith("model-0") and name.endswith(".safetensors")]:
@@ -122,12 +126,17 @@ def _pickled(folder: Path) -> str | None:
 
 
 def _one_level_off(folder: Path) -> str | None:
-    candidates = [folder / "pretrained_model", folder / "last" / "pretrained_model", folder / "checkpoints/last/pretrained_model"]
+    candidates = [
+        folder / "pretrained_model",
+        folder / "last" / "pretrained_model",
+        folder / "checkpoints/last/pretrained_model",
+    ]
     for steps in (folder, folder / "checkpoints"):
         if steps.is_dir():
             numbered = [step / "pretrained_model" for step in steps.iterdir() if step.name.isdigit()]
             candidates += sorted(numbered, key=lambda path: -int(path.parent.name))
-    candidates += sorted(folder.glob("*"), key=_number, reverse=True) + sorted(folder.glob("*/*"), key=_number, reverse=True)
+    for pattern in ("*", "*/*"):
+        candidates += sorted(folder.glob(pattern), key=_number, reverse=True)
     for candidate in candidates:
         if candidate.is_dir() and _is_checkpoint(candidate):
             return f"is a directory above a checkpoint; pass {candidate}"
@@ -172,9 +181,10 @@ def _cache(folder: Path) -> str | None:
     main = snapshots.parent / "refs" / "main"
     if main.is_file() and (current := snapshots / main.read_text().strip()).is_dir():
         revisions = [current]
-    return f"is a folder of the Hub's cache; pass {revisions[-1]}" if revisions else "is a folder of the Hub's cache with nothing in it"
+    return "is a folder of the Hub's cache" + (f"; pass {revisions[-1]}" if revisions else " with nothing in it")
 
 
 def _unfinished(folder: Path) -> str | None:
-    drafts = sorted(entry.name for entry in folder.iterdir() if "orbax-checkpoint-tmp" in entry.name or entry.name.startswith("tmp_"))
+    names = sorted(entry.name for entry in folder.iterdir())
+    drafts = [name for name in names if "orbax-checkpoint-tmp" in name or name.startswith("tmp_")]
     return f"has only checkpoints whose saving did not finish ({', '.join(drafts[:3])})" if drafts else None

@@ -1,6 +1,6 @@
 """openpi's JAX parameters -> canonical weights, layer by layer, with LoRA merged.
 
-In JAX the layers of a stack are one array with a first axis, kernels are [in, out], and attention has an axis for the heads.
+In JAX the layers of a stack are one array with a first axis, kernels are [in, out], and attention has an axis for heads.
 """
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from compiler.checkpoint.shapes import listing
 from compiler.checkpoint.stored import Progress, Stored
 from compiler.errors import CheckpointError
 from compiler.parallel import in_order, thread_pool
+from runtime.config import ModelConfig
 
 ROWS = 1 << 14  # of an array without layers that are read at a time
 IN_FLIGHT = 1 << 29  # bytes that threads have read ahead
@@ -147,7 +148,10 @@ def open_jax(params: Path, folder: Path) -> Stored:
         parts, adapters = _plan(arrays)
     except CheckpointError as error:
         raise CheckpointError(f"{params}: {error}") from error
-    ranks = {stack: sorted({_rank(pair) for name, pair in adapters.items() if _stack(name) == stack}) for stack in STACKS.values()}
+    ranks = {
+        stack: sorted({_rank(pair) for name, pair in adapters.items() if _stack(name) == stack})
+        for stack in STACKS.values()
+    }
     query = arrays.get("PaliGemma/img/Transformer/encoderblock/MultiHeadDotProductAttention_0/query/kernel")
     layout = _layout(parts)
     return Stored(
@@ -160,6 +164,7 @@ def open_jax(params: Path, folder: Path) -> Stored:
         make=lambda progress: _convert(params, parts, layout, progress),
         notes=_lora_notes(ranks),
         vision_heads=query.shape[2] if query else None,
+        check=lambda config: _check_heads(config, arrays),
     )
 
 
@@ -168,7 +173,11 @@ def _plan(arrays: dict[str, OrbaxArray]) -> tuple[list[Part], dict[str, tuple[Or
     _check_policy(arrays)
     adapters = {name: pair for name in RULES if name in arrays and (pair := _adapter(arrays, name))}
     known = {*RULES, *(part.name for pair in adapters.values() for part in pair)}
-    faults = [f"{name} {list(array.shape)}: pi0 and pi0.5 have no such array" for name, array in arrays.items() if name not in known]
+    faults = [
+        f"{name} {list(array.shape)}: pi0 and pi0.5 have no such array"
+        for name, array in arrays.items()
+        if name not in known
+    ]
     parts = []
     for name, rule in RULES.items():
         if name in arrays:
@@ -190,7 +199,7 @@ def _check_policy(arrays: dict[str, OrbaxArray]) -> None:
             "this is pi0-FAST (or PaliGemma alone): it has no action expert, and only pi0 and pi0.5 can be compiled"
         )
     if any(name.startswith(("llm/", "img/")) for name in arrays):
-        raise CheckpointError("this is PaliGemma itself, from which policies are trained; only pi0 and pi0.5 can be compiled")
+        raise CheckpointError("this is PaliGemma itself, not a policy trained from it; only pi0 and pi0.5 can be compiled")
 
 
 def _adapter(arrays: dict[str, OrbaxArray], name: str) -> tuple[OrbaxArray, OrbaxArray] | None:
@@ -220,6 +229,19 @@ def _parts(array: OrbaxArray, rule: Rule, adapter: tuple[OrbaxArray, OrbaxArray]
     return [Part(array, rule, slice(start, min(start + step, rows)), adapter) for start in range(0, rows, step)]
 
 
+def _check_heads(config: ModelConfig, arrays: dict[str, OrbaxArray]) -> None:
+    """Once converted, tensors do not tell heads of one size from more heads of another; the arrays do."""
+    for suffix, stack in STACKS.items():
+        gemma = getattr(config, stack)
+        _, _, kv_heads, _, head_dim = arrays[f"PaliGemma/llm/layers/attn/kv_einsum{suffix}/w"].shape
+        heads = arrays[f"PaliGemma/llm/layers/attn/q_einsum{suffix}/w"].shape[1]
+        if (heads, kv_heads, head_dim) != (gemma.heads, gemma.kv_heads, gemma.head_dim):
+            raise CheckpointError(
+                f"the {stack} has {heads} heads and {kv_heads} key/value heads of {head_dim}; duq knows heads of 256 (and "
+                f"openpi's dummy), so it would compute with {gemma.heads} and {gemma.kv_heads} of {gemma.head_dim}"
+            )
+
+
 def _layout(parts: list[Part]) -> dict[str, Tensor]:
     layout = {}
     for part in parts:
@@ -230,7 +252,9 @@ def _layout(parts: list[Part]) -> dict[str, Tensor]:
     return layout
 
 
-def _convert(params: Path, parts: list[Part], layout: dict[str, Tensor], progress: Progress | None) -> dict[str, Tensor]:
+def _convert(
+    params: Path, parts: list[Part], layout: dict[str, Tensor], progress: Progress | None
+) -> tuple[dict[str, Tensor], bool]:
     scratch = Scratch(layout)
     total, done = sum(part.nbytes for part in parts), 0
 
@@ -245,7 +269,7 @@ def _convert(params: Path, parts: list[Part], layout: dict[str, Tensor], progres
                     progress(done, total)
     except CheckpointError as error:
         raise CheckpointError(f"{params}: {error}") from error
-    return scratch.tensors()
+    return scratch.tensors(), scratch.finite
 
 
 def _cached(parts: list[Part]) -> Iterator[Part]:

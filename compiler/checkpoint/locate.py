@@ -57,17 +57,21 @@ def fetch(location: Path | HubLocation) -> Path:
         return location
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
     except ImportError as error:
         raise CheckpointError(f"{location}: downloading needs huggingface_hub, pip install '.[hub]'") from error
     inside = f"{location.subfolder}/" if location.subfolder else ""
+    arguments = dict(
+        repo_id=location.repository,
+        revision=location.revision,
+        allow_patterns=[inside + pattern for pattern in WANTED],
+        ignore_patterns=[inside + pattern for pattern in UNWANTED],
+    )
     try:
-        snapshot = snapshot_download(
-            location.repository,
-            revision=location.revision,
-            allow_patterns=[inside + pattern for pattern in WANTED],
-            ignore_patterns=[inside + pattern for pattern in UNWANTED],
-        )
+        try:
+            snapshot = snapshot_download(**arguments)
+        except OfflineModeIsEnabled:  # it looks a commit's files up even where they are in the cache
+            snapshot = snapshot_download(**arguments, local_files_only=True)
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{location} cannot be downloaded ({type(error).__name__}): {reason}") from error
@@ -81,5 +85,5 @@ def _hub_location(rest: str) -> HubLocation:
     name = r"[\w.-]+"
     found = re.fullmatch(rf"({name}/{name})(?:@(refs/(?:pr|convert)/[^/]+|[^/]+))?(?:/(.+))?", rest)
     if found is None:
-        raise CheckpointError(f"hf://{rest}: expected hf://owner/name, hf://owner/name@revision or hf://owner/name/subfolder")
+        raise CheckpointError(f"hf://{rest}: expected hf://owner/name[@revision][/subfolder]")
     return HubLocation(found[1], found[2], found[3] or "")

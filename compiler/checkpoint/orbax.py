@@ -154,7 +154,13 @@ def _spec(params: Path, driver: str, keys: list[str]) -> dict:
         kvstore = {"driver": "ocdbt", "base": f"file://{params.resolve()}/", "path": f"{path}/"}
     else:
         kvstore = {"driver": "file", "path": f"{(params / path).resolve()}/"}
-    return {"driver": driver, "kvstore": kvstore, "open": True, "recheck_cached_data": False, "recheck_cached_metadata": False}
+    return {
+        "driver": driver,
+        "kvstore": kvstore,
+        "open": True,
+        "recheck_cached_data": False,
+        "recheck_cached_metadata": False,
+    }
 
 
 def _opened(name: str, future: Any) -> Any:

@@ -39,9 +39,12 @@ class Scratch:
             )
         self.file = tempfile.TemporaryFile(prefix="duq-weights-", dir=self.folder, buffering=0)
         self.file.truncate(end)
+        self.finite = True  # so far: what was written holds neither NaN nor infinity
 
     def write(self, name: str, values: torch.Tensor, start: int = 0) -> None:
         """Puts `values`, of the tensor's dtype, into it from its element `start` on, in C order."""
+        if not all(torch.isfinite(bound) for bound in torch.aminmax(values)):
+            self.finite = False
         data = memoryview(values.contiguous().flatten().view(torch.uint8).numpy())
         offset = self.offsets[name] + start * values.element_size()
         try:
@@ -49,7 +52,9 @@ class Scratch:
                 written = os.pwrite(self.file.fileno(), data, offset)
                 data, offset = data[written:], offset + written
         except OSError as error:
-            raise CheckpointError(f"{self.folder}: {error.strerror}; set TMPDIR to a folder with {self.size:,} bytes free") from error
+            raise CheckpointError(
+                f"{self.folder}: {error.strerror}; set TMPDIR to a folder with {self.size:,} bytes free"
+            ) from error
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Name -> tensor, memory-mapped."""
@@ -57,6 +62,8 @@ class Scratch:
             return {}
         memory = mmap.mmap(self.file.fileno(), self.size)
         return {
-            name: torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=self.offsets[name]).view(tensor.shape)
+            name: torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=self.offsets[name]).view(
+                tensor.shape
+            )
             for name, tensor in self.layout.items()
         }

@@ -45,7 +45,8 @@ def open_tensors(file: Path) -> dict[str, torch.Tensor]:
             return {name: tensors.get_tensor(name) for name in tensors.keys()}
     except (SafetensorError, OSError) as error:
         if is_lfs_pointer(file):
-            raise CheckpointError(f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder") from error
+            pointer = f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder"
+            raise CheckpointError(pointer) from error
         size = f"{file.stat().st_size:,} bytes" if file.is_file() else "missing"
         raise CheckpointError(f"{file} ({size}) is cut short or damaged: {error}; copy or download it again") from error
 

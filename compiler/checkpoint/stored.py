@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from runtime.config import ModelConfig
+
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
@@ -20,11 +22,14 @@ class Stored:
     origin: str  # "jax" | "torch": what the policy was trained with
     files: list[Path]  # that define the weights, in a fixed order
     tensors: dict[str, torch.Tensor]  # canonical name -> mapped from the checkpoint, or on the meta device: yet to be made
-    make: Callable[[Progress | None], dict[str, torch.Tensor]] = lambda progress: {}  # makes those of the meta device
+    # Makes those of the meta device; and whether all of them were seen to be finite on the way.
+    make: Callable[[Progress | None], tuple[dict[str, torch.Tensor], bool]] = lambda progress: ({}, False)
     notes: list[str] = field(default_factory=list)
     buffers: dict[str, list[float]] = field(default_factory=dict)  # statistics among the tensors (LeRobot 0.3)
     beside: list[Path] = field(default_factory=list)  # folders where to look for other files next (an adapter's base)
+    finite: bool = False  # after `read`: no weight is NaN or infinite, which needs no further look
     vision_heads: int | None = None  # where the tensors' shapes tell
+    check: Callable[[ModelConfig], None] = lambda config: None  # raises where the dimensions are not the checkpoint's own
 
     def file(self, name: str) -> Path:
         """The file `name` of the checkpoint; for an adapter its own, else its base's. It need not exist."""
@@ -33,5 +38,6 @@ class Stored:
 
     def read(self, progress: Progress | None = None) -> dict[str, torch.Tensor]:
         """Canonical name -> memory-mapped tensor. Converts and merges what has to be; `progress` follows that."""
-        made = self.make(progress)
+        made, finite = self.make(progress)
+        self.finite = finite and made.keys() == self.tensors.keys()
         return {name: made.get(name, tensor) for name, tensor in self.tensors.items()}

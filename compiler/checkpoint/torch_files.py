@@ -18,8 +18,8 @@ BUFFERS = ("normalize_inputs.", "normalize_targets.", "unnormalize_outputs.")  #
 # Part of a tensor's name -> what the tensors are, where they belong to something else than a whole pi0 or pi0.5.
 FOREIGN = {
     "lora_magnitude_vector": "DoRA, which cannot be merged here; merge it with PEFT (merge_and_unload) and save the result",
-    ".lora_A.": "LoRA that is not merged: save it with PEFT (save_pretrained) and pass the adapter's folder, or merge it first "
-    "(merge_and_unload)",
+    ".lora_A.": "LoRA that is not merged: save it with PEFT (save_pretrained) and pass the adapter's folder, or merge it "
+    "first (merge_and_unload)",
     "vlm_with_expert.": "SmolVLA",
     "eagle": "GR00T",
 }
@@ -76,14 +76,16 @@ def _check_policy(tensors: dict[str, Tensor]) -> None:
     if any(name.startswith("paligemma_with_expert.") for name in tensors):
         if not any(".gemma_expert." in name or name.startswith("action_in_proj") for name in tensors):
             raise CheckpointError("these are the tensors of pi0-FAST: no action expert; only pi0 and pi0.5 can be compiled")
-    elif any(name.startswith(("vision_tower.", "language_model.", "multi_modal_projector.", "paligemma.")) for name in tensors):
-        raise CheckpointError("this is PaliGemma itself, from which policies are trained; only pi0 and pi0.5 can be compiled")
+    elif any(
+        name.startswith(("vision_tower.", "language_model.", "multi_modal_projector.", "paligemma.")) for name in tensors
+    ):
+        raise CheckpointError("this is PaliGemma itself, not a policy trained from it; only pi0 and pi0.5 can be compiled")
 
 
 def _without_unused(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Drops what the policy does not use; the tied head stands in for the embedding where a saver kept only the head."""
     weights = {name: tensor for name, tensor in weights.items() if not is_unused(name)}
     head = weights.pop(TIED_HEAD, None)
-    if head is not None and not head.equal(weights.setdefault(EMBEDDING, head)):
+    if head is not None and weights.setdefault(EMBEDDING, head) is not head and not head.equal(weights[EMBEDDING]):
         raise CheckpointError(f"{TIED_HEAD} and {EMBEDDING} differ, but the policy has one tensor for both")
     return weights

@@ -13,6 +13,7 @@ from compiler.checkpoint import lerobot
 from compiler.checkpoint.names import TIED_HEAD, openpi_name
 from compiler.checkpoint.shapes import expected_shapes
 from compiler.checkpoint.synthetic import files
+from compiler.checkpoint.synthetic.orbax import write_orbax
 from compiler.checkpoint.synthetic.statistics import distributions
 from compiler.errors import CheckpointError
 from runtime.config import GemmaConfig, ModelConfig, VisionConfig
@@ -94,8 +95,9 @@ def make_checkpoint(
     vocab_size: int | None = None,
     advance: Callable[[int], None] = lambda written: None,
 ) -> Path:
-    """Writes a checkpoint directory and returns it; equal arguments give equal bytes.
+    """Writes a checkpoint directory and returns it; equal arguments give equal bytes (with layout "jax": equal arrays).
 
+    `layout`: "openpi" (its PyTorch trainer's), "jax" (its JAX trainer's; needs tensorstore) or "lerobot".
     `out` must not exist (or be an empty directory): it appears when everything is written. `robot` "none" leaves the
     norm stats out. `advance(bytes)` is called as weights are written.
     Raises CheckpointError when `out` is taken or the vocabulary is smaller than the tokenizer's.
@@ -110,17 +112,20 @@ def make_checkpoint(
     draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         sizes = _named_sizes(variant, config)
-        if layout == "openpi":
+        if layout != "lerobot":
             settings, prefix = files.openpi_settings(config, dtype, sizes), ""
         else:
             settings, prefix = files.lerobot_settings(config, dtype, sizes, robot), lerobot.PREFIX
         files.write_json(draft / "config.json", settings)
         (draft / "tokenizer.model").write_bytes(files.train_tokenizer())
-        if robot != "none" and layout == "openpi":
+        if robot != "none" and layout != "lerobot":
             files.write_openpi_stats(draft, robot, seed)
         elif robot != "none":
             files.write_lerobot_stats(draft, robot, seed, settings)
-        _write_weights(draft / "model.safetensors", config, seed, dtype, prefix, advance)
+        if layout == "jax":
+            write_orbax(draft / "params", distributions(config, seed), config, seed, files.DTYPES[dtype][0], advance)
+        else:
+            _write_weights(draft / "model.safetensors", config, seed, dtype, prefix, advance)
         draft.chmod(0o755)
         draft.replace(out)
     finally:
