@@ -542,7 +542,7 @@ def touch(*names):
         (touch("policy.ckpt"), "pickled weights .policy.ckpt"),
         (touch("pi0.gguf"), "llama.cpp"),
         (touch("model-00001-of-00002.safetensors"), "has shards .* but no model.safetensors.index.json"),
-        (touch("train_config.json"), "settings but no weights"),
+        (touch("train_config.json"), "no model.safetensors, only settings; copy the weights as well"),
         (touch("optimizer.pt", "metadata.pt"), "openpi's trainer writes beside the weights"),
         (touch("training_step.json", "optimizer_state.safetensors"), "state of a training; pass .*pretrained_model"),
         (touch("training_state/training_step.json"), "only the state of a training .training_state"),

@@ -9,11 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.progress import Progress
 
 from compiler.checkpoint import check_finite, load_checkpoint, orbax, scratch
 from compiler.checkpoint.jax import merge_lora
 from compiler.checkpoint.synthetic import make_checkpoint
 from compiler.errors import CheckpointError
+from compiler.pipeline import Options, compile_policy
+from compiler.quant import Quantization, load_recipe
+from runtime.plan import Plan
 
 tensorstore = pytest.importorskip("tensorstore")
 
@@ -145,6 +149,18 @@ def test_the_same_weights_as_in_pytorch(tmp_path, pi05, dtype):
     below = load_checkpoint(jax_form / "params")
     assert (below.path, below.norm_stats, below.fingerprint) == (jax_form, found.norm_stats, found.fingerprint)
     assert below.tokenizer == jax_form / "tokenizer.model"
+
+
+def test_the_same_plan_as_from_pytorch(tmp_path):
+    entries = {}
+    for layout in ("openpi", "jax"):
+        checkpoint = load_checkpoint(make_checkpoint(tmp_path / layout, layout=layout, dtype="float32", **SIZES))
+        out = tmp_path / f"{layout}.plan"
+        with Progress(disable=True) as progress:
+            compile_policy(checkpoint, Quantization(load_recipe("none", environment={})), out, Options(), progress)
+        plan = Plan(out)
+        entries[layout] = {name: bytes(plan.read(name)) for name in plan.names}
+    assert entries["jax"] == entries["openpi"] and sum(map(len, entries["jax"].values())) > 1e7
 
 
 def linear(weights: dict, name: str, x: np.ndarray) -> np.ndarray:

@@ -166,7 +166,7 @@ def _training(folder: Path) -> str | None:
     if names & {"optimizer.pt", "metadata.pt"}:
         return f"has what openpi's trainer writes beside the weights, but no {WEIGHTS}: copy it as well"
     if "train_config.json" in names or "config.json" in names:
-        return f"has settings but no weights: it has no {WEIGHTS}; copy it as well"
+        return f"is not a checkpoint: it has no {WEIGHTS}, only settings; copy the weights as well"
     if "norm_stats.json" in names or "assets" in names:
         return f"has only normalisation statistics, no weights (no {WEIGHTS}, no params/)"
     return None

@@ -12,6 +12,7 @@ import torch
 from compiler.errors import CheckpointError
 
 ALIGNMENT = 64
+BLOCK = 1 << 20  # bytes written at a time
 
 
 class Scratch:
@@ -43,18 +44,26 @@ class Scratch:
 
     def write(self, name: str, values: torch.Tensor, start: int = 0) -> None:
         """Puts `values`, of the tensor's dtype, into it from its element `start` on, in C order."""
-        if not all(torch.isfinite(bound) for bound in torch.aminmax(values)):
-            self.finite = False
-        data = memoryview(values.contiguous().flatten().view(torch.uint8).numpy())
         offset = self.offsets[name] + start * values.element_size()
+        rows = max(1, BLOCK // (values[:1].nbytes or 1))
+        for block in values.split(rows):  # small ones: what is transposed is still in the processor's cache
+            if block.ndim == 2 and not block.is_contiguous():
+                block = block.T.contiguous().T  # which torch transposes several times faster
+            block = block.contiguous()
+            if not all(torch.isfinite(bound) for bound in torch.aminmax(block)):
+                self.finite = False
+            offset += self._put(memoryview(block.flatten().view(torch.uint8).numpy()), offset)
+
+    def _put(self, data: memoryview, offset: int) -> int:
+        size = len(data)
         try:
             while data:
                 written = os.pwrite(self.file.fileno(), data, offset)
                 data, offset = data[written:], offset + written
         except OSError as error:
-            raise CheckpointError(
-                f"{self.folder}: {error.strerror}; set TMPDIR to a folder with {self.size:,} bytes free"
-            ) from error
+            message = f"{self.folder}: {error.strerror}; set TMPDIR to a folder with {self.size:,} bytes free"
+            raise CheckpointError(message) from error
+        return size
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Name -> tensor, memory-mapped."""
