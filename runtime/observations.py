@@ -77,7 +77,8 @@ def _files(path: str | os.PathLike) -> list[Path]:
 
 
 def _read(file: Path) -> dict[str, np.ndarray]:
-    with _readable(file), np.lib.npyio.NpzFile(file) as archive:  # not np.load: that would also take a lone array or a pickle
+    # Not np.load: that would also take a lone array or a pickle.
+    with _readable(file), np.lib.npyio.NpzFile(file) as archive:
         return {key: np.asarray(archive[key]) for key in archive.files}
 
 

@@ -182,7 +182,7 @@ class Dataset:
 
     def _task(self, number: int, index: int) -> str:
         if number not in self.tasks:
-            raise CalibrationError(f"{self._where(index)}: has task_index {number}, which meta/tasks does not list; {_AGAIN}")
+            raise CalibrationError(f"{self._where(index)}: has task_index {number}, not listed in meta/tasks; {_AGAIN}")
         return self.tasks[number]
 
     def _where(self, index: int) -> str:
@@ -219,7 +219,7 @@ def _version(folder: Path, info: dict) -> str:
     if version == "v2.0":
         script = "lerobot.datasets.v21.convert_dataset_v20_to_v21 of LeRobot 0.3.3"
     elif version.startswith("v1."):
-        script = "lerobot.datasets.v2.convert_dataset_v1_to_v2, then lerobot.datasets.v21.convert_dataset_v20_to_v21, of LeRobot 0.3.3"
+        script = "lerobot.datasets.v2.convert_dataset_v1_to_v2, then v21.convert_dataset_v20_to_v21, of LeRobot 0.3.3"
     else:
         raise CalibrationError(f"{where}; this version of duq reads {' and '.join(VERSIONS)}")
     raise CalibrationError(f"{where}, and {' and '.join(VERSIONS)} are read; convert it with python -m {script}")
@@ -227,7 +227,8 @@ def _version(folder: Path, info: dict) -> str:
 
 def _features(folder: Path, info: dict) -> dict[str, dict]:
     features = info.get("features")
-    if not isinstance(features, dict) or not all(isinstance(feature, dict) and "dtype" in feature for feature in features.values()):
+    found = features.values() if isinstance(features, dict) else [None]
+    if not all(isinstance(feature, dict) and "dtype" in feature for feature in found):
         raise CalibrationError(f"{folder / 'meta' / 'info.json'}: lacks features, name -> dtype and shape; {_AGAIN}")
     return features
 

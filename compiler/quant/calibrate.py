@@ -79,7 +79,8 @@ def calibration_inputs(
     """Up to ``steps`` observations of a LeRobotDataset or .npz files (see compiler/data), spread over all it holds.
 
     ``seed``, ``robot_mapping``: as `load_calibration` takes them. ``report`` is called with each line that the user
-    should see: what was read, which observations of it, and what is suspicious about them. Raises CalibrationError when it cannot be read or an observation is not one of ``robot`` or of the bare model.
+    should see: what was read, which observations of it, and what is suspicious about them. Raises CalibrationError when it
+    cannot be read or an observation is not one of ``robot`` or of the bare model.
     """
     preprocessor = Preprocessor(
         checkpoint.config,
