@@ -1,4 +1,5 @@
 """LeRobotDataset folders and the choice of observations: what is read, compared with plain decoding; what is refused."""
+import io
 import json
 import re
 import shutil
@@ -10,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import dataset_writer as writer
 from compiler.checkpoint import load_checkpoint
@@ -184,6 +186,15 @@ def test_images_by_path(tmp_path, folder, copied):
         dataset.read([3])
 
 
+def test_images_that_say_how_to_turn_them(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side: turn clockwise by 90 degrees
+    buffer = io.BytesIO()
+    Image.fromarray(writer.picture(5, 0)).save(buffer, "png", exif=exif)
+    found = open_dataset(folder)._image({"bytes": buffer.getvalue(), "path": None}, "here")
+    np.testing.assert_array_equal(found, np.rot90(writer.picture(5, 0), -1))
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -280,6 +291,43 @@ def test_a_missing_extra_is_named(folder, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(CalibrationError, match=rf"needs {module}: pip install '\.\[data\]'"):
         open_dataset(folder).read([0])
+
+
+ANYTHING = st.sampled_from([None, "x", [], -1, {}, 0, 1.5, True, float("nan")])
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), value=ANYTHING)
+def test_no_wrong_value_ends_in_a_traceback(small, data, value):
+    files = [file for file in small.rglob("*.*") if file.suffix in (".json", ".jsonl", ".parquet")]
+    file = data.draw(st.sampled_from(sorted(files)))
+    content = file.read_bytes()
+    try:
+        if file.suffix == ".parquet":
+            rows = pq.read_table(file).to_pylist()
+            key = data.draw(st.sampled_from(list(rows[0])))
+            try:
+                pq.write_table(pa.Table.from_pylist([row | {key: value} for row in rows]), file)
+            except pa.ArrowException:  # an empty struct
+                return
+        else:
+            first, *rest = map(json.loads, content.splitlines())
+            place = first
+            while isinstance(place, dict) and place:
+                inside, key = place, data.draw(st.sampled_from(list(place)))
+                place = inside[key] if data.draw(st.booleans()) else None
+            inside[key] = value
+            file.write_text("\n".join(map(json.dumps, (first, *rest))))
+        load_calibration(small, 4)
+    except CalibrationError as error:
+        assert "\n" not in str(error)
+    finally:
+        file.write_bytes(content)
+
+
+@pytest.fixture(params=WRITERS)
+def small(request, tmp_path) -> Path:
+    return WRITERS[request.param](tmp_path / "small", [Recorded(3), Recorded(2, ["a", "b"])])
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------
