@@ -6,8 +6,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from compiler.data.lerobot_dataset import Dataset, open_dataset
 from compiler.data.quality import concerns
 from compiler.data.sampling import evenly, spread
