@@ -66,7 +66,7 @@ PacksOption = Annotated[
 ]
 CalibrationOption = Annotated[
     Optional[Path],
-    typer.Option("--calibration", help="Observations: a LeRobotDataset folder, what duq-serve --record wrote, or .npz files."),
+    typer.Option("--calibration", help="Observations: a LeRobotDataset folder, duq-serve's recordings, or .npz files."),
 ]
 CalibrationSeedOption = Annotated[
     int, typer.Option("--calibration-seed", min=0, help="Of the choice of frames from a LeRobotDataset.")

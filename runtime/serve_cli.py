@@ -38,7 +38,7 @@ def _serve(
         Optional[Path], typer.Option(help="Folder to write observations to, for duq-compile --calibration.")
     ] = None,
     every: Annotated[int, typer.Option(min=1, help="With --record: write one of so many observations.")] = 10,
-    record_limit: Annotated[float, typer.Option(min=0, help="With --record: the most that the folder may hold, in GB.")] = 1.0,
+    record_limit: Annotated[float, typer.Option(min=0, help="With --record: the most the folder may hold, in GB.")] = 1.0,
 ) -> None:
     """Answer the unmodified openpi-client with a plan's actions.
 

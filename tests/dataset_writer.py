@@ -30,7 +30,10 @@ FEATURES = {
     "observation.note": {"dtype": "string", "shape": [1], "names": None},
     "action": {"dtype": "float32", "shape": [2], "names": None},
     "next.reward": {"dtype": "float32", "shape": [1], "names": None},
-    **{key: {"dtype": "int64", "shape": [1], "names": None} for key in ("frame_index", "episode_index", "index", "task_index")},
+    "frame_index": {"dtype": "int64", "shape": [1], "names": None},
+    "episode_index": {"dtype": "int64", "shape": [1], "names": None},
+    "index": {"dtype": "int64", "shape": [1], "names": None},
+    "task_index": {"dtype": "int64", "shape": [1], "names": None},
     "timestamp": {"dtype": "float32", "shape": [1], "names": None},
 }
 
@@ -113,13 +116,12 @@ def _table(episodes: list[tuple[int, int, Recorded]], task_numbers: dict[str, in
             for key, value in row.items():
                 scalar = isinstance(value, np.ndarray) and value.shape == (1,)
                 columns[key].append(value.item() if scalar else value.tolist() if isinstance(value, np.ndarray) else value)
-    types = {"float32": pa.float32(), "float64": pa.float64(), "int64": pa.int64(), "bool": pa.bool_(), "string": pa.string()}
 
     def kind(key: str) -> pa.DataType:
         feature = FEATURES[key]
         if feature["dtype"] == "image":
             return pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-        type_ = types[feature["dtype"]]
+        type_ = pa.type_for_alias(feature["dtype"])
         for _ in feature["shape"] if feature["shape"] != [1] else ():
             type_ = pa.list_(type_)
         return type_
@@ -159,7 +161,13 @@ def _pictures(placed: list[tuple[int, int, Recorded]], camera: int) -> list[np.n
 
 
 def write_v3(
-    folder: Path, episodes: list[Recorded], *, a_file: int = 2, task_column: str = "task", video: dict = H264, first: int = 0
+    folder: Path,
+    episodes: list[Recorded],
+    *,
+    a_file: int = 2,
+    task_column: str = "task",
+    video: dict = H264,
+    first: int = 0,
 ) -> Path:
     """``a_file``: episodes in a file of data and of videos; each file is in a chunk folder of its own.
     ``first``: frames by which every mp4 begins too late."""

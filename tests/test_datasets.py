@@ -1,5 +1,7 @@
-"""LeRobotDataset folders and the choice of observations: what is read, compared with plain decoding, and what is refused."""
+"""LeRobotDataset folders and the choice of observations: what is read, compared with plain decoding; what is refused."""
+import io
 import json
+import re
 import shutil
 import sys
 from collections import Counter
@@ -9,10 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import dataset_writer as writer
+from compiler.checkpoint import load_checkpoint
 from compiler.checkpoint.synthetic import make_checkpoint
 from compiler.cli import compile_main
 from compiler.data import DATASET_COUNT, RobotMapping, load_calibration, open_dataset
@@ -20,10 +24,13 @@ from compiler.data.quality import concerns
 from compiler.data.sampling import evenly, positions, shares, spread
 from compiler.data.video import decode_frames
 from compiler.errors import CalibrationError
+from compiler.quant.calibrate import calibration_inputs
 from compiler.quantize_cli import quantize_main
 from dataset_writer import FPS, STORED, VIDEOS, Recorded, encode, shown_number, write_v2, write_v3
 from runtime.observations import save_observations
+from tools import compare
 
+DOCS = Path(__file__).parents[1] / "docs"
 CUP, DOOR, DRAWER = "pick up the cup", "öffne die Tür", "close the drawer"
 EPISODES = [Recorded(7, CUP), Recorded(1, DOOR), Recorded(30, [CUP] * 10 + [DRAWER] * 20), Recorded(13, DRAWER)]
 TOTAL = sum(episode.length for episode in EPISODES)
@@ -179,6 +186,15 @@ def test_images_by_path(tmp_path, folder, copied):
         dataset.read([3])
 
 
+def test_images_that_say_how_to_turn_them(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side: turn clockwise by 90 degrees
+    buffer = io.BytesIO()
+    Image.fromarray(writer.picture(5, 0)).save(buffer, "png", exif=exif)
+    found = open_dataset(folder)._image({"bytes": buffer.getvalue(), "path": None}, "here")
+    np.testing.assert_array_equal(found, np.rot90(writer.picture(5, 0), -1))
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -200,7 +216,8 @@ def damaged(file: Path, how: str) -> None:
         file.unlink()
     else:
         pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
-        file.write_bytes({"empty": b"", "cut": content[: len(content) * 2 // 3], "pointer": pointer, "other": b"hello\n"}[how])
+        cut = content[: len(content) * 2 // 3]
+        file.write_bytes({"empty": b"", "cut": cut, "pointer": pointer, "other": b"hello\n"}[how])
 
 
 @pytest.mark.parametrize("how", ["missing", "empty", "cut", "pointer", "other"])
@@ -236,12 +253,12 @@ def test_metadata_of_another_recording(copied, folder):
     with pytest.raises(CalibrationError, match="does not hold the 13 frames of episode 3 .*but 12"):
         dataset.read([TOTAL - 2])
     pq.write_table(table.set_column(table.column_names.index("task_index"), "task_index", pa.array([9] * len(table))), file)
-    with pytest.raises(CalibrationError, match="episode 3, frame 12: has task_index 9, which meta/tasks does not list"):
+    with pytest.raises(CalibrationError, match="episode 3, frame 12: has task_index 9, not listed in meta/tasks"):
         dataset.read([TOTAL - 1])
     pq.write_table(table.drop_columns(["observation.state"]), file)
     with pytest.raises(CalibrationError, match="has no column 'observation.state'; it has"):
         dataset.read([TOTAL - 1])
-    with pytest.raises(CalibrationError, match="has no feature 'observation.nothing' to read; it has observation.images.top"):
+    with pytest.raises(CalibrationError, match="has no feature 'observation.nothing' to read; it has observation.im"):
         dataset.read([0], ["observation.nothing"])
     with pytest.raises(CalibrationError, match=f"has no frame {TOTAL}"):
         dataset.read([TOTAL])
@@ -274,6 +291,43 @@ def test_a_missing_extra_is_named(folder, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(CalibrationError, match=rf"needs {module}: pip install '\.\[data\]'"):
         open_dataset(folder).read([0])
+
+
+ANYTHING = st.sampled_from([None, "x", [], -1, {}, 0, 1.5, True, float("nan")])
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), value=ANYTHING)
+def test_no_wrong_value_ends_in_a_traceback(small, data, value):
+    files = [file for file in small.rglob("*.*") if file.suffix in (".json", ".jsonl", ".parquet")]
+    file = data.draw(st.sampled_from(sorted(files)))
+    content = file.read_bytes()
+    try:
+        if file.suffix == ".parquet":
+            rows = pq.read_table(file).to_pylist()
+            key = data.draw(st.sampled_from(list(rows[0])))
+            try:
+                pq.write_table(pa.Table.from_pylist([row | {key: value} for row in rows]), file)
+            except pa.ArrowException:  # an empty struct
+                return
+        else:
+            first, *rest = map(json.loads, content.splitlines())
+            place = first
+            while isinstance(place, dict) and place:
+                inside, key = place, data.draw(st.sampled_from(list(place)))
+                place = inside[key] if data.draw(st.booleans()) else None
+            inside[key] = value
+            file.write_text("\n".join(map(json.dumps, (first, *rest))))
+        load_calibration(small, 4)
+    except CalibrationError as error:
+        assert "\n" not in str(error)
+    finally:
+        file.write_bytes(content)
+
+
+@pytest.fixture(params=WRITERS)
+def small(request, tmp_path) -> Path:
+    return WRITERS[request.param](tmp_path / "small", [Recorded(3), Recorded(2, ["a", "b"])])
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------
@@ -330,7 +384,7 @@ def test_a_dataset_as_it_is(folder):
     assert len(found.observations) == len(found.labels) == len(found.shown) == 12
     assert found.source == f"{folder}: LeRobotDataset {folder.name}, 12 of {TOTAL} frames, seed 3"
     dataset = open_dataset(folder)
-    for line, label, index, row in zip(found.shown, found.labels, spread(dataset, 12, 3), found.observations):
+    for line, label, index, row in zip(found.shown, found.labels, spread(dataset, 12, 3), found.observations, strict=True):
         episode, frame = dataset.locate(index)
         assert line.split(maxsplit=4) == ["episode", str(episode.index), "frame", str(frame), row["task"]]
         assert label == f"episode {episode.index}, frame {frame}" and shown_number(row[VIDEOS[0]]) == index
@@ -338,14 +392,15 @@ def test_a_dataset_as_it_is(folder):
 
 
 def test_a_robot_s_keys(folder):
-    mapping = RobotMapping(LIBERO | {"images/cam_low": "none"}, optional=["images/cam_low"], channels_first=["images/cam_high"])
+    sources = LIBERO | {"images/cam_low": "none"}
+    mapping = RobotMapping(sources, optional=["images/cam_low"], channels_first=["images/cam_high"])
     plain, found = load_calibration(folder, 6), load_calibration(folder, 6, robot_mapping=mapping)
     for row, named in zip(found.observations, plain.observations):
         assert set(row) == {"observation/image", "observation/wrist_image", "observation/state", "images", "prompt"}
         assert np.array_equal(row["observation/image"], named[VIDEOS[0]]) and row["prompt"] == named["task"]
-        assert np.array_equal(row["images"]["cam_high"], named[STORED].transpose(2, 0, 1)) and set(row["images"]) == {"cam_high"}
+        np.testing.assert_equal(row["images"], {"cam_high": named[STORED].transpose(2, 0, 1)})
     assert found.warnings == [f"{folder}: has nothing for images/cam_low; it is left out of the observations"]
-    with pytest.raises(CalibrationError, match="none of a, b for the robot's 'state'; it has observation.images.top, .*task: say"):
+    with pytest.raises(CalibrationError, match="none of a, b for the robot's 'state'; it has observation.i.*task: say"):
         load_calibration(folder, 6, robot_mapping={"state": ["a", "b"]})
 
 
@@ -377,7 +432,7 @@ def test_npz_files_are_picked_as_before(tmp_path):
 
 
 @pytest.mark.parametrize("name, made, message", [
-    ("lerobot/pusht", None, "no such file or folder; .*hf download --repo-type dataset lerobot/pusht --local-dir lerobot/pusht"),
+    ("lerobot/pusht", None, "no such file .*hf download --repo-type dataset lerobot/pusht --local-dir lerobot/pusht"),
     ("hf:/lerobot/pusht", None, "hf download --repo-type dataset lerobot/pusht"),
     ("a/b/c", None, "a/b/c: no such file or folder$"),
     ("none.npz", None, "none.npz: cannot be read .No such file"),
@@ -386,7 +441,7 @@ def test_npz_files_are_picked_as_before(tmp_path):
     ("e.hdf5", "e.hdf5", "e.hdf5: is HDF5 episodes"),
     ("old", "old/meta_data/info.json", "version v1.x"),
     ("home", "home/user/pusht/meta/info.json", "holds some; give one of them, such as home/user/pusht"),
-    ("empty", "empty/notes.txt", "holds neither a LeRobotDataset .meta/info.json. nor .npz files"),
+    ("empty", "empty/notes.txt", "holds no .npz file of observations, and is no LeRobotDataset"),
     ("text.txt", "text.txt", "is not an .npz file"),
 ])  # fmt: skip
 def test_other_sources(tmp_path, monkeypatch, name, made, message):
@@ -408,6 +463,11 @@ def scene(seed: int, **changes) -> dict:
     return {"images": {"top": image}, "state": rng.standard_normal(4).astype(np.float32), "prompt": "go"} | changes
 
 
+def seeing(seed: int, image: np.ndarray) -> dict:
+    return scene(seed, images={"top": image})
+
+
+SAME = writer.picture(0, 0)
 NOISE = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
 
 
@@ -419,10 +479,10 @@ NOISE = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
     ([scene(i, state=np.ones(4, np.float32)) for i in range(4)], 4, ["all 4 observations have the same state"]),
     ([scene(i, prompt=" ") for i in range(4)], 4, ["all prompts are empty"]),
     ([scene(i, prompt=" " * (i % 2)) for i in range(3)] + [scene(3)], 4, []),
-    ([scene(i, images={"top": np.full((48, 64, 3), i, np.uint8)}) for i in range(4)], 4, ["images/top: 4 of 4 images are of a single"]),
-    ([scene(0, images={"top": NOISE})] + [scene(i) for i in range(1, 4)], 4, ["images/top: 1 of 4 images look like noise"]),
-    ([scene(i, images={"top": NOISE.transpose(2, 0, 1) + i}) for i in range(2)], 2, ["images/top: 2 of 2 images look like noise"]),
-    ([scene(i, images={"top": writer.picture(0, 0).transpose(2, 0, 1)}) for i in range(2)], 2, ["images/top: all 2 images are the same"]),
+    ([seeing(i, np.full((48, 64, 3), i, np.uint8)) for i in range(4)], 4, ["images/top: 4 of 4 images are of a single"]),
+    ([seeing(0, NOISE)] + [scene(i) for i in range(1, 4)], 4, ["images/top: 1 of 4 images look like noise"]),
+    ([seeing(i, NOISE.transpose(2, 0, 1) + i) for i in range(2)], 2, ["images/top: 2 of 2 images look like noise"]),
+    ([seeing(i, SAME.transpose(2, 0, 1)) for i in range(2)], 2, ["images/top: all 2 images are the same"]),
 ])  # fmt: skip
 def test_warnings(observations, count, expected):
     found = concerns(observations, count)
@@ -449,6 +509,30 @@ def test_a_dataset_whose_names_the_robot_does_not_know(command_line, tmp_path, c
     assert "say under [dataset] in the robot's TOML file" in ran.err and not (tmp_path / "out").exists()
 
 
+def test_a_robot_s_policy_is_calibrated_on_a_dataset(tmp_path, checkpoint):
+    features = writer.FEATURES | {"observation.state": {"dtype": "float32", "shape": [8]}}
+    folder = write_v3(tmp_path / "v3", EPISODES[:2])
+    edit_json(folder / "meta/info.json", features=features)
+    for file in (folder / "data").rglob("*.parquet"):
+        table = pq.read_table(file)
+        states = [[*state, 0, 0, 0, 0, 0] for state in table.column("observation.state").to_pylist()]
+        column, states = table.column_names.index("observation.state"), pa.array(states, pa.list_(pa.float32()))
+        pq.write_table(table.set_column(column, "observation.state", states), file)
+    mapping = RobotMapping({key: name for key, name in LIBERO.items() if key != "images/cam_high"})
+    lines: list[str] = []
+    source = load_checkpoint(checkpoint)
+    found = calibration_inputs(folder, source, "libero", 6, robot_mapping=mapping, report=lines.append)
+    assert len(found) == 6 and all(each.image_mask.tolist() == [True, True, False] for each in found)
+    assert lines[0].startswith(str(folder)) and len(lines) == 7
+    tokens = {tuple(each.tokens[each.token_mask]) for each in found}
+    assert len(tokens) == 2  # of the tasks
+
+
+def test_compare_takes_a_dataset(command_line, tmp_path, checkpoint, folder):
+    ran = command_line(compare.main, checkpoint, tmp_path / "none.plan", "--observations", folder, "--count", 3)
+    assert ran.code == 2 and ran.err.count("episode ") == 3 and "none.plan" in ran.err.splitlines()[-1]
+
+
 def test_warnings_are_printed(command_line, tmp_path, checkpoint):
     image = np.zeros((8, 8, 3), np.uint8)
     observation = {"observation/image": image, "observation/state": np.zeros(8, np.float32), "prompt": "go"}
@@ -457,3 +541,11 @@ def test_warnings_are_printed(command_line, tmp_path, checkpoint):
     ran = command_line(quantize_main, checkpoint, *arguments, "--out", tmp_path / "packs")
     assert ran.code == 0, ran.err
     assert "warning: there is only one observation" in ran.err and "warning: observation/image: 1 of 1 images" in ran.err
+
+
+def test_the_example_of_the_docs_runs(tmp_path, folder, monkeypatch, capsys):
+    example = re.search(r"```python\n(.*?)```", (DOCS / "calibration.md").read_text(), re.DOTALL)[1]
+    (tmp_path / "dataset").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "example", "exec"), {})
+    assert capsys.readouterr().out.count("episode ") == 8

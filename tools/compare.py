@@ -41,7 +41,7 @@ def _compare(
                      "three are made up, which show that the path works but not how well the policy does."),
     ] = None,  # fmt: skip
     count: Annotated[
-        Optional[int], typer.Option(min=1, help=f"Of the observations; by default {DATASET_COUNT} of a dataset, all of .npz.")
+        Optional[int], typer.Option(min=1, help=f"Of observations; by default {DATASET_COUNT} of a dataset, all of .npz.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measures as JSON.")] = False,
     report: Annotated[Optional[Path], typer.Option(help="HTML page to write, self-contained, with plots.")] = None,
@@ -52,7 +52,7 @@ def _compare(
     ] = None,
     min_sqnr: Annotated[Optional[float], typer.Option(help="Fail if an observation's actions are below, in dB.")] = None,
     threads: Annotated[Optional[int], typer.Option(min=1, help="Of either side; by default one a core.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise, equal on both sides, and of the choice from a dataset.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise, equal on both sides, and of the frames of a dataset.")] = 0,
     any_checkpoint: Annotated[
         bool, typer.Option("--any-checkpoint", help="Compare although the plan was made from other weights.")
     ] = False,

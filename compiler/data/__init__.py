@@ -6,8 +6,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from compiler.data.lerobot_dataset import Dataset, open_dataset
 from compiler.data.quality import concerns
 from compiler.data.sampling import evenly, spread
@@ -19,7 +17,7 @@ from runtime.robots import Robot
 DATASET_COUNT = 32  # observations of a dataset where nobody says how many
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _OTHER_FORMS = {  # a file in the folder -> what the folder is
-    "meta_data/info.json": "a LeRobotDataset of version v1.x; convert it to v2.1 or v3.0 with LeRobot's convert_dataset scripts",
+    "meta_data/info.json": "a LeRobotDataset of version v1.x; convert it with LeRobot's convert_dataset scripts",
     "features.json": "a TFDS / RLDS data set; convert it to a LeRobotDataset, as openpi's "
                      "examples/libero/convert_libero_data_to_lerobot.py does",
     "*.hdf5": "of HDF5 episodes; convert them to a LeRobotDataset, as openpi's "
@@ -85,8 +83,9 @@ def load_calibration(
     """
     path = Path(path)
     if (path / "meta" / "info.json").exists() or (path / "meta" / "info.json").is_symlink():
-        mapping = robot_mapping if robot_mapping is None or isinstance(robot_mapping, RobotMapping) else RobotMapping(robot_mapping)
-        found = _from_dataset(open_dataset(path), DATASET_COUNT if count is None else count, seed, mapping)
+        if robot_mapping is not None and not isinstance(robot_mapping, RobotMapping):
+            robot_mapping = RobotMapping(robot_mapping)
+        found = _from_dataset(open_dataset(path), DATASET_COUNT if count is None else count, seed, robot_mapping)
     else:
         _refuse_other_forms(path)
         found = _from_npz(path, count)
@@ -129,9 +128,8 @@ def _from_dataset(dataset: Dataset, count: int, seed: int, mapping: RobotMapping
         absent = [key for key in mapping.sources if key not in sources]
         warnings = [f"{dataset.folder}: has nothing for {key}; it is left out of the observations" for key in absent]
     warnings += dict.fromkeys(dataset.notes)
-    source = (
-        f"{dataset.folder}: LeRobotDataset {dataset.codebase_version}, {len(picked)} of {len(dataset):,} frames, seed {seed}"
-    )
+    form = f"LeRobotDataset {dataset.codebase_version}"
+    source = f"{dataset.folder}: {form}, {len(picked)} of {len(dataset):,} frames, seed {seed}"
     return CalibrationSet(observations, labels, source, shown, warnings)
 
 
@@ -170,4 +168,4 @@ def _refuse_other_forms(path: Path) -> None:
     inside = sorted(found.parents[1] for found in (*path.glob("*/meta/info.json"), *path.glob("*/*/meta/info.json")))
     if inside:
         raise CalibrationError(f"{path}: is no LeRobotDataset, but holds some; give one of them, such as {inside[0]}")
-    raise CalibrationError(f"{path}: holds neither a LeRobotDataset (meta/info.json) nor .npz files of observations")
+    raise CalibrationError(f"{path}: holds no .npz file of observations, and is no LeRobotDataset (meta/info.json)")

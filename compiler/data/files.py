@@ -3,8 +3,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+
+import numpy as np
 
 from compiler.errors import CalibrationError
 
@@ -56,6 +60,17 @@ def _parsed(where: Path | str, text: bytes) -> dict:
     return value
 
 
+def check_fields(where: Path | str, row: Mapping, fields: Mapping[str, type]) -> None:
+    """Raises CalibrationError unless the row has these fields: whole numbers from 0, finite numbers, text or lists."""
+    for key, kind in fields.items():
+        value = row.get(key)
+        fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+        if not fits or kind is float and not math.isfinite(value) or kind is int and value < 0:
+            found = f"{value!r:.60}" if key in row else "missing"
+            expected = {int: "a whole number from 0", float: "a number", str: "text", list: "a list"}[kind]
+            raise CalibrationError(f"{where}: {key} is {found}, expected {expected}; download the dataset again")
+
+
 class Table:
     """A parquet file, of which single columns and rows are read. CalibrationError if it is missing or damaged."""
 
@@ -80,11 +95,14 @@ class Table:
         with self._named():
             return self._opened.read(columns=[name]).column(name).to_pylist()
 
-    def array(self, name: str):
-        """All values of a column of numbers as a numpy array."""
+    def integers(self, name: str) -> np.ndarray:
+        """All values of a column of whole numbers: int64 [rows]."""
         self._require([name])
         with self._named():
-            return self._opened.read(columns=[name]).column(name).to_numpy()
+            column = self._opened.read(columns=[name]).column(name)
+        if not self._arrow.types.is_integer(column.type) or column.null_count:
+            raise CalibrationError(f"{self.file}: {name} are no whole numbers but {column.type}; download it again")
+        return column.to_numpy().astype(np.int64)
 
     def rows(self, rows: list[int], names: list[str]) -> dict[int, dict]:
         """Row number -> {column: value as Python's}. Only the row groups and columns concerned are read."""

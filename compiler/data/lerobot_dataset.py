@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-from compiler.data.files import Table, read_json, read_json_lines
+from compiler.data.files import Table, check_fields, read_json, read_json_lines
 from compiler.data.video import decode_frames
 from compiler.errors import CalibrationError
 
@@ -99,6 +99,7 @@ class Dataset:
         found: dict[int, dict] = {}
         times: dict[int, float] = {}
         for index, row in self._rows(set(indices), [*stored, "timestamp", "task_index"]).items():
+            check_fields(self._where(index), row, {"timestamp": float, "task_index": int})
             found[index] = {key: self._value(key, row[key], index) for key in stored}
             found[index]["task"] = self._task(row["task_index"], index)
             times[index] = float(row["timestamp"])
@@ -114,7 +115,10 @@ class Dataset:
             if len(episode.tasks) == 1:
                 by_task.setdefault(episode.tasks[0], []).append(range(episode.start, episode.start + episode.length))
                 continue
-            numbers = np.array([row["task_index"] for row in self._episode_rows(episode, ["task_index"])])
+            rows = self._episode_rows(episode, ["task_index"])
+            for row in rows:
+                check_fields(f"{episode.data}, episode {episode.index}", row, {"task_index": int})
+            numbers = np.array([row["task_index"] for row in rows])
             for number in dict.fromkeys(numbers.tolist()):
                 frames = (episode.start + np.flatnonzero(numbers == number)).tolist()
                 by_task.setdefault(self._task(number, frames[0]), []).append(frames)
@@ -169,20 +173,20 @@ class Dataset:
         """An image of Hugging Face's form {"bytes", "path"}, decoded to uint8 RGB [H, W, 3]."""
         value = value if isinstance(value, dict) else {"bytes": value}
         content, path = value.get("bytes"), value.get("path")
-        if content is None and not path:
-            raise CalibrationError(f"{where} holds neither an image nor the path of one; {_AGAIN}")
+        if not isinstance(content, bytes) and not (content is None and path and isinstance(path, str)):
+            raise CalibrationError(f"{where} holds neither an image's bytes nor its path; {_AGAIN}")
         try:
             with Image.open(io.BytesIO(content) if content is not None else self.folder / path) as image:
                 if image.mode != "RGB":
                     raise CalibrationError(f"{where} is an image of mode {image.mode}, the policies take RGB")
-                return np.array(image)
+                return np.array(ImageOps.exif_transpose(image))  # turned, as Hugging Face's reader does
         except (OSError, Image.DecompressionBombError) as error:
             what = "its image is damaged" if content is not None else f"its image file {self.folder / path} cannot be read"
             raise CalibrationError(f"{where}: {what} ({str(error).partition(':')[0]}); {_AGAIN}") from error
 
     def _task(self, number: int, index: int) -> str:
         if number not in self.tasks:
-            raise CalibrationError(f"{self._where(index)}: has task_index {number}, which meta/tasks does not list; {_AGAIN}")
+            raise CalibrationError(f"{self._where(index)}: has task_index {number}, not listed in meta/tasks; {_AGAIN}")
         return self.tasks[number]
 
     def _where(self, index: int) -> str:
@@ -219,7 +223,7 @@ def _version(folder: Path, info: dict) -> str:
     if version == "v2.0":
         script = "lerobot.datasets.v21.convert_dataset_v20_to_v21 of LeRobot 0.3.3"
     elif version.startswith("v1."):
-        script = "lerobot.datasets.v2.convert_dataset_v1_to_v2, then lerobot.datasets.v21.convert_dataset_v20_to_v21, of LeRobot 0.3.3"
+        script = "lerobot.datasets.v2.convert_dataset_v1_to_v2, then v21.convert_dataset_v20_to_v21, of LeRobot 0.3.3"
     else:
         raise CalibrationError(f"{where}; this version of duq reads {' and '.join(VERSIONS)}")
     raise CalibrationError(f"{where}, and {' and '.join(VERSIONS)} are read; convert it with python -m {script}")
@@ -227,7 +231,8 @@ def _version(folder: Path, info: dict) -> str:
 
 def _features(folder: Path, info: dict) -> dict[str, dict]:
     features = info.get("features")
-    if not isinstance(features, dict) or not all(isinstance(feature, dict) and "dtype" in feature for feature in features.values()):
+    found = features.values() if isinstance(features, dict) else [None]
+    if not all(isinstance(feature, dict) and isinstance(feature.get("dtype"), str) for feature in found):
         raise CalibrationError(f"{folder / 'meta' / 'info.json'}: lacks features, name -> dtype and shape; {_AGAIN}")
     return features
 
@@ -253,7 +258,7 @@ def _unreadable(feature: Mapping) -> str:
 
 def _row_numbers(table: Table, places: list[tuple[Episode, int]]) -> list[int]:
     """Rows of a data file, of frames given as (episode, frame in it)."""
-    episodes, frames = table.array("episode_index"), table.array("frame_index")
+    episodes, frames = table.integers("episode_index"), table.integers("frame_index")
     found: dict[int, np.ndarray] = {}
     for episode in {episode.index: episode for episode, _ in places}.values():
         rows = np.flatnonzero(episodes == episode.index)
@@ -275,21 +280,27 @@ def _tasks_v3(folder: Path) -> dict[int, str]:
     names = [name for name in ("task", "__index_level_0__") if name in table.columns] or table.strings()
     if len(names) != 1 and names[:1] != ["task"]:
         raise CalibrationError(f"{table.file}: has no column with the tasks' texts; it has {', '.join(table.columns)}")
-    return dict(zip(table.column("task_index"), map(str, table.column(names[0]))))
+    rows = [{"task_index": number, "task": text} for number, text in zip(table.column("task_index"), table.column(names[0]))]
+    for row in rows:
+        check_fields(table.file, row, {"task_index": int, "task": str})
+    return {row["task_index"]: row["task"] for row in rows}
 
 
 def _episodes_v3(folder: Path, info: dict, videos: list[str]) -> list[Episode]:
     files = sorted((folder / "meta" / "episodes").glob("*/*.parquet"))
     if not files:
         raise CalibrationError(f"{folder / 'meta' / 'episodes'}: holds no parquet files; {_AGAIN}")
-    names = ["episode_index", "length", "data/chunk_index", "data/file_index"]
-    names += [f"videos/{key}/{part}" for key in videos for part in ("chunk_index", "file_index", "from_timestamp")]
+    fields: dict[str, type] = dict.fromkeys(("episode_index", "length", "data/chunk_index", "data/file_index"), int)
+    for key in videos:
+        fields |= {f"videos/{key}/chunk_index": int, f"videos/{key}/file_index": int, f"videos/{key}/from_timestamp": float}
     rows: list[dict] = []
     for file in files:
         table = Table(file)
-        columns = {name: table.column(name) for name in names}
-        columns["tasks"] = table.column("tasks") if "tasks" in table.columns else [[]] * len(columns["length"])
-        rows += [dict(zip(columns, values)) for values in zip(*columns.values())]
+        columns = {name: table.column(name) for name in (*fields, "tasks")}
+        here = [dict(zip(columns, values)) for values in zip(*columns.values())]
+        for row in here:
+            check_fields(file, row, fields | {"tasks": list})
+        rows += here
 
     def data(row: dict) -> Path:
         return _path(folder, info, "data_path", chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
@@ -306,16 +317,19 @@ def _episodes_v3(folder: Path, info: dict, videos: list[str]) -> list[Episode]:
 
 def _tasks_v2(folder: Path) -> dict[int, str]:
     file = folder / "meta" / "tasks.jsonl"
-    return {_entry(file, line, "task_index"): str(_entry(file, line, "task")) for line in read_json_lines(file)}
+    lines = read_json_lines(file)
+    for line in lines:
+        check_fields(file, line, {"task_index": int, "task": str})
+    return {line["task_index"]: line["task"] for line in lines}
 
 
 def _episodes_v2(folder: Path, info: dict, videos: list[str]) -> list[Episode]:
     file = folder / "meta" / "episodes.jsonl"
     rows = read_json_lines(file)
     for row in rows:
-        for key in ("episode_index", "length"):
-            _entry(file, row, key)
-    size = info.get("chunks_size", 1000)
+        check_fields(file, row, {"episode_index": int, "length": int, "tasks": list})
+    check_fields(folder / "meta" / "info.json", info, {"chunks_size": int})
+    size = max(info["chunks_size"], 1)
 
     def path(row: dict, which: str, **names: str) -> Path:
         number = row["episode_index"]
@@ -325,12 +339,6 @@ def _episodes_v2(folder: Path, info: dict, videos: list[str]) -> list[Episode]:
         return path(row, "video_path", video_key=key), 0.0
 
     return _numbered(rows, lambda row: path(row, "data_path"), video, videos)
-
-
-def _entry(file: Path, line: dict, key: str):
-    if key not in line:
-        raise CalibrationError(f"{file}: a line lacks {key!r}; {_AGAIN}")
-    return line[key]
 
 
 def _numbered(
@@ -343,7 +351,7 @@ def _numbered(
     episodes, start = [], 0
     for row in sorted(rows, key=lambda row: row["episode_index"]):
         if row["length"] > 0:
-            tasks = tuple(dict.fromkeys(row.get("tasks") or ()))
+            tasks = tuple(dict.fromkeys(map(str, row["tasks"])))
             files = {key: video(row, key) for key in videos}
             episodes.append(Episode(row["episode_index"], start, row["length"], tasks, data(row), files))
             start += row["length"]

@@ -43,8 +43,9 @@ def _images(flat: Sequence[Mapping]) -> Iterator[str]:
 def _equal_states(flat: Sequence[Mapping]) -> bool:
     """Whether all vectors of numbers, of which there is at least one, are the same in all observations."""
     states = [{key: value for key, value in row.items() if _is_state(value)} for row in flat]
-    return bool(states[0]) and all(
-        row.keys() == states[0].keys() and all(np.array_equal(row[key], states[0][key]) for key in row) for row in states[1:]
+    first = states[0]
+    return bool(first) and all(
+        row.keys() == first.keys() and all(np.array_equal(row[key], first[key]) for key in row) for row in states[1:]
     )
 
 

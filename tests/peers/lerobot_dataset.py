@@ -1,5 +1,5 @@
-"""Writes a small dataset with the LeRobot that is installed, reads it with LeRobot's own reader and with duq's, and compares
-every frame bit for bit. LeRobot 0.4 and later write v3.0, LeRobot 0.3 writes v2.1.
+"""Writes a small dataset with the LeRobot that is installed, reads it with LeRobot's own reader and with duq's, and
+compares every frame bit for bit. LeRobot 0.4 and later write v3.0, LeRobot 0.3 writes v2.1.
 
 `make test-peers` installs LeRobot (Python 3.12) into an environment of its own and runs this file there.
 """
@@ -40,7 +40,7 @@ def write(folder: Path) -> None:
         phase = rng.uniform(0, 6, (3, 3))
         for frame in range(length):
             images = [
-                np.stack([127 + 120 * np.sin(x / 9 + p + frame / 5) * np.cos(y / 7 + p) for p in phases], -1).astype(np.uint8)
+                np.stack([127 + 99 * np.sin(x / 9 + p + frame / 5) * np.cos(y / 7 + p) for p in phases], -1).astype(np.uint8)
                 for phases in phase
             ]
             row = dict(zip(list(FEATURES)[:3], images))
