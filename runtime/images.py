@@ -17,6 +17,7 @@ import ctypes
 import importlib.util
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -294,23 +295,30 @@ def _strips(height: int, resize: Callable[[int, int], None]) -> list[Callable[[]
 
 
 def _run(work: list[Callable[[], None]]) -> None:
-    """On this thread and on those of the pool; the loops do not hold the interpreter's lock."""
-    threads = min(MAX_THREADS, _cores(), len(work))
-    if threads <= 1:
-        return _run_one_by_one(work)
-    others = [_pool(os.getpid()).submit(_run_one_by_one, work[index::threads]) for index in range(1, threads)]
-    _run_one_by_one(work[::threads])
-    for each in others:
-        each.result()
+    """On this thread, and on those of the pool that get to it before; the loops do not hold the interpreter's lock."""
+    left = deque(work)
+    others = min(MAX_THREADS, _cores(), len(work)) - 1 if len(work) > 1 else 0
+    helpers = [_pool(os.getpid()).submit(_run_what_is_left, left) for _ in range(others)]
+    try:
+        _run_what_is_left(left)
+    finally:
+        left.clear()
+        for helper in helpers:
+            if not helper.cancel():
+                helper.result()
+
+
+def _run_what_is_left(work: deque[Callable[[], None]]) -> None:
+    while True:
+        try:
+            task = work.popleft()
+        except IndexError:
+            return
+        task()
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _run_one_by_one(work: list[Callable[[], None]]) -> None:
-    for each in work:
-        each()
 
 
 @cache
