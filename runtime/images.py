@@ -17,6 +17,7 @@ import ctypes
 import importlib.util
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from runtime.errors import ObservationError
 
 MAX_THREADS = 4
 _FRACTION = 22  # bits behind the point of Pillow's integer weights
-_BLOCK, _ROWS = 32, 4  # BLOCK and ROWS of resize.c
+_VERSION, _BLOCK, _ROWS = 1, 32, 4  # resize_version, BLOCK and ROWS of resize.c
 
 
 @dataclass(frozen=True)
@@ -205,15 +206,22 @@ class _CImage(ctypes.Structure):
 
 
 class _CAxis(ctypes.Structure):
-    _fields_ = [("size", ctypes.c_int64), ("taps", ctypes.c_int64), ("first", ctypes.c_void_p), ("weights", ctypes.c_void_p)]
+    _fields_ = [
+        ("size", ctypes.c_int64), ("taps", ctypes.c_int64), ("first", ctypes.c_void_p), ("weights", ctypes.c_void_p)
+    ]  # fmt: skip
 
 
 def _load() -> ctypes.CDLL | None:
-    """resize.c, or None where it was not compiled."""
+    """resize.c, or None where it was not compiled, or compiled from another version of the source."""
     spec = importlib.util.find_spec("runtime._resize")
     if spec is None:
         return None
-    library = ctypes.CDLL(spec.origin)
+    try:
+        library = ctypes.CDLL(spec.origin)
+        if ctypes.c_int32.in_dll(library, "resize_version").value != _VERSION:
+            return None
+    except (OSError, ValueError):  # for another machine; without a version
+        return None
     images, axes, rows = [ctypes.POINTER(_CImage)], 2 * [ctypes.POINTER(_CAxis)], 2 * [ctypes.c_int64]
     out = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
     library.resize_bytes.argtypes = [*images, *axes, *rows, *out]
@@ -287,19 +295,30 @@ def _strips(height: int, resize: Callable[[int, int], None]) -> list[Callable[[]
 
 
 def _run(work: list[Callable[[], None]]) -> None:
-    """On this thread and on those of the pool; the loops do not hold the interpreter's lock."""
-    threads = min(MAX_THREADS, len(os.sched_getaffinity(0)), len(work))
-    if threads <= 1:
-        return _run_one_by_one(work)
-    others = [_pool(os.getpid()).submit(_run_one_by_one, work[index::threads]) for index in range(1, threads)]
-    _run_one_by_one(work[::threads])
-    for each in others:
-        each.result()
+    """On this thread, and on those of the pool that get to it before; the loops do not hold the interpreter's lock."""
+    left = deque(work)
+    others = min(MAX_THREADS, _cores(), len(work)) - 1 if len(work) > 1 else 0
+    helpers = [_pool(os.getpid()).submit(_run_what_is_left, left) for _ in range(others)]
+    try:
+        _run_what_is_left(left)
+    finally:
+        left.clear()
+        for helper in helpers:
+            if not helper.cancel():
+                helper.result()
 
 
-def _run_one_by_one(work: list[Callable[[], None]]) -> None:
-    for each in work:
-        each()
+def _run_what_is_left(work: deque[Callable[[], None]]) -> None:
+    while True:
+        try:
+            task = work.popleft()
+        except IndexError:
+            return
+        task()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache

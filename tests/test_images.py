@@ -1,4 +1,4 @@
-"""Resized images: openpi's rule against Pillow bit for bit, LeRobot's against torch, with and without the compiled loops."""
+"""Resized images: openpi's rule against Pillow bit for bit, LeRobot's against torch; compiled loops and without."""
 from __future__ import annotations
 
 import math
@@ -61,7 +61,8 @@ def openpi_peer(image: np.ndarray, height: int, width: int) -> np.ndarray:
     ratio = max(image.shape[1] / width, image.shape[0] / height)
     size = max(1, int(image.shape[1] / ratio)), max(1, int(image.shape[0] / ratio))
     canvas = Image.new("RGB", (width, height))
-    canvas.paste(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR), ((width - size[0]) // 2, (height - size[1]) // 2))
+    resized = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)
+    canvas.paste(resized, ((width - size[0]) // 2, (height - size[1]) // 2))
     return np.asarray(canvas)
 
 
@@ -120,7 +121,9 @@ def test_weights_of_bytes_add_up(inputs, outputs):
 # --- LeRobot ---------------------------------------------------------------------------------------------------------
 
 
-@given(sides(700), sides(700), sides(300), sides(300), st.sampled_from(list(FLOAT_RULES)), st.booleans(), st.sampled_from(LAYOUTS))
+@given(
+    sides(700), sides(700), sides(300), sides(300), st.sampled_from(list(FLOAT_RULES)), st.booleans(), st.sampled_from(LAYOUTS)
+)  # fmt: skip
 @example(480, 640, 224, 224, "lerobot", False, "dense")
 @example(480, 640, 224, 224, "lerobot-0.4", True, "planes")
 @example(1080, 1920, 224, 224, "lerobot-0.3", False, "dense")
@@ -141,7 +144,7 @@ def test_lerobot_is_torch(height, width, out_height, out_width, rule, floats, la
 
 @pytest.mark.parametrize("rule", FLOAT_RULES)
 @pytest.mark.parametrize("floats", [False, True])
-@pytest.mark.parametrize("size", [(480, 640), (31, 200), (300, 17), (9, 9), (1, 5), (224, 224)])
+@pytest.mark.parametrize("size", [(480, 640), (31, 200), (300, 17), (9, 9), (1, 5), (224, 224), (2000, 9)])
 def test_lerobot_both_ways_are_the_same_bits(size, floats, rule, threads, monkeypatch):
     image = noise(*size).astype(np.float32) / np.float32(255) if floats else noise(*size)
     found = resize_float(image, 224, 224, rule)
@@ -208,6 +211,18 @@ def test_many_threads_at_once(monkeypatch):
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda image: resize_all([image, image], 28, 28), many))
     assert all(np.array_equal(each, [openpi_peer(image, 28, 28)] * 2) for each, image in zip(found, many))
+
+
+def test_a_library_of_another_version_is_not_used(monkeypatch):
+    monkeypatch.setattr(images, "_VERSION", -1)
+    assert images._load() is None
+
+
+def test_a_library_that_does_not_load_is_not_used(monkeypatch, tmp_path):
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"\x7fELF for another machine")
+    monkeypatch.setattr(images.importlib.util, "find_spec", lambda _: type("Spec", (), {"origin": str(broken)}))
+    assert images._load() is None
 
 
 def _in_child(queue) -> None:

@@ -39,16 +39,22 @@ TIMED = ("pi0", "llm+expert-mlp")  # with tactics by timing, the others with the
 def policy(name: str, quant: str, directory, float_images: bool = False):
     """The checkpoint's config and the paths of its cpu and cuda plans."""
     sizes = dict(depth=3, vision_depth=2, action_horizon=50)
-    checkpoint = load_checkpoint(make_checkpoint(directory / f"{name}.{quant}", pi05=name == "pi05", robot="libero", **sizes))
+    stem = directory / f"{name}.{quant}{'.float_images' * float_images}"
+    checkpoint = load_checkpoint(make_checkpoint(stem, pi05=name == "pi05", robot="libero", **sizes))
     preprocessor = Preprocessor(checkpoint.config)
     inputs = [preprocessor.model_inputs(each) for each in synthetic_observations(checkpoint.config, cameras=3, count=2)]
     preset, settings = RECIPES.get(quant, (quant, {}))
-    stem, timing = directory / f"{name}.{quant}{'.float_images' * float_images}", (name, quant) == TIMED and not float_images
+    timing = (name, quant) == TIMED and not float_images
     return checkpoint.config, both_plans(checkpoint, preset, settings, inputs, stem, timing, float_images)
 
 
 def both_plans(
-    checkpoint: Checkpoint, preset: str, settings: dict, inputs: list[ModelInputs], stem: Path, timing: bool = False,
+    checkpoint: Checkpoint,
+    preset: str,
+    settings: dict,
+    inputs: list[ModelInputs],
+    stem: Path,
+    timing: bool = False,
     float_images: bool = False,
 ) -> dict[str, Path]:
     recipe = load_recipe(preset, settings, environment={})
