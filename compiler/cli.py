@@ -22,13 +22,12 @@ from compiler.quantize_cli import (
     CHECKPOINT_HELP, AssetOption, BaseOption, CalibrationOption, CalibrationSeedOption, DeviceOption, PacksOption,
     TokenizerOption, check_device, open_policy, print_line, progress_bar, use_packs, with_recipe_options,
 )
-from compiler.settings import Choices, PolicySettings, missing_statistics
+from compiler.settings import Choices, PolicySettings, missing_statistics, settings_of
 from compiler.targets import tensorrt
 from plugins.driver import open_device
 from plugins.errors import KernelError
 from runtime.cli_errors import check_output_directory, check_output_file, one_line_errors
 from runtime.inspect import settings_table
-from runtime.plan import Plan
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -113,7 +112,7 @@ def _compile(
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     console = Console(markup=False, highlight=False)
-    console.print(settings_table(Plan(out, verify=False).manifest))
+    console.print(settings_table(settings_of(policy, settings)))
     console.print(
         f"{out}: {out.stat().st_size / 1e6:,.1f} MB, {len(quantization.packs)} quantised linears, compiled in "
         f"{seconds:.0f} s with a peak of {peak:.1f} GB of memory",

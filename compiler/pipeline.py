@@ -30,7 +30,7 @@ from compiler.graph.passes.tokens import compact_tokens, eliminate_dead_prefix_t
 from compiler.model import build_model
 from compiler.quant import Quantization, Recipe, quantize
 from compiler.quant.transforms import LinearTransform
-from compiler.settings import PolicySettings, default_settings
+from compiler.settings import PolicySettings, default_settings, settings_of
 from compiler.targets import cpu, cuda, tensorrt
 from plugins import ops
 from runtime.config import GemmaConfig
@@ -174,6 +174,7 @@ def _manifest(checkpoint: Checkpoint, quantization: Quantization, options: Optio
         }
         for name, pack in quantization.packs.items()
     }
+    policy = settings_of(checkpoint, options.settings)
     return {
         "created_by": {
             "duq": compiler.__version__,
@@ -182,17 +183,10 @@ def _manifest(checkpoint: Checkpoint, quantization: Quantization, options: Optio
             "onnx": onnx.__version__,
             "onnxruntime": onnxruntime.__version__,
         },
-        "model": checkpoint.config.to_json(),
         **{name: value for name, value in vars(options).items() if name != "settings"},
-        **options.settings.to_json(),
+        **policy,
         "quantization": {"recipe": quantization.recipe.to_json(), "linears": linears},
-        "norm_stats": checkpoint.norm_stats,
-        "checkpoint": {
-            "path": str(checkpoint.path),
-            "layout": checkpoint.layout,
-            "form": checkpoint.form,
-            "fingerprint": checkpoint.fingerprint,
-        },
+        "checkpoint": policy["checkpoint"] | {"fingerprint": checkpoint.fingerprint},
     }
 
 

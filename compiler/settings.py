@@ -81,6 +81,16 @@ class PolicySettings:
         }
 
 
+def settings_of(checkpoint: Checkpoint, settings: PolicySettings) -> dict:
+    """The part of a plan's manifest that is about the policy, not about the engine."""
+    return {
+        "model": checkpoint.config.to_json(),
+        **settings.to_json(),
+        "norm_stats": checkpoint.norm_stats,
+        "checkpoint": {"path": str(checkpoint.path), "layout": checkpoint.layout, "form": checkpoint.form},
+    }
+
+
 def default_settings(checkpoint: Checkpoint, robot: str | Robot = "none", num_steps: int | None = None) -> PolicySettings:
     """The settings of a checkpoint whose user is not there to be asked: its own, then the robot's and its layout's."""
     said, robot = checkpoint.settings, load_robot(robot) if isinstance(robot, str) else robot

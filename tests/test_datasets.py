@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import dataset_writer as writer
 from compiler.checkpoint import load_checkpoint
 from compiler.checkpoint.synthetic import make_checkpoint
 from compiler.cli import compile_main
-from compiler.data import DATASET_COUNT, RobotMapping, load_calibration, open_dataset
+from compiler.data import DATASET_COUNT, RobotMapping, load_calibration, open_dataset, robot_mapping
 from compiler.data.quality import concerns
 from compiler.data.sampling import evenly, positions, shares, spread
 from compiler.data.video import decode_frames
@@ -28,6 +29,8 @@ from compiler.quant.calibrate import calibration_inputs
 from compiler.quantize_cli import quantize_main
 from dataset_writer import FPS, STORED, VIDEOS, Recorded, encode, shown_number, write_v2, write_v3
 from runtime.observations import save_observations
+from runtime.preprocess import Preprocessor
+from runtime.robots import Camera, Robot, StatePart, load_robot
 from tools import compare
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -518,19 +521,30 @@ def test_a_robot_s_policy_is_calibrated_on_a_dataset(tmp_path, checkpoint):
         states = [[*state, 0, 0, 0, 0, 0] for state in table.column("observation.state").to_pylist()]
         column, states = table.column_names.index("observation.state"), pa.array(states, pa.list_(pa.float32()))
         pq.write_table(table.set_column(column, "observation.state", states), file)
-    mapping = RobotMapping({key: name for key, name in LIBERO.items() if key != "images/cam_high"})
+    names = {key: name for key, name in LIBERO.items() if key != "images/cam_high"}
     lines: list[str] = []
     source = load_checkpoint(checkpoint)
-    found = calibration_inputs(folder, source, "libero", 6, robot_mapping=mapping, report=lines.append)
+    robot, tokenizer = replace(load_robot("libero"), dataset=names), source.tokenizer.read_bytes()
+    preprocessor = Preprocessor(source.config, robot=robot, norm_stats=source.norm_stats, tokenizer=tokenizer)
+    found = calibration_inputs(folder, preprocessor, 6, report=lines.append)
     assert len(found) == 6 and all(each.image_mask.tolist() == [True, True, False] for each in found)
     assert lines[0].startswith(str(folder)) and len(lines) == 7
     tokens = {tuple(each.tokens[each.token_mask]) for each in found}
     assert len(tokens) == 2  # of the tasks
 
 
-def test_compare_takes_a_dataset(command_line, tmp_path, checkpoint, folder):
-    ran = command_line(compare.main, checkpoint, tmp_path / "none.plan", "--observations", folder, "--count", 3)
-    assert ran.code == 2 and ran.err.count("episode ") == 3 and "none.plan" in ran.err.splitlines()[-1]
+def test_a_dataset_is_read_under_a_robot_s_own_names_where_its_file_says_nothing(folder):
+    keys = VIDEOS[1], "observation.state"
+    robot = Robot("mine", (Camera((keys[0],), required=True), Camera(("absent",))), (StatePart((keys[1],), ("a", "b", "c")),), ("x",))
+    found = load_calibration(folder, 4, robot_mapping=robot_mapping(robot))
+    assert all(set(each) == {*keys, "prompt"} for each in found.observations)
+    assert any("nothing for absent" in line for line in found.warnings)
+
+
+def test_compare_takes_a_dataset(command_line, tiny_plans, folder):
+    compiled = tiny_plans("pi0", "none")
+    ran = command_line(compare.main, compiled.checkpoint, compiled.plan, "--observations", folder, "--count", 3)
+    assert ran.code == 2 and "has none of image, observation.images.image" in ran.err.splitlines()[-1]
 
 
 def test_warnings_are_printed(command_line, tmp_path, checkpoint):

@@ -158,13 +158,18 @@ def test_statistics_of_lerobot_0_3(lerobot, edit):
         "normalize_inputs.buffer_observation_state.std": torch.ones(8),
         "normalize_inputs.buffer_observation_images_top.mean": torch.full((3, 1, 1), torch.inf),
         "normalize_targets.buffer_action.mean": torch.zeros(7),
+        "unnormalize_outputs.buffer_action.mean": torch.full((7,), 3.0),
         "unnormalize_outputs.buffer_action.std": torch.full((7,), 2.0),
     }
     path = edit(lerobot, lambda w: {before_4_52(name): tensor for name, tensor in w.items()} | buffers)
+    fails(path, "statistics among its weights, as LeRobot 0.3, and in policy_preprocessor.json")
+    for pipeline in ("policy_preprocessor.json", "policy_postprocessor.json"):
+        (path / pipeline).unlink()
     found = load_checkpoint(path)
-    assert found.buffers == {name: tensor.flatten().tolist() for name, tensor in buffers.items()}
+    assert found.norm_stats["state"]["mean"] == list(range(8)) and found.norm_stats["state"]["std"] == [1.0] * 8
+    assert found.norm_stats["actions"]["mean"] == [3.0] * 7 and found.norm_stats["actions"]["std"] == [2.0] * 7
     assert same(found.weights, load_checkpoint(lerobot).weights) and found.form == "LeRobot 0.3, bfloat16"
-    assert load_checkpoint(lerobot).buffers == {}
+    assert load_checkpoint(lerobot).norm_stats["rule"] == "lerobot" and found.norm_stats["rule"] == "lerobot-0.3"
 
 
 # --- metadata.pt
@@ -241,8 +246,8 @@ def test_the_trainer_s_folder_has_its_config(openpi, tmp_path):
     (path / "config.json").unlink()
     torch.save({"global_step": 1, "config": {"name": "pi0_libero"}}, path / "metadata.pt")
     found = load_checkpoint(tmp_path / "run")
-    assert found.metadata == {"name": "pi0_libero"} and found.path == path and found.form == "openpi PyTorch, bfloat16"
-    assert same(found.weights, load_checkpoint(openpi).weights) and load_checkpoint(openpi).metadata is None
+    assert found.settings.config == "pi0_libero" and found.path == path and found.form == "openpi PyTorch, bfloat16"
+    assert same(found.weights, load_checkpoint(openpi).weights) and load_checkpoint(openpi).settings.config is None
     (path / "metadata.pt").write_bytes(b"PK")
     fails(path, "metadata.pt is damaged")
 

@@ -184,7 +184,7 @@ def test_other_packs_take_the_recipe(compiled, tmp_path):
 def test_a_robot_s_plan_needs_a_tokenizer(compiled, source, packs, given, monkeypatch, tmp_path):
     checkpoint = load_checkpoint(source)
     without = type(checkpoint)(**{**vars(checkpoint), "tokenizer": None})
-    monkeypatch.setattr("compiler.quantize_cli.load_checkpoint", lambda *_: without)
+    monkeypatch.setattr("compiler.quantize_cli.load_checkpoint", lambda *_, **__: without)
     given = ("--packs", packs) if given == "packs" else given
     result, quantization = compiled(given=given)
     assert result.code == 2 and quantization is None

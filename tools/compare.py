@@ -20,11 +20,14 @@ from compiler.accuracy.report import (
 from compiler.accuracy.synthetic import synthetic_observations
 from compiler.accuracy.thresholds import Thresholds
 from compiler.checkpoint import load_checkpoint
-from compiler.data import DATASET_COUNT, load_calibration
+from compiler.data import DATASET_COUNT, load_calibration, robot_mapping
 from compiler.pipeline import check_weights
-from compiler.quantize_cli import print_line, progress_bar
+from compiler.quantize_cli import CHECKPOINT_HELP, BaseOption, print_line, progress_bar
 from runtime.cli_errors import check_output_file, one_line_errors
+from runtime.config import ModelConfig
 from runtime.plan import Plan
+from runtime.policy import preprocessor_of
+from runtime.robots import Robot
 
 PAST_THRESHOLDS = 1  # exit code; 2 is bad input
 
@@ -33,7 +36,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptio
 
 @app.command()
 def _compare(
-    checkpoint: Annotated[Path, typer.Argument(help="openpi (PyTorch) or LeRobot checkpoint directory.")],
+    checkpoint: Annotated[str, typer.Argument(help=CHECKPOINT_HELP)],
     plan: Annotated[Path, typer.Argument(help="The engine.plan compiled from it.")],
     observations: Annotated[
         Optional[Path],
@@ -56,9 +59,7 @@ def _compare(
     any_checkpoint: Annotated[
         bool, typer.Option("--any-checkpoint", help="Compare although the plan was made from other weights.")
     ] = False,
-    asset_id: Annotated[
-        Optional[str], typer.Option(help="Which normalisation statistics, if the checkpoint has several.")
-    ] = None,
+    base: BaseOption = None,
 ) -> None:
     """Run the same observations and noise through PyTorch fp32 and through the engine, and report the differences.
 
@@ -73,17 +74,18 @@ def _compare(
     thresholds = Thresholds(min_cosine, max_error, min_sqnr, max_robot_error)
     if report is not None:
         check_output_file("--report", report)
-    found = None if observations is None else _observations(observations, count, seed)
     engine = Plan(plan)
-    policy = load_checkpoint(checkpoint, asset_id)
+    config = ModelConfig.from_json(engine.manifest["model"])
+    found = None if observations is None else _observations(observations, count, seed, preprocessor_of(engine, config).robot)
+    policy = load_checkpoint(checkpoint, base=base, statistics=False)  # a comparison takes the plan's
     check_match(policy, engine, any_checkpoint)
     if found is None:
-        found = synthetic_observations(policy.config, engine.manifest["cameras"])
+        found = synthetic_observations(config, engine.manifest["cameras"])
     if max_robot_error is not None:
         check_robot_units(engine, found)
     with progress_bar() as progress:
         check_weights(policy, progress)
-        comparison = compare(policy, engine, found, progress, threads=threads, seed=seed, asset_id=asset_id)
+        comparison = compare(policy, engine, found, progress, threads=threads, seed=seed, base=base)
     set_thresholds = {name: bound for name, bound in asdict(thresholds).items() if bound is not None}
     source = "made up, not a robot's (--observations gives those)" if observations is None else f"from {observations}"
     comparison = replace(comparison, summary={"source": source, "thresholds": set_thresholds, **comparison.summary})
@@ -100,8 +102,8 @@ def _compare(
         raise typer.Exit(PAST_THRESHOLDS)
 
 
-def _observations(path: Path, count: int | None, seed: int) -> list[dict]:
-    found = load_calibration(path, count, seed)
+def _observations(path: Path, count: int | None, seed: int, robot: Robot | None) -> list[dict]:
+    found = load_calibration(path, count, seed, robot_mapping(robot))
     for line in (*found.shown, *(f"warning: {each}" for each in found.warnings)):
         print_line(line)
     return found.observations

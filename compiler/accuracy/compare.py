@@ -25,7 +25,7 @@ from runtime.plan import Plan
 from runtime.policy import preprocessor_of
 from runtime.preprocess import ModelInputs, Preprocessor
 
-CHOSEN = ("action_horizon", "rotary")  # when compiling: the reference follows the plan, whatever the checkpoint's own are
+CHOSEN = ("action_horizon", "max_prompt_tokens", "rotary")  # when compiling: the reference follows the plan, whatever the checkpoint's own are
 SQNR_SOURCE = "by the quantiser, on calibration rows held out from the fit"
 
 
@@ -106,12 +106,12 @@ def compare(
     *,
     threads: int | None = None,
     seed: int = 0,
-    asset_id: str | None = None,
+    base: Path | None = None,
 ) -> Comparison:
     """Runs both sides over the observations, one after the other, each in a process of its own.
 
     threads: of either side (None: one for each core that this process may use). seed: of the noise, one draw for each
-    observation. Raises ObservationError, before any long work, if an observation does not fit the plan.
+    observation. base: of an adapter, where it was given. Raises ObservationError, before any long work, if an observation does not fit the plan.
 
     The summary's keys: "checkpoint", "plan", "threads", "seed", "versions"; "stages": the measures (cosine, max_error,
     sqnr_db) of every stage over all observations; "layers" and "steps": the same for keys and values of each layer and
@@ -130,11 +130,11 @@ def compare(
             noise = random.standard_normal((config.action_horizon, config.action_dim), np.float32)
             write_inputs(directory, index, each, noise)
         job = [directory, count, threads]
-        asset = [] if asset_id is None else [asset_id]
+        adapted = [] if base is None else [Path(base).resolve()]
         cost = {
             "engine": _run("engine", [*job, plan.path.resolve()], count, progress),
             "reference": _run(
-                "reference", [*job, checkpoint.path.resolve(), num_steps, config.rotary, *asset], count, progress
+                "reference", [*job, checkpoint.path.resolve(), num_steps, config.rotary, *adapted], count, progress
             ),
         }
         bases, dims = [_value_basis(plan, layer) for layer in range(config.llm.depth)], preprocessor.action_dim

@@ -1,4 +1,4 @@
-"""The reference's side: `python -m compiler.accuracy.reference DIRECTORY COUNT THREADS CHECKPOINT STEPS ROTARY [ASSET_ID]`.
+"""The reference's side: `python -m compiler.accuracy.reference DIRECTORY COUNT THREADS CHECKPOINT STEPS ROTARY [BASE]`.
 
 PyTorch, eager, float32, from the checkpoint's weights.
 """
@@ -70,12 +70,12 @@ def _with_state_token(model: Pi0, state: Tensor, mask: Tensor, past: list) -> li
 
 
 def main(
-    directory: str, count: str, threads: str, checkpoint: str, steps: str, rotary: str, asset_id: str | None = None
+    directory: str, count: str, threads: str, checkpoint: str, steps: str, rotary: str, base: str | None = None
 ) -> None:
     opened = resident_bytes()
     torch.set_num_threads(int(threads))
     num_steps = int(steps)
-    policy = load_checkpoint(checkpoint, asset_id)
+    policy = load_checkpoint(checkpoint, base=base, statistics=False)
     model = build_model(replace(policy, config=replace(policy.config, rotary=rotary)))
 
     def run(inputs, noise):

@@ -66,6 +66,7 @@ def load_checkpoint(
     *,
     base: str | Path | None = None,
     preferred_asset: str | None = None,
+    statistics: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Checkpoint:
     """Opens a pi0 or pi0.5 checkpoint; weights stay on disk until they are used.
@@ -73,7 +74,7 @@ def load_checkpoint(
     `path` is a folder of openpi's JAX or PyTorch trainer (a run's folder: its newest complete step is taken, and said in
     the notes), of LeRobot, of a PEFT adapter, or hf://owner/name[@revision][/subfolder]. `base`: the policy that an adapter
     is for, if not the one that it names. `asset_id` chooses among the statistics of several robots in an openpi directory;
-    `preferred_asset` does too, but need not be there.
+    `preferred_asset` does too, but need not be there. Without `statistics`, none are read, and none have to be chosen.
     JAX weights and merged LoRA are written to a temporary file (in TMPDIR) in the policy's layout, after everything else
     was checked; `progress(done, total)` is called with bytes as that goes on.
     Raises CheckpointError: not a checkpoint (naming what is there), damaged or incomplete files, tensors missing, extra or
@@ -99,7 +100,7 @@ def load_checkpoint(
         openpi.check_precision(settings, stored.tensors)
         trainer = _training_config(path / METADATA)
         said, notes = openpi.read_policy(settings, config, trainer), []
-        norm_stats = read_openpi_stats(path, asset_id, preferred_asset or said.asset_id)
+        norm_stats = read_openpi_stats(path, asset_id, preferred_asset or said.asset_id) if statistics else None
     tokenizer = next(filter(None, map(_tokenizer, (path, *stored.beside))), None)
     weights = stored.read(progress)
     return Checkpoint(

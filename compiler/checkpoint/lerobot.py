@@ -363,6 +363,11 @@ def read_policy(
     found = read_pipelines(directory, settings, pi05)
     stats = _buffer_statistics(settings, buffers or {}, pi05)
     if found.stats.get("state") and found.stats.get("actions"):
+        if stats is not None:
+            raise CheckpointError(
+                f"{directory}: has statistics among its weights, as LeRobot 0.3, and in {PREPROCESSOR}, as later versions: "
+                "remove the file, or the buffers (LeRobot's migrate_policy_normalization.py does)"
+            )
         stats = {"rule": "lerobot", **found.stats}
     version = "0.3" if stats and stats["rule"] == "lerobot-0.3" else "0.5" if MARK in settings or found.relative else None
     robot, relative = _robot(settings, found), _relative_mask(settings, found)

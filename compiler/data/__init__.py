@@ -55,12 +55,13 @@ class RobotMapping:
 
 
 def robot_mapping(robot: Robot | None) -> RobotMapping | None:
-    """Where a dataset keeps a robot's observations, by its description; None: under the keys that the robot takes."""
-    if robot is None or not robot.dataset:
+    """Where a dataset keeps a robot's observations: where its description says, else under the keys that the robot takes."""
+    if robot is None:
         return None
     keys = {camera: _written(camera.key) for camera in robot.cameras}
+    own = {_written(part.key): [_written(key) for key in (part.key, *part.also)] for part in (*robot.cameras, *robot.state)}
     return RobotMapping(
-        robot.dataset,
+        robot.dataset or own | {robot.prompt_keys[0]: "task"},
         optional=[key for camera, key in keys.items() if not camera.required],
         channels_first=[key for camera, key in keys.items() if camera.layout == "CHW"],
     )
