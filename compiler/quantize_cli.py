@@ -4,7 +4,8 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -168,8 +169,8 @@ def open_policy(
 ) -> tuple[Checkpoint, PolicySettings]:
     """The checkpoint with `tokenizer` in place of its own if given, and the settings around it."""
     preferred = training_config(choices.config).settings.asset_id if choices.config else None
-    with progress_bar() as bar:
-        checkpoint = load_checkpoint(path, asset_id, base=base, preferred_asset=preferred, progress=_follow(bar))
+    with _reading() as show:
+        checkpoint = load_checkpoint(path, asset_id, base=base, preferred_asset=preferred, progress=show)
     if tokenizer is not None:
         if not tokenizer.is_file():
             raise CheckpointError(f"--tokenizer {tokenizer}: no such file; give a SentencePiece model")
@@ -177,16 +178,22 @@ def open_policy(
     return settle(checkpoint, choices)
 
 
-def _follow(bar: Progress) -> Callable[[int, int], None]:
+@contextmanager
+def _reading() -> Iterator[Callable[[int, int], None]]:
     """Shows how far a checkpoint's conversion is; nothing where none is needed."""
-    tasks: list = []
+    bar, tasks = progress_bar(), []
 
     def show(done: int, total: int) -> None:
         if not tasks:
+            bar.start()
             tasks.append(bar.add_task("Reading the checkpoint", total=total))
         bar.update(tasks[0], completed=done, total=total)
 
-    return show
+    try:
+        yield show
+    finally:
+        if tasks:
+            bar.stop()
 
 
 def use_packs(packs: Path | None) -> bool:
