@@ -20,6 +20,7 @@ from compiler.errors import CalibrationError, CheckpointError, DuqError
 from compiler.pipeline import quantize_checkpoint
 from compiler.quant import Quantization, Recipe, load_recipe, load_transforms, save_quantization
 from compiler.quant.calibrate import calibration_inputs
+from compiler.quant.linears import check_selection
 from compiler.quant.recipe import PRESETS, SCHEMES, recipe_origins
 from compiler.quant.store import check_destination
 from runtime.cli_errors import check_output_directory, one_line_errors
@@ -126,6 +127,7 @@ def _quantize(
     check_output_directory("--out", out)
     check_destination(out)
     policy = open_checkpoint(checkpoint, asset_id, tokenizer)
+    check_selection(recipe, policy.config)
     transforms = load_transforms(packs, policy, recipe) if use_packs(packs) else None
     inputs = calibration_inputs(calibration, policy, robot, recipe.calibration_steps)
     with progress_bar() as progress:
