@@ -26,6 +26,7 @@ from runtime.errors import ObservationError, PlanError
 from runtime.inspect import main as inspect_main
 from runtime.observations import save_observations
 from runtime.plan import Plan, PlanWriter
+from runtime.serve_cli import main as serve_main
 
 W4A8 = "llm+expert-mlp"
 UNWRITABLE = Path("/proc")  # also for root
@@ -494,3 +495,29 @@ def test_output_directory(good, out, refused, tmp_path):
         refused([*program, UNWRITABLE / "result"], f"{program[-1]}: nothing can be written to /proc")
     refused([*quantizing, good[0]], f"{good[0]} exists and is not a directory of packs; choose another --out")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_paths_that_are_not_utf_8(good, out, refused, tmp_path):
+    """safetensors and ONNX Runtime take none; what they say about it does not name the fix."""
+    odd = tmp_path / "\udcff"
+    shutil.copytree(good[0], odd)
+    refused([compile_main, odd, "--quant", "none", "--out", out / "engine.plan"], "its path is not UTF-8", "rename it")
+    shutil.copy(good[1], odd / "engine.plan")
+    with pytest.raises(PlanError, match="its path is not UTF-8, .*; rename it"):
+        Policy(odd / "engine.plan").warmup()
+
+
+def test_options_of_another_target(good, out, refused):
+    program = [compile_main, good[0], "--quant", "none", "--out", out / "engine.plan"]
+    refused([*program, "--loop", "unrolled"], "--loop unrolled --float-type bf16: are for --target tensorrt")
+    refused([*program, "--float-type", "fp15"], "--float-type fp15: are for --target tensorrt; leave them out for cpu")
+
+
+@pytest.mark.parametrize("host", ["\udcff", "é\udcff", "a" * 64, "no such host"])
+def test_hosts_that_cannot_be(refused, host):
+    refused([serve_main, "missing.plan", "--host", host], "cannot be listened on")
+
+
+def test_packs_that_are_a_file(good, out, refused):
+    program = [compile_main, good[0], "--packs", good[2], "--out", out / "engine.plan"]
+    refused(program, f"--packs {good[2]}: is not a directory of packs")
