@@ -10,11 +10,11 @@ import typer
 from rich.console import Console
 
 from compiler.checkpoint import Checkpoint
-from compiler.errors import CalibrationError, CheckpointError, DuqError, RecipeError
+from compiler.errors import CalibrationError, CheckpointError, DuqError, PackError, RecipeError
 from compiler.pipeline import TARGETS, Options, compile_policy, quantize_checkpoint
 from compiler.quant import Quantization, Recipe, load_transforms
 from compiler.quant.calibrate import calibration_inputs
-from compiler.quant.linears import select_linears
+from compiler.quant.linears import check_selection, select_linears
 from compiler.quant.recipe import NO_LINEAR
 from compiler.quant.store import check_recipe, is_quantization, load_quantization
 from compiler.policy_options import with_policy_options
@@ -98,6 +98,8 @@ def _compile(
     architectures = _architectures(target, sm or [])
     if target == "tensorrt":
         tensorrt.check(loop, float_type)
+    elif (loop, float_type) != ("graph", "bf16"):
+        raise DuqError(f"--loop {loop} --float-type {float_type}: are for --target tensorrt; leave them out for {target}")
     check_output_file("--out", out)
     if keep_onnx is not None:
         check_output_directory("--keep-onnx", keep_onnx)
@@ -168,8 +170,11 @@ def _quantization(checkpoint, recipe, origins, packs, calibration, seed, setting
     if use_packs(packs) and is_quantization(packs):
         check_recipe(packs, recipe, origins, checkpoint.config)
         return load_quantization(packs, checkpoint)
+    check_selection(recipe, checkpoint.config)
     if not select_linears(recipe, checkpoint.config):
         return Quantization(recipe)
+    if use_packs(packs) and not packs.is_dir():
+        raise PackError(f"--packs {packs}: is not a directory of packs; duq-quantize writes one")
     if calibration is None:
         raise CalibrationError(
             "quantisation measures activations: give observations of the robot with --calibration DATA, packs made by "

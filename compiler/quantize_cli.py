@@ -23,6 +23,7 @@ from compiler.pipeline import quantize_checkpoint
 from compiler.policy_options import with_policy_options
 from compiler.quant import Quantization, Recipe, load_recipe, load_transforms, save_quantization
 from compiler.quant.calibrate import calibration_inputs
+from compiler.quant.linears import check_selection
 from compiler.quant.recipe import PRESETS, SCHEMES, recipe_origins
 from compiler.quant.store import check_destination
 from compiler.settings import Choices, PolicySettings, settle
@@ -142,6 +143,7 @@ def _quantize(
     check_output_directory("--out", out)
     check_destination(out)
     policy, settings = open_policy(checkpoint, choices, asset_id, tokenizer, base)
+    check_selection(recipe, policy.config)
     transforms = load_transforms(packs, policy, recipe) if use_packs(packs) else None
     inputs = calibration_inputs(
         calibration, settings.preprocessor(policy), recipe.calibration_steps, seed=calibration_seed, report=print_line

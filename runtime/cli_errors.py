@@ -19,12 +19,20 @@ def one_line_errors() -> Iterator[None]:
             with one_line_errors():
                 app()
     """
+    _print_any_name()
     with _one_line_warnings():
         try:
             yield
         except (DuqError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
+
+
+def _print_any_name() -> None:
+    """File names need not be text in the terminal's encoding; what it cannot write appears as \\udcff and the like."""
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager

@@ -118,8 +118,9 @@ def _bound_socket(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except OSError as error:
-        raise DuqError(f"--host {host} --port {port}: cannot be listened on ({error.strerror})") from error
+    except (OSError, UnicodeError) as error:  # no such host, or a name that no host can have
+        reason = getattr(error, "strerror", None) or error
+        raise DuqError(f"--host {host} --port {port}: cannot be listened on ({reason})") from error
     return listener
 
 

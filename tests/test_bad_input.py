@@ -26,6 +26,7 @@ from runtime.errors import ObservationError, PlanError
 from runtime.inspect import main as inspect_main
 from runtime.observations import save_observations
 from runtime.plan import Plan, PlanWriter
+from runtime.serve_cli import main as serve_main
 
 W4A8 = "llm+expert-mlp"
 UNWRITABLE = Path("/proc")  # also for root
@@ -66,10 +67,10 @@ OBSERVATIONS = {
     "state missing": (libero(observation__state=None), "observation lacks 'observation/state'; it has"),
     "camera missing": (libero(observation__image=None), "observation lacks 'observation/image'"),
     "prompt missing": (libero(prompt=None), "observation lacks 'prompt'"),
-    "state of dates": (libero(observation__state=np.zeros(8, "M8[s]")), "observation/state: has dtype datetime64[s], expec"),
+    "state of dates": (libero(observation__state=np.zeros(8, "M8[s]")), "observation/state: has dtype datetime64[s]"),
     "state too short": (libero(observation__state=np.zeros(7)), "observation/state: has shape [7], expected [8]"),
     "state NaN": (libero(observation__state=with_nan(8)), "observation/state: is not finite at index 2 (nan)"),
-    "camera of 16 bits": (libero(observation__image=np.full((9, 9, 3), 256)), "image: has dtype int64 with values from 256 to"),
+    "camera of 16 bits": (libero(observation__image=np.full((9, 9, 3), 256)), "has dtype int64 with values from 256 to"),
     "camera 0..255 in float": (libero(observation__wrist_image=np.full((9, 9, 3), 2.0)), "wrist_image: a floating-point image"),
     "camera grey": (libero(observation__image=np.zeros((20, 30), np.uint8)), "observation/image: has shape [20, 30], expected"),
     "bare, state missing": (bare(state=None), "observation lacks 'state'"),
@@ -379,6 +380,10 @@ QUANTISER = {
     "block size": (["--block-size=7"], "block_size is 7"),
     "pattern": (["--include=["], "is not a regular expression"),
     "robot": (["--robot=kuka"], "kuka"),
+    "nothing selected": (["--include=nothing"], "the recipe selects none of the policy's linears (scope '', include 'no"),
+    "scope of nothing": (["--scope=mlp", "--quant=all"], "selects none of the policy's linears (scope 'mlp'"),
+    "bits for nothing": (["--layer-bits=layer.0:8"], "layer_bits layer.0:8 is for none of the policy's linears"),
+    "damping": (["--damping=nan"], "damping is nan; it must be positive"),
     "packs missing": (["--packs=nowhere"], "nowhere"),
     "tokenizer missing": (["--tokenizer=nowhere.model"], "--tokenizer nowhere.model: no such file"),
     "asset id": (["--asset-id=nobody"], 'no statistics for asset id "nobody"'),
@@ -396,6 +401,15 @@ def test_recipe_files(good, programs, refused, tmp_path):
     for text, words in (
         ("preset: lm", "unknown preset in"),
         ("wieght_bits: 4", "unknown recipe key 'wieght_bits'; did you mean weight_bits"),
+        ("layer_bits: 3", "recipe key layer_bits is 3; expected a list of PATTERN:BITS"),
+        ("layer_bits: [3]", "recipe key layer_bits is [3]; expected a list of PATTERN:BITS"),
+        ("scheme: [1]", "unknown scheme [1]; expected one of"),
+        ("scheme: {a: 1}", "unknown scheme {'a': 1}; expected one of"),
+        ("preset: [1]", "unknown preset in "),
+        ("weight_bits: .inf", "recipe key weight_bits is inf; expected int"),
+        ("weight_bits: !!int abc", "does not parse: invalid literal"),
+        ("[" * 3000, "does not parse: maximum recursion depth"),
+        ("damping: .nan", "damping is nan; it must be positive"),
         ("weight_bits: four", "recipe key weight_bits is 'four'; expected int"),
         ("[", "does not parse"),
     ):
@@ -480,3 +494,29 @@ def test_output_directory(good, out, refused, tmp_path):
         refused([*program, UNWRITABLE / "result"], f"{program[-1]}: nothing can be written to /proc")
     refused([*quantizing, good[0]], f"{good[0]} exists and is not a directory of packs; choose another --out")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_paths_that_are_not_utf_8(good, out, refused, tmp_path):
+    """safetensors and ONNX Runtime take none; what they say about it does not name the fix."""
+    odd = tmp_path / "\udcff"
+    shutil.copytree(good[0], odd)
+    refused([compile_main, odd, "--quant", "none", "--out", out / "engine.plan"], "its path is not UTF-8", "rename it")
+    shutil.copy(good[1], odd / "engine.plan")
+    with pytest.raises(PlanError, match="its path is not UTF-8, .*; rename it"):
+        Policy(odd / "engine.plan").warmup()
+
+
+def test_options_of_another_target(good, out, refused):
+    program = [compile_main, good[0], "--quant", "none", "--out", out / "engine.plan"]
+    refused([*program, "--loop", "unrolled"], "--loop unrolled --float-type bf16: are for --target tensorrt")
+    refused([*program, "--float-type", "fp15"], "--float-type fp15: are for --target tensorrt; leave them out for cpu")
+
+
+@pytest.mark.parametrize("host", ["\udcff", "é\udcff", "a" * 64, "no such host"])
+def test_hosts_that_cannot_be(refused, host):
+    refused([serve_main, "missing.plan", "--host", host], "cannot be listened on")
+
+
+def test_packs_that_are_a_file(good, out, refused):
+    program = [compile_main, good[0], "--packs", good[2], "--out", out / "engine.plan"]
+    refused(program, f"--packs {good[2]}: is not a directory of packs")

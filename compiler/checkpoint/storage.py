@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -40,6 +41,8 @@ def open_tensors(file: Path) -> dict[str, torch.Tensor]:
 
     Raises CheckpointError when the file is missing, cut short or not safetensors.
     """
+    if os.fsencode(file).decode(errors="ignore") != str(file):
+        raise CheckpointError(f"{file}: its path is not UTF-8, which safetensors does not open; rename it")
     try:
         with safe_open(file, framework="pt") as tensors:
             return {name: tensors.get_tensor(name) for name in tensors.keys()}

@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
-from compiler.quant.recipe import Recipe
+from compiler.errors import RecipeError
+from compiler.quant.recipe import EVERY_LINEAR, NO_LINEAR, Recipe, openpi_module
 from runtime.config import ModelConfig
 
 GEMMA_LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -31,6 +33,24 @@ def select_linears(recipe: Recipe, config: ModelConfig) -> dict[str, int]:
     """Canonical name -> weight bits (4 or 8) of the linears that the recipe quantises."""
     bits = {name: recipe.bits(name) for name in quantisable_linears(config)}
     return {name: b for name, b in bits.items() if b < 16}
+
+
+def check_selection(recipe: Recipe, config: ModelConfig) -> None:
+    """RecipeError where the recipe selects none of the policy's linears, or gives bits to none, without saying so.
+
+    A mistyped pattern would leave the policy in float, or at other bits. ``--quant none`` says so.
+    """
+    names = quantisable_linears(config)
+    selection = replace(recipe, weight_bits=4, layer_bits=())
+    if recipe.include != NO_LINEAR and not any(selection.bits(name) == 4 for name in names):
+        raise RecipeError(
+            f"the recipe selects none of the policy's linears (scope {recipe.scope!r}, include {recipe.include!r}, exclude "
+            f"{recipe.exclude!r}), named like {names[-1]} or {openpi_module(names[-1])}; say --quant none for float"
+        )
+    every = Recipe(include=EVERY_LINEAR, weight_bits=16)
+    for pattern, bits in recipe.layer_bits:
+        if not any(replace(every, layer_bits=((pattern, 4),)).bits(name) == 4 for name in names):
+            raise RecipeError(f"layer_bits {pattern}:{bits} is for none of the policy's linears, named like {names[-1]}")
 
 
 def input_group(name: str) -> str:

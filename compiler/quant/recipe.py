@@ -280,7 +280,7 @@ def _parse(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text()
         parsed = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
-    except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:  # tomllib's and Unicode's are ValueErrors
         raise RecipeError(f"{path} does not parse: {' '.join(str(error).split())}") from error
     if not isinstance(parsed, dict):
         raise RecipeError(f"{path} holds no settings; expected 'key: value' lines such as 'preset: llm'")
@@ -292,14 +292,17 @@ def _coerce(key: str, value: Any, kind: type) -> Any:
     if key == "layer_bits":
         if isinstance(value, Mapping):
             value = [f"{pattern}:{bits}" for pattern, bits in value.items()]
-        return parse_layer_bits(_listed(value) if isinstance(value, str) else value)
+        items = _listed(value) if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
+            raise RecipeError(f"recipe key layer_bits is {value!r}; expected a list of PATTERN:BITS, such as layers.0:8")
+        return parse_layer_bits(items)
     if kind is bool and isinstance(value, str) and value.lower() in ("0", "1", "false", "true", "off", "on"):
         return value.lower() in ("1", "true", "on")
     if kind is str and key == "row_rotation" and value in (0, "disabled"):
         return "0"  # YAML reads the mode 0 as a number
     try:
         number = kind(value) if kind in (int, float) and not isinstance(value, bool) else value
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = value
     if not isinstance(number, kind) or (kind is int and number != float(value)):
         raise RecipeError(f"recipe key {key} is {value!r}; expected {kind.__name__}")
@@ -307,7 +310,7 @@ def _coerce(key: str, value: Any, kind: type) -> Any:
 
 
 def _one_of(what: str, value: Any, valid: Iterable) -> None:
-    if value not in valid:
+    if value not in list(valid):  # a list, as what a file holds may not be hashable
         raise RecipeError(f"unknown {what} {value!r}; {_valid(value, valid)}")
 
 

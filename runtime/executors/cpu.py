@@ -1,6 +1,7 @@
 """Runs a `cpu` plan with ONNX Runtime: one prefix graph, then the step graph for every denoising step."""
 from __future__ import annotations
 
+import os
 import time
 from functools import cached_property
 
@@ -89,6 +90,8 @@ class CpuExecutor:
 
     def _session(self, name: str) -> onnxruntime.InferenceSession:
         path = self._plan.path.resolve()
+        if not os.fsencode(path).decode(errors="ignore") == str(path):
+            raise PlanError(f"{path}: its path is not UTF-8, in which ONNX Runtime looks for the weights; rename it")
         graph = bytes(self._plan.read(f"graph/{name}.onnx")).replace(PLAN_FILE.encode(), _padded(path.name))
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
