@@ -169,6 +169,8 @@ def _quantization(checkpoint, recipe, origins, packs, calibration, seed, setting
         return Quantization(recipe)
     if use_packs(packs) and is_quantization(packs):
         check_recipe(packs, recipe, origins, checkpoint.config)
+        if calibration is not None:
+            print_line(f"warning: --calibration {calibration} is not read, for the packs in {packs} are complete")
         return load_quantization(packs, checkpoint)
     check_selection(recipe, checkpoint.config)
     if not select_linears(recipe, checkpoint.config):

@@ -258,6 +258,12 @@ def test_rotary_frequencies_follow_the_origin(checkpoints, tmp_path):
     assert settled(path, robot="libero", rotary="exact")[0].config.rotary == "exact"
 
 
+def test_lerobot_says_in_which_type_it_trained(checkpoints, tmp_path):
+    for dtype, expected in (("bfloat16", "bfloat16"), ("float32", "exact")):
+        path = edited(checkpoints["lerobot"], tmp_path, lambda data: data.update(dtype=dtype))
+        assert settled(path)[0].config.rotary == expected
+
+
 # --- robots of one's own
 
 

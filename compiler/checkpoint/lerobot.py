@@ -387,6 +387,7 @@ def read_policy(
         transforms=transforms,
         robot=robot,
         ignored=unknown,
+        rotary="bfloat16" if settings.get("dtype") == "bfloat16" and version != "0.3" else "exact",
         lerobot_version=version,
         padded_state_dims=_padded_dims(settings, found),
         square_images=_square(settings),

@@ -13,7 +13,7 @@ class Settings:
 
     transforms: keys of `runtime.transforms`. robot: the robot that the checkpoint's own features describe (LeRobot);
     asset_id, config: whose norm stats,
-    and the name of the openpi training config. lerobot_version: "0.3", "0.4" or "0.5" (and later); padded_state_dims
+    and the name of the openpi training config. rotary: of runtime.config.ROTARY. lerobot_version: "0.3", "0.4" or "0.5" (and later); padded_state_dims
     and square_images: what the difference between them depends on. ignored: keys of its files that have no known effect on inference
     ("key: value"), which the user should see.
     """
@@ -25,6 +25,7 @@ class Settings:
     robot: Robot | None = None
     asset_id: str | None = None
     config: str | None = None
+    rotary: str | None = None
     lerobot_version: str | None = None
     padded_state_dims: int = 32
     square_images: bool = False
