@@ -217,7 +217,7 @@ def no_tokenizer_model(path: Path) -> None:
 CHECKPOINTS = {
     "missing": (missing, "bad does not exist: expected the directory that holds model.safetensors"),
     "a file": (a_file, "bad is a file: expected the directory"),
-    "no weights": (no_weights, "bad has settings but no weights: it has no model.safetensors"),
+    "no weights": (no_weights, "bad is not a checkpoint: it has no model.safetensors"),
     "cut short": (cut_short, "bad/model.safetensors", "is cut short or damaged", "copy or download it again"),
     "tensor missing": (weights(lambda tensors: tensors.pop(EXPERT)), "bad: 1 tensors do not fit", "missing    expert.layers.1"),
     "wrong dims": (weights(narrow), "bad: 1 tensors do not fit", "expert.layers.1.mlp.up_proj.weight", "expected ["),
@@ -280,7 +280,7 @@ def of_unequal_lengths(path: Path) -> None:
 
 FILES = {
     "missing": (lambda path: None, "No such file"),
-    "empty directory": (Path.mkdir, "holds neither a LeRobotDataset (meta/info.json) nor .npz files"),
+    "empty directory": (Path.mkdir, "holds no .npz file of observations"),
     "not a zip": (not_a_zip, "is not an .npz file of plain arrays"),
     "pickles": (pickles, "is not an .npz file of plain arrays"),
     "of unequal lengths": (of_unequal_lengths, "prompt holds 2 observations and state 3, must be equal"),

@@ -2,13 +2,16 @@
 from __future__ import annotations
 
 import functools
+import json
 import threading
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.progress import Progress
+from safetensors.torch import load_file, save_file
 
 from compiler.accuracy.metrics import difference
 from compiler.accuracy.synthetic import synthetic_observations
@@ -17,7 +20,9 @@ from compiler.checkpoint.synthetic import make_checkpoint
 from compiler.pipeline import Options, compile_policy, quantize_checkpoint
 from compiler.quant import Quantization, load_recipe
 from compiler.quant.calibrate import calibration_inputs
+from compiler.settings import Choices, settle
 from plugins.driver import free_memory, open_device
+from runtime import Policy
 from runtime.errors import PlanError
 from runtime.executors.cpu import CpuExecutor
 from runtime.executors.cuda import CudaExecutor
@@ -192,3 +197,29 @@ def test_memory_does_not_grow(directory):
     for _ in range(500):
         executor.run(*call)
     assert free_memory()[0] == before
+
+
+def test_a_lerobot_policy_acts_as_on_the_cpu(directory):
+    """From raw observations: images resized in float, a state wider than the actions, rounded rotary frequencies, its own steps."""
+    path = make_checkpoint(directory / "lerobot", layout="lerobot", robot="libero", depth=2, vision_depth=1, action_horizon=8)
+    weights = load_file(path / "model.safetensors")
+    wide = torch.zeros(256, 40, dtype=torch.bfloat16)
+    wide[:, :32] = weights["model.state_proj.weight"]
+    save_file(weights | {"model.state_proj.weight": wide}, path / "model.safetensors")
+    settings = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(settings | {"max_state_dim": 40, "num_inference_steps": 3}))
+    checkpoint, settings = settle(load_checkpoint(path), Choices())
+    assert checkpoint.config.rotary == "bfloat16" and settings.num_steps == 3
+    policies = {}
+    for target, sm in (("cpu", ()), ("cuda", (open_device(),))):
+        plan = path.with_name(f"lerobot.{target}.plan")
+        options = Options(target=target, sm=sm, timing=False, settings=settings)
+        compile_policy(checkpoint, Quantization(load_recipe("none", environment={})), plan, options, SILENT)
+        policies[target] = Policy(plan)
+    random = np.random.default_rng(0)
+    for size in ((224, 224), (90, 120), (480, 640)):
+        images = {f"observation.images.{name}": random.integers(0, 256, (*size, 3), np.uint8) for name in ("image", "wrist_image")}
+        observation = images | {"observation.state": random.standard_normal(8), "task": "Open_the drawer"}
+        noise = random.standard_normal((8, 32), np.float32)
+        found = {target: policy.infer(observation, noise)["actions"] for target, policy in policies.items()}
+        assert found["cuda"].shape == (8, 7) and difference(found["cpu"], found["cuda"]).cosine > 0.9999
