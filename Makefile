@@ -27,11 +27,17 @@ test: .venv/installed
 	touch $@
 
 # Runs LeRobot's published pi0 and pi0.5 (Python 3.12, about 5 GB) and renews tests/data/lerobot_actions.npz; compares duq's
-# reading of a LeRobotDataset with LeRobot's own.
+# reading of a LeRobotDataset with LeRobot's own, and whole policies, from raw observations to the robot's actions.
+PEER_PYTHON ?= python3.12
+CASES := build/peer_cases
 .PHONY: test-peers
 test-peers: .venv/installed
-	python3.12 -m venv build/peers
+	$(PEER_PYTHON) -m venv build/peers
 	build/peers/bin/pip install --quiet -r tests/peers/requirements.txt
 	build/peers/bin/python tests/peers/lerobot_actions.py
 	build/peers/bin/python tests/peers/lerobot_dataset.py
 	$(BIN)/python -m pytest tests/test_model_lerobot.py
+	rm -rf $(CASES)
+	$(BIN)/python tools/make_checkpoint.py --variant tiny --depth 1 --vision-depth 1 --out $(CASES)/tiny
+	HF_HUB_OFFLINE=1 build/peers/bin/python tests/peers/lerobot_policies.py $(CASES)/tiny/tokenizer.model $(CASES)/policies
+	$(BIN)/python tests/peers/check_policies.py $(CASES)/policies

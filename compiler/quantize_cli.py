@@ -30,7 +30,7 @@ from compiler.settings import Choices, PolicySettings, settle
 from runtime.cli_errors import check_output_directory, one_line_errors
 
 CHECKPOINT_HELP = (
-    "openpi (PyTorch or JAX) or LeRobot checkpoint: its directory, a PEFT adapter's, or hf://owner/name[@revision]."
+    "openpi (PyTorch or JAX) or LeRobot checkpoint: its directory, a PEFT adapter's, or hf://owner/name\\[@revision]."
 )
 RECIPE_PANEL = "Recipe (override --quant)"
 LISTED_LINEARS = 10
