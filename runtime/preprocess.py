@@ -273,6 +273,8 @@ class Preprocessor:
         if not 1 <= len(cameras) <= self.cameras:
             raise ObservationError(f"observation has {len(cameras)} cameras, the plan takes 1 to {self.cameras}")
         size, rule = self.config.vision.image_size, self.transforms["resize"]
+        if all(image.dtype == np.uint8 and image.shape[:2] == (size, size) for image in cameras.values()):
+            rule = "openpi"  # nothing is resized: bytes are the same pixels, to the bit, by every rule (see pixels)
         images = resize_all([cameras.get(slot) for slot in IMAGE_SLOTS], size, size, rule)
         return images, np.array([slot in cameras for slot in IMAGE_SLOTS])
 

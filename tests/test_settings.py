@@ -139,7 +139,20 @@ def test_cameras_come_in_the_order_of_the_features(copy):
     observation = {"observation.images.top": second, "observation.images.wrist": first, "observation.state": np.zeros(8), "task": "go"}
     inputs = preprocessor(copy(input_features=features), "lerobot").model_inputs(observation)
     assert inputs.image_mask.tolist() == [True, True, False]
-    assert np.allclose(inputs.images[0], 50 / 127.5 - 1, atol=1e-6) and np.allclose(inputs.images[1], 200 / 127.5 - 1, atol=1e-6)
+    pixels = inputs.pixels()
+    assert np.allclose(pixels[0], 50 / 127.5 - 1, atol=1e-6) and np.allclose(pixels[1], 200 / 127.5 - 1, atol=1e-6)
+
+
+def test_images_of_the_models_size_are_the_same_pixels_by_every_rule(copy):
+    """As bytes, which is faster; beside an image that is resized, as floats."""
+    policy = preprocessor(copy(), "lerobot")
+    every = np.resize(np.arange(256, dtype=np.uint8), (224, 224, 3))
+    observation = {"observation.images.image": every, "observation.state": np.zeros(8), "task": "go"}
+    alone = policy.model_inputs(observation)
+    beside = policy.model_inputs(observation | {"observation.images.wrist_image": np.zeros((100, 80, 3), np.uint8)})
+    floats = policy.model_inputs(observation | {"observation.images.image": every / np.float32(255)})
+    assert alone.images.dtype == np.uint8 and beside.images.dtype == floats.images.dtype == np.float32
+    assert np.array_equal(alone.pixels()[0], beside.pixels()[0]) and np.array_equal(alone.pixels()[0], floats.pixels()[0])
 
 
 def test_four_cameras_are_refused_and_empty_ones_do_not_count(copy):

@@ -36,6 +36,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ class StatePart:
     names: tuple[str, ...]
     units: tuple[str, ...] = ()
     also: tuple[Key, ...] = ()
+    required = True
 
 
 @dataclass(frozen=True)
@@ -128,45 +130,66 @@ class Robot:
     def state_units(self) -> tuple[str, ...]:
         return tuple(unit for part in self.state for unit in (part.units or ("",) * len(part.names)))
 
-    def images(self, observation: Mapping) -> dict[str, Any]:
-        """Slot -> what the observation holds under the camera's key, of the cameras that are there.
+    def images(self, observation: Mapping) -> dict[str, tuple[Any, Camera]]:
+        """Slot -> what the observation holds under the camera's key, and the camera, of the cameras that are there.
 
         Raises ObservationError if one is absent that must be there, or a nested dict has a camera that is not the robot's.
         """
         self._check_unknown(observation)
         found = {}
         for slot, camera in zip(IMAGE_SLOTS, self.cameras):
-            key = _present(observation, (camera.key, *camera.also), camera.required)
+            key = _present(observation, camera)
             if key is not None:
                 found[slot] = (_lookup(observation, key), camera)
+        if not found:
+            names = ", ".join(camera.name for camera in self.cameras)
+            raise ObservationError(f"observation has no image; give one or more of {names}")
         return found
 
     def read_state(self, observation: Mapping) -> np.ndarray:
         """The state in the robot's units, float64 [state_dim]."""
         parts = []
         for part in self.state:
-            key = _present(observation, (part.key, *part.also), required=True)
-            holder = observation if len(key) == 1 else _lookup(observation, key[:-1])
+            key = _present(observation, part)
+            holder = observation if len(key) == 1 else observation[key[0]]
             parts.append(checks.vector(holder, key[-1], len(part.names)))
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def state_to_model(self, state: np.ndarray, adapt_to_pi: bool) -> np.ndarray:
         """The robot's units -> the model's, before normalization."""
-        for conversion in self._active(adapt_to_pi):
-            dims = [self.state_names.index(name) for name in conversion.dims if name in self.state_names]
-            if dims:
+        for conversion, dims, _ in self._placed:
+            if dims and (adapt_to_pi or conversion.when == "always"):
                 state = state.copy()
                 state[dims] = _TO_MODEL[conversion.kind](state[dims], conversion)
         return state
 
     def actions_to_robot(self, actions: np.ndarray, adapt_to_pi: bool) -> np.ndarray:
         """The model's units, after un-normalization and deltas, -> the robot's, [H, action_dim]."""
-        for conversion in self._active(adapt_to_pi):
-            dims = [self.action_names.index(name) for name in conversion.dims if name in self.action_names]
-            if dims:
+        for conversion, _, dims in self._placed:
+            if dims and (adapt_to_pi or conversion.when == "always"):
                 actions = actions.copy()
                 actions[:, dims] = _TO_ROBOT[conversion.kind](actions[:, dims], conversion)
         return actions
+
+    @cached_property
+    def _placed(self) -> list[tuple[Conversion, list[int], list[int]]]:
+        """Each conversion with its dims of the state and of the actions."""
+        states, actions = self.state_names, self.action_names
+        return [
+            (each, [states.index(n) for n in each.dims if n in states], [actions.index(n) for n in each.dims if n in actions])
+            for each in self.conversions
+        ]
+
+    @cached_property
+    def _nested(self) -> dict[str, tuple[set[str], list[str]]]:
+        """Nested dict of cameras -> the keys that it may have, and those of the cameras."""
+        known: dict[str, list[str]] = {}
+        for camera in self.cameras:
+            for key in (camera.key, *camera.also):
+                if len(key) == 2:
+                    known.setdefault(key[0], []).append(key[1])
+        ignored = {outer: [key[1] for key in self.ignored if key[0] == outer] for outer in known}
+        return {outer: ({*names, *ignored[outer]}, names) for outer, names in known.items()}
 
     def to_json(self) -> dict:
         """A description in plain JSON types; `from_json` is its inverse."""
@@ -197,27 +220,27 @@ class Robot:
         except (KeyError, TypeError) as error:
             raise PlanError(f"robot: its description is incomplete ({error}); compile again") from error
 
-    def _active(self, adapt_to_pi: bool) -> list[Conversion]:
-        return [each for each in self.conversions if each.when == "always" or adapt_to_pi]
-
     def _check_unknown(self, observation: Mapping) -> None:
-        nested = {camera.key[0] for camera in self.cameras if len(camera.key) == 2}
-        for outer in nested:
-            known = [camera.key[1] for camera in self.cameras if camera.key[0] == outer]
-            accepted = {*known, *(key[1] for key in self.ignored if key[0] == outer)}
-            for name in checks.mapping(observation, outer):
-                if name not in accepted:
-                    raise ObservationError(f"{outer}: unknown camera {name!r}; {self.name} has {', '.join(known)}")
+        for outer, (accepted, known) in self._nested.items():
+            if outer in observation:
+                for name in checks.mapping(observation, outer):
+                    if name not in accepted:
+                        raise ObservationError(f"{outer}: unknown camera {name!r}; {self.name} has {', '.join(known)}")
 
 
-def _present(observation: Mapping, keys: tuple[Key, ...], required: bool) -> Key | None:
-    """The one of a value's keys that the observation has. ObservationError if there are two, or none though `required`."""
-    found = [key for key in keys if _has(observation, key)]
+def _present(observation: Mapping, part: Camera | StatePart) -> Key | None:
+    """The one of a value's keys that the observation has; None where it has none and need not.
+
+    Raises ObservationError if there are two, or none of one that must be there.
+    """
+    if not part.also and len(part.key) == 1 and part.key[0] in observation:  # almost always
+        return part.key
+    found = [key for key in (part.key, *part.also) if _has(observation, key)]
     if len(found) > 1:
         both = " and ".join(".".join(key) for key in found)
         raise ObservationError(f"observation has {both}, which are two names of one thing; give one of them")
-    if not found and required:
-        key = keys[0]
+    if not found and part.required:
+        key = part.key
         checks.required(observation if len(key) == 1 else checks.mapping(observation, key[0]), key[-1])
     return found[0] if found else None
 
@@ -227,9 +250,7 @@ def _has(observation: Mapping, key: Key) -> bool:
 
 
 def _lookup(observation: Mapping, key: Key):
-    for name in key:
-        observation = observation[name]
-    return observation
+    return observation[key[0]] if len(key) == 1 else observation[key[0]][key[1]]
 
 
 # --- conversions ------------------------------------------------------------------------------------------------------
