@@ -219,19 +219,14 @@ class _Decision:
         return self._choose("max_prompt_tokens", self.checkpoint.config.max_prompt_tokens)
 
     def _rotary(self) -> str:
-        """Training in PyTorch's bfloat16 rounds the rotary frequencies as well; JAX and float32 keep them exact.
-
-        LeRobot says in which it trained (and 0.3 kept them exact always); openpi's weights show it.
-        """
+        """As the checkpoint was read: by what it says of its training, else by the type and origin of its weights."""
         chosen = self.choices.rotary
         if chosen in ROTARY:
             return self._from("--rotary", "rotary", chosen)
         if chosen not in (None, "auto"):
             raise DuqError(f"--rotary {chosen}: unknown, one of {', '.join(ROTARY)}, auto")
-        if self.said.rotary is not None:
-            return self._from("the checkpoint", "rotary", self.said.rotary)
-        found = "bfloat16" if self.checkpoint.trained_in_bfloat16 else "exact"
-        return self._from("the weights' origin", "rotary", found)
+        source = "the weights' origin" if self.said.rotary is None else "the checkpoint"
+        return self._from(source, "rotary", self.checkpoint.config.rotary)
 
     def _transforms(self) -> dict[str, Any]:
         transforms = default_transforms(self.robot, pi05=self.pi05, layout=self.checkpoint.layout)

@@ -254,7 +254,9 @@ def test_rotary_frequencies_follow_the_origin(checkpoints, tmp_path):
     single = make_checkpoint(tmp_path / "float", robot="libero", dtype="float32", **SIZES)
     assert settled(path, robot="libero")[0].config.rotary == "bfloat16"
     assert settled(single, robot="libero")[0].config.rotary == "exact"
-    assert settle(replace(load_checkpoint(path), origin="jax"), Choices(robot="libero"))[0].config.rotary == "exact"
+    said = edited(path, tmp_path, lambda data: data.update(rotary="exact"))  # as our own trainer
+    assert settled(said, robot="libero")[0].config.rotary == "exact"
+    refused(edited(path, tmp_path, lambda data: data.update(rotary="half")), '"rotary" is .half.', robot="libero")
     assert settled(path, robot="libero", rotary="exact")[0].config.rotary == "exact"
 
 

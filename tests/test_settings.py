@@ -183,6 +183,11 @@ def test_adapter_without_its_weights_is_no_base(copy):
     refused(path, "adapter_config.json")
 
 
+def test_a_policy_trained_with_an_adapter_is_not_compiled_without_it(copy):
+    refused(copy(use_peft=True), '"use_peft" is true, but there is no adapter .*give the adapter')
+    load_checkpoint(copy(use_peft=False))
+
+
 # --- the prompt
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -43,12 +43,6 @@ class Checkpoint:
     notes: list[str] = field(default_factory=list)  # what was chosen or assumed, worth saying when a plan is made
     files: list[Path] = field(default_factory=list)  # that define the weights, in a fixed order; `path`'s when empty
     finite: bool = False  # every weight is known to be finite
-
-    @property
-    def trained_in_bfloat16(self) -> bool:
-        """Whether PyTorch held the policy in bfloat16, its rotary frequencies included."""
-        return self.origin == "torch" and self.weights[EMBEDDING].dtype == torch.bfloat16
-
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over the weight files. Reads them all, so it is computed when first asked for."""
@@ -94,7 +88,7 @@ def load_checkpoint(
         if asset_id is not None:
             raise CheckpointError(f'asset id "{asset_id}" given, but {path} is a LeRobot directory, which has none')
         said, norm_stats, notes = lerobot.read_policy(
-            stored.file(lerobot.PREPROCESSOR).parent, settings, config.pi05, stored.buffers
+            stored.file(lerobot.PREPROCESSOR).parent, settings, config.pi05, stored.buffers, bool(stored.beside)
         )
     else:
         openpi.check_precision(settings, stored.tensors)
@@ -102,6 +96,7 @@ def load_checkpoint(
         said, notes = openpi.read_policy(settings, config, trainer), []
         norm_stats = read_openpi_stats(path, asset_id, preferred_asset or said.asset_id) if statistics else None
     tokenizer = next(filter(None, map(_tokenizer, (path, *stored.beside))), None)
+    config = replace(config, rotary=said.rotary or _rotary(stored.origin, stored.tensors[EMBEDDING].dtype))
     weights = stored.read(progress)
     return Checkpoint(
         path, config, weights, norm_stats, tokenizer, stored.layout, said, stored.form, stored.origin,
@@ -148,6 +143,11 @@ def _checked_config(
     check_shapes(shapes, expected_shapes(config))
     check_claims(config, layout.claims(settings))
     return config
+
+
+def _rotary(origin: str, dtype: torch.dtype) -> str:
+    """A policy that PyTorch held in bfloat16 was trained with rotary frequencies that are rounded likewise; JAX keeps them."""
+    return "bfloat16" if origin == "torch" and dtype == torch.bfloat16 else "exact"
 
 
 def _training_config(file: Path) -> dict | None:

@@ -42,12 +42,12 @@ CONFIG_KEYS: dict[str, Any] = {
         ("type", "chunk_size", "max_state_dim", "max_action_dim", "num_inference_steps", "num_steps", "tokenizer_max_length",
          "normalization_mapping", "image_resolution", "resize_imgs_with_padding", "empty_cameras", "input_features",
          "output_features", "use_relative_actions", "relative_exclude_joints", "action_feature_names", "paligemma_variant",
-         "action_expert_variant", "dtype", "proj_width", "vision", "llm", "expert"),
+         "action_expert_variant", "dtype", "use_peft", "proj_width", "vision", "llm", "expert"),
         APPLIED,
     ),  # fmt: skip
     # training, and where and by whom the policy is kept
     **dict.fromkeys(
-        ("device", "use_amp", "use_peft", "push_to_hub", "repo_id", "private", "tags", "license", "pretrained_path",
+        ("device", "use_amp", "push_to_hub", "repo_id", "private", "tags", "license", "pretrained_path",
          "pretrained_revision", "gradient_checkpointing", "compile_model", "compile_mode", "freeze_vision_encoder",
          "train_expert_only", "train_state_proj", "use_cache", "attention_implementation", "time_sampling_beta_alpha",
          "time_sampling_beta_beta", "time_sampling_scale", "time_sampling_offset"),
@@ -353,13 +353,20 @@ def _buffer_statistics(settings: dict, buffers: dict[str, list[float]], pi05: bo
 
 
 def read_policy(
-    directory: Path, settings: dict, pi05: bool, buffers: dict[str, list[float]] | None = None
+    directory: Path, settings: dict, pi05: bool, buffers: dict[str, list[float]] | None = None, adapted: bool = False
 ) -> tuple[Settings, dict | None, list[str]]:
     """What the directory says about the policy around its weights, its statistics (None: it has none), and notes.
+
+    buffers: LeRobot 0.3's statistics among the weights. adapted: an adapter has been merged into them.
 
     Raises CheckpointError: a setting, step or statistic that changes the numbers in a way that is not compiled.
     """
     unknown = check_config(settings)
+    if settings.get("use_peft") and not adapted:
+        raise CheckpointError(
+            'config.json: "use_peft" is true, but there is no adapter (adapter_config.json, adapter_model.safetensors): give the '
+            'adapter\'s folder, or, if these weights have it merged, set "use_peft" to false'
+        )
     found = read_pipelines(directory, settings, pi05)
     stats = _buffer_statistics(settings, buffers or {}, pi05)
     if found.stats.get("state") and found.stats.get("actions"):

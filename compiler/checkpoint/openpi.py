@@ -13,7 +13,7 @@ from compiler.checkpoint.claims import Claim, explicit_claims, positive_int, var
 from compiler.checkpoint.settings import Settings
 from compiler.checkpoint.training import settings_of_trainer
 from compiler.errors import CheckpointError
-from runtime.config import ModelConfig
+from runtime.config import ROTARY, ModelConfig
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
@@ -21,7 +21,7 @@ PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": t
 # Keys of config.json that are applied or known to be harmless; all others are listed to the user.
 CONFIG_KEYS = {
     "action_dim", "action_horizon", "max_token_len", "paligemma_variant", "action_expert_variant", "precision", "dtype", "pi05",
-    "discrete_state_input", "pytorch_compile_mode", "vision", "llm", "expert",
+    "discrete_state_input", "pytorch_compile_mode", "vision", "llm", "expert", "rotary",
 }  # fmt: skip
 
 
@@ -42,9 +42,18 @@ def read_policy(settings: dict, config: ModelConfig, trainer: Mapping | None) ->
     return replace(
         said,
         transforms=transforms,
+        rotary=_rotary(settings),
         ignored=tuple(f"{key}: {value!r}" for key, value in settings.items() if key not in CONFIG_KEYS),
         **{name: value for name, value in found.items() if value is not None},
     )
+
+
+def _rotary(settings: dict) -> str | None:
+    """Our own trainers say how they computed rotary frequencies; openpi's config.json does not."""
+    rotary = settings.get("rotary")
+    if rotary not in (None, *ROTARY):
+        raise CheckpointError(f'config.json: "rotary" is {rotary!r}, known are {", ".join(ROTARY)}')
+    return rotary
 
 
 def action_horizon(settings: dict) -> int | None:
