@@ -51,8 +51,8 @@ def fold_output_scales(graphs: Graphs) -> Graphs:
                 continue
             name, factor = f"{_stem(linear)}*{scale.item():.9g}", scale.reshape(())
             weight, offset = linear.inputs[1], bias.inputs[1]
-            new_weight = lazy(model.graph, f"{name}.weight_kn", [weight], weight.shape.numpy(), lambda w: w * factor)
-            new_offset = lazy(model.graph, f"{name}.bias", [offset], offset.shape.numpy(), lambda b: b * factor)
+            new_weight = lazy(model.graph, f"{name}.weight_kn", [weight], weight.shape.numpy(), lambda w, factor=factor: w * factor)
+            new_offset = lazy(model.graph, f"{name}.bias", [offset], offset.shape.numpy(), lambda b, factor=factor: b * factor)
             (product,) = insert_before(node, "MatMul", [linear.inputs[0], new_weight])
             (y,) = insert_before(node, "Add", [product, new_offset])
             replace(node.outputs[0], y)
