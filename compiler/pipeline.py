@@ -88,9 +88,10 @@ def compile_policy(
     )  # fmt: skip
     weights = checkpoint.weights | quantization.float_weights
     task = progress.add_task("Exporting", total=None)
-    with ThreadPoolExecutor(1) as beside:  # the export is Python, the fingerprint reads and hashes all weights
-        beside.submit(getattr, checkpoint, "fingerprint")
-        graphs = export(checkpoint.config, weights, options.num_steps)
+    hashing = ThreadPoolExecutor(1)
+    fingerprint = hashing.submit(getattr, checkpoint, "fingerprint")  # reads all weight files, and is needed last
+    hashing.shutdown(wait=False)
+    graphs = export(checkpoint.config, weights, options.num_steps)
     progress.update(task, total=1, completed=1)
     _keep(graphs, keep_onnx, 0, "export")
     phases = [*passes(quantization, weights), *TARGETS[options.target].passes]
@@ -103,6 +104,7 @@ def compile_policy(
         for layer, transform in quantization.value_transforms.items():
             writer.write(value_basis_entry(layer), _value_basis(transform, checkpoint.config.llm))
         sections = TARGETS[options.target].emit(graphs, writer, progress, options)
+        fingerprint.result()
         writer.finish(_manifest(checkpoint, quantization, options) | {"graphs": sections})
 
 

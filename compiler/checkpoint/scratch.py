@@ -12,7 +12,7 @@ import torch
 from compiler.errors import CheckpointError
 
 ALIGNMENT = 64
-BLOCK = 1 << 20  # bytes written at a time
+BLOCK = 8 << 20  # bytes written at a time
 
 
 class Scratch:
