@@ -106,16 +106,19 @@ def _tables(file) -> dict[str, np.ndarray]:
     return {name: value.const_value.numpy() for name, value in values if name.startswith("rotary.")}
 
 
-def test_the_engine_is_the_reference_and_not_the_other_one(rounded, tiny_plans):
+def test_the_engine_is_the_reference_and_not_the_other_one(rounded):
     checkpoint, path, _ = rounded
     observation = two_observations(checkpoint.config)[0]
     noise = np.random.default_rng(0).standard_normal((8, 32), np.float32)
     inputs = Preprocessor(checkpoint.config).model_inputs(observation)
     arrays = vars(inputs) | {"images": inputs.pixels()}
     tensors = [torch.from_numpy(array)[None] for array in arrays.values()]
-    expected = build_model(checkpoint).sample_actions(*tensors, torch.from_numpy(noise)[None], num_steps=4)[0].numpy()
+    exact = replace(checkpoint, config=replace(checkpoint.config, rotary="exact"))
+    expected, other = (
+        build_model(each).sample_actions(*tensors, torch.from_numpy(noise)[None], num_steps=4)[0].numpy()
+        for each in (checkpoint, exact)
+    )
     found = Policy(path, threads=1).infer(observation, noise)["actions"]
-    other = Policy(tiny_plans("pi0", "none").plan, threads=1).infer(observation, noise)["actions"]
     assert np.abs(found - expected).max() < 1e-3
     assert np.abs(other - expected).max() > 20 * np.abs(found - expected).max()
 
@@ -124,7 +127,8 @@ def test_a_comparison_follows_the_plan(rounded, tiny_plans, monkeypatch):
     """Rotary precision is chosen when compiling: the reference takes the plan's, and the summary says it."""
     _, path, _ = rounded
     source = load_checkpoint(tiny_plans("pi0", "none").checkpoint)
-    assert source.config.rotary == "exact"
+    assert source.config.rotary == "bfloat16"  # by its origin
+    source = replace(source, config=replace(source.config, rotary="exact"))
     check_match(source, Plan(path), any_checkpoint=False)
     monkeypatch.setattr(compiler.accuracy.compare, "run_worker", run_here)
     with Progress(disable=True) as progress:
