@@ -177,7 +177,12 @@ def open_policy(
         if not tokenizer.is_file():
             raise CheckpointError(f"--tokenizer {tokenizer}: no such file; give a SentencePiece model")
         checkpoint = replace(checkpoint, tokenizer=tokenizer)
-    return settle(checkpoint, choices)
+    checkpoint, settings = settle(checkpoint, choices)
+    for note in settings.notes:
+        print_line(f"note: {note}")
+    for line in settings.ignored:
+        print_line(f"warning: {checkpoint.path}: config.json has {line}, whose meaning is not known; it is ignored")
+    return checkpoint, settings
 
 
 @contextmanager

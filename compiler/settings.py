@@ -114,6 +114,7 @@ class _Decision:
         self.openpi, self.pi05 = checkpoint.layout == "openpi", checkpoint.config.pi05
         self.training = None if choices.config is None else self._training(choices.config)
         self.sources: dict[str, str] = {}
+        self.notes: list[str] = []
         self.robot = self._robot()
 
     def settled(self) -> tuple[Checkpoint, PolicySettings]:
@@ -131,7 +132,7 @@ class _Decision:
             self.sources,
             self.training.name if self.training else self.said.config,
             self.said.ignored,
-            tuple(self.checkpoint.notes),
+            (*self.checkpoint.notes, *self.notes),
         )
         return replace(self.checkpoint, config=config), settings
 
@@ -150,17 +151,17 @@ class _Decision:
 
     # --- looking up
 
-    def _choose(self, name: str, otherwise: Any = None, flag: str | None = None) -> Any:
-        """The setting's value from the first source that says it. Raises DuqError where --config and checkpoint disagree."""
-        flag = flag or "--" + name.replace("_", "-")
+    def _choose(self, name: str, otherwise: Any = None) -> Any:
+        """The setting's value from the first source that says it. Where --config and the checkpoint disagree, that is noted."""
         chosen = getattr(self.choices, name)
         if chosen is not None:
-            return self._from(flag, name, chosen)
+            return self._from("--" + name.replace("_", "-"), name, chosen)
         trained = self._value(self.training.settings, name) if self.training else None
         stored = self._value(self.said, name)
         if trained is not None and stored is not None and trained != stored:
-            raise DuqError(
-                f"{name}: {self.training.name} has {trained!r}, but {self.checkpoint.path} says {stored!r}; choose with {flag}"
+            self.notes.append(
+                f"{name}: the checkpoint says {stored!r}, but --config {self.training.name} {trained!r}, which is used; is it the "
+                "config that it was trained with?"
             )
         if trained is not None:
             return self._from(f"--config {self.training.name}", name, trained)

@@ -122,7 +122,6 @@ def test_options_override_the_config(trainers):
     ("libero pi0", {"config": "pi0_librero"}, "did you mean pi0_libero"),
     ("droid pi0", {"config": "paligemma_diffusion_droid"}, "predicts 8 actions, but .* 32"),
     ("lerobot", {"config": "pi05_libero"}, "is openpi's, but .* is LeRobot's"),
-    ("droid pi05", {"config": "pi05_droid"}, "action_horizon: pi05_droid has 15, but .* says 50; choose with --action-horizon"),
     ("libero pi0", {"state_in_prompt": True, "robot": "libero"}, "only pi0.5 reads it from the prompt"),
     ("libero pi0", {"rotary": "float16"}, "--rotary float16: unknown, one of exact, bfloat16, auto"),
     ("lerobot", {"lerobot_version": "new"}, "expected a version such as 0.4"),
@@ -131,6 +130,21 @@ def test_options_override_the_config(trainers):
 ])  # fmt: skip
 def test_contradictions_are_refused(checkpoints, checkpoint, choices, message):
     refused(checkpoints[checkpoint], message, **choices)
+
+
+def test_a_config_that_the_checkpoint_contradicts_is_used_and_said(checkpoints, command_line, tmp_path):
+    checkpoint, settings = settled(checkpoints["droid pi05"], config="pi05_droid")
+    assert checkpoint.config.action_horizon == 15 and settings.sources["action_horizon"] == "--config pi05_droid"
+    assert "action_horizon: the checkpoint says 50, but --config pi05_droid 15, which is used" in settings.notes[0]
+    ran = command_line(compile_main, checkpoints["droid pi05"], "--config", "pi05_droid", "--out", tmp_path / "a.plan")
+    assert ran.code == 2 and "note: action_horizon: the checkpoint says 50" in ran.err  # and --calibration is missing
+    assert not settled(checkpoints["droid pi05"], config="pi05_droid", action_horizon=15)[1].notes
+
+
+def test_settings_of_unknown_meaning_are_said(checkpoints, command_line, tmp_path):
+    path = edited(checkpoints["libero pi0"], tmp_path, lambda data: data.update(colour="red"))
+    ran = command_line(compile_main, path, "--robot", "libero", "--out", tmp_path / "a.plan")  # which lacks --calibration
+    assert ran.code == 2 and "warning: " in ran.err and "config.json has colour: 'red', whose meaning is not known" in ran.err
 
 
 # --- what is asked for
