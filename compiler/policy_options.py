@@ -26,7 +26,9 @@ POLICY_OPTIONS = {
     ),
     "num_steps": _option(int, "--num-steps", "Denoising steps; by default the checkpoint's, or 10.", min=1, max=1000),
     "action_horizon": _option(int, "--action-horizon", "Actions in a chunk, as in training.", min=1, max=1000),
-    "max_prompt_tokens": _option(int, "--max-prompt-tokens", "Prompt slots, as in training; longer prompts are cut off.", min=1, max=4096),
+    "max_prompt_tokens": _option(
+        int, "--max-prompt-tokens", "Prompt slots, as in training; longer prompts are cut off.", min=1, max=4096
+    ),
     "delta_actions": _option(bool, "--delta-actions/--no-delta-actions", "Whether joint actions are relative to the state."),
     "adapt_to_pi": _option(
         bool, "--adapt-to-pi/--no-adapt-to-pi", "ALOHA: convert to the joint space in which the base models were trained."

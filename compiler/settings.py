@@ -160,8 +160,8 @@ class _Decision:
         stored = self._value(self.said, name)
         if trained is not None and stored is not None and trained != stored:
             self.notes.append(
-                f"{name}: the checkpoint says {stored!r}, but --config {self.training.name} {trained!r}, which is used; is it the "
-                "config that it was trained with?"
+                f"{name}: the checkpoint says {stored!r}, but --config {self.training.name} {trained!r}, which is used; "
+                "is it the config that it was trained with?"
             )
         if trained is not None:
             return self._from(f"--config {self.training.name}", name, trained)
@@ -301,7 +301,8 @@ def _check_fit(checkpoint: Checkpoint, robot: Robot | None) -> None:
         return
     if checkpoint.config.pi05 is False and robot.state_dim > checkpoint.config.state_width:
         raise DuqError(
-            f"--robot {robot.name}: has a state of {robot.state_dim} numbers, but the policy takes {checkpoint.config.state_width}"
+            f"--robot {robot.name}: has a state of {robot.state_dim} numbers, but the policy takes "
+            f"{checkpoint.config.state_width}"
         )
     if robot.action_dim > checkpoint.config.action_dim:
         raise DuqError(

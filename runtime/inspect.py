@@ -77,11 +77,9 @@ def settings_table(manifest: dict) -> Table:
     row("action horizon", model["action_horizon"], "action_horizon")
     row("prompt slots", model["max_prompt_tokens"], "max_prompt_tokens")
     row("state in prompt", _state_in_prompt(transforms), "state_in_prompt")
-    row("prompt text", {"openpi": "cleaned, as openpi", "lerobot": "cleaned, as openpi" if pi05 else "as it is, as LeRobot"}
-        [transforms["prompt_text"]])  # fmt: skip
-    row("default prompt", repr(transforms["default_prompt"]) if transforms["default_prompt"] is not None else "none", "default_prompt")
-    row("images", f"{model['vision']['image_size']} x {model['vision']['image_size']}, resized as {transforms['resize']}"
-        + (" (uint8, antialiased)" if transforms["resize"] == "openpi" else " (float, not antialiased)"), "lerobot_version")  # fmt: skip
+    row("prompt text", "as it is, as LeRobot" if transforms["prompt_text"] == "lerobot" and not pi05 else "cleaned, as openpi")
+    row("default prompt", "none" if transforms["default_prompt"] is None else repr(transforms["default_prompt"]), "default_prompt")
+    row("images", _images(model["vision"]["image_size"], transforms["resize"]), "lerobot_version")
     row("rotary frequencies", model.get("rotary", "exact"), "rotary")
     for line in manifest.get("ignored_settings") or ():
         row("not known, ignored", line)
@@ -114,6 +112,11 @@ def _deltas(robot: dict, transforms: dict) -> str:
 def _conversions(robot: dict, transforms: dict) -> str:
     active = [each for each in robot["conversions"] if each["when"] == "always" or transforms["adapt_to_pi"]]
     return "; ".join(f"{each['kind']} of {', '.join(each['dims'])}" for each in active) or "none"
+
+
+def _images(size: int, rule: str) -> str:
+    how = "uint8, antialiased" if rule == "openpi" else "float, not antialiased"
+    return f"{size} x {size}, resized as {rule} ({how})"
 
 
 def _state_in_prompt(transforms: dict) -> str:

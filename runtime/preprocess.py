@@ -314,7 +314,9 @@ class Preprocessor:
             padded = self.transforms["pad_state_in_prompt"]
             width = self.config.action_dim if padded is True else int(padded)
             return self.tokenizer.encode(prompt, _padded(state, max(width, state.size)))
-        return self.tokenizer.encode_task(prompt) if self.transforms["prompt_text"] == "lerobot" else self.tokenizer.encode(prompt)
+        if self.transforms["prompt_text"] == "lerobot" and not self.config.pi05:
+            return self.tokenizer.encode_task(prompt)
+        return self.tokenizer.encode(prompt)
 
 
 def _padded(values: np.ndarray, size: int) -> np.ndarray:

@@ -25,7 +25,8 @@ from runtime.plan import Plan
 from runtime.policy import preprocessor_of
 from runtime.preprocess import ModelInputs, Preprocessor
 
-CHOSEN = ("action_horizon", "max_prompt_tokens", "rotary")  # when compiling: the reference follows the plan, whatever the checkpoint's own are
+# Chosen when compiling: the reference follows the plan, whatever the checkpoint's own are.
+CHOSEN = ("action_horizon", "max_prompt_tokens", "rotary")
 SQNR_SOURCE = "by the quantiser, on calibration rows held out from the fit"
 
 
@@ -111,7 +112,8 @@ def compare(
     """Runs both sides over the observations, one after the other, each in a process of its own.
 
     threads: of either side (None: one for each core that this process may use). seed: of the noise, one draw for each
-    observation. base: of an adapter, where it was given. Raises ObservationError, before any long work, if an observation does not fit the plan.
+    observation. base: of an adapter, where it was given.
+    Raises ObservationError, before any long work, if an observation does not fit the plan.
 
     The summary's keys: "checkpoint", "plan", "threads", "seed", "versions"; "stages": the measures (cosine, max_error,
     sqnr_db) of every stage over all observations; "layers" and "steps": the same for keys and values of each layer and

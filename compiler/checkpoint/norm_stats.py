@@ -29,7 +29,8 @@ def read_openpi_stats(directory: Path, asset_id: str | None, preferred: str | No
     """assets/<asset_id>/norm_stats.json of an openpi checkpoint; None when there is none at all.
 
     An asset id may hold slashes ("physical-intelligence/libero"). Raises CheckpointError when several are there and
-    `asset_id` is None and none of them is `preferred` (by the training config), when the one asked for is not there, and when the file does not hold statistics.
+    `asset_id` is None and none of them is `preferred` (by the training config), when the one asked for is not there, and when
+    the file does not hold statistics.
     """
     assets = directory / "assets"
     files = {file.parent.relative_to(assets).as_posix(): file for file in sorted(assets.rglob("norm_stats.json"))}

@@ -83,7 +83,7 @@ def settings_of_trainer(config: Mapping) -> Settings:
     """
     model, data, name = _mapping(config, "model"), _mapping(config, "data"), config.get("name")
     if "fast_model_tokenizer" in model:
-        raise CheckpointError("metadata.pt: the training config is of pi0-FAST, which predicts tokens; only pi0 and pi0.5 compile")
+        raise CheckpointError("metadata.pt: its config is of pi0-FAST, which predicts tokens; only pi0 and pi0.5 compile")
     pi05 = model.get("pi05") is True
     transforms: dict[str, Any] = {}
     if isinstance(model.get("discrete_state_input"), bool):

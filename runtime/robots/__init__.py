@@ -324,7 +324,8 @@ class _Fault(Exception):
 
 def _robot(data: dict) -> Robot:
     _check_keys(data, "the file", {"name": str, "cameras": list, "state": list, "actions": dict},
-                {"ignored": list, "convert": list, "defaults": dict, "dataset": dict, "default_prompt": str, "prompt_keys": list})  # fmt: skip
+                {"ignored": list, "convert": list, "defaults": dict, "dataset": dict, "default_prompt": str,
+                 "prompt_keys": list})  # fmt: skip
     actions = data["actions"]
     _check_keys(actions, "[actions]", {"names": list}, {"units": list, "delta": list})
     names = _names(actions, "[actions]")
