@@ -85,7 +85,8 @@ def resize_all(images: Sequence[np.ndarray | None], height: int, width: int, rul
             work += _openpi(image, out)
         else:
             work += _lerobot(image, out, FLOAT_RULES[rule])
-    _run(work)
+    if work:
+        _run(work)
     return resized
 
 

@@ -258,7 +258,7 @@ class Preprocessor:
         """The images of the cameras that are there, by slot: uint8, or float32 in [0, 1] where the policy resizes in float."""
         keep = self.transforms["resize"] != "openpi"
         found = self.robot.images(observation)
-        return {slot: checks.image(value, camera.name, camera.layout, keep) for slot, (value, camera) in found.items()}
+        return {slot: checks.image(value, camera.key[-1], camera.layout, keep) for slot, (value, camera) in found.items()}
 
     def _bare_state(self, observation: Mapping) -> np.ndarray:
         dims, width = checks.array(checks.required(observation, "state"), "state").shape, self.config.state_width
@@ -273,7 +273,7 @@ class Preprocessor:
         if not 1 <= len(cameras) <= self.cameras:
             raise ObservationError(f"observation has {len(cameras)} cameras, the plan takes 1 to {self.cameras}")
         size, rule = self.config.vision.image_size, self.transforms["resize"]
-        if all(image.dtype == np.uint8 and image.shape[:2] == (size, size) for image in cameras.values()):
+        if rule != "openpi" and all(image.dtype == np.uint8 and image.shape[:2] == (size, size) for image in cameras.values()):
             rule = "openpi"  # nothing is resized: bytes are the same pixels, to the bit, by every rule (see pixels)
         images = resize_all([cameras.get(slot) for slot in IMAGE_SLOTS], size, size, rule)
         return images, np.array([slot in cameras for slot in IMAGE_SLOTS])
@@ -299,10 +299,12 @@ class Preprocessor:
 
     def _text(self, observation: Mapping) -> str:
         keys = ("prompt",) if self.robot is None else self.robot.prompt_keys
-        key = next((key for key in keys if key in observation), None)
-        if key is None and self.transforms["default_prompt"] is not None:
+        for key in keys:
+            if key in observation:
+                return _text(observation, key)
+        if self.transforms["default_prompt"] is not None:
             return self.transforms["default_prompt"]
-        return _text(observation, key or keys[0])
+        return _text(observation, keys[0])
 
     def _tokenize(self, prompt: str, state: np.ndarray) -> list[int]:
         if self.tokenizer is None:

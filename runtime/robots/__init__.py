@@ -135,7 +135,8 @@ class Robot:
 
         Raises ObservationError if one is absent that must be there, or a nested dict has a camera that is not the robot's.
         """
-        self._check_unknown(observation)
+        if self._nested:
+            self._check_unknown(observation)
         found = {}
         for slot, camera in zip(IMAGE_SLOTS, self.cameras):
             key = _present(observation, camera)
@@ -148,18 +149,21 @@ class Robot:
 
     def read_state(self, observation: Mapping) -> np.ndarray:
         """The state in the robot's units, float64 [state_dim]."""
-        parts = []
-        for part in self.state:
-            key = _present(observation, part)
-            holder = observation if len(key) == 1 else observation[key[0]]
-            parts.append(checks.vector(holder, key[-1], len(part.names)))
+        parts = [self._read_part(observation, part) for part in self.state]
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+    @staticmethod
+    def _read_part(observation: Mapping, part: StatePart) -> np.ndarray:
+        key = _present(observation, part)
+        holder = observation if len(key) == 1 else observation[key[0]]
+        return checks.vector(holder, key[-1], len(part.names))
 
     def state_to_model(self, state: np.ndarray, adapt_to_pi: bool) -> np.ndarray:
         """The robot's units -> the model's, before normalization."""
+        if self.conversions:
+            state = state.copy()
         for conversion, dims, _ in self._placed:
             if dims and (adapt_to_pi or conversion.when == "always"):
-                state = state.copy()
                 state[dims] = _TO_MODEL[conversion.kind](state[dims], conversion)
         return state
 
@@ -233,8 +237,9 @@ def _present(observation: Mapping, part: Camera | StatePart) -> Key | None:
 
     Raises ObservationError if there are two, or none of one that must be there.
     """
-    if not part.also and len(part.key) == 1 and part.key[0] in observation:  # almost always
-        return part.key
+    key = part.key
+    if len(key) == 1 and key[0] in observation and not part.also:  # almost always
+        return key
     found = [key for key in (part.key, *part.also) if _has(observation, key)]
     if len(found) > 1:
         both = " and ".join(".".join(key) for key in found)
