@@ -95,7 +95,8 @@ def default_settings(checkpoint: Checkpoint, robot: str | Robot = "none", num_st
     """The settings of a checkpoint whose user is not there to be asked: its own, then the robot's and its layout's."""
     said, robot = checkpoint.settings, load_robot(robot) if isinstance(robot, str) else robot
     transforms = default_transforms(robot, pi05=checkpoint.config.pi05, layout=checkpoint.layout) | said.transforms
-    return PolicySettings(robot, transforms, num_steps or said.num_steps or DEFAULT_STEPS, ignored=said.ignored)
+    steps = num_steps or said.num_steps or DEFAULT_STEPS
+    return PolicySettings(robot, transforms, steps, ignored=said.ignored, notes=tuple(getattr(checkpoint, "notes", ())))
 
 
 def settle(checkpoint: Checkpoint, choices: Choices) -> tuple[Checkpoint, PolicySettings]:
@@ -119,6 +120,7 @@ class _Decision:
 
     def settled(self) -> tuple[Checkpoint, PolicySettings]:
         _check_fit(self.checkpoint, self.robot)
+        self._refuse_options_without_effect()
         config = replace(
             self.checkpoint.config,
             action_horizon=self._action_horizon(),
@@ -148,6 +150,19 @@ class _Decision:
                 f"--config {name}: predicts {found.action_dim} actions, but {self.checkpoint.path} {config.action_dim}"
             )
         return found
+
+    def _refuse_options_without_effect(self) -> None:
+        """An option that changes nothing here is a misunderstanding, and the user should know."""
+        choices, robot = self.choices, self.robot
+        if choices.lerobot_version is not None and self.openpi:
+            raise DuqError(f"--lerobot-version {choices.lerobot_version}: {self.checkpoint.path} is openpi's, not LeRobot's")
+        if choices.state_in_prompt and not self.pi05:
+            raise DuqError("--state-in-prompt: pi0 takes the state as numbers; only pi0.5 reads it from the prompt")
+        if choices.delta_actions and robot is None:
+            raise DuqError("--delta-actions: --robot none takes and gives what the model does; name a robot with --robot")
+        if choices.adapt_to_pi and not any(each.when == "adapt_to_pi" for each in (robot.conversions if robot else ())):
+            name = robot.name if robot else "none"
+            raise DuqError(f"--adapt-to-pi: robot {name} has no conversion to Physical Intelligence's joint space")
 
     # --- looking up
 
@@ -235,11 +250,9 @@ class _Decision:
             transforms |= self.said.transforms | self._lerobot_version()
         transforms |= {name: self._switch(name, transforms[name]) for name in ("delta_actions", "adapt_to_pi")}
         transforms["state_in_prompt"] = self.pi05 and self._switch("state_in_prompt", transforms["state_in_prompt"])
-        if self.choices.state_in_prompt and not self.pi05:
-            raise DuqError("--state-in-prompt: pi0 takes the state as numbers; only pi0.5 reads it from the prompt")
         transforms["default_prompt"] = self._choose("default_prompt")
-        if transforms["default_prompt"] is None and self.robot:
-            transforms["default_prompt"] = self.robot.default_prompt
+        if transforms["default_prompt"] is None and self.robot and self.robot.default_prompt is not None:
+            transforms["default_prompt"] = self._from(f"robot {self.robot.name}", "default_prompt", self.robot.default_prompt)
         if transforms["delta_actions"] and self.robot and not (transforms["delta_mask"] or any(self.robot.delta)):
             raise DuqError(f"--delta-actions: robot {self.robot.name} does not say which actions are deltas ([actions] delta)")
         return transforms
@@ -295,20 +308,9 @@ def _version(text: str) -> str:
 
 
 def _check_fit(checkpoint: Checkpoint, robot: Robot | None) -> None:
-    """A robot whose numbers are not those of the statistics or the features is another policy's."""
+    """A robot whose numbers are not those of the statistics is another policy's; Preprocessor holds them against the model."""
     stats = checkpoint.norm_stats
-    if robot is None:
-        return
-    if checkpoint.config.pi05 is False and robot.state_dim > checkpoint.config.state_width:
-        raise DuqError(
-            f"--robot {robot.name}: has a state of {robot.state_dim} numbers, but the policy takes "
-            f"{checkpoint.config.state_width}"
-        )
-    if robot.action_dim > checkpoint.config.action_dim:
-        raise DuqError(
-            f"--robot {robot.name}: takes {robot.action_dim} actions, but the policy predicts {checkpoint.config.action_dim}"
-        )
-    if stats is None:
+    if robot is None or stats is None:
         return
     widths = [_width(stats.get(key)) for key in ("state", "actions")]
     full = checkpoint.config.action_dim

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from runtime.errors import PlanError
-from runtime.images import FLOAT_RULES
+from runtime.images import RULES
 from runtime.robots import Robot
 
 TRANSFORMS = {
@@ -28,7 +28,7 @@ TRANSFORMS = {
     "prompt_text": (str,),
     "resize": (str,),
 }
-CHOICES = {"prompt_text": ("openpi", "lerobot"), "resize": ("openpi", *FLOAT_RULES)}
+CHOICES = {"prompt_text": ("openpi", "lerobot"), "resize": RULES}
 
 
 def default_transforms(robot: Robot | None, *, pi05: bool, layout: str) -> dict:

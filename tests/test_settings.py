@@ -360,7 +360,7 @@ def test_state_and_actions_may_differ_in_mode_and_actions_come_from_the_postproc
     statistics(path, POSTPROCESSOR, lambda stored: stored.update({"action.mean": torch.full((7,), 5.0)}))
     stats = load_checkpoint(path).norm_stats
     assert stats["state"]["mode"] == "QUANTILES" and stats["actions"]["mean"] == [5.0] * 7
-    shutil.os.unlink(path / POSTPROCESSOR)
+    (path / POSTPROCESSOR).unlink()
     found = load_checkpoint(path)
     assert found.norm_stats["actions"]["mean"] != [5.0] * 7 and "no policy_postprocessor.json" in found.notes[0]
 

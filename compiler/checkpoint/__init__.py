@@ -15,7 +15,7 @@ from compiler.checkpoint.forms import open_stored
 from compiler.checkpoint.metadata import read_metadata
 from compiler.checkpoint.norm_stats import read_openpi_stats
 from compiler.checkpoint.settings import Settings
-from compiler.checkpoint.shapes import check_shapes, expected_shapes, infer_config, listing
+from compiler.checkpoint.shapes import ACTION_HORIZON, check_shapes, expected_shapes, infer_config, listing
 from compiler.checkpoint.storage import read_json, weight_files
 from compiler.errors import CheckpointError
 from compiler.parallel import thread_pool
@@ -23,7 +23,6 @@ from runtime.config import ModelConfig
 
 EMBEDDING = "llm.embed_tokens.weight"
 METADATA = "metadata.pt"
-DEFAULT_HORIZON = 50  # until somebody says the true one (see compiler.settings)
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -137,7 +136,7 @@ def _checked_config(
     config = infer_config(
         shapes,
         vision_heads=positive_int(section(settings, "vision"), "heads", vision_heads),
-        action_horizon=layout.action_horizon(settings) or DEFAULT_HORIZON,
+        action_horizon=layout.action_horizon(settings) or ACTION_HORIZON,  # until somebody says it (compiler.settings)
         max_prompt_tokens=layout.max_prompt_tokens(settings),
     )
     check_shapes(shapes, expected_shapes(config))

@@ -12,6 +12,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 HEAD_DIM = 256  # every published Gemma of pi0 / pi0.5; only openpi's "dummy" differs
 VISION_HEAD_DIM = 72  # So400m/14
+PROMPT_SLOTS = {False: 48, True: 200}  # by "is it pi0.5": openpi's and LeRobot's default
+ACTION_HORIZON = 50  # likewise, of both policies
 LISTED = 20  # faults printed before "... and N more"
 
 
@@ -114,7 +116,7 @@ def infer_config(
         vocab_size=vocab_size,
         action_dim=action_dim,
         action_horizon=action_horizon,
-        max_prompt_tokens=max_prompt_tokens or (200 if pi05 else 48),
+        max_prompt_tokens=max_prompt_tokens or PROMPT_SLOTS[pi05],
         state_dim=None if state_dim == action_dim else state_dim,
     )
     _check_joint_attention(config)

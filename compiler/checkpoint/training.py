@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compiler.checkpoint.settings import Settings
+from compiler.checkpoint.shapes import ACTION_HORIZON, PROMPT_SLOTS
 from compiler.errors import CheckpointError
 from runtime.robots import ROBOT_NAMES, load_robot
 
@@ -20,8 +21,6 @@ else:
 
 FILE = Path(__file__).with_name("openpi_configs.toml")
 MODELS = {"pi0": False, "pi05": True}  # -> is it pi0.5
-PROMPT_SLOTS = {False: 48, True: 200}  # openpi's defaults, by "is it pi0.5"
-ACTION_HORIZON = 50  # openpi's default
 JOINT_POSITION = 1  # the value of openpi's DroidActionSpace.JOINT_POSITION
 
 
