@@ -36,7 +36,7 @@ test-peers: .venv/installed
 	build/peers/bin/pip install --quiet -r tests/peers/requirements.txt
 	build/peers/bin/python tests/peers/lerobot_actions.py
 	build/peers/bin/python tests/peers/lerobot_dataset.py
-	$(BIN)/python -m pytest tests/test_model_lerobot.py
+	$(BIN)/python -m pytest tests/compiler/model/test_model_lerobot.py
 	rm -rf $(CASES)
 	$(BIN)/python tools/make_checkpoint.py --variant tiny --depth 1 --vision-depth 1 --out $(CASES)/tiny
 	HF_HUB_OFFLINE=1 build/peers/bin/python tests/peers/lerobot_policies.py $(CASES)/tiny/tokenizer.model $(CASES)/policies

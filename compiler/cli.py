@@ -1,33 +1,46 @@
 """`duq-compile`."""
+
 from __future__ import annotations
 
 import resource
 import time
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from compiler.checkpoint import Checkpoint
-from compiler.errors import CalibrationError, CheckpointError, DuqError, PackError, RecipeError
-from compiler.pipeline import TARGETS, Options, compile_policy, quantize_checkpoint
-from compiler.quant import Quantization, Recipe, load_transforms
-from compiler.quant.calibrate import calibration_inputs
-from compiler.quant.linears import check_selection, select_linears
-from compiler.quant.recipe import NO_LINEAR
-from compiler.quant.store import check_recipe, is_quantization, load_quantization
-from compiler.policy_options import with_policy_options
-from compiler.quantize_cli import (
-    CHECKPOINT_HELP, AssetOption, BaseOption, CalibrationOption, CalibrationSeedOption, DeviceOption, PacksOption,
-    TokenizerOption, check_device, open_policy, print_line, progress_bar, use_packs, with_recipe_options,
+from duq.compiler.checkpoint import Checkpoint
+from duq.compiler.errors import CalibrationError, CheckpointError, DuqError, PackError, RecipeError
+from duq.compiler.pipeline import TARGETS, Options, compile_policy, quantize_checkpoint
+from duq.compiler.policy_options import with_policy_options
+from duq.compiler.quant import Quantization, Recipe, load_transforms
+from duq.compiler.quant.calibrate import calibration_inputs
+from duq.compiler.quant.linears import check_selection, select_linears
+from duq.compiler.quant.recipe import NO_LINEAR
+from duq.compiler.quant.store import check_recipe, is_quantization, load_quantization
+from duq.compiler.quantize_cli import (
+    CHECKPOINT_HELP,
+    AssetOption,
+    BaseOption,
+    CalibrationOption,
+    CalibrationSeedOption,
+    DeviceOption,
+    PacksOption,
+    TokenizerOption,
+    check_device,
+    open_policy,
+    print_line,
+    progress_bar,
+    use_packs,
+    with_recipe_options,
 )
-from compiler.settings import Choices, PolicySettings, missing_statistics, settings_of
-from compiler.targets import tensorrt
-from plugins.driver import open_device
-from plugins.errors import KernelError
-from runtime.cli_errors import check_output_directory, check_output_file, one_line_errors
-from runtime.inspect import settings_table
+from duq.compiler.settings import Choices, PolicySettings, missing_statistics, settings_of
+from duq.compiler.targets import tensorrt
+from duq.plugins.driver import open_device
+from duq.plugins.errors import KernelError
+from duq.runtime.cli_errors import check_output_directory, check_output_file, one_line_errors
+from duq.runtime.inspect import settings_table
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -43,18 +56,26 @@ def _compile(
     out: Annotated[Path, typer.Option("--out", help="The plan to write.")],
     target: Annotated[str, typer.Option(help=f"What to compile for: {', '.join(TARGETS)}.")] = "cpu",
     sm: Annotated[
-        Optional[list[int]],
-        typer.Option(help="Compute capability of the GPU without its dot, e.g. 90; may be given several times. "
-                          "By default that of this machine's GPU."),  # fmt: skip
+        list[int] | None,
+        typer.Option(
+            help="Compute capability of the GPU without its dot, e.g. 90; may be given several times. "
+            "By default that of this machine's GPU."
+        ),  # fmt: skip
     ] = None,
     timing: Annotated[
-        bool, typer.Option(help="--target cuda: beside a GPU of the --sm, choose kernels by timing them there. "
-                           "Without, equal inputs give equal plans."),  # fmt: skip
+        bool,
+        typer.Option(
+            help="--target cuda: beside a GPU of the --sm, choose kernels by timing them there. "
+            "Without, equal inputs give equal plans."
+        ),  # fmt: skip
     ] = True,
     loop: Annotated[
-        str, typer.Option(help="--target tensorrt: the denoising steps 'unrolled' into one engine, or a 'graph' of step engines.")
+        str,
+        typer.Option(
+            help="--target tensorrt: the denoising steps 'unrolled' into one engine, or a 'graph' of step engines."
+        ),
     ] = "graph",
-    float_type: Annotated[str, typer.Option(help="--target tensorrt: of what is not quantised, bf16 or fp16.")] = "bf16",
+    float_type: Annotated[str, typer.Option(help="--target tensorrt: of what is not quantized, bf16 or fp16.")] = "bf16",
     calibration: CalibrationOption = None,
     calibration_seed: CalibrationSeedOption = 0,
     device: DeviceOption = "cpu",
@@ -70,12 +91,12 @@ def _compile(
         bool, typer.Option("--without-tokenizer", help="Make a robot's plan that takes tokenized prompts only.")
     ] = False,
     keep_onnx: Annotated[
-        Optional[Path], typer.Option(help="Directory for both graphs after each phase, weights included.")
+        Path | None, typer.Option(help="Directory for both graphs after each phase, weights included.")
     ] = None,
 ) -> None:
     """Compile a pi0 or pi0.5 checkpoint into one [bold]engine.plan[/bold].
 
-    The default, --quant llm+expert-mlp, quantises the language model and the MLPs of the action expert to W4A8. That
+    The default, --quant llm+expert-mlp, quantizes the language model and the MLPs of the action expert to W4A8. That
     takes observations to calibrate on (--calibration), or packs made by duq-quantize (--packs).
 
     [bold]Examples[/bold]
@@ -106,9 +127,17 @@ def _compile(
     policy, settings = open_policy(checkpoint, choices, asset_id, tokenizer, base)
     _check_robot(policy, settings, without_norm_stats, without_tokenizer)
     with progress_bar() as progress:
-        quantization = _quantization(policy, recipe, origins, packs, calibration, calibration_seed, settings, device, progress)
+        quantization = _quantization(
+            policy, recipe, origins, packs, calibration, calibration_seed, settings, device, progress
+        )
         options = Options(
-            target=target, sm=architectures, cameras=cameras, timing=timing, loop=loop, float_type=float_type, settings=settings,
+            target=target,
+            sm=architectures,
+            cameras=cameras,
+            timing=timing,
+            loop=loop,
+            float_type=float_type,
+            settings=settings,
         )
         compile_policy(policy, quantization, out, options, progress, keep_onnx)
     seconds = time.perf_counter() - start
@@ -116,7 +145,7 @@ def _compile(
     console = Console(markup=False, highlight=False)
     console.print(settings_table(settings_of(policy, settings)))
     console.print(
-        f"{out}: {out.stat().st_size / 1e6:,.1f} MB, {len(quantization.packs)} quantised linears, compiled in "
+        f"{out}: {out.stat().st_size / 1e6:,.1f} MB, {len(quantization.packs)} quantized linears, compiled in "
         f"{seconds:.0f} s with a peak of {peak:.1f} GB of memory",
         soft_wrap=True,
     )
@@ -126,7 +155,7 @@ def _check_options(target: str, recipe: Recipe) -> None:
     if target not in TARGETS:
         raise DuqError(f"--target {target}: unknown, this version compiles for {', '.join(TARGETS)}")
     if recipe.scheme == "reference":
-        raise RecipeError("--scheme reference is a fake quantisation for studies, without integer arithmetic to compile")
+        raise RecipeError("--scheme reference is a fake quantization for studies, without integer arithmetic to compile")
 
 
 def _architectures(target: str, sm: list[int]) -> tuple[int, ...]:
@@ -141,14 +170,18 @@ def _architectures(target: str, sm: list[int]) -> tuple[int, ...]:
         try:
             sm = [open_device()]
         except KernelError as error:
-            raise DuqError(f"--target {target} needs --sm, one of {names}: this machine has no GPU to ask ({error})") from error
+            raise DuqError(
+                f"--target {target} needs --sm, one of {names}: this machine has no GPU to ask ({error})"
+            ) from error
     for each in sm:
         if each not in known:
             raise DuqError(f"--sm {each}: --target {target} compiles for {names}")
     return tuple(sorted(set(sm)))
 
 
-def _check_robot(checkpoint: Checkpoint, settings: PolicySettings, without_norm_stats: bool, without_tokenizer: bool) -> None:
+def _check_robot(
+    checkpoint: Checkpoint, settings: PolicySettings, without_norm_stats: bool, without_tokenizer: bool
+) -> None:
     """Finds out now, not on the robot, whether its observations can be converted."""
     if settings.robot and checkpoint.norm_stats is None and not without_norm_stats:
         raise missing_statistics(checkpoint, settings.robot_name)
@@ -179,7 +212,7 @@ def _quantization(checkpoint, recipe, origins, packs, calibration, seed, setting
         raise PackError(f"--packs {packs}: is not a directory of packs; duq-quantize writes one")
     if calibration is None:
         raise CalibrationError(
-            "quantisation measures activations: give observations of the robot with --calibration DATA, packs made by "
+            "quantization measures activations: give observations of the robot with --calibration DATA, packs made by "
             "duq-quantize with --packs DIR, or compile in float with --quant none"
         )
     transforms = load_transforms(packs, checkpoint, recipe) if use_packs(packs) else None

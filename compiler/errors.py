@@ -1,5 +1,6 @@
 """Errors of the compiler. The command lines print them as one line and exit with code 2."""
-from plugins.errors import DuqError as DuqError
+
+from duq.plugins.errors import DuqError as DuqError
 
 
 class CheckpointError(DuqError):
@@ -7,7 +8,7 @@ class CheckpointError(DuqError):
 
 
 class RecipeError(DuqError, ValueError):
-    """A quantisation preset, recipe file, flag or environment variable is not understood."""
+    """A quantization preset, recipe file, flag or environment variable is not understood."""
 
 
 class CalibrationError(DuqError):

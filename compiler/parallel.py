@@ -1,4 +1,5 @@
 """A thread for each core, for work that numpy and torch do outside the interpreter's lock."""
+
 from __future__ import annotations
 
 import os

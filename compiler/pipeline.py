@@ -1,4 +1,5 @@
-"""The whole compiler: checkpoint -> model -> quantise -> export -> passes -> target -> plan."""
+"""The whole compiler: checkpoint -> model -> quantize -> export -> passes -> target -> plan."""
+
 from __future__ import annotations
 
 import platform
@@ -16,26 +17,26 @@ import onnxruntime
 import torch
 from rich.progress import Progress
 
-import compiler
-from compiler.checkpoint import Checkpoint, check_finite
-from compiler.errors import CheckpointError
-from compiler.graph.export import Graphs, export
-from compiler.graph.passes.fold import fold_linear_chains, fold_norm_gains, fold_output_scales
-from compiler.graph.passes.layout import keep_embedding_dtype, weights_as_matmul_reads_them
-from compiler.graph.passes.merge import merge_float_linears, merge_quantized_linears
-from compiler.graph.passes.quantize import lower_quantized_linears
-from compiler.graph.passes.rotary import fuse_rotary_embeddings, tabulate_rotary_embeddings
-from compiler.graph.passes.time import split_time_from_actions, tabulate_time
-from compiler.graph.passes.tokens import compact_tokens, eliminate_dead_prefix_tail, hoist_state_token
-from compiler.model import build_model
-from compiler.quant import Quantization, Recipe, quantize
-from compiler.quant.transforms import LinearTransform
-from compiler.settings import PolicySettings, default_settings, settings_of
-from compiler.targets import cpu, cuda, tensorrt
-from plugins import ops
-from runtime.config import GemmaConfig
-from runtime.plan import PlanWriter
-from runtime.preprocess import ModelInputs
+import duq
+from duq.compiler.checkpoint import Checkpoint, check_finite
+from duq.compiler.errors import CheckpointError
+from duq.compiler.graph.export import Graphs, export
+from duq.compiler.graph.passes.fold import fold_linear_chains, fold_norm_gains, fold_output_scales
+from duq.compiler.graph.passes.layout import keep_embedding_dtype, weights_as_matmul_reads_them
+from duq.compiler.graph.passes.merge import merge_float_linears, merge_quantized_linears
+from duq.compiler.graph.passes.quantize import lower_quantized_linears
+from duq.compiler.graph.passes.rotary import fuse_rotary_embeddings, tabulate_rotary_embeddings
+from duq.compiler.graph.passes.time import split_time_from_actions, tabulate_time
+from duq.compiler.graph.passes.tokens import compact_tokens, eliminate_dead_prefix_tail, hoist_state_token
+from duq.compiler.model import build_model
+from duq.compiler.quant import Quantization, Recipe, quantize
+from duq.compiler.quant.transforms import LinearTransform
+from duq.compiler.settings import PolicySettings, default_settings, settings_of
+from duq.compiler.targets import cpu, cuda, tensorrt
+from duq.plugins import ops
+from duq.runtime.config import GemmaConfig
+from duq.runtime.plan import PlanWriter
+from duq.runtime.preprocess import ModelInputs
 
 Pass = Callable[[Graphs], Graphs]
 
@@ -66,7 +67,7 @@ class Options:
     cameras: int = 3
     timing: bool = True  # cuda: beside a GPU of an architecture in `sm`, choose kernels by timing
     loop: str = "graph"  # tensorrt: "unrolled" into one network, or "graph": the executor repeats the step's engine
-    float_type: str = "bf16"  # tensorrt: of what is not quantised, "bf16" or "fp16"
+    float_type: str = "bf16"  # tensorrt: of what is not quantized, "bf16" or "fp16"
     settings: PolicySettings | None = None  # around the policy; by default those of the checkpoint and `robot`
     float_images: bool = False  # the policy's images are resized in floating point (runtime/images.py, FLOAT_RULES)
 
@@ -111,13 +112,13 @@ def compile_policy(
 def value_basis_entry(layer: int) -> str:
     """The plan's entry with the basis M, float32 [channels, channels], that a layer's cached values are in: v = v' M.
 
-    Only there where the quantiser chose one; nothing but a comparison of the engine's values with the model's needs it.
+    Only there where the quantizer chose one; nothing but a comparison of the engine's values with the model's needs it.
     """
     return f"value_basis/{layer}"
 
 
 def passes(quantization: Quantization, weights: dict[str, torch.Tensor]) -> list[Pass]:
-    """The rewrites in order. Each is exact (quantisation aside), and most make the next one possible."""
+    """The rewrites in order. Each is exact (quantization aside), and most make the next one possible."""
     return [
         weights_as_matmul_reads_them,
         partial(keep_embedding_dtype, weights=weights),
@@ -143,7 +144,7 @@ def quantize_checkpoint(
     transforms: dict[str, LinearTransform] | None = None,
     device: str = "cpu",
 ) -> Quantization:
-    """Calibrates on `inputs` and quantises what the recipe selects, computing on PyTorch's `device`."""
+    """Calibrates on `inputs` and quantizes what the recipe selects, computing on PyTorch's `device`."""
     check_weights(checkpoint, progress)
     return quantize(build_model(checkpoint).to(device), checkpoint, recipe, inputs, progress, transforms)
 
@@ -179,7 +180,7 @@ def _manifest(checkpoint: Checkpoint, quantization: Quantization, options: Optio
     policy = settings_of(checkpoint, options.settings)
     return {
         "created_by": {
-            "duq": compiler.__version__,
+            "duq": duq.__version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "onnx": onnx.__version__,

@@ -1,20 +1,21 @@
 """The options about a policy's settings that duq-compile and duq-quantize share, and what both print of them."""
+
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
-from compiler.settings import Choices
+from duq.compiler.settings import Choices
 
 PANEL = "Policy (each overrides --config and the checkpoint)"
 
 
 def _option(kind: Any, flag: str, description: str, **limits: Any) -> Any:
-    return Annotated[Optional[kind], typer.Option(flag, help=description, rich_help_panel=PANEL, **limits)]
+    return Annotated[kind | None, typer.Option(flag, help=description, rich_help_panel=PANEL, **limits)]
 
 
 POLICY_OPTIONS = {

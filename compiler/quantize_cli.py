@@ -1,4 +1,5 @@
 """``duq-quantize``, and the recipe options that it shares with ``duq-compile``."""
+
 from __future__ import annotations
 
 import functools
@@ -8,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -16,18 +17,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from compiler.checkpoint import Checkpoint, load_checkpoint
-from compiler.checkpoint.training import training_config
-from compiler.errors import CalibrationError, CheckpointError, DuqError
-from compiler.pipeline import quantize_checkpoint
-from compiler.policy_options import with_policy_options
-from compiler.quant import Quantization, Recipe, load_recipe, load_transforms, save_quantization
-from compiler.quant.calibrate import calibration_inputs
-from compiler.quant.linears import check_selection
-from compiler.quant.recipe import PRESETS, SCHEMES, recipe_origins
-from compiler.quant.store import check_destination
-from compiler.settings import Choices, PolicySettings, settle
-from runtime.cli_errors import check_output_directory, one_line_errors
+from duq.compiler.checkpoint import Checkpoint, load_checkpoint
+from duq.compiler.checkpoint.training import training_config
+from duq.compiler.errors import CalibrationError, CheckpointError, DuqError
+from duq.compiler.pipeline import quantize_checkpoint
+from duq.compiler.policy_options import with_policy_options
+from duq.compiler.quant import Quantization, Recipe, load_recipe, load_transforms, save_quantization
+from duq.compiler.quant.calibrate import calibration_inputs
+from duq.compiler.quant.linears import check_selection
+from duq.compiler.quant.recipe import PRESETS, SCHEMES, recipe_origins
+from duq.compiler.quant.store import check_destination
+from duq.compiler.settings import Choices, PolicySettings, settle
+from duq.runtime.cli_errors import check_output_directory, one_line_errors
 
 CHECKPOINT_HELP = (
     "openpi (PyTorch or JAX) or LeRobot checkpoint: its directory, a PEFT adapter's, or hf://owner/name\\[@revision]."
@@ -37,17 +38,19 @@ LISTED_LINEARS = 10
 
 
 def _option(kind: Any, flag: str, description: str) -> Any:
-    return Annotated[Optional[kind], typer.Option(flag, help=description, rich_help_panel=RECIPE_PANEL)]
+    return Annotated[kind | None, typer.Option(flag, help=description, rich_help_panel=RECIPE_PANEL)]
 
 
 # Recipe key -> flag. The values are checked by the recipe, which also reads them from files and the environment.
 RECIPE_OPTIONS = {
     "scheme": _option(str, "--scheme", f"{', '.join(SCHEMES)}."),
-    "scope": _option(str, "--scope", "Quantise only linears whose name starts so (regular expression)."),
-    "include": _option(str, "--include", "Quantise only linears whose name contains this (regular expression)."),
+    "scope": _option(str, "--scope", "Quantize only linears whose name starts so (regular expression)."),
+    "include": _option(str, "--include", "Quantize only linears whose name contains this (regular expression)."),
     "exclude": _option(str, "--exclude", "But not those whose name contains this (regular expression)."),
     "weight_bits": _option(int, "--weight-bits", "4, 8, or 16 for float weights."),
-    "layer_bits": _option(list[str], "--layer-bits", "PATTERN:BITS, such as layers.0:8. Repeatable; the last match counts."),
+    "layer_bits": _option(
+        list[str], "--layer-bits", "PATTERN:BITS, such as layers.0:8. Repeatable; the last match counts."
+    ),
     "auto_bits": _option(float, "--auto-bits", "Mean weight bits to spend, such as 4.5: the linears that lose most get 8."),
     "activation_bits": _option(int, "--activation-bits", "8, or 0 for float activations (W4A16)."),
     "activation_scale": _option(str, "--activation-scale", "per-token (dynamic) or per-tensor (calibrated)."),
@@ -60,28 +63,30 @@ RECIPE_OPTIONS = {
     "damping": _option(float, "--damping", "Of the compensation, relative to the mean activation energy."),
 }
 QuantOption = Annotated[
-    Optional[str], typer.Option("--quant", help=f"Preset ({', '.join(PRESETS)}) or recipe file (.yaml, .toml).")
+    str | None, typer.Option("--quant", help=f"Preset ({', '.join(PRESETS)}) or recipe file (.yaml, .toml).")
 ]
 PacksOption = Annotated[
-    Optional[Path],
-    typer.Option("--packs", envvar="OPENPI_DUQUANT_PACKDIR", help="Directory of DuQuant packs to take the transforms from."),
+    Path | None,
+    typer.Option(
+        "--packs", envvar="OPENPI_DUQUANT_PACKDIR", help="Directory of DuQuant packs to take the transforms from."
+    ),
 ]
 CalibrationOption = Annotated[
-    Optional[Path],
+    Path | None,
     typer.Option("--calibration", help="Observations: a LeRobotDataset folder, duq-serve's recordings, or .npz files."),
 ]
 CalibrationSeedOption = Annotated[
     int, typer.Option("--calibration-seed", min=0, help="Of the choice of frames from a LeRobotDataset.")
 ]
 BaseOption = Annotated[
-    Optional[Path], typer.Option("--base", help="The policy that an adapter was trained on; by default the one it names.")
+    Path | None, typer.Option("--base", help="The policy that an adapter was trained on; by default the one it names.")
 ]
 TokenizerOption = Annotated[
-    Optional[Path], typer.Option("--tokenizer", help="SentencePiece model; by default the one in the checkpoint.")
+    Path | None, typer.Option("--tokenizer", help="SentencePiece model; by default the one in the checkpoint.")
 ]
-DeviceOption = Annotated[str, typer.Option("--device", help="Where to calibrate and quantise: cpu or cuda.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="Where to calibrate and quantize: cpu or cuda.")]
 AssetOption = Annotated[
-    Optional[str], typer.Option("--asset-id", help="Which normalisation statistics, if the checkpoint has several.")
+    str | None, typer.Option("--asset-id", help="Which normalization statistics, if the checkpoint has several.")
 ]
 
 
@@ -129,7 +134,7 @@ def _quantize(
     asset_id: AssetOption = None,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Quantise a policy: calibrate it on observations and write the packs that [bold]duq-compile --packs[/bold] takes.
+    """Quantize a policy: calibrate it on observations and write the packs that [bold]duq-compile --packs[/bold] takes.
 
     [bold]Examples[/bold]
 
@@ -138,7 +143,7 @@ def _quantize(
       duq-quantize checkpoints/pi0 --calibration dataset/ --robot aloha --quant all --layer-bits layers.0:8 --out packs
     """
     if calibration is None:
-        raise CalibrationError("--calibration is missing: quantisation needs observations to measure activations on")
+        raise CalibrationError("--calibration is missing: quantization needs observations to measure activations on")
     check_device(device)
     check_output_directory("--out", out)
     check_destination(out)
@@ -159,7 +164,7 @@ def check_device(device: str) -> None:
     if device not in ("cpu", "cuda"):
         raise DuqError(f"--device {device}: unknown, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
-        raise DuqError("--device cuda: PyTorch finds no GPU that it can use; leave --device out to quantise on the CPU")
+        raise DuqError("--device cuda: PyTorch finds no GPU that it can use; leave --device out to quantize on the CPU")
     try:
         torch.ones(1, device=device).sum().item()
     except RuntimeError as error:  # a GPU that this PyTorch has no kernels for, or whose memory is taken
@@ -229,7 +234,9 @@ def print_summary(quantization: Quantization, checkpoint: Checkpoint, out: Path)
         console.print(table)
     size = sum(pack.weight_q.nbytes + pack.weight_scale.nbytes for pack in packs) / 1e6
     mean = sum(pack.sqnr_db for pack in packs) / max(1, len(packs))
-    console.print(f"{out}: {len(packs)} linears, {size:,.1f} MB of integer weights, mean SQNR {mean:.1f} dB", highlight=False)
+    console.print(
+        f"{out}: {len(packs)} linears, {size:,.1f} MB of integer weights, mean SQNR {mean:.1f} dB", highlight=False
+    )
 
 
 def quantize_main() -> None:

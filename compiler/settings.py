@@ -4,20 +4,21 @@ Each has a source, in this order: what the user says with an option; a published
 checkpoint's own files say; what all published policies of the robot have in common. Where none of them says a thing that
 changes the actions, the user is asked; nothing is guessed.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from compiler.checkpoint import Checkpoint
-from compiler.checkpoint.lerobot import POSTPROCESSOR, PREPROCESSOR, VERSIONS, version_transforms
-from compiler.checkpoint.training import TrainingConfig, training_config
-from compiler.errors import CheckpointError, DuqError
-from runtime.config import IMAGE_SLOTS, ROTARY
-from runtime.preprocess import Preprocessor
-from runtime.robots import ROBOT_NAMES, Robot, load_robot
-from runtime.transforms import default_transforms
+from duq.compiler.checkpoint import Checkpoint
+from duq.compiler.checkpoint.lerobot import POSTPROCESSOR, PREPROCESSOR, VERSIONS, version_transforms
+from duq.compiler.checkpoint.training import TrainingConfig, training_config
+from duq.compiler.errors import CheckpointError, DuqError
+from duq.runtime.config import IMAGE_SLOTS, ROTARY
+from duq.runtime.preprocess import Preprocessor
+from duq.runtime.robots import ROBOT_NAMES, Robot, load_robot
+from duq.runtime.transforms import default_transforms
 
 DEFAULT_STEPS = 10  # of openpi and of LeRobot
 
@@ -155,7 +156,9 @@ class _Decision:
         """An option that changes nothing here is a misunderstanding, and the user should know."""
         choices, robot = self.choices, self.robot
         if choices.lerobot_version is not None and self.openpi:
-            raise DuqError(f"--lerobot-version {choices.lerobot_version}: {self.checkpoint.path} is openpi's, not LeRobot's")
+            raise DuqError(
+                f"--lerobot-version {choices.lerobot_version}: {self.checkpoint.path} is openpi's, not LeRobot's"
+            )
         if choices.state_in_prompt and not self.pi05:
             raise DuqError("--state-in-prompt: pi0 takes the state as numbers; only pi0.5 reads it from the prompt")
         if choices.delta_actions and robot is None:
@@ -252,9 +255,13 @@ class _Decision:
         transforms["state_in_prompt"] = self.pi05 and self._switch("state_in_prompt", transforms["state_in_prompt"])
         transforms["default_prompt"] = self._choose("default_prompt")
         if transforms["default_prompt"] is None and self.robot and self.robot.default_prompt is not None:
-            transforms["default_prompt"] = self._from(f"robot {self.robot.name}", "default_prompt", self.robot.default_prompt)
+            transforms["default_prompt"] = self._from(
+                f"robot {self.robot.name}", "default_prompt", self.robot.default_prompt
+            )
         if transforms["delta_actions"] and self.robot and not (transforms["delta_mask"] or any(self.robot.delta)):
-            raise DuqError(f"--delta-actions: robot {self.robot.name} does not say which actions are deltas ([actions] delta)")
+            raise DuqError(
+                f"--delta-actions: robot {self.robot.name} does not say which actions are deltas ([actions] delta)"
+            )
         return transforms
 
     def _switch(self, name: str, default: bool) -> bool:

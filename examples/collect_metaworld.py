@@ -1,13 +1,14 @@
 """Records what Meta-World's scripted expert does: `python examples/collect_metaworld.py --help`."""
+
 from __future__ import annotations
 
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache, partial
+from functools import cache, partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 if __name__ in ("__main__", "__mp_main__"):  # import from the repository
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -16,19 +17,19 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from compiler.quantize_cli import progress_bar
+from duq.compiler.quantize_cli import progress_bar
+from duq.plugins.errors import DuqError
+from duq.runtime.cli_errors import check_output_file, one_line_errors
+from duq.runtime.images import resize_with_pad
+from duq.runtime.observations import save_observations
 from examples.metaworld_data import Demonstrations, encode, observations, save
-from plugins.errors import DuqError
-from runtime.cli_errors import check_output_file, one_line_errors
-from runtime.images import resize_with_pad
-from runtime.observations import save_observations
 
 try:
     from examples.metaworld_env import ACTION_DIM, PROMPTS, MetaworldEnv
 except ModuleNotFoundError as error:
     raise SystemExit(f"collect_metaworld needs {error.name}: pip install 'duq[examples]'") from error
 
-# Tasks that forgive a centimetre, which is what a small policy sees at this image size.
+# Tasks that forgive a centimeter, which is what a small policy sees at this image size.
 TASKS = ("button-press-topdown", "coffee-button", "drawer-close", "handle-press", "window-open")
 IMAGE_SIZE = 112
 FIRST_SEED = 1_000_000  # of the starts to learn from: evaluation counts from 0
@@ -85,7 +86,7 @@ def demonstrate(env: MetaworldEnv, seed: int, horizon: int, every: int) -> Demon
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _env(task: str) -> MetaworldEnv:
     """One for each task in each process."""
     return MetaworldEnv(task)
@@ -105,7 +106,7 @@ def _collect(
     every: Annotated[int, typer.Option(min=1, help="Steps from one recorded moment to the next.")] = 2,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
     calibration: Annotated[
-        Optional[Path], typer.Option(help=f"Another file, for {CALIBRATION} of the moments, to calibrate duq-compile on.")
+        Path | None, typer.Option(help=f"Another file, for {CALIBRATION} of the moments, to calibrate duq-compile on.")
     ] = None,
 ) -> None:
     """Record demonstrations of Meta-World's scripted expert, to train a policy on with train_metaworld.py.

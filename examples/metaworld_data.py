@@ -2,6 +2,7 @@
 
 Images are stored as WebP, which takes 1 KB for one of 112 x 112 pixels: 20,000 moments with two cameras are 45 MB.
 """
+
 from __future__ import annotations
 
 import io
@@ -15,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from plugins.errors import DuqError
-from runtime.config import IMAGE_SLOTS
+from duq.plugins.errors import DuqError
+from duq.runtime.config import IMAGE_SLOTS
 
 QUALITY = 75  # of the WebP images
 
@@ -35,7 +36,7 @@ class Demonstrations:
         return len(self.states)
 
     @classmethod
-    def join(cls, parts: Sequence["Demonstrations"]) -> "Demonstrations":
+    def join(cls, parts: Sequence[Demonstrations]) -> Demonstrations:
         arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS}
         return cls([cameras for part in parts for cameras in part.images], **arrays)
 
@@ -53,11 +54,13 @@ def encode(image: np.ndarray) -> bytes:
 def decode(images: list[list[bytes]]) -> np.ndarray:
     """[N][C] WebP of one size -> uint8 [N, C, H, W, 3], on all cores."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return np.stack(list(pool.map(lambda cameras: [np.asarray(Image.open(io.BytesIO(file))) for file in cameras], images)))
+        return np.stack(
+            list(pool.map(lambda cameras: [np.asarray(Image.open(io.BytesIO(file))) for file in cameras], images))
+        )
 
 
 def observations(demonstrations: Demonstrations, count: int) -> list[dict]:
-    """`count` moments from all over the demonstrations as the robot's observations, to calibrate a quantiser on."""
+    """`count` moments from all over the demonstrations as the robot's observations, to calibrate a quantizer on."""
     chosen = np.linspace(0, len(demonstrations) - 1, count).round().astype(int)
     cameras = decode([demonstrations.images[i] for i in chosen])
     return [

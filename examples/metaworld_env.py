@@ -7,8 +7,9 @@ Observations are bare model inputs (runtime/preprocess.py), which every plan tak
     state                   float32 [4]: the hand's x, y, z, -1 to 1 over its workspace, and the gripper, -1 closed to 1 open
     prompt                  str
 
-An action is [4]: x, y, z in centimetres to move by, and the gripper, -1 opens and 1 closes; each is clipped to -1..1.
+An action is [4]: x, y, z in centimeters to move by, and the gripper, -1 opens and 1 closes; each is clipped to -1..1.
 """
+
 from __future__ import annotations
 
 import os

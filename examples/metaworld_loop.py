@@ -1,4 +1,5 @@
 """A policy, or the scripted expert, drives a simulated arm: `python examples/metaworld_loop.py --help`."""
+
 from __future__ import annotations
 
 import sys
@@ -7,7 +8,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing, suppress
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 if __name__ == "__main__":  # import from the repository
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -16,10 +17,10 @@ import numpy as np
 import typer
 from PIL import Image, ImageDraw
 
-from plugins.errors import DuqError
-from runtime import Policy
-from runtime.cli_errors import check_output_file, one_line_errors
-from runtime.realtime import ChunkStream, Report, control_loop
+from duq.plugins.errors import DuqError
+from duq.runtime import Policy
+from duq.runtime.cli_errors import check_output_file, one_line_errors
+from duq.runtime.realtime import ChunkStream, Report, control_loop
 
 try:
     from examples.metaworld_env import ACTION_DIM, PROMPTS, MetaworldEnv
@@ -65,9 +66,7 @@ def run_synchronously(infer: Callable, episode: Episode, execute: int) -> None:
                 episode.act(action)
 
 
-def run_asynchronously(
-    infer: Callable, episode: Episode, engine: Executor, rate: float, freeze: int, blend: int
-) -> Report:
+def run_asynchronously(infer: Callable, episode: Episode, engine: Executor, rate: float, freeze: int, blend: int) -> Report:
     """Never stands still: see runtime/realtime.py. `engine` has one thread, for a client takes one call at a time."""
     stream = ChunkStream(infer, freeze=freeze, blend=blend, submit=engine.submit)
     with suppress(EpisodeOver):
@@ -104,9 +103,9 @@ def _strip(episode: Episode) -> Image.Image:
 @app.command()
 def _run(
     task: Annotated[Task, typer.Option(help="What the arm is told to do.")] = Task("button-press-topdown"),
-    plan: Annotated[Optional[Path], typer.Option(help="An engine.plan, run in this process.")] = None,
-    server: Annotated[Optional[str], typer.Option(help="A policy server, ws://HOST:PORT.")] = None,
-    api_key: Annotated[Optional[str], typer.Option(envvar="DUQ_API_KEY", help="What --server asks for, if it does.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="An engine.plan, run in this process.")] = None,
+    server: Annotated[str | None, typer.Option(help="A policy server, ws://HOST:PORT.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="DUQ_API_KEY", help="What --server asks for, if it does.")] = None,
     scripted: Annotated[bool, typer.Option("--scripted", help="No policy but Meta-World's scripted expert.")] = False,
     episodes: Annotated[int, typer.Option(min=1)] = 3,
     seed: Annotated[int, typer.Option(min=0, help="Of the first start, the next count up, and of --plan's noise.")] = 0,
@@ -118,7 +117,7 @@ def _run(
     rate: Annotated[float, typer.Option(min=1, help="Actions a second. This and the next two: --asynchronous.")] = 20,
     freeze: Annotated[int, typer.Option(min=1, help="Periods until a new chunk takes over; see docs/serving.md.")] = 4,
     blend: Annotated[int, typer.Option(min=0, help="Periods in which old and new actions are mixed.")] = 0,
-    sheet: Annotated[Optional[Path], typer.Option(help="A PNG to write: what the cameras saw.")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="A PNG to write: what the cameras saw.")] = None,
 ) -> None:
     """Close the loop between a policy and a simulated robot, and count the episodes that succeed.
 
@@ -157,7 +156,9 @@ def _run(
         contact_sheet(done).save(sheet, "PNG")
 
 
-def _infer(env: MetaworldEnv, plan: Path | None, server: str | None, api_key: str | None, seed: int) -> Callable[[dict], dict]:
+def _infer(
+    env: MetaworldEnv, plan: Path | None, server: str | None, api_key: str | None, seed: int
+) -> Callable[[dict], dict]:
     """Who drives: an observation to {"actions": [H, >= 4]}."""
     if plan is not None:
         policy = Policy(plan, seed=seed)

@@ -1,8 +1,9 @@
 """Trains a small pi0 on demonstrations, from scratch: `python examples/train_metaworld.py --help`.
 
-Flow-matching behaviour cloning as pi0 does it (arXiv 2410.24164): for an expert's chunk a, noise e and a time t, the
+Flow-matching behavior cloning as pi0 does it (arXiv 2410.24164): for an expert's chunk a, noise e and a time t, the
 network sees x_t = t e + (1 - t) a and learns the velocity u = e - a.
 """
+
 from __future__ import annotations
 
 import copy
@@ -26,14 +27,14 @@ from rich.progress import Progress
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from compiler.checkpoint.names import openpi_name
-from compiler.checkpoint.synthetic.files import TOKENIZER_SIZE, dimensions, openpi_settings, train_tokenizer, write_json
-from compiler.model import Pi0
+from duq.compiler.checkpoint.names import openpi_name
+from duq.compiler.checkpoint.synthetic.files import TOKENIZER_SIZE, dimensions, openpi_settings, train_tokenizer, write_json
+from duq.compiler.model import Pi0
+from duq.plugins.errors import DuqError
+from duq.runtime.cli_errors import check_output_directory, one_line_errors
+from duq.runtime.config import GemmaConfig, ModelConfig, VisionConfig
+from duq.runtime.tokenizer import Tokenizer
 from examples import metaworld_data
-from plugins.errors import DuqError
-from runtime.cli_errors import check_output_directory, one_line_errors
-from runtime.config import GemmaConfig, ModelConfig, VisionConfig
-from runtime.tokenizer import Tokenizer
 
 POLICY = ModelConfig(  # 8.7 M weights; heads of 72 and 256, as every pi0 has
     pi05=False,
@@ -63,7 +64,7 @@ class Batches:
     actions: Tensor  # float32 [N, H, action_dim]
 
     @classmethod
-    def of(cls, data: metaworld_data.Demonstrations, config: ModelConfig, tokenizer: bytes, device: str) -> "Batches":
+    def of(cls, data: metaworld_data.Demonstrations, config: ModelConfig, tokenizer: bytes, device: str) -> Batches:
         encode = Tokenizer(tokenizer).encode
         prompts, which = np.unique(data.prompts, return_inverse=True)
         ids = [torch.tensor(encode(prompt)) for prompt in prompts]
@@ -82,7 +83,7 @@ class Batches:
     def __len__(self) -> int:
         return len(self.states)
 
-    def take(self, index: Tensor, shift: int = 0, jitter: float = 0.0) -> "Batches":
+    def take(self, index: Tensor, shift: int = 0, jitter: float = 0.0) -> Batches:
         """Moments [B], their images in float32 [B, C, 3, S, S] as the model takes them.
 
         shift: images are moved by up to so many pixels; jitter: of brightness and contrast. Both at random, each image by
@@ -122,7 +123,7 @@ def draw_noise(batch: Batches, draws: int) -> tuple[Tensor, Tensor]:
     return noise, uniform ** (1 / 1.5) * 0.999 + 0.001
 
 
-def initialise(model: Pi0) -> Pi0:
+def initialize(model: Pi0) -> Pi0:
     """PyTorch's defaults but for the embeddings, and velocities of zero to begin with."""
     nn.init.normal_(model.vision.embeddings.position_embedding.weight, std=0.02)
     nn.init.normal_(model.llm.embed_tokens.weight, std=model.config.llm.width**-0.5)  # Gemma multiplies by sqrt(width)
@@ -147,26 +148,33 @@ class Schedule:
 
 
 def train(
-    config: ModelConfig, data: Batches, held_out: Batches, schedule: Schedule, seed: int, report: Callable[[float, dict], None]
+    config: ModelConfig,
+    data: Batches,
+    held_out: Batches,
+    schedule: Schedule,
+    seed: int,
+    report: Callable[[float, dict], None],
 ) -> Pi0:
     """The trained policy: the moving average of its weights. `report(progress, losses)` is called now and then."""
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")  # TF32, on GPUs
-    model = initialise(Pi0(config)).to(data.states.device)
+    model = initialize(Pi0(config)).to(data.states.device)
     average = copy.deepcopy(model).requires_grad_(False)
     weights, averages = list(model.parameters()), list(average.parameters())
-    optimiser = make_optimiser(weights)
+    optimizer = make_optimizer(weights)
     started, progress, step, recent = time.perf_counter(), 0.0, 0, []
     while progress < 1:
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step, progress)
         batch = data.take(torch.randint(len(data), (schedule.batch,), device=data.states.device), SHIFT, JITTER)
-        batch.states = batch.states + STATE_NOISE * torch.randn_like(batch.states) * (batch.states != 0)  # not of the padding
+        batch.states = batch.states + STATE_NOISE * torch.randn_like(batch.states) * (
+            batch.states != 0
+        )  # not of the padding
         loss = flow_matching_loss(model, batch, *draw_noise(batch, NOISES))
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
-        optimiser.step()
+        optimizer.step()
         torch._foreach_lerp_(averages, weights, 1 - min(EMA_DECAY, (step + 1) / (step + 10)))
         recent.append(loss.detach())
         step, seconds = step + 1, time.perf_counter() - started
@@ -178,7 +186,7 @@ def train(
     return average
 
 
-def make_optimiser(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW; biases and gains do not decay."""
     groups = [
         {"params": [w for w in weights if w.ndim >= 2], "weight_decay": 0.05},

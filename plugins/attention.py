@@ -1,13 +1,14 @@
 """The tile shapes of the CUDA attention kernels: how each is launched, and which to use."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from plugins.driver import Shape
-from plugins.errors import KernelError
-from plugins.tactics import FEW_TOKENS, MAX_SHARED_BYTES
+from duq.plugins.driver import Shape
+from duq.plugins.errors import KernelError
+from duq.plugins.tactics import FEW_TOKENS, MAX_SHARED_BYTES
 
 
 @dataclass(frozen=True)

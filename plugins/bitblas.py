@@ -11,6 +11,7 @@ once the source is kept BitBLAS is not needed either. M is an argument of the ke
 The generator's settings that give wrong results are not offered: a K step of 128 (its swizzle leaves the row it is in)
 and splitting K (a block clears the sums while others add to them).
 """
+
 from __future__ import annotations
 
 import functools
@@ -27,10 +28,10 @@ from itertools import product
 from pathlib import Path
 from typing import ClassVar
 
-from plugins.driver import Shape
-from plugins.errors import KernelError
-from plugins.kernels import Cubin, compile_text, default_cache, read_cached, write_cached
-from plugins.tactics import MAX_SHARED_BYTES
+from duq.plugins.driver import Shape
+from duq.plugins.errors import KernelError
+from duq.plugins.kernels import Cubin, compile_text, default_cache, read_cached, write_cached
+from duq.plugins.tactics import MAX_SHARED_BYTES
 
 SYMBOL = "general_dequant_matmul_kernel"
 DEPTH = 64  # K of a step
@@ -283,7 +284,7 @@ def _generate(problems: Sequence[Problem], sm: int) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder, "requests.json"), Path(folder, "answers.json")
         asked.write_text(json.dumps(requests))
-        command = [sys.executable, "-W", "ignore", "-m", "plugins.bitblas_generate", str(asked), str(answered)]
+        command = [sys.executable, "-W", "ignore", "-m", "duq.plugins.bitblas_generate", str(asked), str(answered)]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
         # In that folder, since BitBLAS leaves a log where it runs.
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)

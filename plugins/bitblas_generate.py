@@ -8,6 +8,7 @@ environment, and asks for a GPU. Generating source needs no GPU, only a descript
 A request is {"sm", "n", "k", "config"} with `config` the arguments of BitBLAS's scheduler; its answer is
 {"source", "shared_bytes"}. The number of tokens is the kernel's last argument, not a constant.
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -16,7 +17,7 @@ import re
 import sys
 from pathlib import Path
 
-from plugins.shared_object import load_alias, load_lazily
+from duq.plugins.shared_object import load_alias, load_lazily
 
 # What generated source depends on: the thread blocks' limits. Multiprocessors: A100, A40 (RTX 3090: 82), L40S.
 DEVICES = {80: {"multi_processor_count": 108}, 86: {"multi_processor_count": 84}, 89: {"multi_processor_count": 142}}
@@ -119,7 +120,9 @@ def repaired(source: str) -> str:
     source, widenings = _WIDENING.subn(r"\2\n\1decode_int4(B_local, B_dequantize_local);\n", source)
     source, loops = _LOOP.subn(lambda loop: _COPY.sub("    __syncthreads();\n    ", loop[0]), source)
     if widenings < 3 or loops != 1 or len(_GUARDED_COPY.findall(source)) != 2:
-        raise ValueError("this version of BitBLAS writes source of another form: pip install 'duq[bitblas]' has the right one")
+        raise ValueError(
+            "this version of BitBLAS writes source of another form: pip install 'duq[bitblas]' has the right one"
+        )
     return source
 
 

@@ -1,17 +1,18 @@
-"""cuBLASLt from its pip wheel, for the products that are not quantised: y = gelu?(x W^T + bias) + addend, bf16 operands.
+"""cuBLASLt from its pip wheel, for the products that are not quantized: y = gelu?(x W^T + bias) + addend, bf16 operands.
 
 Thin ctypes over the C API (cublasLt.h). The library sees columns first, so that row-major y [M, N] is its y^T [N, M]:
 A = W [N, K] transposed, B = x [M, K] not, C = addend, D = y.
 """
+
 from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
 from functools import partial
 
-from plugins.driver import Memory, Stream
-from plugins.errors import KernelError
-from plugins.timing import copies_of, milliseconds
+from duq.plugins.driver import Memory, Stream
+from duq.plugins.errors import KernelError
+from duq.plugins.timing import copies_of, milliseconds
 
 WORKSPACE_BYTES = 32 << 20  # NVIDIA's advice for Hopper
 ALGORITHMS = 16  # of the library's suggestions that are looked at
@@ -152,7 +153,9 @@ def _load() -> ctypes.CDLL:
     try:
         from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib
     except ImportError as error:
-        raise KernelError(f"running a cuda plan needs cuda-pathfinder ({error}): pip install 'duq[cuda-runtime]'") from error
+        raise KernelError(
+            f"running a cuda plan needs cuda-pathfinder ({error}): pip install 'duq[cuda-runtime]'"
+        ) from error
     try:
         return ctypes.CDLL(load_nvidia_dynamic_lib("cublasLt").abs_path)
     except DynamicLibNotFoundError as error:

@@ -3,6 +3,7 @@
 Arguments of kernels are device addresses, whoever's memory it is. Works in the device's primary context, as every library
 does.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -14,9 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from plugins.errors import KernelError
-from plugins.kernels import Cubin
-
+from duq.plugins.errors import KernelError
+from duq.plugins.kernels import Cubin
 
 OLDEST_CUDA = 13000  # what the pinned NVRTC compiles for
 PORTABLE_CLUSTER = 8  # blocks of a cluster that every GPU with clusters takes
@@ -206,7 +206,7 @@ class Stream:
         busy, and returns the soonest, which is what a computer is for that a robot has to itself."""
         _call("cuStreamSynchronize", self.handle)
 
-    def capture(self, work: Callable[[], None]) -> "Graph":
+    def capture(self, work: Callable[[], None]) -> Graph:
         """What `work` enqueues here, and on streams that wait for this one and are waited for, as a graph."""
         _call("cuStreamBeginCapture", self.handle, _driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
         try:
@@ -240,7 +240,7 @@ class Event:
         """Returns when it has happened, at once where it was never recorded."""
         _call("cuEventSynchronize", self._event)
 
-    def milliseconds_since(self, earlier: "Event") -> float:
+    def milliseconds_since(self, earlier: Event) -> float:
         return _call("cuEventElapsedTime", earlier._event, self._event)
 
 

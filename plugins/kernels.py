@@ -3,6 +3,7 @@
 The kernels in plugins/cuda are templates; `compile_cubin` instantiates the ones asked for. The headers beside them are
 handed to the compiler in memory and no system header is used. Cubins are kept on disk by the hash of all that went in.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -13,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from plugins.errors import KernelError
+from duq.plugins.errors import KernelError
 
 SOURCES = Path(__file__).parent / "cuda"
 ARCHITECTURES = {80: "sm_80", 86: "sm_86", 89: "sm_89", 90: "sm_90a"}  # "a": wgmma is not part of plain sm_90

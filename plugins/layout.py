@@ -1,14 +1,15 @@
-"""How quantised weights are stored.
+"""How quantized weights are stored.
 
 In graphs and plans for the CPU: INT4, two to a byte, the lower index in the low nibble (the raw data of ONNX's INT4).
 For our CUDA kernels: in the order of the tensor cores' registers, see :func:`pack_fragments`.
 For the kernels that BitBLAS generates: row-major and unsigned, see :func:`pack_bitblas`.
 """
+
 from __future__ import annotations
 
 import numpy as np
 
-from plugins.errors import LayoutError
+from duq.plugins.errors import LayoutError
 
 
 def pack_int4(values: np.ndarray) -> np.ndarray:
@@ -76,7 +77,7 @@ def pack_fragments(values: np.ndarray, bits: int, layout: str = "direct") -> np.
         raise LayoutError(f"fragments are packed from int8 values, got {values.dtype}")
     if bits == 4 and values.size and (values.min() < -8 or values.max() > 7):
         raise LayoutError(f"INT4 holds -8..7, got values in {values.min()}..{values.max()}")
-    # The four i are neighbours in W and in the tiles: they move as one word.
+    # The four i are neighbors in W and in the tiles: they move as one word.
     words = np.ascontiguousarray(values).view(np.uint32).reshape(_split_shape(n, k, layout)[:-1])
     axes = _axes(layout)[:-1]
     if bits == 8:

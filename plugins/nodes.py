@@ -15,6 +15,7 @@ float32:
     RMS_NORM    x / rms(x) * gain, with gain float32 [K]
     GEGLU       gelu_tanh(gate) * up of x = [gate, up], [.., 2 K]
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -23,10 +24,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-from plugins import driver, pointwise
-from plugins.bitblas import SYMBOL, Tile
-from plugins.errors import KernelError
-from plugins.kernels import Cubin
+from duq.plugins import driver, pointwise
+from duq.plugins.bitblas import SYMBOL, Tile
+from duq.plugins.errors import KernelError
+from duq.plugins.kernels import Cubin
 
 FLOATS = ("float", "Half", "Bf16")
 SOURCES = ("PLAIN", "RMS_NORM", "GEGLU")
@@ -128,7 +129,9 @@ class RotateQuantize:
     def _channels(self, x: Tensor) -> int:
         return x.shape[-1] // 2 if self.source == "GEGLU" else x.shape[-1]
 
-    def enqueue(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], workspace: int, stream: int, kernels: Kernels) -> None:
+    def enqueue(
+        self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], workspace: int, stream: int, kernels: Kernels
+    ) -> None:
         """Launches on `stream`: nothing is allocated, waited for or copied through the host."""
         named, null = dict(zip(self.operands, inputs)), Tensor((), "float")
         x, (x_q, x_scale) = named["x"], outputs
@@ -184,7 +187,9 @@ class W4A8Linear:
             KernelName(epilogue.source, epilogue.expression): epilogue.shape,
         }
 
-    def enqueue(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], workspace: int, stream: int, kernels: Kernels) -> None:
+    def enqueue(
+        self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], workspace: int, stream: int, kernels: Kernels
+    ) -> None:
         named, null = dict(zip(self.operands, inputs)), Tensor((), "float")
         x_q, x_scale, sums = named["x_q"], named["x_scale"], ctypes.c_void_p(workspace)
         m, n = math.prod(x_q.shape[:-1]), named["weight_scale"].shape[0]

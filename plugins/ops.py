@@ -1,7 +1,7 @@
 """The `duq::` operators. What an operator means is its ONNX function body below, and nothing else defines it.
 
     RotateQuantize   float activations -> INT8 activations and their scale     (one per group of linears)
-    Rotate           the same without the quantiser, for linears with float activations
+    Rotate           the same without the quantizer, for linears with float activations
     W4A8Linear       INT8 activations x INT4 weights -> float                  (one per linear or merged group)
     W8A8Linear       INT8 activations x INT8 weights -> float
     W4A16Linear      float activations x INT4 weights -> float; W8A16Linear likewise
@@ -22,6 +22,7 @@ With K inputs and N outputs of the linear, B the rotation's block size and Bo th
     output_rotation   float32 [N/Bo, Bo, Bo] y[block] = y'[block] R_out ("restore")
     bias              float32 [N]
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -3,12 +3,13 @@
 Types are the C++ names "float", "Bf16" and "Half". Arguments, layouts and what must be a multiple of what are in the
 sources, plugins/cuda.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from plugins.driver import Shape
-from plugins.tactics import MULTIPROCESSORS
+from duq.plugins.driver import Shape
+from duq.plugins.tactics import MULTIPROCESSORS
 
 MAX_THREADS = 512  # of a block that keeps a row in registers
 NARROW_COLUMNS = 16  # of a block of linear_narrow
@@ -30,10 +31,10 @@ def _row_in_registers(depth: int) -> tuple[int, int]:
     return vectors, 32 * -(-depth // (8 * 32 * vectors))
 
 
-def normalize(tokens: int, depth: int, in_type: str, out_type: str, centre: bool) -> Launch:
-    """LayerNorm (`centre`) or RMSNorm of rows of `depth` channels."""
+def normalize(tokens: int, depth: int, in_type: str, out_type: str, center: bool) -> Launch:
+    """LayerNorm (`center`) or RMSNorm of rows of `depth` channels."""
     vectors, threads = _row_in_registers(depth)
-    expression = f"normalize<{in_type}, {out_type}, {str(centre).lower()}, {vectors}>"
+    expression = f"normalize<{in_type}, {out_type}, {str(center).lower()}, {vectors}>"
     return Launch("normalize.cu", expression, Shape((tokens, 1, 1), threads))
 
 
@@ -41,7 +42,7 @@ def rotate_quantize(
     tokens: int, depth: int, in_type: str, source: str, rotation: str | int, padded: int = 0, out: str = "signed char"
 ) -> Launch:
     """`source` is PLAIN, RMS_NORM, LAYER_NORM or GEGLU; `rotation` is NONE, DENSE or the block size of a Hadamard; `padded`:
-    the channels that are written, zeros beyond `depth`; `out` "signed char", or "Bf16" for what would be quantised."""
+    the channels that are written, zeros beyond `depth`; `out` "signed char", or "Bf16" for what would be quantized."""
     vectors, threads = _row_in_registers(max(depth, padded))
     expression = f"rotate_quantize<{in_type}, {source}, {rotation}, {vectors}, {out}>"
     return Launch("rotate_quantize.cu", expression, Shape((tokens, 1, 1), threads, 4 * depth * (rotation == "DENSE")))

@@ -3,6 +3,7 @@
 Two programs need this. TVM links against CUDA's libraries, of which generating source calls nothing. TensorRT-RTX opens
 the unversioned name of a library that is already loaded under its versioned one.
 """
+
 from __future__ import annotations
 
 import ctypes

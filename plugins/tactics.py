@@ -4,6 +4,7 @@ All GEMM kernels take the same arguments and compute the same integers; a tactic
 `candidates` lists what is worth timing for a problem, `best` chooses: from the table of what was timed where it has the
 problem or a similar one, else the first candidate.
 """
+
 from __future__ import annotations
 
 import functools
@@ -14,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from plugins.driver import Shape
-from plugins.errors import KernelError
+from duq.plugins.driver import Shape
+from duq.plugins.errors import KernelError
 
 MULTIPROCESSORS = 132  # of an H100 or H200; more thread blocks than run at once, or fewer, are slower but right
 MAX_SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
@@ -294,7 +295,7 @@ def best(m: int, n: int, k: int, bits: int, sm: int, slab_tokens: int | None = N
 
 @functools.cache
 def _timed() -> dict[tuple[int, int, int], list[tuple[int, Tactic]]]:
-    """(N, K, bits) -> [(M, the fastest tactic)], as tests/gpu/bench_kernels.py --table wrote it on an H100."""
+    """(N, K, bits) -> [(M, the fastest tactic)], as benchmarks/gemm_integer.py --table wrote it on an H100."""
     table: dict[tuple[int, int, int], list[tuple[int, Tactic]]] = {}
     for row in json.loads(TABLE.read_text()):
         tactic = {kind.__name__: kind for kind in (Small, Large, Wgmma, WgmmaFew)}[row["kernel"]](*row["parameters"])
@@ -360,7 +361,7 @@ def float_candidates(m: int, n: int, k: int, sm: int) -> list[Float]:
 
 
 # (N, K) -> rows16, warps, stages, split: the fastest on an H100 for 50 tokens, overlapped with the kernels around it
-# (tests/gpu/bench_gemm_float.py).
+# (benchmarks/gemm_float.py).
 _FLOAT_TIMED = {
     (2560, 1024): (2, 8, 2, 1),
     (1024, 2048): (1, 8, 2, 2),

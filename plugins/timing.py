@@ -1,11 +1,12 @@
 """How long launches take on this machine's GPU: many of them in a CUDA graph, each on a weight that is not in its cache."""
+
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from plugins.driver import Event, Stream
+from duq.plugins.driver import Event, Stream
 
 COLD_BYTES = 128 << 20  # more than L2 holds
 LAUNCHES = 4, 128  # in a graph, at least and at most

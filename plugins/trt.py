@@ -4,6 +4,7 @@ Works with `tensorrt` where it is installed, else with `tensorrt_rtx`, whose Pyt
 TensorRT a creator for each operator, in namespace "duq"; the ONNX parser then finds them for nodes of that domain that
 have the attribute plugin_namespace="duq", and the runtime finds them for the plugins of a stored engine.
 """
+
 from __future__ import annotations
 
 import functools
@@ -15,20 +16,20 @@ from types import ModuleType
 
 import numpy as np
 
-from plugins.bitblas import Tile
-from plugins.errors import KernelError
-from plugins.nodes import NODES, Kernels, Node, Tensor, W4A8Linear
-from plugins.shared_object import load_alias
+from duq.plugins.bitblas import Tile
+from duq.plugins.errors import KernelError
+from duq.plugins.nodes import NODES, Kernels, Node, Tensor, W4A8Linear
+from duq.plugins.shared_object import load_alias
 
 NAMESPACE = "duq"
 VERSION = "1"  # of the fields below; an engine with plugins of another version is refused
-FLAVOURS = ("tensorrt", "tensorrt_rtx")
+FLAVORS = ("tensorrt", "tensorrt_rtx")
 
 
 @functools.cache
 def library() -> ModuleType:
     """TensorRT's module. Raises KernelError, naming the extras, where none is installed."""
-    for name in FLAVOURS:
+    for name in FLAVORS:
         if importlib.util.find_spec(name) is not None:
             module = importlib.import_module(name)
             if name == "tensorrt_rtx":
@@ -41,7 +42,7 @@ def library() -> ModuleType:
     )
 
 
-def flavour() -> str:
+def flavor() -> str:
     """Which TensorRT it is: "tensorrt" or "tensorrt_rtx"; an engine of one does not run in the other."""
     return library().__name__
 

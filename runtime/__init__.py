@@ -1,4 +1,10 @@
 """Runs engine plans: ``runtime.Policy("engine.plan").infer(observation)``. Needs neither torch nor the compiler."""
-from runtime.policy import Policy
 
-__all__ = ["Policy"]
+if __name__ == "runtime":
+    from duq.short_names import hand_over
+
+    hand_over(__name__)
+else:
+    from duq.runtime.policy import Policy
+
+    __all__ = ["Policy"]

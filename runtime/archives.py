@@ -1,4 +1,5 @@
 """Reading .npz files that may be anything."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,11 +1,12 @@
 """Reading an observation: each helper takes one key, checks it and says in one line what is wrong with it."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import numpy as np
 
-from runtime.errors import ObservationError
+from duq.runtime.errors import ObservationError
 
 MAX_NESTING = 8  # of one text
 NUMERIC = "biuf"  # kinds of numpy's dtypes

@@ -1,4 +1,5 @@
 """How every command line of duq fails: one line on stderr, exit code 2."""
+
 from __future__ import annotations
 
 import sys
@@ -8,16 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from plugins.errors import DuqError, DuqWarning
+from duq.plugins.errors import DuqError, DuqWarning
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turns what the user can act on (DuqError, and OSError: disk full, no permission) into a line and exit code 2.
 
-        def main():
-            with one_line_errors():
-                app()
+    def main():
+        with one_line_errors():
+            app()
     """
     _print_any_name()
     with _one_line_warnings():

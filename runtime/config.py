@@ -1,9 +1,10 @@
 """The dimensions of a policy, shared by the compiler (which infers them) and the plan (which records them)."""
+
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from runtime.errors import PlanError
+from duq.runtime.errors import PlanError
 
 IMAGE_SLOTS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 ROTARY = ("exact", "bfloat16")
@@ -71,6 +72,6 @@ class ModelConfig:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: dict) -> "ModelConfig":
+    def from_json(cls, data: dict) -> ModelConfig:
         nested = {"vision": VisionConfig, "llm": GemmaConfig, "expert": GemmaConfig}
         return cls(**{key: nested[key](**value) if key in nested else value for key, value in data.items()})

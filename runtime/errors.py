@@ -1,5 +1,6 @@
 """Errors of opening and running a plan."""
-from plugins.errors import DuqError
+
+from duq.plugins.errors import DuqError
 
 
 class PlanError(DuqError):

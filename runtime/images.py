@@ -11,6 +11,7 @@ Rules differ by who trained the policy, and so do pixels. "openpi" stays in byte
 The loops are in resize.c, compiled when duq is installed. Where there is no C compiler, Pillow and numpy compute the very
 same values, more slowly.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -27,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from runtime.errors import ObservationError
+from duq.runtime.errors import ObservationError
 
 MAX_THREADS = 4
 _FRACTION = 22  # bits behind the point of Pillow's integer weights
@@ -214,7 +215,7 @@ class _CAxis(ctypes.Structure):
 
 def _load() -> ctypes.CDLL | None:
     """resize.c, or None where it was not compiled, or compiled from another version of the source."""
-    spec = importlib.util.find_spec("runtime._resize")
+    spec = importlib.util.find_spec("duq.runtime._resize")
     if spec is None:
         return None
     try:

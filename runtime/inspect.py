@@ -1,4 +1,5 @@
 """``duq-inspect engine.plan``: what a plan holds. Opening it verifies every hash."""
+
 from __future__ import annotations
 
 import json
@@ -11,9 +12,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from runtime.cli_errors import one_line_errors
-from runtime.config import IMAGE_SLOTS
-from runtime.plan import Plan
+from duq.runtime.cli_errors import one_line_errors
+from duq.runtime.config import IMAGE_SLOTS
+from duq.runtime.plan import Plan
 
 app = typer.Typer(add_completion=False)
 
@@ -25,7 +26,7 @@ def inspect(
     entries: Annotated[bool, typer.Option("--entries", help="List every weight, not their sum")] = False,
     layers: Annotated[bool, typer.Option("--layers", help="cuda: the kernel of every layer, not of all alike")] = False,
 ) -> None:
-    """Print what a plan holds: policy, quantisation, ops and bytes per layer, inputs and outputs, entries, hashes."""
+    """Print what a plan holds: policy, quantization, ops and bytes per layer, inputs and outputs, entries, hashes."""
     plan = Plan(path)
     if as_json:
         typer.echo(json.dumps({"path": str(path), "bytes": path.stat().st_size, **plan.manifest}, indent=1))
@@ -69,7 +70,10 @@ def settings_table(manifest: dict) -> Table:
     row("robot", f"{robot['name']}: state {len(_state_names(robot))}, actions {len(robot['action_names'])}" if robot
         else "none: bare model inputs; norm stats are not applied")  # fmt: skip
     if robot:
-        row("cameras", ", ".join(f"{slot} = {'.'.join(camera['key'])}" for slot, camera in zip(IMAGE_SLOTS, robot["cameras"])))
+        row(
+            "cameras",
+            ", ".join(f"{slot} = {'.'.join(camera['key'])}" for slot, camera in zip(IMAGE_SLOTS, robot["cameras"])),
+        )
         row("normalization", "; ".join(f"{key}: {_normalization(stats, key, pi05)}" for key in ("state", "actions")))
         row("deltas", _deltas(robot, transforms), "delta_actions")
         row("conversions", _conversions(robot, transforms), "adapt_to_pi")
@@ -77,8 +81,15 @@ def settings_table(manifest: dict) -> Table:
     row("action horizon", model["action_horizon"], "action_horizon")
     row("prompt slots", model["max_prompt_tokens"], "max_prompt_tokens")
     row("state in prompt", _state_in_prompt(transforms), "state_in_prompt")
-    row("prompt text", "as it is, as LeRobot" if transforms["prompt_text"] == "lerobot" and not pi05 else "cleaned, as openpi")
-    row("default prompt", "none" if transforms["default_prompt"] is None else repr(transforms["default_prompt"]), "default_prompt")
+    row(
+        "prompt text",
+        "as it is, as LeRobot" if transforms["prompt_text"] == "lerobot" and not pi05 else "cleaned, as openpi",
+    )
+    row(
+        "default prompt",
+        "none" if transforms["default_prompt"] is None else repr(transforms["default_prompt"]),
+        "default_prompt",
+    )
     row("images", _images(model["vision"]["image_size"], transforms["resize"]), "lerobot_version")
     row("rotary frequencies", model.get("rotary", "exact"), "rotary")
     for line in manifest.get("ignored_settings") or ():
@@ -137,13 +148,15 @@ def _policy_table(manifest: dict) -> Table:
         if key not in elsewhere:
             table.add_row(key, _text(value))
     stats = {key: entry for key, entry in (manifest.get("norm_stats") or {}).items() if isinstance(entry, dict)}
-    sizes = {key: next((len(values) for values in entry.values() if isinstance(values, list)), 0) for key, entry in stats.items()}
+    sizes = {
+        key: next((len(values) for values in entry.values() if isinstance(values, list)), 0) for key, entry in stats.items()
+    }
     table.add_row("norm_stats", ", ".join(f"{key} [{size}]" for key, size in sizes.items()) or "none")
     return table
 
 
 def _quantization_table(quantization: dict) -> Table:
-    table = _table("Quantisation", "", "")
+    table = _table("Quantization", "", "")
     for key, value in quantization.items():
         if key != "linears":
             table.add_row(key, _text(value))
@@ -156,7 +169,7 @@ def _layer_table(linears: dict[str, dict]) -> Table:
     for name, linear in linears.items():
         layer, rest = _split_layer(name)
         rows.setdefault((layer, linear.get("op")), []).append((rest, linear))
-    table = _table("Quantised linears by layer", "layer", "op", "linears", "size", "worst SQNR")
+    table = _table("Quantized linears by layer", "layer", "op", "linears", "size", "worst SQNR")
     for (layer, op), members in rows.items():
         sqnr = [linear["sqnr_db"] for _, linear in members if linear.get("sqnr_db") is not None]
         table.add_row(

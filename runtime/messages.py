@@ -1,8 +1,9 @@
 """The messages of openpi's policy server: msgpack with numpy arrays. Only plain values come out of them, never objects.
 
-    ndarray       {b"__ndarray__": True, b"data": bytes in C order, b"dtype": dtype.str, b"shape": [...]}
-    numpy scalar  {b"__npgeneric__": True, b"data": its value, b"dtype": dtype.str}
+ndarray       {b"__ndarray__": True, b"data": bytes in C order, b"dtype": dtype.str, b"shape": [...]}
+numpy scalar  {b"__npgeneric__": True, b"data": its value, b"dtype": dtype.str}
 """
+
 from __future__ import annotations
 
 import math
@@ -12,7 +13,7 @@ import sys
 import msgpack
 import numpy as np
 
-from runtime.errors import MessageError
+from duq.runtime.errors import MessageError
 
 KINDS = "biufU"  # bool, integers, floating point, text: what observations and actions consist of
 MAX_LENGTH = 1024  # of a map or list that is not an ndarray

@@ -1,11 +1,12 @@
 """What the server counts and times, in Prometheus' terms."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
-from runtime.recording import OUTCOMES
+from duq.runtime.recording import OUTCOMES
 
 ERROR_KINDS = ("observation", "malformed", "oversized", "unauthorized", "disconnected", "internal")
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
@@ -18,7 +19,9 @@ class Metrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self.clients = Gauge("duq_clients", "Connected clients", registry=self.registry)
-        self.queue_depth = Gauge("duq_queue_depth", "Requests that wait for the engine or run on it", registry=self.registry)
+        self.queue_depth = Gauge(
+            "duq_queue_depth", "Requests that wait for the engine or run on it", registry=self.registry
+        )
         self.requests = Counter("duq_requests", "Requests answered with actions", registry=self.registry)
         self._errors = Counter("duq_errors", "Requests and connections that failed", ["kind"], registry=self.registry)
         self._stages = Histogram(

@@ -5,6 +5,7 @@ A `.npz` file holds N observations, one array a key with a leading axis of N; a 
 `image/base_0_rgb`; a robot's own keys that contain one, such as `observation/image`, stay as they are. Other nested
 dicts, of any depth, take two slashes: `left//camera//front`.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -16,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime import checks
-from runtime.archives import read_npz
-from runtime.errors import ObservationError
+from duq.runtime import checks
+from duq.runtime.archives import read_npz
+from duq.runtime.errors import ObservationError
 
 NESTED = ("image", "image_mask", "images")
 _RESERVED = ("file", "allow_pickle")  # arguments of np.savez

@@ -1,11 +1,12 @@
 """The engine plan: one uncompressed zip whose entries are aligned, hashed and memory-mapped.
 
-    local header | padding | weights/...    each entry's data starts on its alignment (the padding is a standard
-    local header | padding | graph/...      extra field of the local header), so a reader maps the file once and
-    ...                                     takes tensors out of it without a copy
-    local header | manifest.json            last: it holds the offset, size and SHA-256 of every other entry
-    central directory                       the zip's own table of contents: ``unzip -l`` lists a plan
+local header | padding | weights/...    each entry's data starts on its alignment (the padding is a standard
+local header | padding | graph/...      extra field of the local header), so a reader maps the file once and
+...                                     takes tensors out of it without a copy
+local header | manifest.json            last: it holds the offset, size and SHA-256 of every other entry
+central directory                       the zip's own table of contents: ``unzip -l`` lists a plan
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.errors import PlanError
+from duq.runtime.errors import PlanError
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -56,7 +57,7 @@ class PlanWriter:
         self._entries: dict[str, dict] = {}
         self._hasher = ThreadPoolExecutor(1)  # hashes a piece while it is written
 
-    def __enter__(self) -> "PlanWriter":
+    def __enter__(self) -> PlanWriter:
         return self
 
     def __exit__(self, *exception) -> None:

@@ -1,4 +1,5 @@
 """The policy: an opened plan that answers observations with actions."""
+
 from __future__ import annotations
 
 import os
@@ -8,13 +9,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from runtime import checks
-from runtime.config import IMAGE_SLOTS, ModelConfig
-from runtime.errors import ObservationError, PlanError
-from runtime.executors import open_executor
-from runtime.plan import Plan
-from runtime.preprocess import Preprocessor
-from runtime.robots import Robot
+from duq.runtime import checks
+from duq.runtime.config import IMAGE_SLOTS, ModelConfig
+from duq.runtime.errors import ObservationError, PlanError
+from duq.runtime.executors import open_executor
+from duq.runtime.plan import Plan
+from duq.runtime.preprocess import Preprocessor
+from duq.runtime.robots import Robot
 
 
 class Policy:

@@ -1,8 +1,9 @@
 """Around the model: an observation becomes the model's inputs, its output becomes the robot's actions.
 
-    robot observation -> cameras, state -> normalize -> resize images -> tokenize -> pad state     (the order of openpi)
-    bare model inputs ----------------------------> resize images -> tokenize -> pad state
+robot observation -> cameras, state -> normalize -> resize images -> tokenize -> pad state     (the order of openpi)
+bare model inputs ----------------------------> resize images -> tokenize -> pad state
 """
+
 from __future__ import annotations
 
 import logging
@@ -11,13 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime import checks
-from runtime.config import IMAGE_SLOTS, ModelConfig
-from runtime.errors import ObservationError, PlanError
-from runtime.images import resize_all
-from runtime.robots import Robot, load_robot
-from runtime.tokenizer import Tokenizer
-from runtime.transforms import checked, default_transforms
+from duq.runtime import checks
+from duq.runtime.config import IMAGE_SLOTS, ModelConfig
+from duq.runtime.errors import ObservationError, PlanError
+from duq.runtime.images import resize_all
+from duq.runtime.robots import Robot, load_robot
+from duq.runtime.tokenizer import Tokenizer
+from duq.runtime.transforms import checked, default_transforms
 
 log = logging.getLogger(__name__)
 
@@ -246,9 +247,13 @@ class Preprocessor:
         """A robot whose numbers do not fit into the policy's is another policy's robot."""
         robot, config = self.robot, self.config
         if robot.action_dim > config.action_dim:
-            raise PlanError(f"robot {robot.name} has {robot.action_dim} actions, but the policy predicts {config.action_dim}")
+            raise PlanError(
+                f"robot {robot.name} has {robot.action_dim} actions, but the policy predicts {config.action_dim}"
+            )
         if robot.state_dim > config.state_width and not config.pi05:  # pi0.5 reads the state from the prompt, if at all
-            raise PlanError(f"robot {robot.name} has a state of {robot.state_dim}, but the policy takes {config.state_width}")
+            raise PlanError(
+                f"robot {robot.name} has a state of {robot.state_dim}, but the policy takes {config.state_width}"
+            )
 
     def _model_state(self, observation: Mapping) -> np.ndarray:
         """The robot's state in the model's units, not normalized, float64 [state_dim]."""
@@ -273,7 +278,9 @@ class Preprocessor:
         if not 1 <= len(cameras) <= self.cameras:
             raise ObservationError(f"observation has {len(cameras)} cameras, the plan takes 1 to {self.cameras}")
         size, rule = self.config.vision.image_size, self.transforms["resize"]
-        if rule != "openpi" and all(image.dtype == np.uint8 and image.shape[:2] == (size, size) for image in cameras.values()):
+        if rule != "openpi" and all(
+            image.dtype == np.uint8 and image.shape[:2] == (size, size) for image in cameras.values()
+        ):
             rule = "openpi"  # nothing is resized: bytes are the same pixels, to the bit, by every rule (see pixels)
         images = resize_all([cameras.get(slot) for slot in IMAGE_SLOTS], size, size, rule)
         return images, np.array([slot in cameras for slot in IMAGE_SLOTS])

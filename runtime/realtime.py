@@ -7,6 +7,7 @@ from the chunk before it, which is fixed by then; the new chunk takes over behin
     old chunk  |==== executed ====|~~~ fades out ~~~|
     new chunk  |     inferred     |~~~ fades in  ~~~|==== executed ====
 """
+
 from __future__ import annotations
 
 import math
@@ -19,7 +20,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from runtime.errors import RealtimeError
+from duq.runtime.errors import RealtimeError
 
 
 class Chunk(NamedTuple):

@@ -1,4 +1,5 @@
 """Recording what a served policy answered: observations in a folder, to calibrate on later."""
+
 from __future__ import annotations
 
 import fcntl
@@ -10,10 +11,10 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from plugins.errors import DuqError
-from runtime.cli_errors import check_output_directory
-from runtime.errors import ObservationError
-from runtime.observations import save_observations
+from duq.plugins.errors import DuqError
+from duq.runtime.cli_errors import check_output_directory
+from duq.runtime.errors import ObservationError
+from duq.runtime.observations import save_observations
 
 OUTCOMES = ("written", "queue_full", "disk_limit", "failed")  # of an observation that was to be recorded
 _WAITING = 8  # observations that may wait for the disk

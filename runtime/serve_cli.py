@@ -1,4 +1,5 @@
 """``duq-serve engine.plan``: a policy behind openpi's websocket protocol."""
+
 from __future__ import annotations
 
 import asyncio
@@ -8,14 +9,14 @@ import os
 import signal
 import socket
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-from plugins.errors import DuqError
-from runtime.cli_errors import one_line_errors
-from runtime.policy import Policy
-from runtime.recording import Recorder
+from duq.plugins.errors import DuqError
+from duq.runtime.cli_errors import one_line_errors
+from duq.runtime.policy import Policy
+from duq.runtime.recording import Recorder
 
 API_KEY_VARIABLE = "DUQ_API_KEY"
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -28,14 +29,14 @@ def _serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     api_key: Annotated[
-        Optional[str], typer.Option(help=f"What clients must send. Others on this machine see it; prefer ${API_KEY_VARIABLE}.")
+        str | None, typer.Option(help=f"What clients must send. Others on this machine see it; prefer ${API_KEY_VARIABLE}.")
     ] = None,
-    api_key_file: Annotated[Optional[Path], typer.Option(help="A file that holds the API key.")] = None,
-    threads: Annotated[Optional[int], typer.Option(min=1, help="Of the engine; by default one a core.")] = None,
-    seed: Annotated[Optional[int], typer.Option(help="Of the noise that actions start from; by default random.")] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="A file that holds the API key.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the engine; by default one a core.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the noise that actions start from; by default random.")] = None,
     max_message_mb: Annotated[int, typer.Option(min=1, help="Largest observation accepted, in MiB.")] = 64,
     record: Annotated[
-        Optional[Path], typer.Option(help="Folder to write observations to, for duq-compile --calibration.")
+        Path | None, typer.Option(help="Folder to write observations to, for duq-compile --calibration.")
     ] = None,
     every: Annotated[int, typer.Option(min=1, help="With --record: write one of so many observations.")] = 10,
     record_limit: Annotated[float, typer.Option(min=0, help="With --record: the most the folder may hold, in GB.")] = 1.0,
@@ -53,7 +54,7 @@ def _serve(
       duq-serve engine.plan --record observations/
     """
     try:
-        from runtime.server import PolicyServer
+        from duq.runtime.server import PolicyServer
     except ModuleNotFoundError as error:
         raise DuqError(f"duq-serve needs {error.name}: pip install 'duq[server]'") from error
     key = _api_key(api_key, api_key_file)

@@ -1,11 +1,12 @@
 """A drop-in for openpi's policy server: websocket, one binary frame of msgpack an observation and one for its actions.
 
-    client                                  server
-      | -- GET /  (Authorization: Api-Key) -> |
-      | <------------------------- metadata - |     the policy's, once
-      | -- observation ---------------------> |     -> worker thread: decode, infer, encode
-      | <--- actions, timing, or text: error - |
+client                                  server
+  | -- GET /  (Authorization: Api-Key) -> |
+  | <------------------------- metadata - |     the policy's, once
+  | -- observation ---------------------> |     -> worker thread: decode, infer, encode
+  | <--- actions, timing, or text: error - |
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -22,11 +23,11 @@ from websockets.asyncio.server import Request, Response, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 
-from runtime.errors import MessageError, ObservationError
-from runtime.messages import pack, unpack
-from runtime.metrics import Metrics
-from runtime.policy import Policy
-from runtime.recording import Recorder
+from duq.runtime.errors import MessageError, ObservationError
+from duq.runtime.messages import pack, unpack
+from duq.runtime.metrics import Metrics
+from duq.runtime.policy import Policy
+from duq.runtime.recording import Recorder
 
 # Why the websocket layer itself ends a connection, as the metrics name it.
 _REFUSALS = {
@@ -138,7 +139,9 @@ class PolicyServer:
             finally:
                 gone.cancel()
 
-    async def _answer(self, connection: ServerConnection, gone: asyncio.Future, request: bytes | str, previous: dict) -> None:
+    async def _answer(
+        self, connection: ServerConnection, gone: asyncio.Future, request: bytes | str, previous: dict
+    ) -> None:
         """Sends the actions, or the error that belongs to this client alone."""
         job = self._worker.submit(self._call, request, time.perf_counter(), previous)
         call = asyncio.wrap_future(job)

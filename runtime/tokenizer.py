@@ -1,12 +1,13 @@
 """Prompts to tokens, as openpi does it with the PaliGemma SentencePiece model."""
+
 from __future__ import annotations
 
 import numpy as np
 import sentencepiece
 
-from runtime.errors import PlanError
+from duq.runtime.errors import PlanError
 
-# Left edges of the 256 equal bins of [-1, 1] into which pi0.5 writes the normalised state.
+# Left edges of the 256 equal bins of [-1, 1] into which pi0.5 writes the normalized state.
 _STATE_BINS = np.linspace(-1, 1, 256 + 1)[:-1]
 
 
@@ -23,7 +24,7 @@ class Tokenizer:
         """Token ids of an instruction.
 
         Without `state` (pi0): <bos> text, then a newline token of its own, which starts the answer.
-        With `state`, normalised (pi0.5): <bos>"Task: text, State: bins;\\nAction: ".
+        With `state`, normalized (pi0.5): <bos>"Task: text, State: bins;\\nAction: ".
         """
         text = prompt.strip().replace("_", " ").replace("\n", " ")
         if state is None:

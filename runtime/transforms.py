@@ -1,22 +1,23 @@
 """The settings around a model that change its numbers: one dict, in the manifest of every plan.
 
-    delta_actions: bool          the model's actions are relative to the state (which of them: delta_mask)
-    delta_mask: [bool] | None    None: those that the robot's description names
-    adapt_to_pi: bool            convert to Physical Intelligence's own joint space (the robot's description says how)
-    state_in_prompt: bool        pi0.5 writes the normalized state into the prompt
-    pad_state_in_prompt: int     padded with zeros to so many numbers before it is written; 0: as it is
-    default_prompt: str | None   for observations without one
-    prompt_text: str             how pi0's prompt is cleaned: "openpi", or "lerobot" (not at all)
-    resize: str                  how images come to the model's size: "openpi" (uint8, antialiased), or in float as
-                                 "lerobot" and its versions do (see runtime.images)
+delta_actions: bool          the model's actions are relative to the state (which of them: delta_mask)
+delta_mask: [bool] | None    None: those that the robot's description names
+adapt_to_pi: bool            convert to Physical Intelligence's own joint space (the robot's description says how)
+state_in_prompt: bool        pi0.5 writes the normalized state into the prompt
+pad_state_in_prompt: int     padded with zeros to so many numbers before it is written; 0: as it is
+default_prompt: str | None   for observations without one
+prompt_text: str             how pi0's prompt is cleaned: "openpi", or "lerobot" (not at all)
+resize: str                  how images come to the model's size: "openpi" (uint8, antialiased), or in float as
+                             "lerobot" and its versions do (see runtime.images)
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from runtime.errors import PlanError
-from runtime.images import RULES
-from runtime.robots import Robot
+from duq.runtime.errors import PlanError
+from duq.runtime.images import RULES
+from duq.runtime.robots import Robot
 
 TRANSFORMS = {
     "delta_actions": (bool,),

@@ -1,4 +1,5 @@
 """Fixtures shared by the tests: small checkpoints of the true architecture, made once a session."""
+
 from __future__ import annotations
 
 import functools
@@ -14,14 +15,13 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from compiler.accuracy.synthetic import synthetic_observations
-from compiler.checkpoint import load_checkpoint
-from compiler.checkpoint.synthetic import make_checkpoint
-from compiler.graph import export
-from compiler.pipeline import Options, compile_policy, quantize_checkpoint
-from compiler.quant import Quantization, load_recipe
-from runtime.preprocess import Preprocessor
-
+from duq.compiler.accuracy.synthetic import synthetic_observations
+from duq.compiler.checkpoint import load_checkpoint
+from duq.compiler.checkpoint.synthetic import make_checkpoint
+from duq.compiler.graph import export
+from duq.compiler.pipeline import Options, compile_policy, quantize_checkpoint
+from duq.compiler.quant import Quantization, load_recipe
+from duq.runtime.preprocess import Preprocessor
 
 torch.set_num_threads(1)  # the policies here are tiny: threads cost more than they save
 
@@ -69,11 +69,11 @@ def trace_once(tmp_path_factory):
 
 
 def save_graph(model: ir.Model, path: Path) -> None:
-    """Its initialisers, which have no values yet and without values are nothing to ONNX, become inputs."""
+    """Its initializers, which have no values yet and without values are nothing to ONNX, become inputs."""
     model = model.clone()
     for name, value in list(model.graph.initializers.items()):
         del model.graph.initializers[name]
-        value.metadata_props["initialiser"] = "yes"
+        value.metadata_props["initializer"] = "yes"
         model.graph.inputs.append(value)
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_bytes(ir.to_proto(model).SerializeToString())
@@ -82,7 +82,7 @@ def save_graph(model: ir.Model, path: Path) -> None:
 
 def load_graph(path: Path) -> ir.Model:
     model = ir.load(path)
-    for value in [each for each in model.graph.inputs if each.metadata_props.pop("initialiser", None)]:
+    for value in [each for each in model.graph.inputs if each.metadata_props.pop("initializer", None)]:
         model.graph.inputs.remove(value)
         model.graph.initializers.add(value)
     return model

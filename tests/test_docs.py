@@ -1,4 +1,5 @@
 """docs/quantization.md against the code: every recipe key, flag, variable, default, preset and pack array is in it."""
+
 import inspect
 import json
 import re
@@ -8,10 +9,10 @@ import numpy as np
 import pytest
 import typer.main
 
-from compiler.quant import LinearPack, load_recipe
-from compiler.quant.pack import save_pack
-from compiler.quant.recipe import ENVIRONMENT, PRESETS, SCHEMES, Recipe, environment_settings
-from compiler.quantize_cli import RECIPE_OPTIONS, app
+from duq.compiler.quant import LinearPack, load_recipe
+from duq.compiler.quant.pack import save_pack
+from duq.compiler.quant.recipe import ENVIRONMENT, PRESETS, SCHEMES, Recipe, environment_settings
+from duq.compiler.quantize_cli import RECIPE_OPTIONS, app
 
 DOCS = Path(__file__).parents[1] / "docs"
 TEXT = (DOCS / "quantization.md").read_text()

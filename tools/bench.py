@@ -1,4 +1,5 @@
 """How fast the engines are, against PyTorch on the same machine with the same inputs: `python tools/bench.py --help`."""
+
 from __future__ import annotations
 
 import json
@@ -8,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 if __name__ == "__main__":  # import from the repository: in tools/, profile.py would pass for the standard library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -20,19 +21,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from compiler.checkpoint import load_checkpoint
-from compiler.checkpoint.synthetic import VARIANTS, make_checkpoint
-from compiler.model import build_model
-from compiler.pipeline import Options, compile_policy, quantize_checkpoint
-from compiler.quant import load_recipe
-from compiler.quantize_cli import progress_bar
-from plugins.errors import DuqError
-from runtime.cli_errors import one_line_errors
-from runtime.config import IMAGE_SLOTS, ModelConfig
-from runtime.executors.cpu import CpuExecutor
-from runtime.plan import Plan
-from runtime.preprocess import ModelInputs
-from tools import bench_gpu
+from duq.compiler.checkpoint import load_checkpoint
+from duq.compiler.checkpoint.synthetic import VARIANTS, make_checkpoint
+from duq.compiler.model import build_model
+from duq.compiler.pipeline import Options, compile_policy, quantize_checkpoint
+from duq.compiler.quant import load_recipe
+from duq.compiler.quantize_cli import progress_bar
+from duq.plugins.errors import DuqError
+from duq.runtime.cli_errors import one_line_errors
+from duq.runtime.config import IMAGE_SLOTS, ModelConfig
+from duq.runtime.executors.cpu import CpuExecutor
+from duq.runtime.plan import Plan
+from duq.runtime.preprocess import ModelInputs
+from duq.tools import bench_gpu
 
 EAGER = "PyTorch eager fp32"
 PAUSE = 0.02  # seconds between two contenders: PyTorch's threads spin for a while when they run out of work
@@ -45,21 +46,25 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptio
 def _bench(
     suite: Annotated[str, typer.Option(help="cpu, or gpu: cuda plans and PyTorch on this machine's GPU.")] = "cpu",
     variant: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option(help=f"Made checkpoints to measure: {', '.join(VARIANTS)}. By default tiny and small; gpu: full."),
     ] = None,
-    checkpoint: Annotated[Optional[Path], typer.Option(help="Measure this checkpoint instead.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Measure this checkpoint instead.")] = None,
     pi05: Annotated[bool, typer.Option("--pi05", help="pi0.5 instead of pi0.")] = False,
-    quant: Annotated[list[str], typer.Option(help="Presets or recipe files to compile.")] = ["none", "llm+expert-mlp", "all"],
+    quant: Annotated[list[str], typer.Option(help="Presets or recipe files to compile.")] = [
+        "none",
+        "llm+expert-mlp",
+        "all",
+    ],
     cameras: Annotated[int, typer.Option(min=1, max=3, help="In the observation.")] = 3,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="In the observation.")] = 48,
-    threads: Annotated[Optional[int], typer.Option(min=1, help="Of every contender; by default one a core.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of every contender; by default one a core.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Each round runs every contender once.")] = 20,
     torch_compile: Annotated[
         bool, typer.Option("--torch-compile/--no-torch-compile", help="Inductor needs a C++ compiler and minutes.")
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print all times as JSON.")] = False,
-    out: Annotated[Optional[Path], typer.Option(help="gpu: directory for all times as JSON and a plot.")] = None,
+    out: Annotated[Path | None, typer.Option(help="gpu: directory for all times as JSON and a plot.")] = None,
 ) -> None:
     """Measure whole policy calls: engine plans of several recipes, PyTorch eager and torch.compile, in turn.
 
@@ -100,7 +105,9 @@ def _bench(
         (out / "bench.json").write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "results": results}, indent=1))
         for result in results:
             stem = result["policy"].rpartition("/")[2].replace(" ", "-")
-            bench_gpu.plot(result["records"], out / f"bench-{stem}.svg", f"{result['policy']}, {torch.cuda.get_device_name()}")
+            bench_gpu.plot(
+                result["records"], out / f"bench-{stem}.svg", f"{result['policy']}, {torch.cuda.get_device_name()}"
+            )
     if as_json:
         versions = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
         typer.echo(json.dumps({"versions": versions, "results": results}, indent=1))
@@ -112,7 +119,9 @@ def _bench(
             Console().print(_table(result))
 
 
-def _measure(path, recipes, directory, cameras, prompt_tokens, threads, rounds, torch_compile, progress) -> dict[str, list[float]]:
+def _measure(
+    path, recipes, directory, cameras, prompt_tokens, threads, rounds, torch_compile, progress
+) -> dict[str, list[float]]:
     """Milliseconds of every call, by contender."""
     policy = load_checkpoint(path)
     inputs, noise = _inputs(policy.config, cameras, prompt_tokens)

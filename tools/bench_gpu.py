@@ -1,4 +1,5 @@
 """The GPU suite of tools/bench.py: cuda plans against PyTorch on the same card, in one process, with the same inputs."""
+
 from __future__ import annotations
 
 import gc
@@ -16,18 +17,18 @@ import torch
 from rich.progress import Progress
 from rich.table import Table
 
-from compiler.accuracy.metrics import difference
-from compiler.checkpoint import Checkpoint
-from compiler.model import build_model
-from compiler.pipeline import Options, compile_policy, quantize_checkpoint
-from compiler.quant import Quantization, Recipe
-from compiler.quant.linears import select_linears
-from plugins.driver import free_memory, open_device
-from runtime.config import IMAGE_SLOTS, ModelConfig
-from runtime.executors.cuda import CudaExecutor
-from runtime.plan import Plan
-from runtime.policy import Policy
-from runtime.preprocess import ModelInputs, Preprocessor
+from duq.compiler.accuracy.metrics import difference
+from duq.compiler.checkpoint import Checkpoint
+from duq.compiler.model import build_model
+from duq.compiler.pipeline import Options, compile_policy, quantize_checkpoint
+from duq.compiler.quant import Quantization, Recipe
+from duq.compiler.quant.linears import select_linears
+from duq.plugins.driver import free_memory, open_device
+from duq.runtime.config import IMAGE_SLOTS, ModelConfig
+from duq.runtime.executors.cuda import CudaExecutor
+from duq.runtime.plan import Plan
+from duq.runtime.policy import Policy
+from duq.runtime.preprocess import ModelInputs, Preprocessor
 
 CASES = [(1, 48), (2, 48), (3, 48)]  # cameras, prompt tokens
 WARM_UP, CALLS = 20, 300
@@ -49,11 +50,13 @@ def measure(
     expected = {case: records[index]["actions"] for index, case in enumerate(CASES)}  # the first: float32
     for name, recipe in recipes.items():
         gc.collect()
-        torch.cuda.empty_cache()  # the quantiser's memory is not the engine's
+        torch.cuda.empty_cache()  # the quantizer's memory is not the engine's
         plan, start = directory / f"{name}.plan", time.perf_counter()
         inputs = [Preprocessor(checkpoint.config).model_inputs(obs) for obs in observations.values()]
-        quantised = select_linears(recipe, checkpoint.config)
-        integers = quantize_checkpoint(checkpoint, recipe, inputs, progress, device="cuda") if quantised else Quantization(recipe)
+        quantized = select_linears(recipe, checkpoint.config)
+        integers = (
+            quantize_checkpoint(checkpoint, recipe, inputs, progress, device="cuda") if quantized else Quantization(recipe)
+        )
         compile_policy(checkpoint, integers, plan, Options(target="cuda", sm=(open_device(),)), progress)
         seconds = time.perf_counter() - start
         del integers
@@ -210,7 +213,21 @@ def _record(name: str, case: tuple[int, int], actions: np.ndarray, times: list[f
 
 def table(records: list[dict]) -> Table:
     """Medians and 99th percentiles, and what else is known of a contender."""
-    columns = ["", "cameras", "wall p50", "p99", "replay p50", "p99", "prefix", "steps", "loop", "memory", "compile", "open+warm", "cosine"]
+    columns = [
+        "",
+        "cameras",
+        "wall p50",
+        "p99",
+        "replay p50",
+        "p99",
+        "prefix",
+        "steps",
+        "loop",
+        "memory",
+        "compile",
+        "open+warm",
+        "cosine",
+    ]
     title = "milliseconds (steps: behind the prefix, beside which most of the first runs; loop: all of them, nothing beside the prefix);"
     title += "\nmemory in GB, compile and open in s; cosine of the actions to fp32"
     found = Table(*columns, title=title, title_justify="left")
@@ -229,7 +246,9 @@ def table(records: list[dict]) -> Table:
 def host_table(records: list[dict]) -> Table:
     """What the engines' calls take beyond the replay of their graphs, and where."""
     names = ("preprocess", "stage", "launch", "wait", "rest", "control")
-    title = "microseconds of the host, p50 / p99; wait: beyond the replay; control: the same work each time, not the engine's"
+    title = (
+        "microseconds of the host, p50 / p99; wait: beyond the replay; control: the same work each time, not the engine's"
+    )
     found = Table("", "cameras", *names, title=title, title_justify="left")
     for each in records:
         if "host_ms" in each:

@@ -1,4 +1,5 @@
 """What the server adds to a policy's own time, and whether it endures: `python tools/bench_server.py --help`."""
+
 from __future__ import annotations
 
 import asyncio
@@ -13,7 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 if __name__ == "__main__":  # import from the repository: in tools/, profile.py would pass for the standard library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -24,14 +25,14 @@ from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from rich.console import Console
 from rich.table import Table
 
-from runtime import Policy
-from runtime.cli_errors import one_line_errors
-from runtime.config import IMAGE_SLOTS
-from runtime.server import PolicyServer
+from duq.runtime import Policy
+from duq.runtime.cli_errors import one_line_errors
+from duq.runtime.config import IMAGE_SLOTS
+from duq.runtime.server import PolicyServer
 
 WARM_UP = 20  # calls that are not counted
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-PlanOption = Annotated[Optional[Path], typer.Option("--plan", help="Serve this engine.plan, not a stand-in.")]
+PlanOption = Annotated[Path | None, typer.Option("--plan", help="Serve this engine.plan, not a stand-in.")]
 InferOption = Annotated[float, typer.Option("--infer-ms", min=0, help="Time that the stand-in takes for a call.")]
 
 
@@ -46,7 +47,10 @@ class StandIn:
     def infer(self, obs: dict) -> dict:
         if self._seconds:
             time.sleep(self._seconds)
-        return {"actions": np.full((50, 32), obs["state"][0], np.float32), "policy_timing": {"infer_ms": self._seconds * 1e3}}
+        return {
+            "actions": np.full((50, 32), obs["state"][0], np.float32),
+            "policy_timing": {"infer_ms": self._seconds * 1e3},
+        }
 
 
 @app.command()

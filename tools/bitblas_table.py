@@ -1,10 +1,11 @@
-"""Writes plugins/bitblas_sm86.json: the BitBLAS tile for every quantised linear of pi0 and pi0.5 on SM 86.
+"""Writes plugins/bitblas_sm86.json: the BitBLAS tile for every quantized linear of pi0 and pi0.5 on SM 86.
 
     python tools/bitblas_table.py
 
 The choice is the cost model's (plugins/bitblas.py, estimate): there was no SM 86 to time on. M is 256 tokens a camera and
 the prompt's for the language model, the actions (and pi0's state) for the expert.
 """
+
 from __future__ import annotations
 
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 if __name__ == "__main__":  # import from the repository: in tools/, profile.py would pass for the standard library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from plugins.bitblas import TABLE, estimate, ranked
+from duq.plugins.bitblas import TABLE, estimate, ranked
 
 LLM_TOKENS = (306, 562, 816, 818, 1024)
 EXPERT_TOKENS = (50, 51)

@@ -1,10 +1,11 @@
 """How far an engine is from its checkpoint: `python tools/compare.py --help`."""
+
 from __future__ import annotations
 
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 if __name__ == "__main__":  # import from the repository: in tools/, profile.py would pass for the standard library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -13,21 +14,28 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from compiler.accuracy.compare import Comparison, check_match, check_robot_units, compare
-from compiler.accuracy.report import (
-    STAGES, WORST_LINEARS, decibels, dimension_table, megabytes, number, to_json, write_report,
+from duq.compiler.accuracy.compare import Comparison, check_match, check_robot_units, compare
+from duq.compiler.accuracy.report import (
+    STAGES,
+    WORST_LINEARS,
+    decibels,
+    dimension_table,
+    megabytes,
+    number,
+    to_json,
+    write_report,
 )
-from compiler.accuracy.synthetic import synthetic_observations
-from compiler.accuracy.thresholds import Thresholds
-from compiler.checkpoint import load_checkpoint
-from compiler.data import DATASET_COUNT, load_calibration, robot_mapping
-from compiler.pipeline import check_weights
-from compiler.quantize_cli import CHECKPOINT_HELP, BaseOption, print_line, progress_bar
-from runtime.cli_errors import check_output_file, one_line_errors
-from runtime.config import ModelConfig
-from runtime.plan import Plan
-from runtime.policy import preprocessor_of
-from runtime.robots import Robot
+from duq.compiler.accuracy.synthetic import synthetic_observations
+from duq.compiler.accuracy.thresholds import Thresholds
+from duq.compiler.checkpoint import load_checkpoint
+from duq.compiler.data import DATASET_COUNT, load_calibration, robot_mapping
+from duq.compiler.pipeline import check_weights
+from duq.compiler.quantize_cli import CHECKPOINT_HELP, BaseOption, print_line, progress_bar
+from duq.runtime.cli_errors import check_output_file, one_line_errors
+from duq.runtime.config import ModelConfig
+from duq.runtime.plan import Plan
+from duq.runtime.policy import preprocessor_of
+from duq.runtime.robots import Robot
 
 PAST_THRESHOLDS = 1  # exit code; 2 is bad input
 
@@ -39,23 +47,27 @@ def _compare(
     checkpoint: Annotated[str, typer.Argument(help=CHECKPOINT_HELP)],
     plan: Annotated[Path, typer.Argument(help="The engine.plan compiled from it.")],
     observations: Annotated[
-        Optional[Path],
-        typer.Option(help="Your robot's: a LeRobotDataset folder, what duq-serve --record wrote, or .npz files. Without, "
-                     "three are made up, which show that the path works but not how well the policy does."),
+        Path | None,
+        typer.Option(
+            help="Your robot's: a LeRobotDataset folder, what duq-serve --record wrote, or .npz files. Without, "
+            "three are made up, which show that the path works but not how well the policy does."
+        ),
     ] = None,  # fmt: skip
     count: Annotated[
-        Optional[int], typer.Option(min=1, help=f"Of observations; by default {DATASET_COUNT} of a dataset, all of .npz.")
+        int | None, typer.Option(min=1, help=f"Of observations; by default {DATASET_COUNT} of a dataset, all of .npz.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measures as JSON.")] = False,
-    report: Annotated[Optional[Path], typer.Option(help="HTML page to write, self-contained, with plots.")] = None,
-    min_cosine: Annotated[Optional[float], typer.Option(help="Fail if an observation's actions are below.")] = None,
-    max_error: Annotated[Optional[float], typer.Option(help="Fail if an action (normalised) is further off.")] = None,
+    report: Annotated[Path | None, typer.Option(help="HTML page to write, self-contained, with plots.")] = None,
+    min_cosine: Annotated[float | None, typer.Option(help="Fail if an observation's actions are below.")] = None,
+    max_error: Annotated[float | None, typer.Option(help="Fail if an action (normalized) is further off.")] = None,
     max_robot_error: Annotated[
-        Optional[float], typer.Option(help="Fail if an action is further off in the robot's units.")
+        float | None, typer.Option(help="Fail if an action is further off in the robot's units.")
     ] = None,
-    min_sqnr: Annotated[Optional[float], typer.Option(help="Fail if an observation's actions are below, in dB.")] = None,
-    threads: Annotated[Optional[int], typer.Option(min=1, help="Of either side; by default one a core.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise, equal on both sides, and of the frames of a dataset.")] = 0,
+    min_sqnr: Annotated[float | None, typer.Option(help="Fail if an observation's actions are below, in dB.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of either side; by default one a core.")] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of the noise, equal on both sides, and of the frames of a dataset.")
+    ] = 0,
     any_checkpoint: Annotated[
         bool, typer.Option("--any-checkpoint", help="Compare although the plan was made from other weights.")
     ] = False,
@@ -76,7 +88,9 @@ def _compare(
         check_output_file("--report", report)
     engine = Plan(plan)
     config = ModelConfig.from_json(engine.manifest["model"])
-    found = None if observations is None else _observations(observations, count, seed, preprocessor_of(engine, config).robot)
+    found = (
+        None if observations is None else _observations(observations, count, seed, preprocessor_of(engine, config).robot)
+    )
     policy = load_checkpoint(checkpoint, base=base, statistics=False)  # a comparison takes the plan's
     check_match(policy, engine, any_checkpoint)
     if found is None:
@@ -165,7 +179,7 @@ def _linear_table(summary: dict) -> Table:
 
 def _jerk_table(summary: dict) -> Table:
     table = _table("Jerk: mean squared third difference along the chunk", "units", "PyTorch", "engine")
-    for units, found in (("normalised", summary["jerk"]["model"]), (summary["plan"]["robot"], summary["jerk"]["robot"])):
+    for units, found in (("normalized", summary["jerk"]["model"]), (summary["plan"]["robot"], summary["jerk"]["robot"])):
         if found:
             table.add_row(units, number(found["reference"]), number(found["engine"]))
     return table

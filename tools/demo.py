@@ -1,4 +1,5 @@
 """What `make demo` runs around the compiler: observations from real photographs, and a robot's loop over them."""
+
 from __future__ import annotations
 
 import sys
@@ -12,9 +13,9 @@ import numpy as np
 import skimage.data
 import typer
 
-from runtime import Policy
-from runtime.cli_errors import one_line_errors
-from runtime.observations import load_observations, save_observations
+from duq.runtime import Policy
+from duq.runtime.cli_errors import one_line_errors
+from duq.runtime.observations import load_observations, save_observations
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 PHOTOGRAPHS = (skimage.data.astronaut, skimage.data.chelsea, skimage.data.coffee)

@@ -4,6 +4,7 @@ A model, not a measurement: operations and bytes of every kernel against the GPU
 by the tile that would run (plugins/bitblas.py); the other kernels by the larger of bytes over bandwidth and operations over
 rate, plus the time a launch takes.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -12,14 +13,15 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from plugins import bitblas
-from plugins.errors import DuqError
-from runtime.config import GemmaConfig, ModelConfig
-from runtime.plan import Plan
+from duq.plugins import bitblas
+from duq.plugins.errors import DuqError
+from duq.runtime.config import GemmaConfig, ModelConfig
+from duq.runtime.plan import Plan
 
 LAUNCH = 2e-6  # seconds of a kernel in a CUDA graph, beyond its work
 REACHED = 0.75  # of the tensor cores' rate, by float products and attention
 FLOAT = 2  # bytes of an activation
+
 
 class Kernel(NamedTuple):
     part: str
@@ -32,7 +34,7 @@ class Kernel(NamedTuple):
 def estimate(plan: Path, sm: int, cameras: int, prompt_tokens: int) -> Table:
     """For every part of a policy call: launches, operations, bytes and estimated time.
 
-    Of the plan only sizes and what is quantised matter. Raises DuqError for a GPU without numbers.
+    Of the plan only sizes and what is quantized matter. Raises DuqError for a GPU without numbers.
     """
     if sm not in bitblas.DEVICES:
         raise DuqError(f"--sm {sm}: no numbers for this GPU, there are some for {', '.join(map(str, bitblas.DEVICES))}")
@@ -44,7 +46,7 @@ def estimate(plan: Path, sm: int, cameras: int, prompt_tokens: int) -> Table:
 def kernels(config: ModelConfig, manifest: dict, sm: int, cameras: int, prompt_tokens: int) -> Iterator[Kernel]:
     """Every launch of a call."""
     gpu = Gpu(sm)
-    quantised = {name for name, linear in manifest["quantization"]["linears"].items() if linear["activation_bits"] == 8}
+    quantized = {name for name, linear in manifest["quantization"]["linears"].items() if linear["activation_bits"] == 8}
     vision, patches = config.vision, config.vision.tokens
     prefix = cameras * patches + prompt_tokens
     for _ in range(vision.depth):
@@ -55,11 +57,11 @@ def kernels(config: ModelConfig, manifest: dict, sm: int, cameras: int, prompt_t
         yield from (gpu.elementwise("SigLIP", cameras * patches * vision.width) for _ in range(2))
     for layer in range(config.llm.depth):
         last = layer == config.llm.depth - 1  # of which only keys and values are computed
-        yield from gpu.layer("LLM", "llm", config.llm, layer, prefix, prefix, quantised, only_cache=last)
+        yield from gpu.layer("LLM", "llm", config.llm, layer, prefix, prefix, quantized, only_cache=last)
     for _ in range(manifest["num_steps"]):
         for layer in range(config.expert.depth):
             keys = prefix + config.action_horizon + (0 if config.pi05 else 1)
-            yield from gpu.layer("expert", "expert", config.expert, layer, config.action_horizon, keys, quantised)
+            yield from gpu.layer("expert", "expert", config.expert, layer, config.action_horizon, keys, quantized)
 
 
 class Gpu:
@@ -69,7 +71,7 @@ class Gpu:
         self.sm, self.device = sm, bitblas.DEVICES[sm]
         self.int8 = 2 * self.device.products * self.device.multiprocessors * self.device.clock
 
-    def layer(self, part: str, model: str, config: GemmaConfig, layer: int, m: int, keys: int, quantised: set[str],
+    def layer(self, part: str, model: str, config: GemmaConfig, layer: int, m: int, keys: int, quantized: set[str],
               only_cache: bool = False) -> Iterator[Kernel]:  # fmt: skip
         """A layer of Gemma for m tokens that see `keys`: the products that plugins or TensorRT run, and what is between."""
         heads, cache = config.heads * config.head_dim, 2 * config.kv_heads * config.head_dim
@@ -78,7 +80,7 @@ class Gpu:
             linears += [("self_attn.o_proj", config.width, heads), ("mlp.gate_proj", 2 * config.mlp_width, config.width),
                         ("mlp.down_proj", config.width, config.mlp_width)]  # fmt: skip
         for name, n, k in linears:
-            if f"{model}.layers.{layer}.{name}" in quantised:
+            if f"{model}.layers.{layer}.{name}" in quantized:
                 read = 2 * k if name == "mlp.down_proj" else k  # gate and up
                 yield self.moved(part, "prologues", m * (FLOAT * read + k), rotations(m, k))
                 yield self.integer_linear(part, m, n, k)
@@ -102,7 +104,9 @@ class Gpu:
         return self.product(part, "float products", 2 * m * n * k, moved)
 
     def attention(self, part: str, heads: int, queries: int, keys: int, dims: int) -> Kernel:
-        return self.product(part, "attention", 4 * heads * queries * keys * dims, FLOAT * 2 * (heads * queries + keys) * dims)
+        return self.product(
+            part, "attention", 4 * heads * queries * keys * dims, FLOAT * 2 * (heads * queries + keys) * dims
+        )
 
     def elementwise(self, part: str, elements: int) -> Kernel:
         return self.moved(part, "norms, rotary embeddings, sums", 3 * FLOAT * elements, elements)
@@ -138,4 +142,3 @@ def _add_row(result: Table, part: str, kind: str, chosen: list[Kernel], **option
     operations, moved, seconds = (sum(each[field] for each in chosen) for field in (2, 3, 4))
     numbers = f"{len(chosen)}", f"{operations / 1e9:,.1f} G", f"{moved / 1e6:,.0f} MB", f"{1e3 * seconds:.2f}"
     result.add_row(part, kind, *numbers, **options)
-

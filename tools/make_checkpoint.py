@@ -1,4 +1,5 @@
 """Writes a pi0 or pi0.5 checkpoint of any size from a seed: `python tools/make_checkpoint.py --help`."""
+
 from __future__ import annotations
 
 import sys
@@ -13,9 +14,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from compiler.checkpoint.synthetic import VARIANTS, make_checkpoint, make_config, weight_bytes
-from compiler.checkpoint.synthetic.files import DTYPES, ROBOTS
-from runtime.cli_errors import check_output_directory, one_line_errors
+from duq.compiler.checkpoint.synthetic import VARIANTS, make_checkpoint, make_config, weight_bytes
+from duq.compiler.checkpoint.synthetic.files import DTYPES, ROBOTS
+from duq.runtime.cli_errors import check_output_directory, one_line_errors
 
 Variant = Enum("Variant", {name: name for name in VARIANTS}, type=str)
 Layout = Enum("Layout", {"openpi": "openpi", "jax": "jax", "lerobot": "lerobot"}, type=str)
@@ -42,7 +43,7 @@ def _make(
         Layout, typer.Option(help="openpi's PyTorch directory, its JAX directory (Orbax) or LeRobot's pretrained_model/.")
     ] = Layout.openpi,
     robot: Annotated[
-        Robot, typer.Option(help="Whose normalisation statistics to add; none adds no statistics.")
+        Robot, typer.Option(help="Whose normalization statistics to add; none adds no statistics.")
     ] = Robot.aloha,
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal bytes.")] = 0,
     dtype: Annotated[Dtype, typer.Option(help="How the weights are stored.")] = Dtype.bfloat16,
@@ -53,9 +54,9 @@ def _make(
 ) -> None:
     """Make a checkpoint of the true pi0 / pi0.5 architecture, to try everything without a download.
 
-    The weights are random, but have what makes trained ones hard to quantise: a few residual channels 20 to 60 times
+    The weights are random, but have what makes trained ones hard to quantize: a few residual channels 20 to 60 times
     larger than the rest, spread norm gains, large MLP channels, and small weights where the input is large. Beside them
-    come config.json, normalisation statistics and a small SentencePiece tokenizer, so that prompts work.
+    come config.json, normalization statistics and a small SentencePiece tokenizer, so that prompts work.
 
     [bold]Examples[/bold]
 

@@ -1,11 +1,12 @@
 """Where a cuda plan's time goes on this machine's GPU, kernel by kernel: `python tools/profile.py --help`."""
+
 from __future__ import annotations
 
 import json
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 if __name__ == "__main__":  # import from the repository: in tools/, this file would pass for the standard library's profile
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -15,12 +16,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from plugins.errors import DuqError
-from runtime.cli_errors import one_line_errors
-from runtime.executors.cuda import CudaExecutor
-from runtime.plan import Plan
-from runtime.preprocess import ModelInputs
-from tools.estimate import estimate
+from duq.plugins.errors import DuqError
+from duq.runtime.cli_errors import one_line_errors
+from duq.runtime.executors.cuda import CudaExecutor
+from duq.runtime.plan import Plan
+from duq.runtime.preprocess import ModelInputs
+from duq.tools.estimate import estimate
 
 # What one H100 SXM reaches (docs/performance.md): bytes a second from memory, operations a second in dense products.
 BANDWIDTH, INT8, BF16 = 3.0e12, 1.39e15, 0.79e15
@@ -36,7 +37,7 @@ def _profile(
     each_layer: Annotated[bool, typer.Option("--layers", help="Do not sum over layers.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print every launch as JSON.")] = False,
     sm: Annotated[
-        Optional[int], typer.Option(help="Measure nothing: estimate a call on this GPU, e.g. 86 for an A40. Any plan will do.")
+        int | None, typer.Option(help="Measure nothing: estimate a call on this GPU, e.g. 86 for an A40. Any plan will do.")
     ] = None,
 ) -> None:
     """Time every launch of a call and print a table: kernel, launches, microseconds, bytes, share of the ceiling.
@@ -99,7 +100,9 @@ def _table(program: str, launches: list[tuple[dict, float]], executor: CudaExecu
         groups.setdefault((name, executor.kernel_name(launch)), []).append((launch, us))
     total = sum(us for _, us in launches)
     title = f"{program}: {len(launches)} launches, {total / 1e3:.3f} ms with an event behind each"
-    table = Table("launch", "kernel", "times", "us each", "us", "share", "MB each", "of ceiling", title=title, title_justify="left")
+    table = Table(
+        "launch", "kernel", "times", "us each", "us", "share", "MB each", "of ceiling", title=title, title_justify="left"
+    )
     for (name, kernel), members in groups.items():
         us, (launch, _) = sum(us for _, us in members), members[0]
         rate = INT8 if re.match(r"gemm_(wgmma|small|large)", kernel) else BF16

@@ -1,22 +1,23 @@
 """Episodes of a policy in Meta-World, in worker processes of `tools/evaluate.py`."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from compiler.accuracy.reference import tensors
-from compiler.checkpoint import load_checkpoint
-from compiler.model import build_model
-from compiler.quant import Quantization, fake_quantise
+from duq.compiler.accuracy.reference import tensors
+from duq.compiler.checkpoint import load_checkpoint
+from duq.compiler.model import build_model
+from duq.compiler.quant import Quantization, fake_quantize
+from duq.runtime import Policy
+from duq.runtime.preprocess import Preprocessor
 from examples.collect_metaworld import disturbances
 from examples.metaworld_env import ACTION_DIM, MetaworldEnv
-from runtime import Policy
-from runtime.preprocess import Preprocessor
 
 CAMERAS = 2
 Infer = Callable[[dict, np.ndarray], np.ndarray]  # (observation, noise [H, A]) -> actions [H, ACTION_DIM]
@@ -24,7 +25,7 @@ Infer = Callable[[dict, np.ndarray], np.ndarray]  # (observation, noise [H, A]) 
 
 @dataclass
 class Source:
-    """What a policy is made of: a plan; or, if there is none, the checkpoint in PyTorch, quantised in float arithmetic."""
+    """What a policy is made of: a plan; or, if there is none, the checkpoint in PyTorch, quantized in float arithmetic."""
 
     checkpoint: Path
     quantization: Quantization
@@ -38,7 +39,7 @@ class Source:
             return lambda observation, noise: policy.infer(observation, noise)["actions"][:, :ACTION_DIM]
         torch.set_num_threads(1)
         checkpoint = load_checkpoint(self.checkpoint)
-        model = fake_quantise(build_model(checkpoint).float(), self.quantization)
+        model = fake_quantize(build_model(checkpoint).float(), self.quantization)
         preprocessor = Preprocessor(checkpoint.config, tokenizer=checkpoint.tokenizer.read_bytes(), cameras=CAMERAS)
 
         def infer(observation: dict, noise: np.ndarray) -> np.ndarray:
@@ -71,7 +72,9 @@ class Conditions:
     push: float = 0.0
 
 
-def episode(infer: Infer, env: MetaworldEnv, start: int, noise_shape: tuple[int, int], conditions: Conditions) -> int | None:
+def episode(
+    infer: Infer, env: MetaworldEnv, start: int, noise_shape: tuple[int, int], conditions: Conditions
+) -> int | None:
     """Steps to success, or None. The start, the noise and the pushes are the same for every policy."""
     env.reset(start)
     noise, limit = np.random.default_rng(start), conditions.steps
@@ -93,12 +96,12 @@ def start_worker(sources: dict[str, Source]) -> None:
     _sources.update(sources)
 
 
-@lru_cache(maxsize=None)
+@cache
 def environment(task: str) -> MetaworldEnv:
     return MetaworldEnv(task)
 
 
-@lru_cache(maxsize=None)
+@cache
 def policy(scheme: str) -> Infer:
     return _sources[scheme].infer()
 

@@ -1,4 +1,5 @@
-"""All quantisation schemes on real weights: `python tools/study_schemes.py --help`."""
+"""All quantization schemes on real weights: `python tools/study_schemes.py --help`."""
+
 from __future__ import annotations
 
 import json
@@ -12,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 if __name__ == "__main__":  # import from the repository: in tools/, profile.py would pass for the standard library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -25,18 +26,18 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
-import compiler
-from compiler.accuracy.plots import ENGINE, REFERENCE, STYLE
-from compiler.quant import LinearPack, LinearTransform, Quantization, fake_quantise, load_recipe
-from compiler.quant.calibrate import InputStatistics
-from compiler.quant.linears import GEMMA_LINEARS, input_group
-from compiler.quant.quantize import quantize_weights
-from compiler.quantize_cli import progress_bar
-from plugins.errors import DuqError
-from runtime.cli_errors import check_output_file, one_line_errors
+import duq
+from duq.compiler.accuracy.plots import ENGINE, REFERENCE, STYLE
+from duq.compiler.quant import LinearPack, LinearTransform, Quantization, fake_quantize, load_recipe
+from duq.compiler.quant.calibrate import InputStatistics
+from duq.compiler.quant.linears import GEMMA_LINEARS, input_group
+from duq.compiler.quant.quantize import quantize_weights
+from duq.compiler.quantize_cli import progress_bar
+from duq.plugins.errors import DuqError
+from duq.runtime.cli_errors import check_output_file, one_line_errors
 
 try:
-    from tools import gemma3
+    from duq.tools import gemma3
 except ModuleNotFoundError as missing:
     raise SystemExit(f"error: {missing}; `pip install -e '.[study]'` brings what this study needs") from None
 
@@ -58,10 +59,10 @@ class Quality:
     """What is left of the model on the evaluation text."""
 
     perplexity: float
-    kl: float = 0.0  # mean over the tokens of KL(fp32 || quantised), nats
+    kl: float = 0.0  # mean over the tokens of KL(fp32 || quantized), nats
     top1: float = 1.0  # share of the tokens for which both predict the same next one
     sqnr_db: float = math.inf  # mean over the linears, on calibration rows which the weights were not fitted to
-    seconds: float = 0.0  # to quantise
+    seconds: float = 0.0  # to quantize
 
 
 class FoldedScale(LinearTransform):
@@ -91,7 +92,7 @@ def folded_scales(packs: Packs) -> Transforms:
 PER_TENSOR = {"activation_scale": "per-tensor"}
 DUQUANT = {"scheme": "duquant"}
 SCHEMES = {
-    "reference": Scheme("original fake quantisation", {"scheme": "reference"}),
+    "reference": Scheme("original fake quantization", {"scheme": "reference"}),
     "reference-folded": Scheme("- its scales folded into W", DUQUANT | PER_TENSOR, folded_scales),
     "reference-per-tensor": Scheme("- its transforms, per tensor", DUQUANT | PER_TENSOR, same_transforms),
     "reference-per-token": Scheme("- its transforms, per token", DUQUANT, same_transforms),
@@ -131,7 +132,7 @@ class Study:
         self.statistics = calibrate(self.model, self.linears, progress.track(calibration, description="Calibrating"))
         self.hidden = [self.model(window) for window in progress.track(self.evaluation, description="Running fp32")]
 
-    def quantise(self, scheme: Scheme) -> Quantization:
+    def quantize(self, scheme: Scheme) -> Quantization:
         """All linears of all layers."""
         recipe = load_recipe("all", scheme.settings, environment={})
         transforms = scheme.transforms and scheme.transforms(self.reference_packs)
@@ -142,21 +143,21 @@ class Study:
 
     @cached_property
     def reference_packs(self) -> Packs:
-        return self.quantise(SCHEMES["reference"]).packs
+        return self.quantize(SCHEMES["reference"]).packs
 
     def measure(self, scheme: Scheme) -> Quality:
         started = time.perf_counter()
-        quantization = self.quantise(scheme)
+        quantization = self.quantize(scheme)
         seconds = time.perf_counter() - started
         sqnr_db = sum(pack.sqnr_db for pack in quantization.packs.values()) / len(quantization.packs)
-        return self.compare(fake_quantise(self.model, quantization), sqnr_db=sqnr_db, seconds=seconds)
+        return self.compare(fake_quantize(self.model, quantization), sqnr_db=sqnr_db, seconds=seconds)
 
-    def compare(self, quantised: nn.Module, **known: float) -> Quality:
-        """The quality of ``quantised``, to which ``known`` measures are added."""
+    def compare(self, quantized: nn.Module, **known: float) -> Quality:
+        """The quality of ``quantized``, to which ``known`` measures are added."""
         sums = torch.zeros(3, dtype=torch.float64)  # of -log p(next token), KL, and agreement
         windows = list(zip(self.evaluation, self.hidden))
         for window, hidden in self.progress.track(windows, description="Evaluating"):
-            parts = (window[0, 1:], hidden[0, :-1], quantised(window)[0, :-1])
+            parts = (window[0, 1:], hidden[0, :-1], quantized(window)[0, :-1])
             for following, reference, found in zip(*(part.split(gemma3.LOGIT_ROWS) for part in parts)):
                 reference, found = (self.model.logits(h).log_softmax(-1) for h in (reference, found))
                 divergence = F.kl_div(found, reference, reduction="sum", log_target=True)
@@ -196,7 +197,9 @@ def calibrate(model: nn.Module, linears: list[str], windows: Iterable[Tensor]) -
     def observer(group: str) -> Callable:
         def observe(module: nn.Module, inputs: tuple[Tensor]) -> None:
             channels = inputs[0].shape[-1]
-            statistics.setdefault(group, InputStatistics(channels, seed=len(statistics))).observe(inputs[0].view(-1, channels))
+            statistics.setdefault(group, InputStatistics(channels, seed=len(statistics))).observe(
+                inputs[0].view(-1, channels)
+            )
 
         return observe
 
@@ -215,14 +218,14 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptio
 @app.command()
 @torch.no_grad()
 def _study(
-    schemes: Annotated[Optional[list[str]], typer.Argument(help=f"By default all: {', '.join(SCHEMES)}.")] = None,
+    schemes: Annotated[list[str] | None, typer.Argument(help=f"By default all: {', '.join(SCHEMES)}.")] = None,
     calibration_tokens: Annotated[int, typer.Option(min=1, help="To calibrate on.")] = 2048,
     evaluation_tokens: Annotated[int, typer.Option(min=1, help="To measure on.")] = 4096,
-    evaluation_text: Annotated[Optional[Path], typer.Option(help="To measure on in place of the manual.")] = None,
+    evaluation_text: Annotated[Path | None, typer.Option(help="To measure on in place of the manual.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measures as JSON.")] = False,
-    plot: Annotated[Optional[Path], typer.Option(help="Figure to write (.svg, .png, .pdf).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Figure to write (.svg, .png, .pdf).")] = None,
 ) -> None:
-    """Quantise all 126 linears of Gemma 3 270M with each scheme and measure what is left of its predictions.
+    """Quantize all 126 linears of Gemma 3 270M with each scheme and measure what is left of its predictions.
 
     The text to calibrate on and, elsewhere in it, to measure on is the Python reference manual that CPython ships.
     The fp32 model is checked against that of transformers first.
@@ -257,7 +260,7 @@ def _study(
 
 
 def table(found: dict[str, Quality]) -> Table:
-    shown = Table(title="Gemma 3 270M, all 126 linears quantised", title_justify="left")
+    shown = Table(title="Gemma 3 270M, all 126 linears quantized", title_justify="left")
     shown.add_column("scheme", no_wrap=True)
     shown.add_column()
     for column in ("perplexity", "KL", "top-1 %", "SQNR dB", "s"):
@@ -273,7 +276,7 @@ def title(key: str) -> str:
 
 
 def to_json(found: dict[str, Quality]) -> str:
-    versions = {"duq": compiler.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    versions = {"duq": duq.__version__, "python": platform.python_version(), "torch": torch.__version__}
     schemes = {key: {"title": title(key), **asdict(quality)} for key, quality in found.items()}
     return json.dumps({"created_by": versions, "schemes": schemes}, indent=2).replace("Infinity", "null")
 
@@ -288,8 +291,8 @@ def draw(found: dict[str, Quality], file: Path) -> None:
         canvas = Figure(figsize=(7.2, 0.8 + 0.24 * len(shown)), layout="constrained")
         axes = canvas.subplots()
         for row, (key, quality) in enumerate(shown.items()):
-            colour = ENGINE if key.startswith("balanced") else REFERENCE
-            axes.plot(quality.kl, row, "o", color=colour)
+            color = ENGINE if key.startswith("balanced") else REFERENCE
+            axes.plot(quality.kl, row, "o", color=color)
             label = f"{quality.kl:.3f}, perplexity {quality.perplexity:.1f}"
             axes.annotate(label, (quality.kl, row), (8, 0), textcoords="offset points", va="center")
         axes.set(xscale="log", xlabel="mean KL divergence from fp32, nats per token (logarithmic)")

@@ -1,4 +1,5 @@
 """The comparison: the same observations and noise through the PyTorch reference and through the engine."""
+
 from __future__ import annotations
 
 import os
@@ -13,21 +14,21 @@ import onnxruntime
 import torch
 from rich.progress import Progress
 
-from compiler.accuracy.metrics import Difference, by_dimension, difference, jerk
-from compiler.accuracy.stages import Stages
-from compiler.accuracy.worker import passes, read_arrays, run_worker, write_inputs
-from compiler.checkpoint import Checkpoint
-from compiler.errors import CheckpointError, DuqError
-from compiler.pipeline import value_basis_entry
-from runtime.config import ModelConfig
-from runtime.errors import ObservationError
-from runtime.plan import Plan
-from runtime.policy import preprocessor_of
-from runtime.preprocess import ModelInputs, Preprocessor
+from duq.compiler.accuracy.metrics import Difference, by_dimension, difference, jerk
+from duq.compiler.accuracy.stages import Stages
+from duq.compiler.accuracy.worker import passes, read_arrays, run_worker, write_inputs
+from duq.compiler.checkpoint import Checkpoint
+from duq.compiler.errors import CheckpointError, DuqError
+from duq.compiler.pipeline import value_basis_entry
+from duq.runtime.config import ModelConfig
+from duq.runtime.errors import ObservationError
+from duq.runtime.plan import Plan
+from duq.runtime.policy import preprocessor_of
+from duq.runtime.preprocess import ModelInputs, Preprocessor
 
 # Chosen when compiling: the reference follows the plan, whatever the checkpoint's own are.
 CHOSEN = ("action_horizon", "max_prompt_tokens", "rotary")
-SQNR_SOURCE = "by the quantiser, on calibration rows held out from the fit"
+SQNR_SOURCE = "by the quantizer, on calibration rows held out from the fit"
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Comparison:
     summary: dict
     reference: np.ndarray
     engine: np.ndarray
-    robot: "RobotActions | None" = None
+    robot: RobotActions | None = None
 
 
 def check_match(checkpoint: Checkpoint, plan: Plan, any_checkpoint: bool) -> None:
@@ -188,7 +189,7 @@ def action_labels(preprocessor: Preprocessor) -> tuple[list[str], list[str]]:
     return list(names), list(units)
 
 
-def _dimensions_json(names, units, reference, engine, robot: "RobotActions | None") -> list[dict]:
+def _dimensions_json(names, units, reference, engine, robot: RobotActions | None) -> list[dict]:
     """By dimension: name, unit; "normalized" and "robot", its measures in either units (None without a robot's)."""
     normalized = [_errors(found) for found in by_dimension(reference, engine)]
     robots = [_errors(found) for found in by_dimension(*robot.stacked())] if robot else [None] * len(normalized)
@@ -208,7 +209,7 @@ class RobotActions:
     engine: dict[int, np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, preprocessor: Preprocessor, observations, reference, engine) -> "RobotActions | None":
+    def of(cls, preprocessor: Preprocessor, observations, reference, engine) -> RobotActions | None:
         """None where no observation is one of a robot: actions for bare model inputs have no units."""
         found, convert = cls(), preprocessor.robot_actions
         for index, observation in enumerate(observations):
@@ -236,7 +237,7 @@ class RobotActions:
 
 def _run(side: str, arguments: list, count: int, progress: Progress) -> dict:
     task = progress.add_task(f"Running the {side}", total=passes(count))
-    cost = run_worker(f"compiler.accuracy.{side}", arguments, lambda: progress.advance(task))
+    cost = run_worker(f"duq.compiler.accuracy.{side}", arguments, lambda: progress.advance(task))
     return {"median_ms": median(cost["milliseconds"]), **cost}
 
 
@@ -249,7 +250,7 @@ def _value_basis(plan: Plan, layer: int) -> np.ndarray | None:
 
 
 def _linears(plan: Plan) -> dict:
-    """The SQNR of each quantised linear as the plan records it, worst first."""
+    """The SQNR of each quantized linear as the plan records it, worst first."""
     linears = plan.manifest["quantization"]["linears"]
     by_sqnr = sorted(linears, key=lambda name: linears[name]["sqnr_db"])
     keys = ("weight_bits", "activation_bits", "shape", "sqnr_db")

@@ -1,12 +1,13 @@
 """The engine's side: `python -m compiler.accuracy.engine DIRECTORY COUNT THREADS PLAN`. Imports what a robot would."""
+
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from compiler.accuracy.worker import errors_to_parent, resident_bytes, work
-from runtime.executors import open_executor
-from runtime.plan import Plan
+from duq.compiler.accuracy.worker import errors_to_parent, resident_bytes, work
+from duq.runtime.executors import open_executor
+from duq.runtime.plan import Plan
 
 
 def main(directory: str, count: str, threads: str, plan: str) -> None:

@@ -1,4 +1,5 @@
 """What is measured between two arrays that should be equal."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -32,7 +33,7 @@ class Difference:
         self.max_error = float(np.maximum(self.max_error, np.abs(error).max(initial=0.0)))  # NaN stays NaN
 
     @classmethod
-    def sum(cls, parts: Iterable["Difference"]) -> "Difference":
+    def sum(cls, parts: Iterable[Difference]) -> Difference:
         """The difference over everything that the parts have seen."""
         total = cls()
         for part in parts:

@@ -1,4 +1,5 @@
 """The report's figures, each an SVG as a data URI, so that the page stands on its own."""
+
 from __future__ import annotations
 
 import base64
@@ -11,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from compiler.accuracy.compare import Comparison
+from duq.compiler.accuracy.compare import Comparison
 
 REFERENCE, ENGINE, ACCENT = "#9aa5b1", "#1f6feb", "#d9822b"
 STYLE = {
@@ -70,8 +71,8 @@ def stage_sqnr(canvas: Figure, comparison: Comparison) -> None:
 def layers(canvas: Figure, comparison: Comparison) -> None:
     axes = canvas.subplots()
     found = comparison.summary["layers"]
-    for kind, colour in (("key", ENGINE), ("value", ACCENT)):
-        _line(axes, range(len(found)), [layer[kind]["sqnr_db"] for layer in found], kind + "s", colour)
+    for kind, color in (("key", ENGINE), ("value", ACCENT)):
+        _line(axes, range(len(found)), [layer[kind]["sqnr_db"] for layer in found], kind + "s", color)
     axes.set(xlabel="layer", ylabel="SQNR, dB")
     axes.legend()
 
@@ -80,11 +81,11 @@ def layers(canvas: Figure, comparison: Comparison) -> None:
 def steps(canvas: Figure, comparison: Comparison) -> None:
     axes = canvas.subplots()
     found = comparison.summary["steps"]
-    for kind, label, colour in (
+    for kind, label, color in (
         ("velocity", "each side at its own x", ENGINE),
         ("velocity_at_engine_x", "both at the engine's x", ACCENT),
     ):
-        _line(axes, range(len(found)), [step[kind]["sqnr_db"] for step in found], label, colour)
+        _line(axes, range(len(found)), [step[kind]["sqnr_db"] for step in found], label, color)
     axes.set(xlabel="denoising step", ylabel="SQNR of v, dB")
     axes.legend()
 
@@ -113,7 +114,7 @@ def errors(canvas: Figure, comparison: Comparison) -> None:
     axes = canvas.subplots()
     found = (comparison.engine - comparison.reference).ravel()
     axes.hist(found[np.isfinite(found)], bins=BINS, color=ENGINE)
-    axes.set(xlabel="engine - reference, normalised actions", ylabel="values", yscale="log")
+    axes.set(xlabel="engine - reference, normalized actions", ylabel="values", yscale="log")
 
 
 @figure(4.6, 2.8)
@@ -121,11 +122,11 @@ def linears(canvas: Figure, comparison: Comparison) -> None:
     axes = canvas.subplots()
     found = comparison.summary["linears"]["sqnr"]
     parts = [name.partition(".")[0] for name in found]
-    for part, colour in PARTS.items():
+    for part, color in PARTS.items():
         own = [rank for rank, other in enumerate(parts) if other == part]
         if own:
             values = [_drawable(list(found.values())[rank]["sqnr_db"]) for rank in own]
-            axes.scatter(own, values, s=11, color=colour, label=part)
+            axes.scatter(own, values, s=11, color=color, label=part)
     axes.set(xlabel="linears, worst first", ylabel="SQNR, dB")
     if found:
         axes.legend(loc="lower right")
@@ -160,8 +161,8 @@ def _label(comparison: Comparison, dim: int) -> str:
     return f"{found['name']}, {found['unit']}" if found["unit"] and _in_robot_units(comparison) else found["name"]
 
 
-def _line(axes: Axes, x, values: list[float], label: str, colour: str) -> None:
-    axes.plot(x, [_drawable(value) for value in values], "o-", markersize=3.5, color=colour, label=label)
+def _line(axes: Axes, x, values: list[float], label: str, color: str) -> None:
+    axes.plot(x, [_drawable(value) for value in values], "o-", markersize=3.5, color=color, label=label)
     axes.xaxis.get_major_locator().set_params(integer=True)
 
 

@@ -1,4 +1,5 @@
 """Rates of success, and how sure one can be of them."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -16,9 +17,7 @@ def wilson(successes: int, episodes: int, confidence: float = 0.95) -> Interval:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def paired_difference(
-    reference: Sequence[bool], found: Sequence[bool], confidence: float = 0.95
-) -> tuple[float, Interval]:
+def paired_difference(reference: Sequence[bool], found: Sequence[bool], confidence: float = 0.95) -> tuple[float, Interval]:
     """How much higher the rate of `found` is than that of `reference` over the same episodes, and the interval.
 
     Only episodes that turn out differently count. The interval is Agresti and Min's (Statistics in Medicine, 2005): that of

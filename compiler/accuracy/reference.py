@@ -2,6 +2,7 @@
 
 PyTorch, eager, float32, from the checkpoint's weights.
 """
+
 from __future__ import annotations
 
 import sys
@@ -12,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compiler.accuracy.worker import Arrays, errors_to_parent, read_arrays, resident_bytes, work
-from compiler.checkpoint import load_checkpoint
-from compiler.model import Pi0, build_model, timesteps
-from runtime.preprocess import ModelInputs
+from duq.compiler.accuracy.worker import Arrays, errors_to_parent, read_arrays, resident_bytes, work
+from duq.compiler.checkpoint import load_checkpoint
+from duq.compiler.model import Pi0, build_model, timesteps
+from duq.runtime.preprocess import ModelInputs
 
 
 @torch.no_grad()

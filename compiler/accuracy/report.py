@@ -1,4 +1,5 @@
 """The comparison for readers: JSON, and one HTML page with its figures inside."""
+
 from __future__ import annotations
 
 import json
@@ -10,8 +11,8 @@ from typing import Any
 
 import jinja2
 
-from compiler.accuracy import plots
-from compiler.accuracy.compare import Comparison
+from duq.compiler.accuracy import plots
+from duq.compiler.accuracy.compare import Comparison
 
 WORST_LINEARS = 10
 # What each stage compares, in the order of computation.
@@ -21,7 +22,7 @@ STAGES = {
     "values": "all layers' values of the same tokens, in the checkpoint's basis",
     "velocity_at_engine_x": "v of every step, both sides at the x that the engine reached",
     "velocity": "v of every step, each side at the x that it reached itself",
-    "actions": "the chunk, normalised as the model gives it, in the dimensions that the robot reads",
+    "actions": "the chunk, normalized as the model gives it, in the dimensions that the robot reads",
     "robot_actions": "the chunk in the robot's units, all dimensions together",
 }
 

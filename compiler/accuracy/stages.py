@@ -1,13 +1,14 @@
 """The policy's stages from the images to the actions, each with what the engine gets wrong in it."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from compiler.accuracy.metrics import Difference
-from compiler.accuracy.worker import Arrays
-from compiler.model import timesteps
+from duq.compiler.accuracy.metrics import Difference
+from duq.compiler.accuracy.worker import Arrays
+from duq.compiler.model import timesteps
 
 
 class Stages:

@@ -1,10 +1,11 @@
 """Made-up observations: for trying a comparison, not for judging a policy, which they are nothing like."""
+
 from __future__ import annotations
 
 import numpy as np
 from PIL import Image
 
-from runtime.config import IMAGE_SLOTS, ModelConfig
+from duq.runtime.config import IMAGE_SLOTS, ModelConfig
 
 
 def synthetic_observations(config: ModelConfig, cameras: int, count: int = 3, seed: int = 0) -> list[dict]:

@@ -1,4 +1,5 @@
 """When a comparison has failed."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -6,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from plugins.errors import DuqError
+from duq.plugins.errors import DuqError
 
 
 @dataclass(frozen=True)

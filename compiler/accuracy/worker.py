@@ -4,6 +4,7 @@ Parent and worker share a directory: `inputs.<i>.npz` (model inputs and noise) f
 leave there, `engine.<i>.npz` and `reference.<i>.npz`. A worker prints one line of JSON for each pass it has done, and
 last its cost.
 """
+
 from __future__ import annotations
 
 import json
@@ -17,11 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from plugins.errors import DuqError
-from runtime.preprocess import ModelInputs
+import duq
+from duq.plugins.errors import DuqError
+from duq.runtime.preprocess import ModelInputs
 
 Arrays = dict[str, np.ndarray]
-PACKAGES = Path(__file__).resolve().parents[2]
+PACKAGES = Path(duq.__file__).resolve().parents[1]
 
 
 def write_inputs(directory: Path, index: int, inputs: ModelInputs, noise: np.ndarray) -> None:

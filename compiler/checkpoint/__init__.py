@@ -1,4 +1,5 @@
 """Checkpoints: an openpi or LeRobot directory -> canonical weights, dimensions, norm stats and tokenizer."""
+
 from __future__ import annotations
 
 import hashlib
@@ -9,17 +10,17 @@ from pathlib import Path
 
 import torch
 
-from compiler.checkpoint import lerobot, openpi
-from compiler.checkpoint.claims import check_claims, positive_int, section
-from compiler.checkpoint.forms import open_stored
-from compiler.checkpoint.metadata import read_metadata
-from compiler.checkpoint.norm_stats import read_openpi_stats
-from compiler.checkpoint.settings import Settings
-from compiler.checkpoint.shapes import ACTION_HORIZON, check_shapes, expected_shapes, infer_config, listing
-from compiler.checkpoint.storage import read_json, weight_files
-from compiler.errors import CheckpointError
-from compiler.parallel import thread_pool
-from runtime.config import ModelConfig
+from duq.compiler.checkpoint import lerobot, openpi
+from duq.compiler.checkpoint.claims import check_claims, positive_int, section
+from duq.compiler.checkpoint.forms import open_stored
+from duq.compiler.checkpoint.metadata import read_metadata
+from duq.compiler.checkpoint.norm_stats import read_openpi_stats
+from duq.compiler.checkpoint.settings import Settings
+from duq.compiler.checkpoint.shapes import ACTION_HORIZON, check_shapes, expected_shapes, infer_config, listing
+from duq.compiler.checkpoint.storage import read_json, weight_files
+from duq.compiler.errors import CheckpointError
+from duq.compiler.parallel import thread_pool
+from duq.runtime.config import ModelConfig
 
 EMBEDDING = "llm.embed_tokens.weight"
 METADATA = "metadata.pt"
@@ -42,6 +43,7 @@ class Checkpoint:
     notes: list[str] = field(default_factory=list)  # what was chosen or assumed, worth saying when a plan is made
     files: list[Path] = field(default_factory=list)  # that define the weights, in a fixed order; `path`'s when empty
     finite: bool = False  # every weight is known to be finite
+
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over the weight files. Reads them all, so it is computed when first asked for."""
@@ -108,6 +110,7 @@ def check_finite(weights: dict[str, torch.Tensor], progress: Callable[[int, int]
 
     `progress(done, total)` is called with bytes after each tensor.
     """
+
     def fault(name: str) -> str | None:
         low, high = torch.aminmax(weights[name])  # one pass, no temporary; NaN propagates
         if torch.isfinite(low) and torch.isfinite(high):
@@ -125,9 +128,7 @@ def check_finite(weights: dict[str, torch.Tensor], progress: Callable[[int, int]
         raise CheckpointError(f"{len(faults)} tensors hold NaN or Inf:\n{listing(faults)}")
 
 
-def _checked_config(
-    weights: dict[str, torch.Tensor], settings: dict, layout, vision_heads: int | None
-) -> ModelConfig:
+def _checked_config(weights: dict[str, torch.Tensor], settings: dict, layout, vision_heads: int | None) -> ModelConfig:
     wrong = [f"{name} is {tensor.dtype}" for name, tensor in weights.items() if tensor.dtype not in WEIGHT_DTYPES]
     if wrong:
         stored = ", ".join(map(str, WEIGHT_DTYPES))

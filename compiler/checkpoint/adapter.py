@@ -1,4 +1,5 @@
 """PEFT adapters (LoRA): a folder with the changes of a policy, merged into the policy they were trained on."""
+
 from __future__ import annotations
 
 import math
@@ -10,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compiler.checkpoint import lerobot
-from compiler.checkpoint.locate import HubLocation, parse_location
-from compiler.checkpoint.names import TIED_HEAD, canonical_name, current_name, is_unused, openpi_name
-from compiler.checkpoint.scratch import Scratch
-from compiler.checkpoint.shapes import listing
-from compiler.checkpoint.storage import WEIGHTS, open_tensors, read_json
-from compiler.checkpoint.stored import Progress, Stored
-from compiler.errors import CheckpointError
+from duq.compiler.checkpoint import lerobot
+from duq.compiler.checkpoint.locate import HubLocation, parse_location
+from duq.compiler.checkpoint.names import TIED_HEAD, canonical_name, current_name, is_unused, openpi_name
+from duq.compiler.checkpoint.scratch import Scratch
+from duq.compiler.checkpoint.shapes import listing
+from duq.compiler.checkpoint.storage import WEIGHTS, open_tensors, read_json
+from duq.compiler.checkpoint.stored import Progress, Stored
+from duq.compiler.errors import CheckpointError
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."

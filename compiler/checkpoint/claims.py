@@ -1,13 +1,14 @@
 """What config.json says about the policy, and whether the tensors agree."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
-from compiler.checkpoint.shapes import listing
-from compiler.errors import CheckpointError
-from runtime.config import ModelConfig
+from duq.compiler.checkpoint.shapes import listing
+from duq.compiler.errors import CheckpointError
+from duq.runtime.config import ModelConfig
 
 # openpi's Gemma variants: width, MLP width, query heads, key/value heads, head size. Depth is left out: a
 # checkpoint cut in depth keeps its variant.

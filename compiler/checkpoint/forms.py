@@ -1,15 +1,16 @@
 """Which form of checkpoint a folder holds; and what else it is, where it holds none."""
+
 from __future__ import annotations
 
 from pathlib import Path
 
-from compiler.checkpoint import adapter, lerobot, orbax
-from compiler.checkpoint.jax import open_jax
-from compiler.checkpoint.locate import fetch, parse_location
-from compiler.checkpoint.storage import WEIGHTS, WEIGHTS_INDEX, is_lfs_pointer, read_json
-from compiler.checkpoint.stored import Stored
-from compiler.checkpoint.torch_files import open_torch
-from compiler.errors import CheckpointError
+from duq.compiler.checkpoint import adapter, lerobot, orbax
+from duq.compiler.checkpoint.jax import open_jax
+from duq.compiler.checkpoint.locate import fetch, parse_location
+from duq.compiler.checkpoint.storage import WEIGHTS, WEIGHTS_INDEX, is_lfs_pointer, read_json
+from duq.compiler.checkpoint.stored import Stored
+from duq.compiler.checkpoint.torch_files import open_torch
+from duq.compiler.errors import CheckpointError
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 CONVERT = "save the policy as model.safetensors (safetensors.torch.save_model, or the trainer's own save_pretrained)"
@@ -168,7 +169,7 @@ def _training(folder: Path) -> str | None:
     if "train_config.json" in names or "config.json" in names:
         return f"is not a checkpoint: it has no {WEIGHTS}, only settings; copy the weights as well"
     if "norm_stats.json" in names or "assets" in names:
-        return f"has only normalisation statistics, no weights (no {WEIGHTS}, no params/)"
+        return f"has only normalization statistics, no weights (no {WEIGHTS}, no params/)"
     return None
 
 

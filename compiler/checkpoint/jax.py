@@ -2,6 +2,7 @@
 
 In JAX the layers of a stack are one array with a first axis, kernels are [in, out], and attention has an axis for heads.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -11,13 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compiler.checkpoint.orbax import OrbaxArray, array_files, open_arrays
-from compiler.checkpoint.scratch import Scratch
-from compiler.checkpoint.shapes import listing
-from compiler.checkpoint.stored import Progress, Stored
-from compiler.errors import CheckpointError
-from compiler.parallel import in_order, thread_pool
-from runtime.config import ModelConfig
+from duq.compiler.checkpoint.orbax import OrbaxArray, array_files, open_arrays
+from duq.compiler.checkpoint.scratch import Scratch
+from duq.compiler.checkpoint.shapes import listing
+from duq.compiler.checkpoint.stored import Progress, Stored
+from duq.compiler.errors import CheckpointError
+from duq.compiler.parallel import in_order, thread_pool
+from duq.runtime.config import ModelConfig
 
 ROWS = 1 << 14  # of an array without layers that are read at a time
 IN_FLIGHT = 1 << 29  # bytes that threads have read ahead

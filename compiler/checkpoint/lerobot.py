@@ -7,6 +7,7 @@ CONFIG_KEYS for config.json, PREPROCESSOR_STEPS and POSTPROCESSOR_STEPS for the 
     0.4, 0.5.0   statistics in the pipelines' state files; the two differ in how images and the state are padded
     0.5.1        config.json has `use_relative_actions`
 """
+
 from __future__ import annotations
 
 import re
@@ -15,14 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compiler.checkpoint.claims import Claim, explicit_claims, positive_int, variant_claims
-from compiler.checkpoint.norm_stats import LEROBOT_EPSILON, checked_modes
-from compiler.checkpoint.settings import Settings
-from compiler.checkpoint.storage import open_tensors, read_json
-from compiler.errors import CheckpointError
-from runtime.config import IMAGE_SLOTS
-from runtime.preprocess import MODES
-from runtime.robots import Camera, Robot, StatePart
+from duq.compiler.checkpoint.claims import Claim, explicit_claims, positive_int, variant_claims
+from duq.compiler.checkpoint.norm_stats import LEROBOT_EPSILON, checked_modes
+from duq.compiler.checkpoint.settings import Settings
+from duq.compiler.checkpoint.storage import open_tensors, read_json
+from duq.compiler.errors import CheckpointError
+from duq.runtime.config import IMAGE_SLOTS
+from duq.runtime.preprocess import MODES
+from duq.runtime.robots import Camera, Robot, StatePart
 
 PREFIX = "model."
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
@@ -39,18 +40,59 @@ APPLIED, HARMLESS = "applied", "harmless"
 # Key -> APPLIED (by the functions below), HARMLESS for inference, or the values with which it is harmless.
 CONFIG_KEYS: dict[str, Any] = {
     **dict.fromkeys(
-        ("type", "chunk_size", "max_state_dim", "max_action_dim", "num_inference_steps", "num_steps", "tokenizer_max_length",
-         "normalization_mapping", "image_resolution", "resize_imgs_with_padding", "empty_cameras", "input_features",
-         "output_features", "use_relative_actions", "relative_exclude_joints", "action_feature_names", "paligemma_variant",
-         "action_expert_variant", "dtype", "use_peft", "proj_width", "vision", "llm", "expert"),
+        (
+            "type",
+            "chunk_size",
+            "max_state_dim",
+            "max_action_dim",
+            "num_inference_steps",
+            "num_steps",
+            "tokenizer_max_length",
+            "normalization_mapping",
+            "image_resolution",
+            "resize_imgs_with_padding",
+            "empty_cameras",
+            "input_features",
+            "output_features",
+            "use_relative_actions",
+            "relative_exclude_joints",
+            "action_feature_names",
+            "paligemma_variant",
+            "action_expert_variant",
+            "dtype",
+            "use_peft",
+            "proj_width",
+            "vision",
+            "llm",
+            "expert",
+        ),
         APPLIED,
     ),  # fmt: skip
     # training, and where and by whom the policy is kept
     **dict.fromkeys(
-        ("device", "use_amp", "push_to_hub", "repo_id", "private", "tags", "license", "pretrained_path",
-         "pretrained_revision", "gradient_checkpointing", "compile_model", "compile_mode", "freeze_vision_encoder",
-         "train_expert_only", "train_state_proj", "use_cache", "attention_implementation", "time_sampling_beta_alpha",
-         "time_sampling_beta_beta", "time_sampling_scale", "time_sampling_offset"),
+        (
+            "device",
+            "use_amp",
+            "push_to_hub",
+            "repo_id",
+            "private",
+            "tags",
+            "license",
+            "pretrained_path",
+            "pretrained_revision",
+            "gradient_checkpointing",
+            "compile_model",
+            "compile_mode",
+            "freeze_vision_encoder",
+            "train_expert_only",
+            "train_state_proj",
+            "use_cache",
+            "attention_implementation",
+            "time_sampling_beta_alpha",
+            "time_sampling_beta_beta",
+            "time_sampling_scale",
+            "time_sampling_offset",
+        ),
         HARMLESS,
     ),  # fmt: skip
     # the loop around the policy: how many actions of a chunk are executed, and how chunks are joined
@@ -209,7 +251,9 @@ def _unnormalizer(found: Pipelines, config: dict, state: Path | None) -> None:
     if any(f"{ACTION}.{name}" not in stored for name in needed) and found.spare:
         spare = found.spare["stored"]
         if all(f"{ACTION}.{name}" in spare for name in needed):  # LeRobot saves the same statistics with both
-            found.notes.append(f"{mode} statistics of {ACTION} are only in {found.spare['file'].name}, and taken from there")
+            found.notes.append(
+                f"{mode} statistics of {ACTION} are only in {found.spare['file'].name}, and taken from there"
+            )
             stored, state = spare, found.spare["file"]
     found.stats["actions"] = _statistics(stored, ACTION, mode, config, state)
 
@@ -455,7 +499,10 @@ def _robot(settings: dict, found: Pipelines) -> Robot | None:
         cameras=tuple(Camera((name,), "any", False, _also(found, name)) for name in cameras),
         state=(
             StatePart(
-                (STATE,), tuple(names) if same else tuple(f"state_{index}" for index in range(state)), (), _also(found, STATE)
+                (STATE,),
+                tuple(names) if same else tuple(f"state_{index}" for index in range(state)),
+                (),
+                _also(found, STATE),
             ),
         ),
         action_names=tuple(map(str, names)),
@@ -497,7 +544,11 @@ def _relative_mask(settings: dict, found: Pipelines) -> list[bool] | None:
     names, excluded = (step[1], step[2]) if step and step[0] else (
         settings.get("action_feature_names"), settings.get("relative_exclude_joints", ["gripper"]) or []
     )  # fmt: skip
-    dims = _dims(settings, "output_features", ACTION) or len(found.stats.get("actions", {}).get("mean", ())) or len(names or ())
+    dims = (
+        _dims(settings, "output_features", ACTION)
+        or len(found.stats.get("actions", {}).get("mean", ()))
+        or len(names or ())
+    )
     if not dims:
         raise CheckpointError(f'config.json: "{MARK}" is on, but "output_features" does not say how many actions there are')
     if not names or not excluded:

@@ -1,13 +1,14 @@
 """Where a checkpoint is: a folder, or a place it has to be brought from."""
+
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from compiler.errors import CheckpointError
+from duq.compiler.errors import CheckpointError
 
-# What a policy consists of, at the top of its folder; optimiser states and the other checkpoints of a run are not brought.
+# What a policy consists of, at the top of its folder; optimizer states and the other checkpoints of a run are not brought.
 WANTED = ("*.safetensors", "*.json", "*.model", "metadata.pt", "assets/*", "params/*")
 UNWANTED = ("*/*.safetensors", "train_state/*", "optimizer*", "scheduler*", "rng_state*")
 

@@ -3,6 +3,7 @@
 torch.save writes a zip with a pickle in it. A pickle is a program that names functions to call; here every name becomes an
 inert stand-in, so that neither openpi nor anything else is imported, and a hostile file can do nothing.
 """
+
 from __future__ import annotations
 
 import pickle
@@ -10,7 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from compiler.errors import CheckpointError
+from duq.compiler.errors import CheckpointError
 
 CONTAINERS = {"dict": dict, "list": list, "set": set, "frozenset": frozenset, "tuple": tuple}
 

@@ -6,6 +6,7 @@ the tensor of the checkpoint it came from::
     paligemma_with_expert.paligemma.model.language_model.layers.3.mlp.down_proj.weight  <->
     llm.layers.3.mlp.down_proj.weight
 """
+
 from __future__ import annotations
 
 import re

@@ -11,14 +11,15 @@ each feature has a mode of its own, and the statistics that the mode needs:
      "state":   {"mode": "MIN_MAX", "epsilon": float, "min": [..], "max": [..]},
      "actions": {...}}
 """
+
 from __future__ import annotations
 
 import math
 from pathlib import Path
 
-from compiler.checkpoint.storage import read_json
-from compiler.errors import CheckpointError
-from runtime.preprocess import MODES
+from duq.compiler.checkpoint.storage import read_json
+from duq.compiler.errors import CheckpointError
+from duq.runtime.preprocess import MODES
 
 STATISTICS = ("mean", "std", "q01", "q99")
 OPENPI_EPSILON = 1e-6
@@ -85,9 +86,7 @@ def checked_modes(file: str, feature: str, mode: str, stored: dict, epsilon: flo
 def _vector(file: Path | str, name: str, values: list | None) -> list[float] | None:
     if values is None:
         return None
-    finite = isinstance(values, list) and all(
-        isinstance(value, (int, float)) and math.isfinite(value) for value in values
-    )
+    finite = isinstance(values, list) and all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
     if not finite or not values:
         raise CheckpointError(f"{file}: {name} must be a list of finite numbers")
     return [float(value) for value in values]

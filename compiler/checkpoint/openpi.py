@@ -2,6 +2,7 @@
 
 openpi's trainer writes no config.json (its converter does), so every key is optional.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -9,11 +10,11 @@ from dataclasses import replace
 
 import torch
 
-from compiler.checkpoint.claims import Claim, explicit_claims, positive_int, variant_claims
-from compiler.checkpoint.settings import Settings
-from compiler.checkpoint.training import settings_of_trainer
-from compiler.errors import CheckpointError
-from runtime.config import ROTARY, ModelConfig
+from duq.compiler.checkpoint.claims import Claim, explicit_claims, positive_int, variant_claims
+from duq.compiler.checkpoint.settings import Settings
+from duq.compiler.checkpoint.training import settings_of_trainer
+from duq.compiler.errors import CheckpointError
+from duq.runtime.config import ROTARY, ModelConfig
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 

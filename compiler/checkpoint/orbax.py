@@ -3,6 +3,7 @@
 The names are in `_METADATA`. The arrays are zarr arrays inside one OCDBT database, whose B-tree says which range of which
 file in `d/` each chunk is; without `manifest.ocdbt`, each is a zarr folder of its own.
 """
+
 from __future__ import annotations
 
 import math
@@ -16,9 +17,9 @@ from urllib.parse import unquote
 import numpy as np
 import torch
 
-from compiler.checkpoint.shapes import listing
-from compiler.checkpoint.storage import is_lfs_pointer, read_json
-from compiler.errors import CheckpointError
+from duq.compiler.checkpoint.shapes import listing
+from duq.compiler.checkpoint.storage import is_lfs_pointer, read_json
+from duq.compiler.errors import CheckpointError
 
 METADATA, MANIFEST = "_METADATA", "manifest.ocdbt"
 ROOT, VALUE = "params", "value"  # the first key of every array, and the last that nnx.State adds

@@ -1,4 +1,5 @@
 """Tensors on disk that no file of the checkpoint holds as they are: converted and merged weights."""
+
 from __future__ import annotations
 
 import mmap
@@ -9,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
-from compiler.errors import CheckpointError
+from duq.compiler.errors import CheckpointError
 
 ALIGNMENT = 64
 BLOCK = 8 << 20  # bytes written at a time

@@ -1,10 +1,11 @@
 """What a checkpoint says about the policy around its weights."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from runtime.robots import Robot
+from duq.runtime.robots import Robot
 
 
 @dataclass(frozen=True)

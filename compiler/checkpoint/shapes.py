@@ -1,12 +1,13 @@
 """Tensor shapes <-> dimensions: a policy's dimensions are read off its tensors, and imply every tensor it must have."""
+
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter
 
-from compiler.errors import CheckpointError
-from runtime.config import GemmaConfig, ModelConfig, VisionConfig
+from duq.compiler.errors import CheckpointError
+from duq.runtime.config import GemmaConfig, ModelConfig, VisionConfig
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -1,4 +1,5 @@
 """Safetensors and JSON files of a checkpoint directory, with errors that name the file."""
+
 from __future__ import annotations
 
 import json
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from compiler.errors import CheckpointError
+from duq.compiler.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"

@@ -1,4 +1,5 @@
 """What every form of checkpoint is opened as, before its weights are read."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from runtime.config import ModelConfig
+from duq.runtime.config import ModelConfig
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 

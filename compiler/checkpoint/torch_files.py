@@ -1,16 +1,17 @@
 """Safetensors of openpi's PyTorch trainer and of LeRobot -> canonical weights."""
+
 from __future__ import annotations
 
 from pathlib import Path
 
 from torch import Tensor
 
-from compiler.checkpoint import lerobot
-from compiler.checkpoint.names import TIED_HEAD, canonical_name, current_name, is_unused
-from compiler.checkpoint.shapes import listing
-from compiler.checkpoint.storage import open_tensors, read_json, weight_files
-from compiler.checkpoint.stored import Stored
-from compiler.errors import CheckpointError
+from duq.compiler.checkpoint import lerobot
+from duq.compiler.checkpoint.names import TIED_HEAD, canonical_name, current_name, is_unused
+from duq.compiler.checkpoint.shapes import listing
+from duq.compiler.checkpoint.storage import open_tensors, read_json, weight_files
+from duq.compiler.checkpoint.stored import Stored
+from duq.compiler.errors import CheckpointError
 
 EMBEDDING = "llm.embed_tokens.weight"
 BUFFERS = ("normalize_inputs.", "normalize_targets.", "unnormalize_outputs.")  # LeRobot 0.3's statistics

@@ -1,4 +1,5 @@
 """openpi's training configs: what a checkpoint of theirs does not say, by the config's name or from a trainer's metadata.pt."""
+
 from __future__ import annotations
 
 import difflib
@@ -9,10 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from compiler.checkpoint.settings import Settings
-from compiler.checkpoint.shapes import ACTION_HORIZON, PROMPT_SLOTS
-from compiler.errors import CheckpointError
-from runtime.robots import ROBOT_NAMES, load_robot
+from duq.compiler.checkpoint.settings import Settings
+from duq.compiler.checkpoint.shapes import ACTION_HORIZON, PROMPT_SLOTS
+from duq.compiler.errors import CheckpointError
+from duq.runtime.robots import ROBOT_NAMES, load_robot
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -51,7 +52,9 @@ def training_config(name: str) -> TrainingConfig:
         )
     data = configs[name]
     if data["model"] not in MODELS:
-        raise CheckpointError(f"--config {name}: is a {data['model']} policy, which predicts tokens; only pi0 and pi0.5 compile")
+        raise CheckpointError(
+            f"--config {name}: is a {data['model']} policy, which predicts tokens; only pi0 and pi0.5 compile"
+        )
     pi05 = MODELS[data["model"]]
     transforms: dict[str, Any] = {
         "delta_actions": data.get("delta_actions", False),

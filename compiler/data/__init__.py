@@ -1,4 +1,5 @@
 """Observations to calibrate on and compare with, from the data that people have."""
+
 from __future__ import annotations
 
 import re
@@ -6,13 +7,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from compiler.data.lerobot_dataset import Dataset, open_dataset
-from compiler.data.quality import concerns
-from compiler.data.sampling import evenly, spread
-from compiler.errors import CalibrationError
-from runtime.errors import ObservationError
-from runtime.observations import NESTED, list_observations, nest, read_observations
-from runtime.robots import Robot
+from duq.compiler.data.lerobot_dataset import Dataset, open_dataset
+from duq.compiler.data.quality import concerns
+from duq.compiler.data.sampling import evenly, spread
+from duq.compiler.errors import CalibrationError
+from duq.runtime.errors import ObservationError
+from duq.runtime.observations import NESTED, list_observations, nest, read_observations
+from duq.runtime.robots import Robot
 
 DATASET_COUNT = 32  # observations of a dataset where nobody says how many
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -69,7 +70,7 @@ def robot_mapping(robot: Robot | None) -> RobotMapping | None:
 
 def _written(key: tuple[str, ...]) -> str:
     """A key as it is written in an .npz file."""
-    return (key[0] if len(key) == 1 else f"{key[0]}/{key[1]}" if key[0] in NESTED else f"{key[0]}//{key[1]}")
+    return key[0] if len(key) == 1 else f"{key[0]}/{key[1]}" if key[0] in NESTED else f"{key[0]}//{key[1]}"
 
 
 def load_calibration(

@@ -1,4 +1,5 @@
 """The files of a dataset: what can be wrong with one, in one line."""
+
 from __future__ import annotations
 
 import importlib
@@ -10,7 +11,7 @@ from types import ModuleType
 
 import numpy as np
 
-from compiler.errors import CalibrationError
+from duq.compiler.errors import CalibrationError
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 

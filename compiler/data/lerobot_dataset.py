@@ -1,10 +1,11 @@
 """Reads LeRobotDataset folders of the versions v3.0 (LeRobot >= 0.4) and v2.1 (before, and openpi's).
 
-    meta/info.json                     version, features, where data and videos are
-    meta/episodes..., meta/tasks...    parquet (v3.0) or JSON lines (v2.1)
-    data/...parquet                    a row a frame: its features but videos, its time and task
-    videos/...mp4                      a video a camera, of one episode (v2.1) or many (v3.0)
+meta/info.json                     version, features, where data and videos are
+meta/episodes..., meta/tasks...    parquet (v3.0) or JSON lines (v2.1)
+data/...parquet                    a row a frame: its features but videos, its time and task
+videos/...mp4                      a video a camera, of one episode (v2.1) or many (v3.0)
 """
+
 from __future__ import annotations
 
 import io
@@ -15,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from compiler.data.files import Table, check_fields, read_json, read_json_lines
-from compiler.data.video import decode_frames
-from compiler.errors import CalibrationError
+from duq.compiler.data.files import Table, check_fields, read_json, read_json_lines
+from duq.compiler.data.video import decode_frames
+from duq.compiler.errors import CalibrationError
 
 VERSIONS = ("v3.0", "v2.1")
 BOOKKEEPING = frozenset({"timestamp", "frame_index", "episode_index", "index", "task_index"})
@@ -280,7 +281,9 @@ def _tasks_v3(folder: Path) -> dict[int, str]:
     names = [name for name in ("task", "__index_level_0__") if name in table.columns] or table.strings()
     if len(names) != 1 and names[:1] != ["task"]:
         raise CalibrationError(f"{table.file}: has no column with the tasks' texts; it has {', '.join(table.columns)}")
-    rows = [{"task_index": number, "task": text} for number, text in zip(table.column("task_index"), table.column(names[0]))]
+    rows = [
+        {"task_index": number, "task": text} for number, text in zip(table.column("task_index"), table.column(names[0]))
+    ]
     for row in rows:
         check_fields(table.file, row, {"task_index": int, "task": str})
     return {row["task_index"]: row["task"] for row in rows}

@@ -1,4 +1,5 @@
 """What is suspicious about a set of observations: integer ranges that are fitted to it would be wrong for the robot."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence

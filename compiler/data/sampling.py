@@ -1,11 +1,12 @@
 """Which observations of a dataset to calibrate on: spread over its tasks, their episodes and the time within them."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from compiler.data.lerobot_dataset import Dataset
+from duq.compiler.data.lerobot_dataset import Dataset
 
 
 def spread(dataset: Dataset, count: int, seed: int = 0) -> list[int]:

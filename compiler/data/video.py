@@ -1,4 +1,5 @@
 """Frames of a video at given times, decoded exactly: seek to a keyframe, then decode forward."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
@@ -7,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from compiler.data.files import check_file, needs
-from compiler.errors import CalibrationError
+from duq.compiler.data.files import check_file, needs
+from duq.compiler.errors import CalibrationError
 
 TOLERANCE_S = 1e-4  # LeRobot's: how far a frame may lie from the time asked for
 _READ_ON_S = 1.0  # a frame at most so far ahead is reached by decoding on, a later one by seeking

@@ -1,4 +1,5 @@
 """The few graph operations the passes share, on top of onnx_ir."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +10,7 @@ import onnx_ir.passes.common as common
 from onnx.reference import ReferenceEvaluator
 from onnxscript import optimizer
 
-from compiler.errors import GraphError
+from duq.compiler.errors import GraphError
 
 
 def simplify(model: ir.Model) -> None:
@@ -28,14 +29,14 @@ def has_weight_name(value: ir.Value | None) -> bool:
 
 
 def small_constant(value: ir.Value | None, limit: int = 4096) -> np.ndarray | None:
-    """The value as numpy if it is an initialiser of at most `limit` elements, else None: never loads a weight."""
+    """The value as numpy if it is an initializer of at most `limit` elements, else None: never loads a weight."""
     if value is None or value.const_value is None or value.const_value.size > limit:
         return None
     return value.const_value.numpy()
 
 
 def is_weight(value: ir.Value | None, rank: int | None = None) -> bool:
-    """Whether the value is a floating-point initialiser (of the given rank)."""
+    """Whether the value is a floating-point initializer (of the given rank)."""
     return (
         value is not None
         and value.const_value is not None
@@ -45,7 +46,7 @@ def is_weight(value: ir.Value | None, rank: int | None = None) -> bool:
 
 
 def initializer(graph: ir.Graph, name: str, array: np.ndarray | ir.TensorProtocol) -> ir.Value:
-    """Adds an initialiser, or returns the one of this name: a pass gives equal names only to equal contents."""
+    """Adds an initializer, or returns the one of this name: a pass gives equal names only to equal contents."""
     if name in graph.initializers:
         return graph.initializers[name]
     tensor = ir.tensor(array, name=name) if isinstance(array, np.ndarray) else array
@@ -62,7 +63,7 @@ def lazy(
     compute: Callable[..., np.ndarray],
     dtype: ir.DataType = ir.DataType.FLOAT,
 ) -> ir.Value:
-    """An initialiser computed from others only when it is written out: the policy's weights never lie in memory
+    """An initializer computed from others only when it is written out: the policy's weights never lie in memory
     together. `compute` gets the sources as numpy arrays, and may return a view: a weight that is transposed twice is
     never copied."""
     tensors = [source.const_value for source in sources]
@@ -75,7 +76,9 @@ def lazy(
     return initializer(graph, name, tensor)
 
 
-def insert_before(node: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], outputs: int = 1, **options) -> list[ir.Value]:
+def insert_before(
+    node: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], outputs: int = 1, **options
+) -> list[ir.Value]:
     """A new node in front of `node`; returns its outputs. `options`: attributes, or domain= and overload=."""
     attributes = {key: value for key, value in options.items() if key not in ("domain", "overload", "name")}
     new = ir.node(

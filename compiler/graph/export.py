@@ -2,7 +2,7 @@
 
 Exported as they are, with masks, the whole last layer and time as an input: what can be simplified is left to the
 passes, where each simplification is a small rewrite with its own test. Weights are not touched here. The model is
-traced with fake tensors, and each initialiser is bound lazily to its tensor in the memory-mapped checkpoint, so a
+traced with fake tensors, and each initializer is bound lazily to its tensor in the memory-mapped checkpoint, so a
 13 GB policy exports in the memory of a small one.
 
     prefix: images [C, 3, 224, 224], image_mask [C], tokens [T], token_mask [T]
@@ -12,6 +12,7 @@ traced with fake tensors, and each initialiser is bound lazily to its tensor in 
 
 C (cameras), T (prompt tokens) and P = 256 C + T are dynamic; float32 throughout.
 """
+
 from __future__ import annotations
 
 import logging
@@ -25,8 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from compiler.model.pi0 import Pi0
-from runtime.config import ModelConfig
+from duq.compiler.model.pi0 import Pi0
+from duq.runtime.config import ModelConfig
 
 OPSET = 23  # the first with Attention and RMSNormalization, and the newest that ONNX Runtime for Python 3.10 loads
 
@@ -75,7 +76,7 @@ class Step(nn.Module):
 
 
 def export(config: ModelConfig, weights: dict[str, Tensor], num_steps: int) -> Graphs:
-    """Traces the model and binds `weights` (canonical names, any float dtype, on disk) to the graphs' initialisers."""
+    """Traces the model and binds `weights` (canonical names, any float dtype, on disk) to the graphs' initializers."""
     graphs = trace(config, num_steps)
     for _, model in graphs.items():
         for name, value in model.graph.initializers.items():
@@ -84,7 +85,7 @@ def export(config: ModelConfig, weights: dict[str, Tensor], num_steps: int) -> G
 
 
 def trace(config: ModelConfig, num_steps: int) -> Graphs:
-    """The graphs of a model of these dimensions, their initialisers without values."""
+    """The graphs of a model of these dimensions, their initializers without values."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = Pi0(config).eval().requires_grad_(False)
         return Graphs(_export_prefix(model), _export_step(model, num_steps), config, num_steps)
@@ -128,7 +129,7 @@ def _to_onnx(module: nn.Module, inputs: dict, outputs: list[str], dynamic: tuple
             dynamic_shapes=dynamic,
             dynamo=True,
             opset_version=OPSET,
-            optimize=False,  # the optimiser would rename the weights of bias-less linears
+            optimize=False,  # the optimizer would rename the weights of bias-less linears
             verbose=False,
         )
     model = program.model

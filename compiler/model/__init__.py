@@ -1,9 +1,10 @@
 """The reference model, and how a checkpoint's weights get into it."""
+
 from __future__ import annotations
 
 import torch
 
-from compiler.model.pi0 import Pi0, timesteps
+from duq.compiler.model.pi0 import Pi0, timesteps
 
 __all__ = ["Pi0", "build_model", "timesteps"]
 

@@ -1,12 +1,13 @@
 """Gemma decoder (arXiv 2403.08295), used twice: as the language model over the prefix and as the action expert."""
+
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compiler.model.layers import AdaptiveRMSNorm, Linear, RMSNorm
-from runtime.config import GemmaConfig
+from duq.compiler.model.layers import AdaptiveRMSNorm, Linear, RMSNorm
+from duq.runtime.config import GemmaConfig
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -83,15 +84,15 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, rotary, mask, past, condition) -> tuple[Tensor, KeyValue]:
-        normalised, gate = self.input_layernorm(x, condition)
-        attention, key_value = self.self_attn(normalised, rotary, mask, past)
+        normalized, gate = self.input_layernorm(x, condition)
+        attention, key_value = self.self_attn(normalized, rotary, mask, past)
         x = gated_residual(x, attention, gate)
-        normalised, gate = self.post_attention_layernorm(x, condition)
-        return gated_residual(x, self.mlp(normalised), gate), key_value
+        normalized, gate = self.post_attention_layernorm(x, condition)
+        return gated_residual(x, self.mlp(normalized), gate), key_value
 
 
 class Gemma(nn.Module):
-    """x [B, T, width] -> (normalised hidden state [B, T, width], keys and values of every layer).
+    """x [B, T, width] -> (normalized hidden state [B, T, width], keys and values of every layer).
 
     Args of forward:
         positions: [B, T] integers for the rotary embedding.

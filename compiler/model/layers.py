@@ -3,6 +3,7 @@
 A full-size pi0 is 6.5 GB in bfloat16 and would be 13 GB in float32. The weights therefore stay as they lie in the
 memory-mapped file, and each layer upcasts its own to float32 when it computes: one temporary at a time.
 """
+
 from __future__ import annotations
 
 import torch
@@ -39,7 +40,7 @@ class AdaptiveRMSNorm(nn.Module):
     """pi0.5's norm: scale, shift and the residual's gate are linear in the time embedding (adaRMS).
 
     Args of forward: x [B, T, width], condition [B, width].
-    Returns: (normalised x * (1 + scale) + shift, gate [B, 1, width]).
+    Returns: (normalized x * (1 + scale) + shift, gate [B, 1, width]).
     """
 
     def __init__(self, width: int):

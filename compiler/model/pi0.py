@@ -4,16 +4,17 @@ A SigLIP tower turns up to three camera images into prefix tokens, a Gemma over 
 prefix into keys and values, and a second, smaller Gemma (the action expert) denoises an action chunk while looking
 at them: ten Euler steps of a flow from noise (t = 1) to actions (t = 0).
 """
+
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compiler.model.gemma import Gemma, KeyValue
-from compiler.model.layers import Linear
-from compiler.model.siglip import SigLIP
-from runtime.config import ModelConfig
+from duq.compiler.model.gemma import Gemma, KeyValue
+from duq.compiler.model.layers import Linear
+from duq.compiler.model.siglip import SigLIP
+from duq.runtime.config import ModelConfig
 
 
 def time_embedding(time: Tensor, width: int) -> Tensor:
@@ -109,8 +110,8 @@ class Pi0(nn.Module):
         noise: Tensor,
         num_steps: int = 10,
     ) -> Tensor:
-        """An action chunk [B, H, A] (normalised) from images [B, C, 3, 224, 224] float32 in [-1, 1], image_mask [B, C],
-        tokens and token_mask [B, T], state [B, A] (normalised, padded) and noise [B, H, A]."""
+        """An action chunk [B, H, A] (normalized) from images [B, C, 3, 224, 224] float32 in [-1, 1], image_mask [B, C],
+        tokens and token_mask [B, T], state [B, A] (normalized, padded) and noise [B, H, A]."""
         mask = torch.cat((image_mask.repeat_interleave(self.config.vision.tokens, dim=1), token_mask), dim=1)
         _, past = self.prefix(self.embed_images(images), tokens, mask)
         x_t = noise

@@ -1,11 +1,12 @@
 """SigLIP vision tower: a pre-norm ViT over 14-pixel patches, no class token (arXiv 2303.15343)."""
+
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compiler.model.layers import LayerNorm, Linear
-from runtime.config import VisionConfig
+from duq.compiler.model.layers import LayerNorm, Linear
+from duq.runtime.config import VisionConfig
 
 
 class Embeddings(nn.Module):

@@ -1,10 +1,11 @@
 """Mixed bits: which linears are worth 8."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from compiler.quant.linears import input_group
-from compiler.quant.pack import LinearPack
+from duq.compiler.quant.linears import input_group
+from duq.compiler.quant.pack import LinearPack
 
 
 def spend_bits(packs: Mapping[str, LinearPack], mean_bits: float) -> dict[str, int]:

@@ -1,4 +1,5 @@
 """Calibration: the reference model runs over observations while hooks watch the inputs of the linears."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
@@ -8,12 +9,12 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from compiler.data import load_calibration, robot_mapping
-from compiler.errors import CalibrationError
-from compiler.quant.linears import input_group
-from runtime.config import ModelConfig
-from runtime.errors import ObservationError
-from runtime.preprocess import ModelInputs, Preprocessor
+from duq.compiler.data import load_calibration, robot_mapping
+from duq.compiler.errors import CalibrationError
+from duq.compiler.quant.linears import input_group
+from duq.runtime.config import ModelConfig
+from duq.runtime.errors import ObservationError
+from duq.runtime.preprocess import ModelInputs, Preprocessor
 
 RESERVOIR_ROWS = 1024
 

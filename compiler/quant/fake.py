@@ -1,4 +1,4 @@
-"""The integer arithmetic of a quantised linear in PyTorch: the oracle of the engines, and the model for studies.
+"""The integer arithmetic of a quantized linear in PyTorch: the oracle of the engines, and the model for studies.
 
 For a linear with pack p and input x::
 
@@ -7,6 +7,7 @@ For a linear with pack p and input x::
     x_q = clamp(round_half_even(x' / s_x), -128, 127)
     y   = ((float(sum_k x_q w_q) * weight_scale) * s_x) R_out + b        the sum is exact
 """
+
 from __future__ import annotations
 
 import copy
@@ -14,10 +15,10 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from compiler.quant.pack import LinearPack
+from duq.compiler.quant.pack import LinearPack
 
 
-def quantise_activations(x: Tensor, activation_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def quantize_activations(x: Tensor, activation_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """x' float32 [..., K] -> (x_q with integer values, as float32 [..., K]; s_x, broadcastable to x').
 
     ``activation_scale`` None means one scale per token from the row itself.
@@ -37,13 +38,13 @@ def integer_matmul(x_q: Tensor, weight_q: Tensor) -> Tensor:
     return (x_q.to(exact) @ weight_q.to(exact).T).to(torch.float32)
 
 
-def quantised_product(x: Tensor, pack: LinearPack, weight_q: Tensor) -> Tensor:
+def quantized_product(x: Tensor, pack: LinearPack, weight_q: Tensor) -> Tensor:
     """x' [..., K] -> y' [..., N], before R_out and bias. ``weight_q`` is the pack's weight as int8 [N, K]."""
     weight_scale = torch.from_numpy(pack.weight_scale).to(x.device)
     if pack.activation_bits == 0:
         return (x @ weight_q.to(torch.float32).T) * weight_scale
     static = None if pack.activation_scale is None else torch.from_numpy(pack.activation_scale).to(x.device)
-    x_q, activation_scale = quantise_activations(x, static)
+    x_q, activation_scale = quantize_activations(x, static)
     if static is not None and static.ndim:  # per-channel: the scale cannot leave the sum, so there are no integers
         return ((x_q * activation_scale) @ weight_q.to(torch.float32).T) * weight_scale
     return (integer_matmul(x_q, weight_q) * weight_scale) * activation_scale
@@ -59,15 +60,15 @@ class IntegerLinear(nn.Module):
         self.bias = None if bias is None else bias.to(torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = quantised_product(self.pack.transform_input(x), self.pack, self.weight_q)
+        y = quantized_product(self.pack.transform_input(x), self.pack, self.weight_q)
         y = self.pack.restore_output(y)
         return y if self.bias is None else y + self.bias
 
 
-def fake_quantise(model: nn.Module, quantization) -> nn.Module:
+def fake_quantize(model: nn.Module, quantization) -> nn.Module:
     """A copy of ``model`` with every packed linear an :class:`IntegerLinear` and the edited float weights in place.
 
-    Tensors that quantisation leaves alone are shared with ``model``, not copied.
+    Tensors that quantization leaves alone are shared with ``model``, not copied.
     """
     tensors = [*model.parameters(), *model.buffers()]
     fake = copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})

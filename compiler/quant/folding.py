@@ -9,6 +9,7 @@ The input of ``down_proj`` and of ``o_proj`` comes out of other linears, through
 What passes costs nothing online; the rest of a transform stays with the linear's pack. SigLIP's fc2 reads gelu(fc1),
 which lets nothing but a permutation pass.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -18,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compiler.quant.calibrate import InputStatistics
-from compiler.quant.recipe import Recipe
-from compiler.quant.transforms import (
+from duq.compiler.quant.calibrate import InputStatistics
+from duq.compiler.quant.recipe import Recipe
+from duq.compiler.quant.transforms import (
     LinearTransform,
     balance,
     block_size_for,
@@ -52,16 +53,14 @@ def input_transform(recipe: Recipe, statistics: InputStatistics, weights: list[T
         energy = _channel_rms(weights)
         permutation = interleaving_permutation(energy) if recipe.permute else np.arange(channels)
         rotation = weight_rotation(torch.cat(weights)[:, permutation], block)
-    return LinearTransform(
-        permutation=permutation if recipe.permute else None, rotation=rotation, block_size=block
-    )
+    return LinearTransform(permutation=permutation if recipe.permute else None, rotation=rotation, block_size=block)
 
 
 def value_transform(inputs: list[tuple[InputStatistics, Tensor]], kv_heads: int, head_dim: int) -> LinearTransform:
     """Balance factors and one Hadamard within a head, for the output of v_proj.
 
     The language model's values are read by its own o_proj and, through the expert's attention, by the expert's. Hence
-    one transform for both, from all o_proj that are quantised: ``inputs`` are the statistics and weight of each.
+    one transform for both, from all o_proj that are quantized: ``inputs`` are the statistics and weight of each.
     """
     logs = []
     for statistics, weight in inputs:  # query heads that share a key and value head lie side by side

@@ -1,19 +1,20 @@
-"""The linears of a policy that can be quantised, and how they hang together."""
+"""The linears of a policy that can be quantized, and how they hang together."""
+
 from __future__ import annotations
 
 import re
 from dataclasses import replace
 
-from compiler.errors import RecipeError
-from compiler.quant.recipe import EVERY_LINEAR, NO_LINEAR, Recipe, openpi_module
-from runtime.config import ModelConfig
+from duq.compiler.errors import RecipeError
+from duq.compiler.quant.recipe import EVERY_LINEAR, NO_LINEAR, Recipe, openpi_module
+from duq.runtime.config import ModelConfig
 
 GEMMA_LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
                  "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
 VISION_LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
 
 
-def quantisable_linears(config: ModelConfig) -> list[str]:
+def quantizable_linears(config: ModelConfig) -> list[str]:
     """Canonical names in the order of execution.
 
     Of the last prefix layer only the keys and values are ever read, so its other linears are not listed.
@@ -30,8 +31,8 @@ def quantisable_linears(config: ModelConfig) -> list[str]:
 
 
 def select_linears(recipe: Recipe, config: ModelConfig) -> dict[str, int]:
-    """Canonical name -> weight bits (4 or 8) of the linears that the recipe quantises."""
-    bits = {name: recipe.bits(name) for name in quantisable_linears(config)}
+    """Canonical name -> weight bits (4 or 8) of the linears that the recipe quantizes."""
+    bits = {name: recipe.bits(name) for name in quantizable_linears(config)}
     return {name: b for name, b in bits.items() if b < 16}
 
 
@@ -40,7 +41,7 @@ def check_selection(recipe: Recipe, config: ModelConfig) -> None:
 
     A mistyped pattern would leave the policy in float, or at other bits. ``--quant none`` says so.
     """
-    names = quantisable_linears(config)
+    names = quantizable_linears(config)
     selection = replace(recipe, weight_bits=4, layer_bits=())
     if recipe.include != NO_LINEAR and not any(selection.bits(name) == 4 for name in names):
         raise RecipeError(

@@ -1,4 +1,4 @@
-"""Packs: the quantised form of one linear, and the npz files of the original scheme which hold them.
+"""Packs: the quantized form of one linear, and the npz files of the original scheme which hold them.
 
 A file has the keys of the original openpi packs: ``perm`` [K], ``Rin_<i>`` and ``Rout_<i>`` [B, B] for the block ids
 in ``R_in_blocks`` and ``R_out_blocks``, ``weight_scale`` [N] and ``meta`` (JSON text). Ours add ``weight_q``,
@@ -6,6 +6,7 @@ in ``R_in_blocks`` and ``R_out_blocks``, ``weight_scale`` [N] and ``meta`` (JSON
 it gives the transform only. Whatever a file holds is checked before it is used: a swapped or damaged pack may still have
 the right shapes, and would move the robot wrongly without a word.
 """
+
 from __future__ import annotations
 
 import json
@@ -14,26 +15,26 @@ from pathlib import Path
 
 import numpy as np
 
-from compiler.errors import PackError
-from compiler.quant.recipe import canonical_module, openpi_module
-from compiler.quant.transforms import LinearTransform
-from plugins.layout import pack_int4, unpack_int4
-from runtime.archives import read_npz
+from duq.compiler.errors import PackError
+from duq.compiler.quant.recipe import canonical_module, openpi_module
+from duq.compiler.quant.transforms import LinearTransform
+from duq.plugins.layout import pack_int4, unpack_int4
+from duq.runtime.archives import read_npz
 
 
 @dataclass(kw_only=True, eq=False)
 class LinearPack(LinearTransform):
-    """One quantised linear y = W x + b: its integers, its scales, and the transform they live in.
+    """One quantized linear y = W x + b: its integers, its scales, and the transform they live in.
 
     Attributes (beside those of :class:`LinearTransform`):
         name: canonical module name.
-        weight_q: W' quantised: INT4 as packed uint8 [N, K/2], INT8 as int8 [N, K].
+        weight_q: W' quantized: INT4 as packed uint8 [N, K/2], INT8 as int8 [N, K].
         weight_bits: 4 or 8.
         weight_scale: float32 [N]; W' is about weight_q * weight_scale[:, None].
         activation_bits: 8, or 0 for float activations.
         activation_scale: None for dynamic per-token, a float32 scalar array for static per-tensor, float32 [K] for
             static per-channel (``reference`` scheme only: it has no integer arithmetic).
-        sqnr_db: signal to quantisation noise of the output on calibration rows that the weights were not fitted to.
+        sqnr_db: signal to quantization noise of the output on calibration rows that the weights were not fitted to.
     """
 
     name: str

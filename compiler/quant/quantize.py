@@ -1,4 +1,5 @@
-"""The quantiser: a checkpoint, a recipe and calibration observations become packs."""
+"""The quantizer: a checkpoint, a recipe and calibration observations become packs."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -9,27 +10,27 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from compiler.quant.auto_bits import spend_bits
-from compiler.quant.calibrate import InputStatistics, calibrate
-from compiler.quant.fake import quantised_product
-from compiler.quant.folding import change_output, fold, input_transform, repeat_for_queries, sibling, value_transform
-from compiler.quant.linears import input_group, select_linears
-from compiler.quant.pack import LinearPack, pack_weight
-from compiler.quant.recipe import Recipe
-from compiler.quant.rounding import round_compensated, round_weights, search_scales
-from compiler.quant.transforms import LinearTransform, block_size_for, weight_rotation
-from runtime.config import ModelConfig
-from runtime.preprocess import ModelInputs
+from duq.compiler.quant.auto_bits import spend_bits
+from duq.compiler.quant.calibrate import InputStatistics, calibrate
+from duq.compiler.quant.fake import quantized_product
+from duq.compiler.quant.folding import change_output, fold, input_transform, repeat_for_queries, sibling, value_transform
+from duq.compiler.quant.linears import input_group, select_linears
+from duq.compiler.quant.pack import LinearPack, pack_weight
+from duq.compiler.quant.recipe import Recipe
+from duq.compiler.quant.rounding import round_compensated, round_weights, search_scales
+from duq.compiler.quant.transforms import LinearTransform, block_size_for, weight_rotation
+from duq.runtime.config import ModelConfig
+from duq.runtime.preprocess import ModelInputs
 
 
 @dataclass
 class Quantization:
-    """What quantisation changes of a policy; everything else stays as the checkpoint has it.
+    """What quantization changes of a policy; everything else stays as the checkpoint has it.
 
     Attributes:
         packs: by canonical module name, in the order of execution.
         float_weights: canonical tensor name -> float32 tensor replacing the checkpoint's: linears that stay in float but
-            absorb a factor of a neighbour's transform, and biases of packed linears which do.
+            absorb a factor of a neighbor's transform, and biases of packed linears which do.
         value_transforms: by layer, the change of basis that the outputs of v_proj of both Gemmas (and so the cached
             values) are in: v' = transform.transform_input(v). o_proj undoes it.
     """
@@ -58,7 +59,7 @@ def quantize(
     progress: Progress,
     transforms: Mapping[str, LinearTransform] | None = None,
 ) -> Quantization:
-    """Calibrates ``model`` (the reference model of ``checkpoint``) on ``inputs`` and quantises what the recipe selects.
+    """Calibrates ``model`` (the reference model of ``checkpoint``) on ``inputs`` and quantizes what the recipe selects.
 
     Everything is computed on the model's device; the result is in main memory.
 
@@ -88,7 +89,7 @@ def quantize_weights(
     progress: Progress,
     transforms: Mapping[str, LinearTransform] | None = None,
 ) -> Quantization:
-    """Quantises ``linears`` (canonical name -> weight bits), one at a time in float32.
+    """Quantizes ``linears`` (canonical name -> weight bits), one at a time in float32.
 
     Args:
         weights: canonical tensor name -> tensor in any float type, on the device to compute on.
@@ -103,7 +104,7 @@ def quantize_weights(
     else:  # packs made elsewhere are taken as they are
         placement = Placement(full=dict(transforms), online=dict(transforms))
     quantization = Quantization(recipe, value_transforms=placement.values)
-    task = progress.add_task("Quantising", total=sum(weights[f"{name}.weight"].numel() for name in linears))
+    task = progress.add_task("Quantizing", total=sum(weights[f"{name}.weight"].numel() for name in linears))
     for name, bits in linears.items():
         edited = in_output_basis(weight(name), placement.outputs.get(name))
         quantization.packs[name] = quantize_linear(
@@ -140,11 +141,11 @@ def place_transforms(weight, config, recipe, linears, statistics, progress) -> P
 
 def _place_value_transform(placement, layer, weight, config, linears, statistics) -> None:
     readers = {f"{stack}.layers.{layer}.self_attn.o_proj": gemma for stack, gemma in _gemmas(config)}
-    quantised = [(statistics[name], weight(name)) for name in readers if name in linears]
-    if not quantised:
+    quantized = [(statistics[name], weight(name)) for name in readers if name in linears]
+    if not quantized:
         return
     heads = config.llm.kv_heads, config.llm.head_dim
-    transform = placement.values[layer] = value_transform(quantised, *heads)
+    transform = placement.values[layer] = value_transform(quantized, *heads)
     for name, gemma in readers.items():
         placement.outputs[sibling(name, "v_proj")] = transform
         placement.full[name] = repeat_for_queries(transform, *heads, gemma.heads)
@@ -185,7 +186,7 @@ def quantize_linear(
         **online.parts(),
     )
     held_out = full.transform_input(statistics.held_out_rows)
-    pack.sqnr_db = sqnr_db(held_out @ weight.T, quantised_product(held_out, pack, integers))
+    pack.sqnr_db = sqnr_db(held_out @ weight.T, quantized_product(held_out, pack, integers))
     return pack
 
 
@@ -198,9 +199,9 @@ def static_activation_scale(x: Tensor, recipe: Recipe) -> np.ndarray | None:
     return (magnitudes.kthvalue(rank, dim=0).values.clamp_min(1e-6) / 127).cpu().numpy()
 
 
-def sqnr_db(signal: Tensor, quantised: Tensor) -> float:
-    """10 log10(|signal|^2 / |signal - quantised|^2)."""
-    power, noise = (float(t.square().sum(dtype=torch.float64)) for t in (signal, signal - quantised))
+def sqnr_db(signal: Tensor, quantized: Tensor) -> float:
+    """10 log10(|signal|^2 / |signal - quantized|^2)."""
+    power, noise = (float(t.square().sum(dtype=torch.float64)) for t in (signal, signal - quantized))
     return float(10 * np.log10(max(power, 1e-300) / max(noise, 1e-300)))
 
 

@@ -1,4 +1,5 @@
-"""What to quantise and how: the recipe, its presets, its file form, and the variables of the original scripts."""
+"""What to quantize and how: the recipe, its presets, its file form, and the variables of the original scripts."""
+
 from __future__ import annotations
 
 import difflib
@@ -9,8 +10,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from compiler.checkpoint.names import canonical_name, openpi_name
-from compiler.errors import RecipeError
+from duq.compiler.checkpoint.names import canonical_name, openpi_name
+from duq.compiler.errors import RecipeError
 
 EVERY_LINEAR = r"\.layers\.|^projector$"
 NO_LINEAR = r"(?!)"
@@ -41,13 +42,13 @@ class Recipe:
 
     Attributes:
         scheme: ``balanced`` (balance factors and block Hadamard), ``duquant`` (zigzag permutation and block rotations
-            from the weights) or ``reference`` (duquant with the original per-channel fake quantisation; not compilable).
-        scope, include, exclude: regular expressions over module names. A linear is quantised when its canonical or its
+            from the weights) or ``reference`` (duquant with the original per-channel fake quantization; not compilable).
+        scope, include, exclude: regular expressions over module names. A linear is quantized when its canonical or its
             openpi name starts with ``scope``, contains ``include`` and, in neither form, contains ``exclude``.
         weight_bits: 4, 8 or 16 (16 leaves the linear in float).
         layer_bits: (pattern, bits) pairs overriding ``weight_bits``; a pattern covers whole components of the name,
             so ``layers.1`` is not ``layers.10``, and the last one that matches counts.
-        auto_bits: mean bits of the quantised weights to spend, 4 to 8: of the 4-bit linears, those get 8 that lose most for
+        auto_bits: mean bits of the quantized weights to spend, 4 to 8: of the 4-bit linears, those get 8 that lose most for
             their size. 0: none do.
         activation_bits: 8, or 0 for float activations.
         activation_scale: ``per-token`` (dynamic) or ``per-tensor`` (calibrated); ``per-channel`` in ``reference`` only.
@@ -104,7 +105,7 @@ class Recipe:
             _compile("layer_bits", pattern)
 
     def bits(self, name: str) -> int:
-        """Weight bits of the linear with this canonical module name; 16 when it is not to be quantised."""
+        """Weight bits of the linear with this canonical module name; 16 when it is not to be quantized."""
         names = (name, openpi_module(name))
         selected = (
             any(re.match(self.scope, n) for n in names)
@@ -121,7 +122,7 @@ class Recipe:
         return {**asdict(self), "layer_bits": dict(self.layer_bits)}
 
     @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> "Recipe":
+    def from_settings(cls, settings: Mapping[str, Any]) -> Recipe:
         """A recipe from any subset of its fields (as :meth:`to_json` writes them); the scheme fills in the rest.
 
         Raises RecipeError for unknown keys and for values of the wrong kind.
@@ -184,9 +185,7 @@ def file_settings(source: str) -> dict[str, Any]:
     """The settings in a recipe file. Keys may be written with hyphens; ``preset`` stands for its selection."""
     path = Path(source)
     if path.suffix not in (".yaml", ".yml", ".toml") or not path.is_file():
-        raise RecipeError(
-            f"{source!r} is neither a preset nor a .yaml or .toml recipe file; {_valid(source, PRESETS)}"
-        )
+        raise RecipeError(f"{source!r} is neither a preset nor a .yaml or .toml recipe file; {_valid(source, PRESETS)}")
     settings = {str(key).replace("-", "_"): value for key, value in _parse(path).items()}
     if "preset" in settings:
         preset = settings.pop("preset")

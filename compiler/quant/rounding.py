@@ -2,6 +2,7 @@
 
 Everything happens in the transformed basis: W' [N, K], rows x' [M, K].
 """
+
 from __future__ import annotations
 
 import warnings
@@ -9,8 +10,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from compiler.quant.transforms import unit_power
-from plugins.errors import DuqWarning
+from duq.compiler.quant.transforms import unit_power
+from duq.plugins.errors import DuqWarning
 
 # A step of the scale that clips the tails of a row buys finer steps for all other weights. Ratios of the scale to the
 # one that clips nothing: first every twentieth, then every hundredth around the best.
@@ -50,19 +51,19 @@ def _search(rows: Tensor, energy: Tensor, bits: int) -> Tensor:
     top, bottom = rows.amax(1), -rows.amin(1)
     widest = torch.maximum(top, bottom).clamp_min(1e-30)
     unclipped = torch.where(top > bottom, -widest, widest) / high
-    normalised = rows / unclipped[:, None]  # in steps of the unclipped scale
-    quantised = torch.empty_like(normalised)
+    normalized = rows / unclipped[:, None]  # in steps of the unclipped scale
+    quantized = torch.empty_like(normalized)
 
     def error(ratio: Tensor) -> Tensor:
-        torch.div(normalised, ratio[:, None], out=quantised).round_().clamp_(low, high).mul_(ratio[:, None])
-        return quantised.sub_(normalised).square_() @ energy
+        torch.div(normalized, ratio[:, None], out=quantized).round_().clamp_(low, high).mul_(ratio[:, None])
+        return quantized.sub_(normalized).square_() @ energy
 
     best_ratio = torch.ones_like(top)
     best_error = torch.full_like(top, torch.inf)
     for ratios in (COARSE, FINE):
-        centre = best_ratio.clone() if ratios is FINE else torch.zeros_like(top)
+        center = best_ratio.clone() if ratios is FINE else torch.zeros_like(top)
         for ratio in ratios:
-            candidate = centre + ratio
+            candidate = center + ratio
             e = error(candidate)
             better = e < best_error
             best_error = torch.where(better, e, best_error)
@@ -79,7 +80,7 @@ def round_compensated(
 ) -> Tensor:
     """GPTQ (arXiv 2210.17323): each column's rounding error is made up for by the columns after it.
 
-    Minimises |x' (W' - scale q)^T|^2 + damping * mean_k |x'_k|^2 |W' - scale q|^2 greedily, column by column. Columns
+    Minimizes |x' (W' - scale q)^T|^2 + damping * mean_k |x'_k|^2 |W' - scale q|^2 greedily, column by column. Columns
     compensate each other within segments of 4096, which bounds the Hessian of the widest linears to 64 MB.
 
     Args:
@@ -94,17 +95,17 @@ def round_compensated(
 def _compensate(weight: Tensor, scale: Tensor, factor: Tensor, bits: int) -> Tensor:
     low, high = integer_range(bits)
     columns = weight.T.contiguous()  # [K, N]: a column of W' is a contiguous row here
-    quantised = torch.empty_like(columns, dtype=torch.int8)
+    quantized = torch.empty_like(columns, dtype=torch.int8)
     for start in range(0, len(columns), LAZY):
         end = min(start + LAZY, len(columns))
         block, errors = columns[start:end], torch.empty_like(columns[start:end])
         for i, k in enumerate(range(start, end)):
             q = torch.round(block[i] / scale).clamp_(low, high)
-            quantised[k] = q.to(torch.int8)
+            quantized[k] = q.to(torch.int8)
             errors[i] = (block[i] - q * scale) / factor[k, k]
             block[i + 1 :].addr_(factor[k, k + 1 : end], errors[i], alpha=-1)
         columns[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
-    return quantised.T.contiguous()
+    return quantized.T.contiguous()
 
 
 def _inverse_factor(x: Tensor, damping: float, name: str) -> Tensor:

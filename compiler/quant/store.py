@@ -1,7 +1,8 @@
-"""A directory of packs: one npz for each linear, ``recipe.json``, and the float tensors that quantisation edits.
+"""A directory of packs: one npz for each linear, ``recipe.json``, and the float tensors that quantization edits.
 
 A directory without ``recipe.json`` holds packs of the original scripts: transforms only, under openpi's module names.
 """
+
 from __future__ import annotations
 
 import json
@@ -19,13 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 
-from compiler.errors import PackError, RecipeError
-from compiler.quant.linears import select_linears
-from compiler.quant.pack import LinearPack, load_pack, save_pack
-from compiler.quant.quantize import Quantization
-from compiler.quant.recipe import SELECTION, Recipe
-from compiler.quant.transforms import LinearTransform
-from runtime.config import ModelConfig
+from duq.compiler.errors import PackError, RecipeError
+from duq.compiler.quant.linears import select_linears
+from duq.compiler.quant.pack import LinearPack, load_pack, save_pack
+from duq.compiler.quant.quantize import Quantization
+from duq.compiler.quant.recipe import SELECTION, Recipe
+from duq.compiler.quant.transforms import LinearTransform
+from duq.runtime.config import ModelConfig
 
 FORMAT_VERSION = 1
 RECIPE, FLOAT_WEIGHTS, VALUE_SCALES = "recipe.json", "float_weights.safetensors", "value_scales.safetensors"
@@ -75,16 +76,16 @@ def load_quantization(directory: Path, checkpoint) -> Quantization:
     description = _description(directory)
     recipe, linears = _recipe(directory, description), description["linears"]
     if description["checkpoint_fingerprint"] != checkpoint.fingerprint:
-        raise PackError(f"{directory} was made from another checkpoint than {checkpoint.path}; quantise again")
+        raise PackError(f"{directory} was made from another checkpoint than {checkpoint.path}; quantize again")
     _check_files(directory, linears)
     packs = {name: load_pack(directory, name, _shape(checkpoint, name)) for name in linears}
     for name, pack in packs.items():
         if not isinstance(pack, LinearPack):
-            raise PackError(f"{directory / name}.npz holds no integer weights; quantise again")
+            raise PackError(f"{directory / name}.npz holds no integer weights; quantize again")
     try:
         float_weights, value_transforms = load_file(directory / FLOAT_WEIGHTS), _load_value_transforms(directory)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise PackError(f"{directory}: {error}; quantise again") from error
+        raise PackError(f"{directory}: {error}; quantize again") from error
     _check_float_weights(directory, float_weights, checkpoint)
     _check_value_transforms(directory, value_transforms, checkpoint)
     return Quantization(recipe, packs, float_weights, value_transforms)
@@ -123,7 +124,7 @@ def _description(directory: Path) -> dict:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PackError(f"{directory / RECIPE} is not readable: {error}") from error
     if version != FORMAT_VERSION:
-        raise PackError(f"{directory} has packs of format {version}, this duq reads {FORMAT_VERSION}; quantise again")
+        raise PackError(f"{directory} has packs of format {version}, this duq reads {FORMAT_VERSION}; quantize again")
     if wrong:
         raise PackError(f"{directory / RECIPE} is not readable: {wrong[0]} is no {kinds[wrong[0]].__name__}")
     return description
@@ -133,21 +134,21 @@ def _recipe(directory: Path, description: dict) -> Recipe:
     try:
         return Recipe.from_settings(description["recipe"])
     except RecipeError as error:
-        raise PackError(f"{directory / RECIPE} is not readable: {error}; quantise again") from error
+        raise PackError(f"{directory / RECIPE} is not readable: {error}; quantize again") from error
 
 
 def _check_files(directory: Path, linears: list) -> None:
     """PackError unless the directory has a pack of each linear that recipe.json lists, and of no other."""
     listed, found = {str(name) for name in linears}, {file.stem for file in directory.glob("*.npz")}
     if len(listed) < len(linears):
-        raise PackError(f"{directory / RECIPE} lists a linear twice; quantise again")
+        raise PackError(f"{directory / RECIPE} lists a linear twice; quantize again")
     for names, what in (
         (listed - found, "has no pack for"),
         (found - listed, f"holds packs that {RECIPE} does not list:"),
     ):
         if names:
             shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise PackError(f"{directory} {what} {shown}; copy the directory whole or quantise again")
+            raise PackError(f"{directory} {what} {shown}; copy the directory whole or quantize again")
 
 
 def _check_float_weights(directory: Path, weights: dict[str, torch.Tensor], checkpoint) -> None:
@@ -157,7 +158,7 @@ def _check_float_weights(directory: Path, weights: dict[str, torch.Tensor], chec
             there = "does not have it" if original is None else f"has {list(original.shape)}"
             raise PackError(f"{directory / FLOAT_WEIGHTS}: {name} is {list(tensor.shape)}, but {checkpoint.path} {there}")
         if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise PackError(f"{directory / FLOAT_WEIGHTS}: {name} is {tensor.dtype} or not finite; quantise again")
+            raise PackError(f"{directory / FLOAT_WEIGHTS}: {name} is {tensor.dtype} or not finite; quantize again")
 
 
 def _check_value_transforms(directory: Path, transforms: dict[int, LinearTransform], checkpoint) -> None:
@@ -169,7 +170,7 @@ def _check_value_transforms(directory: Path, transforms: dict[int, LinearTransfo
         if not good or not 0 <= layer < gemma.depth or block < 1 or block & (block - 1) or channels % block:
             raise PackError(
                 f"{directory / VALUE_SCALES}: layer {layer} has {scale.dtype} {list(scale.shape)} in blocks of {block}; "
-                f"expected positive float32 [{channels}] for layers 0 to {gemma.depth - 1}; quantise again"
+                f"expected positive float32 [{channels}] for layers 0 to {gemma.depth - 1}; quantize again"
             )
 
 

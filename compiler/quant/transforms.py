@@ -1,8 +1,9 @@
-"""Changes of basis around a linear that leave its function unchanged but make it easier to quantise.
+"""Changes of basis around a linear that leave its function unchanged but make it easier to quantize.
 
-For y = W x, a :class:`LinearTransform` quantises x' = (x * s)[P] R and W' = R_out (W / s)[:, P] R instead, with R and
+For y = W x, a :class:`LinearTransform` quantizes x' = (x * s)[P] R and W' = R_out (W / s)[:, P] R instead, with R and
 R_out orthogonal and block-diagonal, so that x' W'^T R_out = x W^T. docs/quantization.md derives where each factor goes.
 """
+
 from __future__ import annotations
 
 import math
@@ -95,7 +96,7 @@ def block_size_for(channels: int, block_size: int) -> int:
 def balance(input_rms: Tensor, weight_rms: Tensor) -> Tensor:
     """d = sqrt(rms(x) / rms(W)) per input channel, float32 [K]: x / d and W d then share the spread equally.
 
-    Normalised to a geometric mean of 1 over the live channels. Channels that calibration or the weights leave (nearly)
+    Normalized to a geometric mean of 1 over the live channels. Channels that calibration or the weights leave (nearly)
     dead get the factor at the floor of 1e-4 of the root mean square instead of 0 or infinity.
     """
     ratio = _floored(input_rms) / _floored(weight_rms)

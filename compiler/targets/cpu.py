@@ -3,6 +3,7 @@
 The graphs refer to their weights by offset into the plan file itself, so that ONNX Runtime maps them from there: a
 13 GB policy opens without reading 13 GB, and what prefix and step share is stored once.
 """
+
 from __future__ import annotations
 
 from collections import Counter
@@ -10,12 +11,12 @@ from collections import Counter
 import onnx_ir as ir
 from rich.progress import Progress
 
-from compiler.graph.export import Graphs
-from plugins import ops
-from runtime.executors.cpu import PLAN_FILE
-from runtime.plan import PlanWriter
+from duq.compiler.graph.export import Graphs
+from duq.plugins import ops
+from duq.runtime.executors.cpu import PLAN_FILE
+from duq.runtime.plan import PlanWriter
 
-INLINE_BYTES = 1024  # smaller initialisers (shapes, scalars) stay inside the graph
+INLINE_BYTES = 1024  # smaller initializers (shapes, scalars) stay inside the graph
 
 
 def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options) -> dict:

@@ -1,4 +1,5 @@
 """The robot's side of deployment.py: `infer`, as openpi's client has it, which outlives replicas."""
+
 from __future__ import annotations
 
 import http.client
@@ -7,7 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 
-from runtime.messages import pack, unpack
+from duq.runtime.messages import pack, unpack
 
 
 class RayServeClient:

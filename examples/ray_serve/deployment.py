@@ -6,6 +6,7 @@ POST an observation, get its actions; both are the messages of the websocket ser
 that a stranger sends is unpickled. What is wrong with a request is answered in words: 400 no such message, 422 an
 observation that does not fit the policy.
 """
+
 import asyncio
 import time
 from collections.abc import Callable
@@ -16,9 +17,9 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from runtime import Policy
-from runtime.errors import MessageError, ObservationError
-from runtime.messages import pack, unpack
+from duq.runtime import Policy
+from duq.runtime.errors import MessageError, ObservationError
+from duq.runtime.messages import pack, unpack
 
 
 @serve.deployment(

@@ -27,7 +27,7 @@
 //   a[0]: row g, columns 2 t, 2 t + 1;  a[1]: row g + 8;  a[2], a[3]: the same, columns + 8
 //   b0: rows 2 t, 2 t + 1 of column g;  b1: rows + 8
 //   d[0], d[1]: row g, columns 2 t, 2 t + 1;  d[2], d[3]: row g + 8
-// so that d of two neighbouring tiles of 8 columns is, as bf16, an a.
+// so that d of two neighboring tiles of 8 columns is, as bf16, an a.
 __device__ inline void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])

@@ -146,7 +146,7 @@ __device__ inline float gelu_tanh(float g) {
 }
 
 // What a sum of products of integers stands for, float32 in this order.
-__device__ inline float dequantised(int sum, float weight_scale, float x_scale) {
+__device__ inline float dequantized(int sum, float weight_scale, float x_scale) {
   return __fmul_rn(__fmul_rn(__int2float_rn(sum), weight_scale), x_scale);
 }
 
@@ -160,7 +160,7 @@ struct ForNorm {
   const float* gain;
   float* squares;
 
-  // Channels n..n + 3 of a token; four neighbouring lanes have 16 channels.
+  // Channels n..n + 3 of a token; four neighboring lanes have 16 channels.
   __device__ void store(int token, int n, int channels, const float (&v)[4]) const {
     if (!x) return;
     float4 factor = {1, 1, 1, 1};
@@ -175,7 +175,7 @@ struct ForNorm {
   }
 };
 
-// y = dequantised(acc, weight_scale[n], x_scale[m]) (+ bias[n]) (+ residual[m, n]), float32 in this order, one rounding
+// y = dequantized(acc, weight_scale[n], x_scale[m]) (+ bias[n]) (+ residual[m, n]), float32 in this order, one rounding
 // at the end. bias and residual may be null; residual may be y itself. Out = int stores acc.
 //
 // FINISH is NONE, or with no residual GELU: gelu_tanh of that; or GEGLU: the rows of every 16 are 8 of the gate and the 8
@@ -251,7 +251,7 @@ template <int BITS, int FINISH, class Out> struct Epilogue {
   }
 
   __device__ float biased(int acc, float scale, float token_scale, float add) const {
-    const float value = dequantised(BITS == 4 ? acc >> 4 : acc, scale, token_scale);
+    const float value = dequantized(BITS == 4 ? acc >> 4 : acc, scale, token_scale);
     return bias ? __fadd_rn(value, add) : value;
   }
 };

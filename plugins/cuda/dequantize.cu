@@ -1,7 +1,7 @@
-// INT32 sums of a quantised linear -> float: the epilogue behind a GEMM that has none of its own (BitBLAS's), and of an
+// INT32 sums of a quantized linear -> float: the epilogue behind a GEMM that has none of its own (BitBLAS's), and of an
 // output rotation, which no GEMM has.
 //
-//   y'[m, n] = dequantised(acc[m, n], weight_scale[n], x_scale[m])
+//   y'[m, n] = dequantized(acc[m, n], weight_scale[n], x_scale[m])
 //   y        = finish((y' @ blockdiag(rotation) + bias) * gate[n]) + residual[m, n]      one rounding to Out at the end
 //
 // x_scale is one number a token (scale_stride 1) or one for all (0). rotation is [N / block, block, block]; bias, gate and
@@ -34,7 +34,7 @@ dequantize(const int* acc, const float* x_scale, const float* weight_scale, cons
     if (inside) {
       const Four<int> sums = load_fresh(reinterpret_cast<const Four<int>*>(acc + size_t(token) * rows + n));
       const Four<float> scale = four(weight_scale + n);
-      for (int i = 0; i < 4; ++i) v[part][i] = dequantised(sums.v[i], scale.v[i], of_token);
+      for (int i = 0; i < 4; ++i) v[part][i] = dequantized(sums.v[i], scale.v[i], of_token);
     }
     if constexpr (ROTATE)
       *reinterpret_cast<float4*>(chunks[part] + 4 * threadIdx.x) = {v[part][0], v[part][1], v[part][2], v[part][3]};

@@ -7,7 +7,7 @@
 //   y       [cameras * (size / PATCH)^2, pitch] of byte / 127.5 - 1; column (c * PATCH + row) * PATCH + column, the order of a
 //           convolution weight [out, 3, PATCH, PATCH]; zeros from 3 PATCH^2 on. pitch is even
 //
-// grid (patches of an image, cameras), any block. A thread takes two neighbouring pixels, three 2-byte loads (PATCH is
+// grid (patches of an image, cameras), any block. A thread takes two neighboring pixels, three 2-byte loads (PATCH is
 // even, and a patch begins at any even byte), to a word of each of the three planes.
 template <int PATCH> __global__ void patches(const unsigned char* images, Bf16* y, int size, int pitch) {
   static_assert(PATCH % 2 == 0);

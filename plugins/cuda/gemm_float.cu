@@ -196,7 +196,7 @@ gemm_float(const Bf16* x, const float* squares, const uint4* weight, const float
   };
 
   // Pieces of 16 bytes, PIECES a token. The 16 channels of a tile are a unit; unit u of a token stands at u ^ (token %
-  // SPREAD), so that reads of neighbouring tokens find different banks.
+  // SPREAD), so that reads of neighboring tokens find different banks.
   constexpr int PIECES = ROW / 16, UNIT = ROW / TILES, SPREAD = 128 / UNIT, AT_ONCE = 32 / PIECES;  // tokens
   static_assert(AT_ONCE % SPREAD == 0);
   const int token_of_lane = lane / PIECES, piece = lane % PIECES, place = piece ^ token_of_lane % SPREAD * (UNIT / 16);

@@ -8,7 +8,7 @@
 #pragma once
 #include "cluster.cuh"
 
-// 8 x 8 values of 16 bits, two neighbours of a row a lane as in mma's operands, to 8 rows of shared memory, transposed.
+// 8 x 8 values of 16 bits, two neighbors of a row a lane as in mma's operands, to 8 rows of shared memory, transposed.
 __device__ inline void store_transposed(unsigned to, unsigned pair) {
   asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(to), "r"(pair) : "memory");
 }
@@ -63,7 +63,7 @@ __device__ inline void store_group_tile(const int (&acc)[TOKENS8][4], int* stagi
       scales.of(j, of_token);
       for (int half = 0; half < 2; ++half)
         for (int odd = 0; odd < 2; ++odd)
-          v[half][odd] = __fadd_rn(dequantised(acc[j][2 * half + odd], scale[half], of_token[odd]), bias[half]);
+          v[half][odd] = __fadd_rn(dequantized(acc[j][2 * half + odd], scale[half], of_token[odd]), bias[half]);
       if constexpr (PARTS == 2)
         store_transposed(target[0] + (j - first) * BYTES,
                          pack2<Out>(gelu_tanh(v[0][0]) * v[1][0], gelu_tanh(v[0][1]) * v[1][1]));

@@ -1,4 +1,4 @@
-// LayerNorm (CENTRE) or RMSNorm of the rows of a matrix.
+// LayerNorm (CENTER) or RMSNorm of the rows of a matrix.
 //
 //   n = (x - mean) / sqrt(variance + epsilon), or x / sqrt(mean of squares + epsilon);  y = n (* gain) (+ shift)
 //
@@ -6,11 +6,11 @@
 //   gain, shift  [depth] float32 constants, may be null
 //
 // One block a token; a thread holds VECTORS times 8 consecutive channels, so the row never leaves the registers and the
-// variance is that of centred values. depth and strides are multiples of 8.
+// variance is that of centered values. depth and strides are multiples of 8.
 // grid tokens, block a multiple of 32 with VECTORS * 8 * block >= depth.
 #include "row.cuh"
 
-template <class In, class Out, bool CENTRE, int VECTORS>
+template <class In, class Out, bool CENTER, int VECTORS>
 __global__ void __launch_bounds__(512)
 normalize(const In* x, const float* gain, const float* shift, Out* y, int depth, int x_stride, int y_stride,
           float epsilon) {
@@ -33,7 +33,7 @@ normalize(const In* x, const float* gain, const float* shift, Out* y, int depth,
   for (int n = 0; n < VECTORS; ++n)
     if (channel(n) < depth) convert(load(row + channel(n)), v[n]);
 
-  if (CENTRE) {
+  if (CENTER) {
     float sum = 0;
 #pragma unroll
     for (int n = 0; n < VECTORS; ++n)

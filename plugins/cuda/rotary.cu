@@ -9,7 +9,7 @@
 // grid tokens, block (HEADS + 2) DIMS / 16.
 #include "common.cuh"
 
-// Two pairs (first, second) -> (first cos - second sin, second cos + first sin), each word two neighbouring channels.
+// Two pairs (first, second) -> (first cos - second sin, second cos + first sin), each word two neighboring channels.
 __device__ inline void rotate(unsigned& first, unsigned& second, const float* c, const float* s) {
   const float a[2] = {__uint_as_float(first << 16), __uint_as_float(first & 0xFFFF0000u)};
   const float b[2] = {__uint_as_float(second << 16), __uint_as_float(second & 0xFFFF0000u)};

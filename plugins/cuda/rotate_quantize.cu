@@ -1,4 +1,4 @@
-// Float activations -> INT8 activations and one scale a token: the prologue of every group of quantised linears.
+// Float activations -> INT8 activations and one scale a token: the prologue of every group of quantized linears.
 //
 //   source     x[K], or RMSNorm(x) or LayerNorm(x) (* gain) (+ shift), or gelu_tanh(gate) * up of a row [gate K, up K]
 //   x'         = (source * input_scale)[permutation] @ blockdiag(rotation)
@@ -31,7 +31,7 @@ template <class T> __device__ inline Eight<T> load8(const T* row, const int* per
   return out;
 }
 
-// Multiplies the BLOCK channels that lie in this thread and its neighbours by H, Sylvester order.
+// Multiplies the BLOCK channels that lie in this thread and its neighbors by H, Sylvester order.
 template <int BLOCK> __device__ inline void hadamard(float (&v)[8]) {
 #pragma unroll
   for (int stride = 1; stride < 8; stride *= 2)
@@ -97,8 +97,8 @@ rotate_quantize(const In* x, const float* gain, const float* shift, const float*
       for (int i = 0; i < 8; ++i) v[n][i] = gelu_tanh(v[n][i]) * to_float(second[n].v[i]);
   }
 
-  constexpr bool NORMALISED = SOURCE == RMS_NORM || SOURCE == LAYER_NORM;
-  float normalise = 1;
+  constexpr bool NORMALIZED = SOURCE == RMS_NORM || SOURCE == LAYER_NORM;
+  float normalize = 1;
   if constexpr (SOURCE == LAYER_NORM) {
     float sum = 0;
 #pragma unroll
@@ -110,20 +110,20 @@ rotate_quantize(const In* x, const float* gain, const float* shift, const float*
       if (channel(n) < depth)
         for (int i = 0; i < 8; ++i) v[n][i] -= mean;
   }
-  if (NORMALISED) {
+  if (NORMALIZED) {
     float squares = 0;
 #pragma unroll
     for (int n = 0; n < VECTORS; ++n)
       for (int i = 0; i < 8; ++i) squares = fmaf(v[n][i], v[n][i], squares);
-    normalise = __frsqrt_rn(sum_of_block(squares) * inverse_depth + epsilon);
+    normalize = __frsqrt_rn(sum_of_block(squares) * inverse_depth + epsilon);
   }
 
   float absmax = 0;
 #pragma unroll
   for (int n = 0; n < VECTORS; ++n) {
     const int k = channel(n);
-    if (NORMALISED)
-      for (int i = 0; i < 8; ++i) v[n][i] = __fmul_rn(v[n][i], normalise);
+    if (NORMALIZED)
+      for (int i = 0; i < 8; ++i) v[n][i] = __fmul_rn(v[n][i], normalize);
     if (gain) {
       const Eight<float> f = EARLY ? factors[0] : load_factor(gain, n);
       for (int i = 0; i < 8; ++i) v[n][i] = __fmul_rn(v[n][i], f.v[i]);

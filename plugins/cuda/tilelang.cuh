@@ -25,7 +25,7 @@ template <int BYTES> __device__ inline void cp_async_gs(const void* to, const vo
   cp_async_gs_conditional<BYTES>(to, from, true);
 }
 
-// The order of thread blocks: panels of WIDTH rows of blocks, walked back and forth, so that neighbours share operands.
+// The order of thread blocks: panels of WIDTH rows of blocks, walked back and forth, so that neighbors share operands.
 template <int WIDTH> __device__ inline dim3 rasterization2DRow() {
   const unsigned block = blockIdx.x + blockIdx.y * gridDim.x;
   const unsigned panel_blocks = WIDTH * gridDim.x, panel = block / panel_blocks, within = block % panel_blocks;
@@ -42,7 +42,7 @@ __device__ inline void decode_int4(const signed char (&packed)[8], signed char (
   const uint2 words = *reinterpret_cast<const uint2*>(packed);
   uint4 out;
   auto widen = [](unsigned word, unsigned& first, unsigned& second) {
-    // (u | 128) - 8 borrows from no neighbour; its upper bit is set where u - 8 is not negative.
+    // (u | 128) - 8 borrows from no neighbor; its upper bit is set where u - 8 is not negative.
     const unsigned low = (((word & 0x0F0F0F0Fu) | 0x80808080u) - 0x08080808u) ^ 0x80808080u;
     const unsigned high = ((((word >> 4) & 0x0F0F0F0Fu) | 0x80808080u) - 0x08080808u) ^ 0x80808080u;
     first = __byte_perm(low, high, 0x5140);

@@ -1,16 +1,17 @@
 """What runs a plan: one executor for each target."""
+
 from __future__ import annotations
 
 import importlib
 
-from runtime.errors import PlanError
-from runtime.plan import Plan
+from duq.runtime.errors import PlanError
+from duq.runtime.plan import Plan
 
 # target -> (module, class). Imported when a plan asks for it: each needs an engine library of its own.
 EXECUTORS = {
-    "cpu": ("runtime.executors.cpu", "CpuExecutor"),
-    "cuda": ("runtime.executors.cuda", "CudaExecutor"),
-    "tensorrt": ("runtime.executors.tensorrt", "TensorRTExecutor"),
+    "cpu": ("duq.runtime.executors.cpu", "CpuExecutor"),
+    "cuda": ("duq.runtime.executors.cuda", "CudaExecutor"),
+    "tensorrt": ("duq.runtime.executors.tensorrt", "TensorRTExecutor"),
 }
 
 

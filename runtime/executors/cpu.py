@@ -1,4 +1,5 @@
 """Runs a `cpu` plan with ONNX Runtime: one prefix graph, then the step graph for every denoising step."""
+
 from __future__ import annotations
 
 import os
@@ -9,10 +10,10 @@ import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as onnxruntime_errors
 
-from runtime.config import IMAGE_SLOTS
-from runtime.errors import PlanError
-from runtime.plan import Plan
-from runtime.preprocess import ModelInputs
+from duq.runtime.config import IMAGE_SLOTS
+from duq.runtime.errors import PlanError
+from duq.runtime.plan import Plan
+from duq.runtime.preprocess import ModelInputs
 
 _SESSION_ERRORS = (
     onnxruntime_errors.Fail,
@@ -50,7 +51,7 @@ class CpuExecutor:
         self.run(inputs, np.zeros((config["action_horizon"], config["action_dim"]), np.float32))
 
     def run(self, inputs: ModelInputs, noise: np.ndarray, trace: dict | None = None) -> tuple[np.ndarray, dict]:
-        """Denoises `noise` float32 [H, A] into normalised actions [H, A]; returns them with the stages' milliseconds.
+        """Denoises `noise` float32 [H, A] into normalized actions [H, A]; returns them with the stages' milliseconds.
 
         trace: if given, receives what the stages produced, as numpy: "image_features", "key.0", ..., and "x", the
         states of the flow [num_steps + 1, H, A].

@@ -4,6 +4,7 @@ A graph holds a whole call: one copy of the observation to the device, the prefi
 actions back. There is one for each number of cameras and prompt size of the plan, recorded when first needed. How many
 prompt tokens are real is a number in device memory, so that prompts of one size share a graph.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -14,12 +15,12 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from plugins import driver
-from plugins.cublas import WORKSPACE_BYTES, CublasLt, Problem
-from plugins.kernels import Cubin
-from runtime.errors import PlanError
-from runtime.plan import Plan
-from runtime.preprocess import ModelInputs
+from duq.plugins import driver
+from duq.plugins.cublas import WORKSPACE_BYTES, CublasLt, Problem
+from duq.plugins.kernels import Cubin
+from duq.runtime.errors import PlanError
+from duq.runtime.plan import Plan
+from duq.runtime.preprocess import ModelInputs
 
 SCHEDULE_VERSION = 3  # of what a plan's schedule says and how; 1 had images as floats, 2 no first step beside the prefix
 STAGING_BYTES = 64 << 20
@@ -88,7 +89,7 @@ class CudaExecutor:
             self._stream.synchronize()
 
     def run(self, inputs: ModelInputs, noise: np.ndarray, trace: dict | None = None) -> tuple[np.ndarray, dict]:
-        """Denoises `noise` float32 [H, A] into normalised actions [H, A]; returns them with milliseconds: on the GPU
+        """Denoises `noise` float32 [H, A] into normalized actions [H, A]; returns them with milliseconds: on the GPU
         "prefix_ms", beside which most of the first step runs, and "denoise_ms", all steps' rest; on the host "stage_ms",
         "launch_ms" and "wait_ms", which has those two in it.
 
@@ -124,7 +125,9 @@ class CudaExecutor:
         cameras = int(inputs.image_mask.sum())
         size = min((size for size in self._variants if size[0] == cameras and size[1] >= len(tokens)), default=None)
         if size is None:
-            raise PlanError(f"{self._plan.path}: is not for {cameras} cameras and {len(tokens)} prompt tokens; compile again")
+            raise PlanError(
+                f"{self._plan.path}: is not for {cameras} cameras and {len(tokens)} prompt tokens; compile again"
+            )
         into = self._inputs(self._variants[size])
         images = into["images"].view(self._pixel).reshape(cameras, *inputs.images.shape[1:])
         for image, slot in zip(images, np.flatnonzero(inputs.image_mask)):
@@ -195,7 +198,9 @@ class CudaExecutor:
     def _graph(self, size: tuple[int, int]) -> driver.Graph:
         if size not in self._graphs:
             self._prepare_library(self._variants[size])
-            self._graphs[size] = self._stream.capture(lambda: self._follow(self._variants[size], driver.Event.record_in_graph))
+            self._graphs[size] = self._stream.capture(
+                lambda: self._follow(self._variants[size], driver.Event.record_in_graph)
+            )
         return self._graphs[size]
 
     def _prepare_library(self, variant: dict) -> None:
@@ -209,7 +214,12 @@ class CudaExecutor:
         self._prepare_library(variant)
         found: dict[str, np.ndarray] = {}
         flow = [noise]
-        of_x = {"offset": variant["inputs"]["x"][0], "rows": len(noise), "columns": noise.shape[1], "stride": noise.shape[1]}
+        of_x = {
+            "offset": variant["inputs"]["x"][0],
+            "rows": len(noise),
+            "columns": noise.shape[1],
+            "stride": noise.shape[1],
+        }
 
         def after_launch(program: str, launch: dict, stream: driver.Stream) -> None:
             for name, output in variant["outputs"].items():
@@ -328,9 +338,7 @@ def _schedule(plan: Plan, sm: int) -> dict:
     name = f"schedule/sm{sm}.json"
     if name not in plan.names:
         made_for = ", ".join(str(each) for each in plan.manifest["sm"])
-        raise PlanError(
-            f"{plan.path}: is made for SM {made_for}, this machine's GPU is SM {sm}; compile it with --sm {sm}"
-        )
+        raise PlanError(f"{plan.path}: is made for SM {made_for}, this machine's GPU is SM {sm}; compile it with --sm {sm}")
     schedule = json.loads(bytes(plan.read(name)))
     if (version := schedule.get("version", 1)) != SCHEDULE_VERSION:
         raise PlanError(
@@ -362,7 +370,9 @@ def _check_memory(plan: Plan, needed: int) -> None:
         )
 
 
-def _upload_weights(plan: Plan, weights: dict[str, list[int]], stream: driver.Stream) -> tuple[driver.Memory, dict[str, int]]:
+def _upload_weights(
+    plan: Plan, weights: dict[str, list[int]], stream: driver.Stream
+) -> tuple[driver.Memory, dict[str, int]]:
     """All weights in one block of device memory, by way of two pieces of pinned memory: one fills while one is copied."""
     end = max(offset + size for offset, size in weights.values())
     block = driver.Memory(end)

@@ -1,8 +1,9 @@
 """Runs a `tensorrt` plan: its engines, recorded once for each size of observation in a CUDA graph of the whole call.
 
-`TensorRTExecutor` opens the plan and deserialises its engines; `Calls` does the rest: memory, bindings, recording, replay.
+`TensorRTExecutor` opens the plan and deserializes its engines; `Calls` does the rest: memory, bindings, recording, replay.
 `Calls` knows an engine only by `bind` and `enqueue`, so that it can be tested on GPUs that TensorRT-RTX does not serve.
 """
+
 from __future__ import annotations
 
 import json
@@ -12,12 +13,12 @@ from typing import Protocol
 
 import numpy as np
 
-from plugins import driver, trt
-from plugins.kernels import Cubin
-from plugins.nodes import KernelName, Kernels
-from runtime.errors import PlanError
-from runtime.plan import Plan
-from runtime.preprocess import ModelInputs
+from duq.plugins import driver, trt
+from duq.plugins.kernels import Cubin
+from duq.plugins.nodes import KernelName, Kernels
+from duq.runtime.errors import PlanError
+from duq.runtime.plan import Plan
+from duq.runtime.preprocess import ModelInputs
 
 ALIGNMENT = 256
 # Of what plugins store in an engine and pass to the plan's kernels, which are compiled with them; 1 passed fewer arguments.
@@ -41,7 +42,7 @@ class Engine(Protocol):
 class TensorRTExecutor:
     """Args: plan: opened, target "tensorrt", for the SM of this machine's GPU; threads: of no use here.
 
-    Raises PlanError where the plan is for another SM, another flavour or version of TensorRT or other plugins than these,
+    Raises PlanError where the plan is for another SM, another flavor or version of TensorRT or other plugins than these,
     KernelError where a wheel or the driver is missing.
     """
 
@@ -63,7 +64,7 @@ class TensorRTExecutor:
         self._calls.warmup()
 
     def run(self, inputs: ModelInputs, noise: np.ndarray) -> tuple[np.ndarray, dict]:
-        """Denoises `noise` float32 [H, A] into normalised actions [H, A]; returns them with the stages' milliseconds."""
+        """Denoises `noise` float32 [H, A] into normalized actions [H, A]; returns them with the stages' milliseconds."""
         driver.open_device()  # the caller may be another thread than the one that loaded the plan
         return self._calls.run(inputs, noise)
 
@@ -86,8 +87,8 @@ def check_plugins(plan: Plan, section: dict) -> None:
 
 
 def check_library(plan: Plan, section: dict) -> None:
-    """An engine is for the flavour and version of TensorRT that built it."""
-    built, here = (section["flavour"], section["version"]), (trt.flavour(), trt.library().__version__)
+    """An engine is for the flavor and version of TensorRT that built it."""
+    built, here = (section["flavor"], section["version"]), (trt.flavor(), trt.library().__version__)
     if built != here:
         raise PlanError(
             f"{plan.path}: is built with {' '.join(built)}, this machine has {' '.join(here)}; install that version, or "
@@ -105,7 +106,7 @@ def kernels_of(plan: Plan, sm: int) -> Kernels:
 
 
 class _LoadedEngine:
-    """A deserialised engine and its execution context."""
+    """A deserialized engine and its execution context."""
 
     def __init__(self, plan: Plan, sm: int, name: str):
         library = trt.library()
@@ -147,7 +148,9 @@ class Calls:
 
         shapes = self._shapes(self._largest)
         self._offsets, self._upload_bytes = _side_by_side({name: self._bytes(name, shapes[name]) for name in self._inputs})
-        rest = {name: self._bytes(name, shape) for name, shape in shapes.items() if name not in self._inputs and name != "step"}
+        rest = {
+            name: self._bytes(name, shape) for name, shape in shapes.items() if name not in self._inputs and name != "step"
+        }
         others, end = _side_by_side(rest | {"steps": 8 * self._num_steps}, self._upload_bytes)
         self._offsets |= others
         self._memory, self._stream = driver.Memory(end), driver.Stream()

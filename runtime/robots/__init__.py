@@ -31,6 +31,7 @@ openpi's policies take. A plan carries its robot's description, so the machine t
     delta_actions = true
     state_in_prompt = true                             # pi0.5 only; also adapt_to_pi
 """
+
 from __future__ import annotations
 
 import sys
@@ -42,9 +43,9 @@ from typing import Any
 
 import numpy as np
 
-from runtime import checks
-from runtime.config import IMAGE_SLOTS
-from runtime.errors import ObservationError, PlanError
+from duq.runtime import checks
+from duq.runtime.config import IMAGE_SLOTS
+from duq.runtime.errors import ObservationError, PlanError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -180,7 +181,11 @@ class Robot:
         """Each conversion with its dims of the state and of the actions."""
         states, actions = self.state_names, self.action_names
         return [
-            (each, [states.index(n) for n in each.dims if n in states], [actions.index(n) for n in each.dims if n in actions])
+            (
+                each,
+                [states.index(n) for n in each.dims if n in states],
+                [actions.index(n) for n in each.dims if n in actions],
+            )
             for each in self.conversions
         ]
 
@@ -200,7 +205,7 @@ class Robot:
         return _plain(asdict(self))
 
     @classmethod
-    def from_json(cls, data: Mapping) -> "Robot":
+    def from_json(cls, data: Mapping) -> Robot:
         """Raises PlanError if a key is unknown or missing."""
         unknown = set(data) - {each.name for each in fields(cls)}
         if unknown:
@@ -214,10 +219,7 @@ class Robot:
                     "conversions": tuple(Conversion(**_tuples(each)) for each in data.get("conversions", ())),
                     "dataset": {key: tuple(values) for key, values in data.get("dataset", {}).items()},
                     "ignored": tuple(tuple(key) for key in data.get("ignored", ())),
-                    **{
-                        name: tuple(data.get(name, ()))
-                        for name in ("action_names", "action_units", "delta", "ask")
-                    },
+                    **{name: tuple(data.get(name, ())) for name in ("action_names", "action_units", "delta", "ask")},
                     "prompt_keys": tuple(data.get("prompt_keys", ("prompt",))),
                 }
             )

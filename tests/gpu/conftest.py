@@ -1,4 +1,5 @@
 """Skips the tests of this folder, one by one so that they are counted, where there is no NVIDIA GPU."""
+
 from __future__ import annotations
 
 from pathlib import Path

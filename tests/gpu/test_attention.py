@@ -1,4 +1,5 @@
 """The attention kernels against softmax(q k^T / sqrt(d)) v in float64, rotary embeddings against their definition."""
+
 from __future__ import annotations
 
 import math
@@ -6,8 +7,8 @@ import math
 import pytest
 import torch
 
-from plugins import attention
-from tests.gpu import launch
+from duq.plugins import attention
+from tests.support import launch
 
 DIMS, HEADS = 256, 8
 GUARD = 8  # rows past the last token, which are poison where read and must stay as they are where written
@@ -151,7 +152,9 @@ def test_overlapped_launches_wait_for_their_inputs(config):
         q, own_k, own_v = qkv.split([HEADS * DIMS, DIMS, DIMS], 1)
         for _ in range(20):
             launch.rotary(qkv, tables, keys, heads=HEADS, dims=DIMS, overlap=overlap)
-            launch.attention(config, q, *cache.split(DIMS, 1), out[:tokens], own_k, own_v, cache_ready=True, overlap=overlap)
+            launch.attention(
+                config, q, *cache.split(DIMS, 1), out[:tokens], own_k, own_v, cache_ready=True, overlap=overlap
+            )
             launch.attention(config, out[:tokens], own_k, own_v, q, overlap=overlap)  # q depends on the output before
         outputs.append(out[:tokens].clone())
     assert torch.equal(*outputs)

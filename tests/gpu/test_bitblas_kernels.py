@@ -1,7 +1,8 @@
 """The kernels that BitBLAS generates for SM 86, compiled for the GPU at hand, against exact integer sums.
 
-    python -m pytest -s tests/gpu/test_bitblas_kernels.py        also prints a table: shape, tile, time, rate, exact
+python -m pytest -s tests/gpu/test_bitblas_kernels.py        also prints a table: shape, tile, time, rate, exact
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -11,10 +12,10 @@ from dataclasses import astuple
 import pytest
 import torch
 
-from plugins import bitblas, driver
-from plugins.bitblas import Tile
-from plugins.layout import pack_bitblas
-from tests.gpu import launch
+from duq.plugins import bitblas, driver
+from duq.plugins.bitblas import Tile
+from duq.plugins.layout import pack_bitblas
+from tests.support import launch
 
 ROWS = json.loads(bitblas.TABLE.read_text())
 GUARD = 8  # rows of c past the last token, which must stay as they are

@@ -2,6 +2,7 @@
 
 A stand-in computes something of every tensor it is bound to, with torch, from the bare addresses.
 """
+
 from __future__ import annotations
 
 from contextlib import contextmanager
@@ -10,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.executors.tensorrt import MAX_GRAPHS, Calls
-from runtime.preprocess import ModelInputs
-from tests.gpu import launch
+from duq.runtime.executors.tensorrt import MAX_GRAPHS, Calls
+from duq.runtime.preprocess import ModelInputs
+from tests.support import launch
 
 ACTIONS, IMAGE, STEPS, CHANNELS = (4, 32), 28, 3, 16
 MANIFEST = {
@@ -131,14 +132,19 @@ SIZES = [(3, 40), (1, 1), (2, 17), (1, 40), (3, 5)]
 @contextmanager
 def calls(engines):
     launch.compute_capability()
-    yield Calls(engines, {name: {t: {"dtype": d} for t, d in SIGNATURES[name].items()} for name in engines}, MANIFEST, TABLE)
+    yield Calls(
+        engines, {name: {t: {"dtype": d} for t, d in SIGNATURES[name].items()} for name in engines}, MANIFEST, TABLE
+    )
 
 
 def test_prefix_and_steps():
     engines = {"prefix": StandIn("prefix", prefix), "step": StandIn("step", step)}
     with calls(engines) as whole:
         for seed, size in enumerate([*SIZES, *SIZES]):
-            inputs, noise = observation(*size, seed), np.random.default_rng(seed).integers(-8, 8, ACTIONS).astype(np.float32)
+            inputs, noise = (
+                observation(*size, seed),
+                np.random.default_rng(seed).integers(-8, 8, ACTIONS).astype(np.float32),
+            )
             actions, timing = whole.run(inputs, noise)
             np.testing.assert_array_equal(actions, expected_of_steps(inputs, noise))
             assert timing["prefix_ms"] > 0 and timing["denoise_ms"] > 0

@@ -1,4 +1,5 @@
 """The float GEMM of few tokens, with the norm before it and every epilogue, against float64."""
+
 from __future__ import annotations
 
 import math
@@ -7,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from plugins.layout import interleave_gate_up, interleave_rotary, pack_int4_fragments
-from plugins.tactics import MAX_SHARED_BYTES, Float, best_float
-from tests.gpu import launch
+from duq.plugins.layout import interleave_gate_up, interleave_rotary, pack_int4_fragments
+from duq.plugins.tactics import MAX_SHARED_BYTES, Float, best_float
+from tests.support import launch
 
 GUARD = 8  # rows past the last token: poisoned in x, to be left alone in y
 HEADS, DIMS = 8, 256

@@ -1,4 +1,5 @@
 """The CUDA kernels against the operators' definitions: the GEMMs bit for bit, the prologue up to rounding ties."""
+
 from __future__ import annotations
 
 import math
@@ -6,11 +7,11 @@ import math
 import pytest
 import torch
 
-from plugins import tactics
-from plugins.layout import activation_slabs, interleave_gate_up
-from plugins.tactics import Large, Small, Wgmma, WgmmaFew, best
-from tests.gpu import launch
+from duq.plugins import tactics
+from duq.plugins.layout import activation_slabs, interleave_gate_up
+from duq.plugins.tactics import Large, Small, Wgmma, WgmmaFew, best
 from tests.gpu.test_gemm_float import check_left, left_for_norm
+from tests.support import launch
 
 TACTICS = [
     Small(1, 7, 4, 4),
@@ -133,8 +134,7 @@ def test_geglu_epilogue(tactic, m, dtype):
     gate, up = ((exact.float() * weight_scale) * x_scale[:, None]).double().chunk(2, -1)
     expected = torch.nn.functional.gelu(gate, approximate="tanh") * up
     weight, weight_scale = (
-        torch.from_numpy(interleave_gate_up(*v.cpu().numpy().reshape(2, n // 2, -1))).cuda()
-        for v in (weight, weight_scale)
+        torch.from_numpy(interleave_gate_up(*v.cpu().numpy().reshape(2, n // 2, -1))).cuda() for v in (weight, weight_scale)
     )
     y = poisoned(m, n // 2, dtype)
     run(tactic, 4, x_q, weight, y, (x_scale, weight_scale.flatten()), finish="GEGLU")
@@ -199,8 +199,7 @@ PREFIX = [(2560, 2048), (2048, 2048), (32768, 2048), (2048, 16384)]
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
     ("m", "n", "k"),
-    [(m, *shape) for m in (50, 51) for shape in EXPERT]
-    + [(m, *shape) for m in (306, 562, 816, 818) for shape in PREFIX],
+    [(m, *shape) for m in (50, 51) for shape in EXPERT] + [(m, *shape) for m in (306, 562, 816, 818) for shape in PREFIX],
 )
 def test_best_tactic_is_exact_at_full_size(m, n, k, bits):
     x_q, weight, exact = operands(m, n, k, bits)
@@ -241,7 +240,7 @@ def definition(x, source, hadamard, gain, shift, input_scale, permutation, rotat
     return x
 
 
-def check_quantised(x_q, ratio):
+def check_quantized(x_q, ratio):
     """x_q is ratio rounded; off by one at most, and only within 1e-3 of a tie."""
     expected = ratio.round().clamp(-128, 127)
     wrong = x_q.double() != expected
@@ -267,9 +266,7 @@ def test_rotate_quantize(dtype, source, rotate, features):
         "gain": 1 + 0.3 * randn(k) if "gain" in features else None,
         "shift": randn(k) if "shift" in features else None,
         "input_scale": randn(k).exp() if "input_scale" in features else None,
-        "permutation": torch.randperm(k, device="cuda", generator=generator).int()
-        if "permutation" in features
-        else None,
+        "permutation": torch.randperm(k, device="cuda", generator=generator).int() if "permutation" in features else None,
         "rotation": torch.linalg.qr(randn(k // 32, 32, 32))[0].contiguous() if rotate == "dense" else None,
     }
     hadamard = 0 if rotate == "dense" else rotate
@@ -281,10 +278,8 @@ def test_rotate_quantize(dtype, source, rotate, features):
         torch.full((m,), math.nan, device="cuda"),
     )
     launch.rotate_quantize(x, x_q, x_scale, source=source, hadamard=hadamard, activation_scale=static, **stages)
-    torch.testing.assert_close(
-        x_scale.double(), scale if static is None else static.double().expand(m), rtol=2e-6, atol=0
-    )
-    check_quantised(x_q[:m], x_prime / (scale[:, None] if static is None else static.double()))
+    torch.testing.assert_close(x_scale.double(), scale if static is None else static.double().expand(m), rtol=2e-6, atol=0)
+    check_quantized(x_q[:m], x_prime / (scale[:, None] if static is None else static.double()))
     assert (x_q[m:] == 85).all()
 
 
@@ -292,7 +287,9 @@ def test_rotate_quantize(dtype, source, rotate, features):
 @pytest.mark.parametrize("k", [1024, 3072, 16384])
 def test_hadamard_quantize(k, m):
     generator, block = torch.Generator("cuda").manual_seed(4), 208
-    x = torch.randn(m, k + 64, device="cuda", generator=generator).bfloat16()[:, :k]  # rows further apart than they are long
+    x = torch.randn(m, k + 64, device="cuda", generator=generator).bfloat16()[
+        :, :k
+    ]  # rows further apart than they are long
     x[:, 7] *= 40  # an outlier channel
     x[5] = 0
     x_prime = definition(x, "PLAIN", 64, *[None] * 5)
@@ -302,7 +299,7 @@ def test_hadamard_quantize(k, m):
     x_scale = torch.full((m,), math.nan, device="cuda")
     launch.hadamard_quantize(x, x_q, x_scale)
     torch.testing.assert_close(x_scale.double(), scale, rtol=2e-6, atol=0)
-    check_quantised(x_q[:m], x_prime / scale[:, None])
+    check_quantized(x_q[:m], x_prime / scale[:, None])
     assert (x_q[m:] == 85).all()
     launch.hadamard_quantize(x, slabs, x_scale, slab_tokens=slabs.shape[1])
     assert torch.equal(slabs.cpu(), torch.from_numpy(activation_slabs(x_q[:m].cpu().numpy(), block)))
@@ -310,7 +307,7 @@ def test_hadamard_quantize(k, m):
 
 @pytest.mark.parametrize("k", [1024, 2048, 4096, 16384])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_plain_quantisation_is_exact(dtype, k):
+def test_plain_quantization_is_exact(dtype, k):
     """With no reduction but the maximum, the same float32 arithmetic gives the same integers."""
     x = torch.randn(50, k, device="cuda", generator=torch.Generator("cuda").manual_seed(2)).to(dtype)
     x[3] = 0
@@ -335,7 +332,9 @@ def test_channels_beyond_the_last_are_zeros(k, padded, slab_tokens, source, rota
     settings = dict(source=source, hadamard=0 if rotate == "dense" else rotate, rotation=rotation, shift=shift)
     rows, scales = torch.empty(m, k, dtype=torch.int8, device="cuda"), torch.empty(2, m, device="cuda")
     launch.rotate_quantize(x, rows, scales[0], **settings)
-    wide = torch.full((padded // 128, slab_tokens, 128) if slab_tokens else (m, padded), 85, dtype=torch.int8, device="cuda")
+    wide = torch.full(
+        (padded // 128, slab_tokens, 128) if slab_tokens else (m, padded), 85, dtype=torch.int8, device="cuda"
+    )
     launch.rotate_quantize(x, wide, scales[1], padded=padded, slab_tokens=slab_tokens, **settings)
     expected = torch.nn.functional.pad(rows, (0, padded - k)).cpu()
     if slab_tokens:
@@ -347,7 +346,10 @@ def test_channels_beyond_the_last_are_zeros(k, padded, slab_tokens, source, rota
 @pytest.mark.parametrize("source", ["PLAIN", "RMS_NORM", "LAYER_NORM"])
 def test_rotation_for_products_of_floats(source, rotate):
     m, k = 51, 1152
-    x, gain = torch.randn(m, k, device="cuda", generator=torch.Generator("cuda").manual_seed(1)), torch.rand(k, device="cuda")
+    x, gain = (
+        torch.randn(m, k, device="cuda", generator=torch.Generator("cuda").manual_seed(1)),
+        torch.rand(k, device="cuda"),
+    )
     rotation = torch.linalg.qr(torch.randn(k // 16, 16, 16, device="cuda"))[0].contiguous() if rotate == "dense" else None
     hadamard = 0 if rotate == "dense" else rotate
     y = torch.full((m + GUARD, k), math.nan, dtype=torch.bfloat16, device="cuda")

@@ -1,4 +1,5 @@
 """The float kernels between the GEMMs against their definitions in float64; copies and conversions bit for bit."""
+
 from __future__ import annotations
 
 import math
@@ -9,8 +10,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tests.gpu import launch
 from tests.gpu.test_gemm_float import check_left, left_for_norm
+from tests.support import launch
 
 GUARD = 8  # rows past the last token and, in strided matrices, columns past the last channel
 BF16 = 2**-8  # relative: half a unit in the last place, and as much for a value that is rounded the other way
@@ -41,9 +42,9 @@ def check(y: torch.Tensor, exact: torch.Tensor) -> None:
     assert y[rows:].isnan().all() and y[:, columns:].isnan().all()
 
 
-def normalized(x, gain, shift, centre: bool) -> torch.Tensor:
+def normalized(x, gain, shift, center: bool) -> torch.Tensor:
     x = x.double()
-    x = x - x.mean(-1, keepdim=True) if centre else x
+    x = x - x.mean(-1, keepdim=True) if center else x
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
     x = x if gain is None else x * gain
     return x if shift is None else x + shift
@@ -57,27 +58,27 @@ def gain_and_shift(features: str, depth: int):
 @pytest.mark.parametrize("features", ["", "gain", "shift", "gain shift"])
 @pytest.mark.parametrize(("tokens", "depth"), [(1, 1024), (51, 2048), (3, 8), (257, 1152), (2, 8200)])
 @pytest.mark.parametrize("types", [*product((torch.float32, torch.bfloat16), repeat=2)], ids=str)
-@pytest.mark.parametrize("centre", [True, False])
-def test_normalize(centre, types, tokens, depth, features):
+@pytest.mark.parametrize("center", [True, False])
+def test_normalize(center, types, tokens, depth, features):
     x = guarded(random(tokens, depth, seed=depth, dtype=types[0]) * 5)
     gain, shift = gain_and_shift(features, depth)
     y = poisoned(tokens, depth + GUARD, types[1])
-    launch.normalize(x, y[:tokens, :depth], gain, shift, centre=centre)
-    check(y, normalized(x, gain, shift, centre))
+    launch.normalize(x, y[:tokens, :depth], gain, shift, center=center)
+    check(y, normalized(x, gain, shift, center))
 
 
 def test_layer_norm_of_rows_far_from_zero():
     """A variance as E[x^2] - E[x]^2 would lose all its digits here."""
     x, y = 1000 + random(51, 1152, seed=1), poisoned(51, 1152)
-    launch.normalize(x, y[:51], centre=True)
+    launch.normalize(x, y[:51], center=True)
     torch.testing.assert_close(y[:51].double(), normalized(x, None, None, True), rtol=0, atol=1e-3)
 
 
 def test_norm_of_a_zero_row_is_its_shift():
     x, shift = torch.zeros(3, 1024, device="cuda"), random(1024, seed=1)
-    for centre in (True, False):
+    for center in (True, False):
         y = poisoned(3, 1024)
-        launch.normalize(x, y[:3], None, shift, centre=centre)
+        launch.normalize(x, y[:3], None, shift, center=center)
         assert torch.equal(y[:3], shift.expand(3, -1))
 
 
@@ -154,7 +155,7 @@ def test_flow_step(tokens, depth, columns, features):
     flow = poisoned(tokens, columns)
     flow[:tokens] = before = random(tokens, columns, seed=4)
     launch.flow_step(x, gain, shift, weight, bias, flow[:tokens])
-    check(flow, before + normalized(x, gain, shift, centre=False) @ weight.double() + bias)
+    check(flow, before + normalized(x, gain, shift, center=False) @ weight.double() + bias)
 
 
 @pytest.mark.parametrize("width", [8, 1096, 4096, 16384])
@@ -213,12 +214,15 @@ def test_overlapped_launches_wait_for_their_inputs():
     outputs = []
     for overlap in (False, True):
         flow, wide, normal = random(m, k, seed=5), poisoned(m, n)[:m], poisoned(m, n, torch.bfloat16)[:m]
-        images, patches = wide.view(torch.uint8).flatten()[: 3 * 224**2].view(1, 224, 224, 3), poisoned(256, 592, torch.bfloat16)[:256]
+        images, patches = (
+            wide.view(torch.uint8).flatten()[: 3 * 224**2].view(1, 224, 224, 3),
+            poisoned(256, 592, torch.bfloat16)[:256],
+        )
         gated, residual = poisoned(m, n // 2, torch.bfloat16)[:m], poisoned(m, n // 2)[:m]
         for _ in range(20):
             launch.linear_narrow(flow, weight_in, None, wide, "SILU", overlap=overlap)
             launch.patches(images, patches, 14, overlap=overlap)
-            launch.normalize(wide, normal, centre=True, overlap=overlap)
+            launch.normalize(wide, normal, center=True, overlap=overlap)
             launch.geglu(normal, gated, overlap=overlap)
             launch.tokens(gated, residual, 3.0, overlap=overlap)
             launch.flow_step(residual, gain, None, weight_out, bias, flow, overlap=overlap)

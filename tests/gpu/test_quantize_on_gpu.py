@@ -1,4 +1,5 @@
-"""The quantiser on the GPU against itself on the CPU."""
+"""The quantizer on the GPU against itself on the CPU."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -6,12 +7,12 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from compiler.accuracy.synthetic import synthetic_observations
-from compiler.checkpoint import load_checkpoint
-from compiler.checkpoint.synthetic import make_checkpoint
-from compiler.pipeline import quantize_checkpoint
-from compiler.quant import load_recipe
-from runtime.preprocess import Preprocessor
+from duq.compiler.accuracy.synthetic import synthetic_observations
+from duq.compiler.checkpoint import load_checkpoint
+from duq.compiler.checkpoint.synthetic import make_checkpoint
+from duq.compiler.pipeline import quantize_checkpoint
+from duq.compiler.quant import load_recipe
+from duq.runtime.preprocess import Preprocessor
 
 SETTINGS = [{}, {"scheme": "duquant"}, {"compensate": True, "activation_scale": "per-tensor"}]
 
@@ -20,11 +21,13 @@ SETTINGS = [{}, {"scheme": "duquant"}, {"compensate": True, "activation_scale": 
 def policy(tmp_path_factory):
     checkpoint = load_checkpoint(make_checkpoint(tmp_path_factory.mktemp("policy") / "tiny", depth=2, vision_depth=2))
     preprocessor = Preprocessor(checkpoint.config)
-    return checkpoint, [preprocessor.model_inputs(each) for each in synthetic_observations(checkpoint.config, cameras=2, count=2)]
+    return checkpoint, [
+        preprocessor.model_inputs(each) for each in synthetic_observations(checkpoint.config, cameras=2, count=2)
+    ]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_quantises_as_on_the_cpu(policy, settings):
+def test_quantizes_as_on_the_cpu(policy, settings):
     """Sums are rounded otherwise, so that some weights fall on the other side of a tie, and permutations may differ."""
     recipe = load_recipe("llm+expert-mlp", settings, environment={})
     checkpoint, inputs = policy

@@ -1,13 +1,14 @@
 """Whole policies on the GPU, stage by stage, against the CPU engine on the same INT8 activations."""
+
 from __future__ import annotations
 
 import pytest
 
-from compiler.accuracy.metrics import difference
-from runtime.plan import Plan
-from tests.gpu.recording import Recording
+from duq.compiler.accuracy.metrics import difference
+from duq.runtime.plan import Plan
 from tests.gpu.test_whole_policy import directory, make_inputs, policy  # noqa: F401
-from tests.same_integers import run_given
+from tests.support.recording import Recording
+from tests.support.same_integers import run_given
 
 
 @pytest.mark.parametrize("quant", ["llm+expert-mlp", "all"])

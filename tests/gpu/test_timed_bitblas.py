@@ -1,14 +1,15 @@
 """Tactics timed on the GPU at hand, whose results have to agree in every bit: ours, and BitBLAS's with what finishes them."""
+
 from __future__ import annotations
 
 import pytest
 
-from compiler.targets.cuda.cubins import compile_each
-from compiler.targets.cuda.problems import Gemm
-from compiler.targets.cuda.timing import instances_of, time_each
-from plugins import bitblas
-from plugins.driver import load
-from tests.gpu import launch
+from duq.compiler.targets.cuda.cubins import compile_each
+from duq.compiler.targets.cuda.problems import Gemm
+from duq.compiler.targets.cuda.timing import instances_of, time_each
+from duq.plugins import bitblas
+from duq.plugins.driver import load
+from tests.support import launch
 
 GENERATED_FOR = 86  # what runs on newer GPUs too
 PROBLEMS = [

@@ -2,8 +2,9 @@
 
 It makes each plugin from its stored fields, asks it for types, shapes and workspace, and enqueues it while a CUDA graph
 records, with bare addresses; the buffers have guards on both sides. Results are compared with the operators' definitions:
-integers and dequantised sums bit for bit. Kernels are those that a plan for SM 86 holds, compiled for the GPU at hand.
+integers and dequantized sums bit for bit. Kernels are those that a plan for SM 86 holds, compiled for the GPU at hand.
 """
+
 from __future__ import annotations
 
 import math
@@ -12,14 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from plugins import bitblas, trt
-from plugins.bitblas import Tile
-from plugins.kernels import compile_cubin
-from plugins.layout import pack_bitblas
-from plugins.nodes import Kernels, RotateQuantize, Tensor, W4A8Linear
-from tests.gpu import launch
+from duq.plugins import bitblas, trt
+from duq.plugins.bitblas import Tile
+from duq.plugins.kernels import compile_cubin
+from duq.plugins.layout import pack_bitblas
+from duq.plugins.nodes import Kernels, RotateQuantize, Tensor, W4A8Linear
 from tests.gpu.test_bitblas_kernels import operands
-from tests.gpu.test_kernels import check_quantised, definition, hadamard_matrix
+from tests.gpu.test_kernels import check_quantized, definition, hadamard_matrix
+from tests.support import launch
 
 TORCH = {"float": torch.float32, "Half": torch.float16, "Bf16": torch.bfloat16, "int8": torch.int8, "int32": torch.int32}
 NAMES = {dtype: name for name, dtype in TORCH.items()}
@@ -134,7 +135,9 @@ def test_prologue_is_the_definition(stages, rotate, scale, float_type):
         "scale": torch.rand(k, device="cuda", generator=generator) + 0.5,
         "permute": torch.randperm(k, device="cuda", generator=generator).to(torch.int32),
         "hadamard": hadamard_matrix(block).float(),
-        "rotation": torch.linalg.qr(torch.randn(k // block, block, block, device="cuda", generator=generator))[0].contiguous(),
+        "rotation": torch.linalg.qr(torch.randn(k // block, block, block, device="cuda", generator=generator))[
+            0
+        ].contiguous(),
         "per_tensor": torch.tensor(0.02, device="cuda"),
     }
     overload = "+".join(stage for stage in (stages, rotate, scale) if stage)
@@ -149,7 +152,7 @@ def test_prologue_is_the_definition(stages, rotate, scale, float_type):
         assert x_scale.shape == (1, m, 1)
         torch.testing.assert_close(x_scale[0].double(), expected.abs().amax(-1, keepdim=True) / 127, rtol=2e-6, atol=0)
     if rotate:
-        check_quantised(x_q, expected / x_scale.view(-1, 1).double())
+        check_quantized(x_q, expected / x_scale.view(-1, 1).double())
     else:  # nothing but float32 operations of one rounding each
         ratio = x.float() * given.get("scale", torch.ones((), device="cuda"))
         ratio = ratio[:, given["permute"].long()] if "permute" in given else ratio
@@ -169,7 +172,7 @@ def test_prologue_with_its_source(source, m, float_type):
     expected = definition(x, source, 64, *(gain or [None]), None, None, None, None)
     assert x_q.shape == (1, m, k) and x_scale.shape == (1, m, 1)
     torch.testing.assert_close(x_scale[0].double(), expected.abs().amax(-1, keepdim=True) / 127, rtol=1e-5, atol=0)
-    check_quantised(x_q[0], expected / x_scale[0].double())
+    check_quantized(x_q[0], expected / x_scale[0].double())
 
 
 def test_a_missing_kernel_is_named():

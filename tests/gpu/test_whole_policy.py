@@ -1,4 +1,5 @@
 """Whole policies on the GPU: the cuda plan against the CPU engine's plan of the same weights, stage by stage."""
+
 from __future__ import annotations
 
 import functools
@@ -13,21 +14,21 @@ import torch
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
-from compiler.accuracy.metrics import difference
-from compiler.accuracy.synthetic import synthetic_observations
-from compiler.checkpoint import Checkpoint, load_checkpoint
-from compiler.checkpoint.synthetic import make_checkpoint
-from compiler.pipeline import Options, compile_policy, quantize_checkpoint
-from compiler.quant import Quantization, load_recipe
-from compiler.quant.calibrate import calibration_inputs
-from compiler.settings import Choices, settle
-from plugins.driver import free_memory, open_device
-from runtime import Policy
-from runtime.errors import PlanError
-from runtime.executors.cpu import CpuExecutor
-from runtime.executors.cuda import CudaExecutor
-from runtime.plan import Plan
-from runtime.preprocess import ModelInputs, Preprocessor
+from duq.compiler.accuracy.metrics import difference
+from duq.compiler.accuracy.synthetic import synthetic_observations
+from duq.compiler.checkpoint import Checkpoint, load_checkpoint
+from duq.compiler.checkpoint.synthetic import make_checkpoint
+from duq.compiler.pipeline import Options, compile_policy, quantize_checkpoint
+from duq.compiler.quant import Quantization, load_recipe
+from duq.compiler.quant.calibrate import calibration_inputs
+from duq.compiler.settings import Choices, settle
+from duq.plugins.driver import free_memory, open_device
+from duq.runtime import Policy
+from duq.runtime.errors import PlanError
+from duq.runtime.executors.cpu import CpuExecutor
+from duq.runtime.executors.cuda import CudaExecutor
+from duq.runtime.plan import Plan
+from duq.runtime.preprocess import ModelInputs, Preprocessor
 
 NUM_STEPS = 4
 CASES = [(3, 48), (1, 1), (2, 33)]  # cameras, prompt tokens
@@ -99,8 +100,8 @@ def make_inputs(config, cameras: int, prompt: int, seed: int = 0) -> tuple[Model
 @pytest.mark.parametrize("name", ["pi0", "pi05"])
 def test_equals_cpu_engine(name, quant, cameras, prompt, directory):
     config, plans = policy(name, quant, directory)
-    # A flipped rounding of one INT8 activation moves what follows by as much as quantisation itself does: the bound
-    # with quantisation is above that noise (docs/accuracy.md), the one without is bf16's.
+    # A flipped rounding of one INT8 activation moves what follows by as much as quantization itself does: the bound
+    # with quantization is above that noise (docs/accuracy.md), the one without is bf16's.
     check_stages(plans, *make_inputs(config, cameras, prompt), at_least=0.9999 if quant in ("none", "w4a16") else 0.9995)
 
 
@@ -121,7 +122,9 @@ def test_float_images_equal_cpu_engine(quant, cameras, prompt, directory):
 def test_shipped_policy_equals_cpu_engine(directory):
     """Trained weights, observations of the robot that it is for, and an expert of 192 channels."""
     checkpoint = load_checkpoint(SHIPPED)
-    inputs = calibration_inputs(SHIPPED / "calibration.npz", Preprocessor(checkpoint.config, tokenizer=checkpoint.tokenizer.read_bytes()), 4)
+    inputs = calibration_inputs(
+        SHIPPED / "calibration.npz", Preprocessor(checkpoint.config, tokenizer=checkpoint.tokenizer.read_bytes()), 4
+    )
     plans = both_plans(checkpoint, "llm+expert-mlp", {}, inputs, directory / "shipped")
     for each in inputs:
         _, noise = make_inputs(checkpoint.config, 2, 1)
@@ -175,14 +178,14 @@ def test_threads_and_second_policy(directory):
 
 def test_other_gpu_is_an_error(directory, monkeypatch):
     _, plans = policy("pi0", "none", directory)
-    monkeypatch.setattr("runtime.executors.cuda.driver.open_device", lambda: 75)
+    monkeypatch.setattr("duq.runtime.executors.cuda.driver.open_device", lambda: 75)
     with pytest.raises(PlanError, match=r"is made for SM \d+, this machine's GPU is SM 75; compile it with --sm 75"):
         CudaExecutor(Plan(plans["cuda"]))
 
 
 def test_too_little_memory_is_an_error(directory, monkeypatch):
     _, plans = policy("pi0", "none", directory)
-    monkeypatch.setattr("runtime.executors.cuda.driver.free_memory", lambda: (1 << 20, 80 << 30))
+    monkeypatch.setattr("duq.runtime.executors.cuda.driver.free_memory", lambda: (1 << 20, 80 << 30))
     with pytest.raises(PlanError, match="needs .* GB of GPU memory, 0.00 of .* are free"):
         CudaExecutor(Plan(plans["cuda"]))
 
@@ -201,7 +204,9 @@ def test_memory_does_not_grow(directory):
 
 def test_a_lerobot_policy_acts_as_on_the_cpu(directory):
     """From raw observations: images resized in float, a state wider than the actions, rounded rotary frequencies, its own steps."""
-    path = make_checkpoint(directory / "lerobot", layout="lerobot", robot="libero", depth=2, vision_depth=1, action_horizon=8)
+    path = make_checkpoint(
+        directory / "lerobot", layout="lerobot", robot="libero", depth=2, vision_depth=1, action_horizon=8
+    )
     weights = load_file(path / "model.safetensors")
     wide = torch.zeros(256, 40, dtype=torch.bfloat16)
     wide[:, :32] = weights["model.state_proj.weight"]
@@ -218,7 +223,9 @@ def test_a_lerobot_policy_acts_as_on_the_cpu(directory):
         policies[target] = Policy(plan)
     random = np.random.default_rng(0)
     for size in ((224, 224), (90, 120), (480, 640)):
-        images = {f"observation.images.{name}": random.integers(0, 256, (*size, 3), np.uint8) for name in ("image", "wrist_image")}
+        images = {
+            f"observation.images.{name}": random.integers(0, 256, (*size, 3), np.uint8) for name in ("image", "wrist_image")
+        }
         observation = images | {"observation.state": random.standard_normal(8), "task": "Open_the drawer"}
         noise = random.standard_normal((8, 32), np.float32)
         found = {target: policy.infer(observation, noise)["actions"] for target, policy in policies.items()}

@@ -3,6 +3,7 @@
 In float, on the CPU: within 1e-4 of the actions' size. A policy that LeRobot computes in bfloat16 differs by what bfloat16
 rounds, so that only its direction is compared.
 """
+
 from __future__ import annotations
 
 import sys
@@ -15,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from rich.progress import Progress
 
-from compiler.checkpoint import load_checkpoint
-from compiler.pipeline import Options, compile_policy
-from compiler.quant import Quantization, load_recipe
-from compiler.settings import Choices, settle
-from runtime import Policy
+from duq.compiler.checkpoint import load_checkpoint
+from duq.compiler.pipeline import Options, compile_policy
+from duq.compiler.quant import Quantization, load_recipe
+from duq.compiler.settings import Choices, settle
+from duq.runtime import Policy
 
 TOLERANCE, BFLOAT16_COSINE = 1e-4, 0.999
 

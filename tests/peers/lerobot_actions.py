@@ -1,8 +1,9 @@
 """Runs LeRobot's own pi0 and pi0.5 on policy_cases.py and writes what they answer to tests/data/lerobot_actions.npz.
 
-This is the oracle of tests/test_model_lerobot.py. `make test-peers` installs LeRobot (Python 3.12) into an environment
+This is the oracle of tests/compiler/model/test_model_lerobot.py. `make test-peers` installs LeRobot (Python 3.12) into an environment
 of its own and runs this file there. LeRobot's code runs as published; only its hard-coded sizes are replaced.
 """
+
 from __future__ import annotations
 
 from importlib.metadata import version
@@ -12,9 +13,8 @@ import numpy as np
 import torch
 from lerobot.policies.pi0 import PI0Config, modeling_pi0
 from lerobot.policies.pi05 import PI05Config, modeling_pi05
-from transformers import PaliGemmaConfig
-
 from policy_cases import ACTION_DIM, ACTION_HORIZON, EXPERT, LLM, NUM_STEPS, VISION, VOCAB_SIZE, observations, weight
+from transformers import PaliGemmaConfig
 
 OUTPUT = Path(__file__).parents[1] / "data" / "lerobot_actions.npz"
 

@@ -3,6 +3,7 @@ compares every frame bit for bit. LeRobot 0.4 and later write v3.0, LeRobot 0.3 
 
 `make test-peers` installs LeRobot (Python 3.12) into an environment of its own and runs this file there.
 """
+
 from __future__ import annotations
 
 import inspect
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-from compiler.data import open_dataset
+from duq.compiler.data import open_dataset
 
 FPS, HEIGHT, WIDTH = 30, 96, 128
 EPISODES = [(12, "pick up the cup"), (1, "öffne die Tür"), (40, "pick up the cup"), (25, "close the drawer")]
@@ -40,7 +41,9 @@ def write(folder: Path) -> None:
         phase = rng.uniform(0, 6, (3, 3))
         for frame in range(length):
             images = [
-                np.stack([127 + 99 * np.sin(x / 9 + p + frame / 5) * np.cos(y / 7 + p) for p in phases], -1).astype(np.uint8)
+                np.stack([127 + 99 * np.sin(x / 9 + p + frame / 5) * np.cos(y / 7 + p) for p in phases], -1).astype(
+                    np.uint8
+                )
                 for phases in phase
             ]
             row = dict(zip(list(FEATURES)[:3], images))

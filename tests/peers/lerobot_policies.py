@@ -5,6 +5,7 @@ robot gives them, the noise, and the actions that LeRobot's preprocessor, policy
 check_policies.py compiles every folder and compares. LeRobot's code runs as published; only its hard-coded sizes are replaced,
 and its tokenizer by a small one, for PaliGemma's cannot be shipped.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -54,14 +55,19 @@ class Case:
 CASES = {
     "pi0": Case(),
     "pi0 min-max, constant joints, 480 x 640": Case(
-        modes=("MIN_MAX", "MIN_MAX"), dims=14, constant=(3, 13), images={"top": (480, 640), "left": (480, 640), "a": (480, 640)}
+        modes=("MIN_MAX", "MIN_MAX"),
+        dims=14,
+        constant=(3, 13),
+        images={"top": (480, 640), "left": (480, 640), "a": (480, 640)},
     ),
     "pi0 quantile10, relative, wrist first": Case(
         modes=("QUANTILE10", "QUANTILE10"), relative=True, images={"wrist": (224, 224), "top": (120, 90)}, constant=(0,)
     ),
     "pi0 quantiles and identity, three steps": Case(modes=("QUANTILES", "IDENTITY"), steps=3, dims=7),
     "pi0 empty camera, one missing": Case(empty_cameras=1, images={"b": (224, 224), "a": (224, 224)}, missing=("b",)),
-    "pi0 constant joints, mean and std": Case(constant=(1, 4), rename={"observation.images.cam": "observation.images.front"}),
+    "pi0 constant joints, mean and std": Case(
+        constant=(1, 4), rename={"observation.images.cam": "observation.images.front"}
+    ),
     "pi0 bfloat16": Case(dtype="bfloat16"),
     "pi0 adapter": Case(adapter=True),
     "pi05": Case("pi05"),
@@ -142,7 +148,11 @@ def make_policy(case: Case):
     return policy
 
 
-MAPPING = dict(modeling_pi0.CONFIG_MAPPING.items()) if hasattr(modeling_pi0.CONFIG_MAPPING, "items") else modeling_pi0.CONFIG_MAPPING
+MAPPING = (
+    dict(modeling_pi0.CONFIG_MAPPING.items())
+    if hasattr(modeling_pi0.CONFIG_MAPPING, "items")
+    else modeling_pi0.CONFIG_MAPPING
+)
 
 
 def observations(case: Case, stats: dict, random: np.random.RandomState) -> list[dict]:
@@ -156,7 +166,9 @@ def observations(case: Case, stats: dict, random: np.random.RandomState) -> list
         for name, (height, width) in case.images.items():
             if name not in case.missing:
                 small = random.randint(0, 256, (12, 16, 3)).astype(np.float32)
-                image = torch.nn.functional.interpolate(torch.from_numpy(small).permute(2, 0, 1)[None], (height, width), mode="bicubic")
+                image = torch.nn.functional.interpolate(
+                    torch.from_numpy(small).permute(2, 0, 1)[None], (height, width), mode="bicubic"
+                )
                 key = f"observation.images.{name}"
                 images[back.get(key, key)] = image[0].permute(1, 2, 0).clamp(0, 255).byte().numpy()
         found.append({**images, "observation.state": state, "task": task})
@@ -165,7 +177,10 @@ def observations(case: Case, stats: dict, random: np.random.RandomState) -> list
 
 def record(name: str, case: Case, tokenizer: Path, out: Path) -> None:
     random = np.random.RandomState(sum(map(ord, name)))
-    stats = {"observation.state": statistics(case.dims, case.constant, random), "action": statistics(case.dims, case.constant, random)}
+    stats = {
+        "observation.state": statistics(case.dims, case.constant, random),
+        "action": statistics(case.dims, case.constant, random),
+    }
     folder = out / name.replace(" ", "_").replace(",", "")
     model = folder / "pretrained_model"
     policy = make_policy(case)
@@ -190,7 +205,9 @@ def record(name: str, case: Case, tokenizer: Path, out: Path) -> None:
     noise = random.standard_normal((len(raw), HORIZON, 32)).astype(np.float32)
     actions = []
     for each, start in zip(raw, noise):
-        batch = prepare_observation_for_inference({k: v for k, v in each.items() if k != "task"}, torch.device("cpu"), each["task"])
+        batch = prepare_observation_for_inference(
+            {k: v for k, v in each.items() if k != "task"}, torch.device("cpu"), each["task"]
+        )
         with torch.no_grad():
             chunk = policy.predict_action_chunk(before(batch), noise=torch.from_numpy(start)[None])
         actions.append(after(chunk)[0].float().numpy())

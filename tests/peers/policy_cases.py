@@ -4,6 +4,7 @@ Both sides import this file, in different environments, so it needs nothing but 
 `RandomState`, whose stream NumPy has frozen. The head sizes are the real ones: 72 in SigLIP, 8 query heads of 256 on
 one key/value head in both Gemmas.
 """
+
 from __future__ import annotations
 
 import zlib

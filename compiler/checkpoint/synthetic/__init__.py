@@ -1,4 +1,5 @@
 """Checkpoints made from a seed: the true pi0 / pi0.5 architecture at any size, to try everything without a download."""
+
 from __future__ import annotations
 
 import shutil
@@ -9,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from compiler.checkpoint import lerobot
-from compiler.checkpoint.names import TIED_HEAD, openpi_name
-from compiler.checkpoint.shapes import expected_shapes
-from compiler.checkpoint.synthetic import files
-from compiler.checkpoint.synthetic.orbax import write_orbax
-from compiler.checkpoint.synthetic.statistics import distributions
-from compiler.errors import CheckpointError
-from runtime.config import GemmaConfig, ModelConfig, VisionConfig
+from duq.compiler.checkpoint import lerobot
+from duq.compiler.checkpoint.names import TIED_HEAD, openpi_name
+from duq.compiler.checkpoint.shapes import expected_shapes
+from duq.compiler.checkpoint.synthetic import files
+from duq.compiler.checkpoint.synthetic.orbax import write_orbax
+from duq.compiler.checkpoint.synthetic.statistics import distributions
+from duq.compiler.errors import CheckpointError
+from duq.runtime.config import GemmaConfig, ModelConfig, VisionConfig
 
 SO400M = VisionConfig(width=1152, depth=27, mlp_width=4304, heads=16)
 

@@ -1,4 +1,5 @@
 """The files around the weights of a made checkpoint: safetensors writer, config.json, norm stats, tokenizer."""
+
 from __future__ import annotations
 
 import io
@@ -13,10 +14,10 @@ import sentencepiece
 import torch
 from safetensors.torch import save_file
 
-from compiler.checkpoint import lerobot
-from compiler.checkpoint.synthetic.statistics import generator
-from compiler.parallel import thread_pool
-from runtime.config import ModelConfig
+from duq.compiler.checkpoint import lerobot
+from duq.compiler.checkpoint.synthetic.statistics import generator
+from duq.compiler.parallel import thread_pool
+from duq.runtime.config import ModelConfig
 
 DTYPES = {"bfloat16": (torch.bfloat16, "BF16"), "float32": (torch.float32, "F32")}
 
@@ -132,7 +133,7 @@ def write_openpi_stats(directory: Path, robot: str, seed: int) -> None:
 
 
 def write_lerobot_stats(directory: Path, robot: str, seed: int, settings: dict) -> None:
-    """policy_preprocessor.json, policy_postprocessor.json and the state files of their (un)normalisers."""
+    """policy_preprocessor.json, policy_postprocessor.json and the state files of their (un)normalizers."""
     stats = norm_stats(robot, seed)
     tensors = {
         f"{feature}.{key}": torch.tensor(values)

@@ -1,4 +1,5 @@
 """Writes made weights as openpi's JAX trainer does: zarr arrays in an OCDBT database that Orbax reads."""
+
 from __future__ import annotations
 
 import json
@@ -9,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compiler.checkpoint.jax import ROWS, RULES, Rule
-from compiler.checkpoint.synthetic.statistics import Distribution
-from compiler.errors import CheckpointError
-from compiler.parallel import in_order, thread_pool
-from runtime.config import ModelConfig
+from duq.compiler.checkpoint.jax import ROWS, RULES, Rule
+from duq.compiler.checkpoint.synthetic.statistics import Distribution
+from duq.compiler.errors import CheckpointError
+from duq.compiler.parallel import in_order, thread_pool
+from duq.runtime.config import ModelConfig
 
 IN_FLIGHT = 1 << 29  # bytes that threads are ahead
 

@@ -1,6 +1,6 @@
-"""Random weights with the statistics that make trained transformers hard to quantise.
+"""Random weights with the statistics that make trained transformers hard to quantize.
 
-A network of independent N(0, 1/K) weights is the easiest thing to quantise: every activation channel is alike. In
+A network of independent N(0, 1/K) weights is the easiest thing to quantize: every activation channel is alike. In
 trained ones a few residual channels are 20 to 60 times larger than the rest, norm gains only partly undo that, a few
 MLP channels dominate the input of `down_proj`, and the weights that read a large channel are small. All of this is
 put in here as per-channel factors around a well-behaved network, so that activations stay O(1) over depth:
@@ -8,6 +8,7 @@ put in here as per-channel factors around a well-behaved network, so that activa
     W[n, k] = row[n] * column[k] * N(0, 1),   column[k] = c * input_std[k] ** -READ_EXPONENT,
     c such that the output has the standard deviation asked for when inputs have `input_std`.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -16,8 +17,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from compiler.checkpoint.shapes import expected_shapes
-from runtime.config import GemmaConfig, ModelConfig, VisionConfig
+from duq.compiler.checkpoint.shapes import expected_shapes
+from duq.runtime.config import GemmaConfig, ModelConfig, VisionConfig
 
 READ_EXPONENT = 0.8  # how far the weights that read a channel make up for its size (1: fully)
 NORM_EXPONENT = 0.6  # how much of a residual outlier is left after the norm's gain (1: all)

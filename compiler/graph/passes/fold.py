@@ -1,12 +1,13 @@
 """Constants into weights: linear after linear, scaled outputs, norm gains."""
+
 from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
 
-from compiler.graph.edit import initializer, insert_before, is_weight, lazy, reader, replace, simplify, small_constant
-from compiler.graph.export import Graphs
-from plugins import ops
+from duq.compiler.graph.edit import initializer, insert_before, is_weight, lazy, reader, replace, simplify, small_constant
+from duq.compiler.graph.export import Graphs
+from duq.plugins import ops
 
 
 def fold_linear_chains(graphs: Graphs) -> Graphs:
@@ -51,8 +52,12 @@ def fold_output_scales(graphs: Graphs) -> Graphs:
                 continue
             name, factor = f"{_stem(linear)}*{scale.item():.9g}", scale.reshape(())
             weight, offset = linear.inputs[1], bias.inputs[1]
-            new_weight = lazy(model.graph, f"{name}.weight_kn", [weight], weight.shape.numpy(), lambda w, factor=factor: w * factor)
-            new_offset = lazy(model.graph, f"{name}.bias", [offset], offset.shape.numpy(), lambda b, factor=factor: b * factor)
+            new_weight = lazy(
+                model.graph, f"{name}.weight_kn", [weight], weight.shape.numpy(), lambda w, factor=factor: w * factor
+            )
+            new_offset = lazy(
+                model.graph, f"{name}.bias", [offset], offset.shape.numpy(), lambda b, factor=factor: b * factor
+            )
             (product,) = insert_before(node, "MatMul", [linear.inputs[0], new_weight])
             (y,) = insert_before(node, "Add", [product, new_offset])
             replace(node.outputs[0], y)
@@ -63,7 +68,7 @@ def fold_output_scales(graphs: Graphs) -> Graphs:
 def fold_norm_gains(graphs: Graphs) -> Graphs:
     """norm(x, g) W = norm(x, 1) (diag(g) W): a Gemma norm's gain goes into the float linears that read it.
 
-    Quantised linears read the norm through a prologue that may start with a scale of its own (1 / balance). There the
+    Quantized linears read the norm through a prologue that may start with a scale of its own (1 / balance). There the
     two vectors become one, in the norm, since a rotation follows and neither can move past it:
     scale * norm(x, g) = norm(x, scale * g); likewise LayerNorm's (g, b), and the tables of an adaptive norm.
     """
@@ -88,9 +93,7 @@ def _fold_gain_into_readers(graph: ir.Graph, norm: ir.Node) -> None:
     for node in readers:
         weight = node.inputs[1]
         name = f"{gain.name}*{weight.name}"
-        node.replace_input_with(
-            1, lazy(graph, name, [gain, weight], weight.shape.numpy(), lambda g, w: g[:, None] * w)
-        )
+        node.replace_input_with(1, lazy(graph, name, [gain, weight], weight.shape.numpy(), lambda g, w: g[:, None] * w))
     ones = initializer(graph, f"ones.{gain.shape[0]}", np.ones(gain.shape.numpy(), np.float32))
     norm.replace_input_with(1, ones)
 
@@ -107,7 +110,9 @@ def _adaptive_tables(node: ir.Node) -> list[tuple[ir.Node, int]]:
     if scaled.op_type != "Mul" or shift.op_type != "Gather":
         return []
     gathers = [shift, *(operand.producer() for operand in scaled.inputs if operand.producer() is not None)]
-    gathers = [gather for gather in gathers if gather.op_type == "Gather" and gather.inputs[0].name.startswith("time_table.")]
+    gathers = [
+        gather for gather in gathers if gather.op_type == "Gather" and gather.inputs[0].name.startswith("time_table.")
+    ]
     return [(gather, 0) for gather in gathers] if len(gathers) == 2 else []
 
 

@@ -1,4 +1,5 @@
 """Weights as MatMul reads them: y = x W with W [K, N], no Transpose or Gemm left around a weight."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -6,14 +7,14 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from compiler.graph.edit import initializer, insert_before, is_weight, lazy, replace, simplify
-from compiler.graph.export import Graphs
+from duq.compiler.graph.edit import initializer, insert_before, is_weight, lazy, replace, simplify
+from duq.compiler.graph.export import Graphs
 
 
 def weights_as_matmul_reads_them(graphs: Graphs) -> Graphs:
     """PyTorch stores a linear's weight [N, K] and exports Transpose + MatMul, or Gemm for two-dimensional inputs.
 
-    The gain 1 + w of a Gemma norm becomes one initialiser as well.
+    The gain 1 + w of a Gemma norm becomes one initializer as well.
     """
     for _, model in graphs.items():
         simplify(model)
@@ -27,7 +28,9 @@ def weights_as_matmul_reads_them(graphs: Graphs) -> Graphs:
                 replace(node.outputs[0], _transposed(model.graph, node.inputs[0]))
             elif node.op_type == "RMSNormalization" and node.inputs[1].producer() is not None:
                 weight, one = node.inputs[1].producer().inputs
-                name = f"{weight.name.removesuffix('.weight')}.gain"  # of equal weights the exporter keeps one, a bias perhaps
+                name = (
+                    f"{weight.name.removesuffix('.weight')}.gain"  # of equal weights the exporter keeps one, a bias perhaps
+                )
                 gain = lazy(model.graph, name, [weight, one], weight.shape, np.add)
                 node.replace_input_with(1, gain)
         simplify(model)

@@ -1,4 +1,5 @@
 """Linears that read the same input become one: q, k and v; gate and up. One large product instead of two or three."""
+
 from __future__ import annotations
 
 from collections import defaultdict
@@ -6,10 +7,10 @@ from collections import defaultdict
 import numpy as np
 import onnx_ir as ir
 
-from compiler.graph.edit import initializer, insert_before, is_weight, lazy, replace, simplify
-from compiler.graph.export import Graphs
-from compiler.graph.passes.quantize import QuantizedTensor
-from plugins import ops
+from duq.compiler.graph.edit import initializer, insert_before, is_weight, lazy, replace, simplify
+from duq.compiler.graph.export import Graphs
+from duq.compiler.graph.passes.quantize import QuantizedTensor
+from duq.plugins import ops
 
 
 def merge_float_linears(graphs: Graphs) -> Graphs:
@@ -24,7 +25,7 @@ def merge_float_linears(graphs: Graphs) -> Graphs:
 
 
 def merge_quantized_linears(graphs: Graphs) -> Graphs:
-    """The same for quantised linears of one variant: a prologue and one integer product for the group.
+    """The same for quantized linears of one variant: a prologue and one integer product for the group.
 
     For GPUs. On CPUs the product gains nothing and splitting its large output costs (docs/performance.md).
     """
@@ -38,7 +39,7 @@ def merge_quantized_linears(graphs: Graphs) -> Graphs:
 
 
 def _output_block(node: ir.Node) -> int:
-    """The block size of a quantised linear's output rotation; 0 if it has none."""
+    """The block size of a quantized linear's output rotation; 0 if it has none."""
     operands = dict(zip(ops.inputs_of(node.op_type, node.overload), node.inputs))
     return operands["output_rotation"].shape[-1] if "output_rotation" in operands else 0
 

@@ -1,4 +1,5 @@
-"""Float linears -> duq nodes, following the packs of the quantiser."""
+"""Float linears -> duq nodes, following the packs of the quantizer."""
+
 from __future__ import annotations
 
 import hashlib
@@ -7,13 +8,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from compiler.errors import GraphError
-from compiler.graph.edit import initializer, insert_before, is_weight, reader, replace, simplify
-from compiler.graph.export import Graphs
-from compiler.quant.pack import LinearPack
-from compiler.quant.transforms import hadamard
-from plugins import ops
-from plugins.layout import pack_int4
+from duq.compiler.errors import GraphError
+from duq.compiler.graph.edit import initializer, insert_before, is_weight, reader, replace, simplify
+from duq.compiler.graph.export import Graphs
+from duq.compiler.quant.pack import LinearPack
+from duq.compiler.quant.transforms import hadamard
+from duq.plugins import ops
+from duq.plugins.layout import pack_int4
 
 
 def lower_quantized_linears(graphs: Graphs, packs: dict[str, LinearPack]) -> Graphs:
@@ -34,7 +35,7 @@ def lower_quantized_linears(graphs: Graphs, packs: dict[str, LinearPack]) -> Gra
         simplify(model)
         ops.add_functions(model)
     if missing:
-        raise GraphError(f"quantised linears that the policy never computes: {', '.join(sorted(missing))}")
+        raise GraphError(f"quantized linears that the policy never computes: {', '.join(sorted(missing))}")
     return graphs
 
 
@@ -66,8 +67,14 @@ def _lower(graph: ir.Graph, node: ir.Node, pack: LinearPack) -> None:
 
     k, n = node.inputs[1].shape.numpy()
     weight_name = f"{pack.name}.weight_q"
-    weight = initializer(graph, weight_name, QuantizedTensor(weight_name, lambda: pack.weight().T, (k, n), pack.weight_bits))
-    inputs = [*activations, weight, initializer(graph, f"{pack.name}.weight_scale", np.asarray(pack.weight_scale, np.float32))]
+    weight = initializer(
+        graph, weight_name, QuantizedTensor(weight_name, lambda: pack.weight().T, (k, n), pack.weight_bits)
+    )
+    inputs = [
+        *activations,
+        weight,
+        initializer(graph, f"{pack.name}.weight_scale", np.asarray(pack.weight_scale, np.float32)),
+    ]
     overload = []
     if pack.output_rotation is not None:
         overload.append("output_rotation")
@@ -87,7 +94,7 @@ def _lower(graph: ir.Graph, node: ir.Node, pack: LinearPack) -> None:
 
 
 def _prologue(graph: ir.Graph, pack: LinearPack) -> dict[str, list[ir.Value]]:
-    """Stage -> its operands. Initialisers are named by content, so that equal transforms make equal nodes."""
+    """Stage -> its operands. Initializers are named by content, so that equal transforms make equal nodes."""
     found: dict[str, list[ir.Value]] = {}
     if pack.input_scale is not None:
         found["scale"] = [_by_content(graph, "input_scale", np.asarray(pack.input_scale, np.float32))]

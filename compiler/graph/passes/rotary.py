@@ -1,12 +1,13 @@
 """Rotary embeddings as tables: a position is a small integer, and its cosines and sines never change."""
+
 from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
 
-from compiler.graph.edit import initializer, insert_before, replace, simplify
-from compiler.graph.export import Graphs
-from runtime.config import IMAGE_SLOTS
+from duq.compiler.graph.edit import initializer, insert_before, replace, simplify
+from duq.compiler.graph.export import Graphs
+from duq.runtime.config import IMAGE_SLOTS
 
 
 def tabulate_rotary_embeddings(graphs: Graphs) -> Graphs:
@@ -76,7 +77,10 @@ def _rotation(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value] | 
     halves, tables = [a.producer(), b.producer()], [cosine.producer(), sine.producer()]
     if [tuple(operands) for operands in second] != [(b, cosine), (a, sine)]:
         return None
-    if [half.op_type for half in halves] != ["Slice", "Slice"] or [table.op_type for table in tables] != ["Gather", "Gather"]:
+    if [half.op_type for half in halves] != ["Slice", "Slice"] or [table.op_type for table in tables] != [
+        "Gather",
+        "Gather",
+    ]:
         return None
     x, dims = halves[0].inputs[0], halves[0].inputs[0].shape[-1]
     bounds = [[int(limit.const_value.numpy().item()) for limit in half.inputs[1:4]] for half in halves]

@@ -1,12 +1,23 @@
 """Time is a constant: the timesteps are known when compiling, so what depends on time alone becomes tables."""
+
 from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
 
-from compiler.graph.edit import depends_on, evaluate, initializer, insert_before, is_weight, lazy, reader, replace, simplify
-from compiler.graph.export import Graphs
-from compiler.model.pi0 import timesteps
+from duq.compiler.graph.edit import (
+    depends_on,
+    evaluate,
+    initializer,
+    insert_before,
+    is_weight,
+    lazy,
+    reader,
+    replace,
+    simplify,
+)
+from duq.compiler.graph.export import Graphs
+from duq.compiler.model.pi0 import timesteps
 
 
 def split_time_from_actions(graphs: Graphs) -> Graphs:

@@ -1,14 +1,23 @@
 """Rewrites of what is computed for which token: compaction, the hoisted state token, the dead tail."""
+
 from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from compiler.graph.edit import (
-    depends_on, evaluate, expect, has_weight_name, initializer, insert_before, replace, simplify, small_constant,
+from duq.compiler.graph.edit import (
+    depends_on,
+    evaluate,
+    expect,
+    has_weight_name,
+    initializer,
+    insert_before,
+    replace,
+    simplify,
+    small_constant,
 )
-from compiler.graph.export import Graphs, key_value_names
+from duq.compiler.graph.export import Graphs, key_value_names
 
 
 def compact_tokens(graphs: Graphs) -> Graphs:
@@ -60,7 +69,9 @@ def hoist_state_token(graphs: Graphs) -> Graphs:
     _forget_inputs(state_only.graph, "x", "time")
     _append(graphs.prefix.graph, state_only.graph, names)
 
-    (slice_node,) = [n for n in step.graph if n.op_type == "Slice" and small_constant(n.inputs[1]) == -graphs.config.action_horizon]
+    (slice_node,) = [
+        n for n in step.graph if n.op_type == "Slice" and small_constant(n.inputs[1]) == -graphs.config.action_horizon
+    ]
     replace(slice_node.outputs[0], slice_node.inputs[0])  # the last H of H rows
     for _, model in graphs.items():
         simplify(model)
@@ -143,7 +154,8 @@ def _check_state_sees_prefix_and_itself(graphs: Graphs) -> None:
 def _keep_suffix_rows(graph: ir.Graph, state: bool) -> None:
     """Reduces a step graph to its state row (row 0) or its action rows (1..H): all else in it works row by row."""
     (join,) = [
-        node for node in graph
+        node
+        for node in graph
         if node.op_type == "Concat" and any(depends_on(operand) == {"state"} for operand in node.inputs)
     ]
     state_token, action_tokens = join.inputs

@@ -4,6 +4,7 @@ A schedule is data (JSON): for every number of cameras and every prompt size the
 denoising step, with their kernels, grids and arguments, and one arena in which all activations have fixed places. The
 executor only follows it (runtime/executors/cuda.py), and `duq-inspect` prints it.
 """
+
 from __future__ import annotations
 
 import json
@@ -11,18 +12,18 @@ import json
 import onnx_ir.passes.common as common
 from rich.progress import Progress
 
-from compiler.graph.export import Graphs
-from compiler.parallel import in_order, thread_pool
-from compiler.targets.cuda import timing
-from compiler.targets.cuda.arena import place, schedule
-from compiler.targets.cuda.cubins import Instance, compile_each
-from compiler.targets.cuda.lower import Variant, lower_variant
-from compiler.targets.cuda.problems import AnyTactic, Problem, from_table
-from compiler.targets.cuda.program import ALIGNMENT, BYTES, Launch, to_json
-from compiler.targets.cuda.weights import Weights, to_bf16
-from plugins.kernels import ARCHITECTURES as _ARCHITECTURES
-from runtime.executors.cuda import SCHEDULE_VERSION
-from runtime.plan import PlanWriter
+from duq.compiler.graph.export import Graphs
+from duq.compiler.parallel import in_order, thread_pool
+from duq.compiler.targets.cuda import timing
+from duq.compiler.targets.cuda.arena import place, schedule
+from duq.compiler.targets.cuda.cubins import Instance, compile_each
+from duq.compiler.targets.cuda.lower import Variant, lower_variant
+from duq.compiler.targets.cuda.problems import AnyTactic, Problem, from_table
+from duq.compiler.targets.cuda.program import ALIGNMENT, BYTES, Launch, to_json
+from duq.compiler.targets.cuda.weights import Weights, to_bf16
+from duq.plugins.kernels import ARCHITECTURES as _ARCHITECTURES
+from duq.runtime.executors.cuda import SCHEDULE_VERSION
+from duq.runtime.plan import PlanWriter
 
 ARCHITECTURES = tuple(_ARCHITECTURES)
 IN_FLIGHT_BYTES = 1 << 30  # of the weights computed at a time; their float32 forms take several times that

@@ -1,10 +1,11 @@
 """Where buffers lie: one arena, in which buffers that are never alive together share memory."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
 
-from compiler.targets.cuda.program import ALIGNMENT, Buffer, Launch
+from duq.compiler.targets.cuda.program import ALIGNMENT, Buffer, Launch
 
 
 def schedule(prefix: Sequence[Launch], step: Sequence[Launch]) -> None:

@@ -1,4 +1,5 @@
 """Lowering what is between the products of q, k and v and that of the output: rotary embeddings, caches, attention."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -7,11 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from compiler.targets.cuda.builder import Builder, Joined, expect, pointer
-from compiler.targets.cuda.patterns import past_views, readers_of, views_between
-from compiler.targets.cuda.program import Float, Matrix, Weight
-from plugins import attention as kernels
-from plugins import pointwise
+from duq.compiler.targets.cuda.builder import Builder, Joined, expect, pointer
+from duq.compiler.targets.cuda.patterns import past_views, readers_of, views_between
+from duq.compiler.targets.cuda.program import Float, Matrix, Weight
+from duq.plugins import attention as kernels
+from duq.plugins import pointwise
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
 """What lowering has at hand: what the graph's values have become, memory for new ones, and the launches so far."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,14 +9,14 @@ import numpy as np
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
-from compiler.errors import GraphError
-from compiler.targets.cuda.patterns import Epilogue, final_readers, joins_rows, output_type, past_views, views_of
-from compiler.targets.cuda.problems import AnyTactic, Choose, Gemm, IntegerTactic, Problem
-from compiler.targets.cuda.program import BYTES, Argument, Buffer, Launch, Matrix
-from compiler.targets.cuda.weights import Weights
-from plugins import pointwise
-from plugins.errors import KernelError
-from runtime.config import ModelConfig
+from duq.compiler.errors import GraphError
+from duq.compiler.targets.cuda.patterns import Epilogue, final_readers, joins_rows, output_type, past_views, views_of
+from duq.compiler.targets.cuda.problems import AnyTactic, Choose, Gemm, IntegerTactic, Problem
+from duq.compiler.targets.cuda.program import BYTES, Argument, Buffer, Launch, Matrix
+from duq.compiler.targets.cuda.weights import Weights
+from duq.plugins import pointwise
+from duq.plugins.errors import KernelError
+from duq.runtime.config import ModelConfig
 
 INTEGERS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
 
@@ -27,7 +28,7 @@ class Normed:
     x: Matrix
     gain: Argument
     shift: Argument
-    centre: bool
+    center: bool
     epsilon: float
     written: Matrix | None = None  # by a launch of its own, where a reader wanted it in memory
 

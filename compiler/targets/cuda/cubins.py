@@ -1,4 +1,5 @@
 """Machine code for the instances of the kernels that launches need."""
+
 from __future__ import annotations
 
 import os
@@ -6,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from plugins.kernels import Cubin, compile_cubin
+from duq.plugins.kernels import Cubin, compile_cubin
 
 
 class Instance(NamedTuple):

@@ -1,17 +1,18 @@
 """Lowering what brings an observation into the residual stream: camera images, the prompt, and both in one matrix."""
+
 from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
 
-from compiler.graph.edit import is_weight, small_constant
-from compiler.graph.edit import reader as reader_of
-from compiler.targets.cuda.builder import Builder, expect
-from compiler.targets.cuda.patterns import Epilogue, other_input, past_views, readers_of, views_between
-from compiler.targets.cuda.products import matmul
-from compiler.targets.cuda.program import Float
-from compiler.targets.cuda.weights import label
-from plugins import pointwise
+from duq.compiler.graph.edit import is_weight, small_constant
+from duq.compiler.graph.edit import reader as reader_of
+from duq.compiler.targets.cuda.builder import Builder, expect
+from duq.compiler.targets.cuda.patterns import Epilogue, other_input, past_views, readers_of, views_between
+from duq.compiler.targets.cuda.products import matmul
+from duq.compiler.targets.cuda.program import Float
+from duq.compiler.targets.cuda.weights import label
+from duq.plugins import pointwise
 
 
 def patch_embedding(builder: Builder, node: ir.Node) -> None:

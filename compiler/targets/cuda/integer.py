@@ -1,22 +1,23 @@
-"""Lowering quantised linears: INT8 activations times INT4 or INT8 weights, summed in INT32.
+"""Lowering quantized linears: INT8 activations times INT4 or INT8 weights, summed in INT32.
 
 The GEMMs take whole tiles, and a policy's sizes need not be multiples of theirs (SigLIP's MLP has 4304 channels). Zeros
-make up for it (patterns.integer_gemm): the quantiser writes more channels than x has, the weight has rows and columns of
+make up for it (patterns.integer_gemm): the quantizer writes more channels than x has, the weight has rows and columns of
 zeros, and y gets columns that nobody reads.
 """
+
 from __future__ import annotations
 
 from dataclasses import replace
 
 import onnx_ir as ir
 
-from compiler.targets.cuda.builder import Builder, Quantized, expect, pointer
-from compiler.targets.cuda.norms import offer_norm
-from compiler.targets.cuda.patterns import Epilogue, integer_gemm
-from compiler.targets.cuda.problems import Gemm, IntegerTactic
-from compiler.targets.cuda.program import NO_NORM, Argument, Matrix
-from plugins import ops, pointwise
-from plugins.bitblas import Generated
+from duq.compiler.targets.cuda.builder import Builder, Quantized, expect, pointer
+from duq.compiler.targets.cuda.norms import offer_norm
+from duq.compiler.targets.cuda.patterns import Epilogue, integer_gemm
+from duq.compiler.targets.cuda.problems import Gemm, IntegerTactic
+from duq.compiler.targets.cuda.program import NO_NORM, Argument, Matrix
+from duq.plugins import ops, pointwise
+from duq.plugins.bitblas import Generated
 
 FINISHES = ("NONE", "GELU", "GEGLU")
 
@@ -41,7 +42,7 @@ def linear(builder: Builder, node: ir.Node, name: str, x: Quantized, epilogue: E
         expect(gemm.n == n or parts == 1, node)
         sums = builder.new(f"{name}.sums", gemm.m, gemm.n, "int")
         _multiply(builder, name, gemm, tactic, x, operands["weight"], sums)
-        _dequantise(builder, name, sums, x.scale, operands, biases, epilogue.gate, finish, residual, y)
+        _dequantize(builder, name, sums, x.scale, operands, biases, epilogue.gate, finish, residual, y)
         return y
     order = "gate-up" if finish == "GEGLU" else ""
     if epilogue.gate is None:
@@ -81,7 +82,7 @@ def _multiply(
     builder.kernel(name, gemm.launch(tactic), arguments, reads, writes, 2.0 * m * n * k, weight_bytes, tactic.headers())
 
 
-def _dequantise(
+def _dequantize(
     builder: Builder,
     name: str,
     sums: Matrix,
@@ -106,4 +107,4 @@ def _dequantise(
     how = pointwise.dequantize(y.rows, columns, y.type, rotation is not None, finish)
     arguments = [sums.pointer, x_scale.pointer, scale, matrices, bias, factor, pointer(residual), y.pointer]
     arguments += [sums.columns, 1, rotation.shape[-1] if rotation is not None else 0]
-    builder.kernel(f"{name} (dequantise)", how, arguments, [sums, x_scale, *([residual] if residual else [])], [y])
+    builder.kernel(f"{name} (dequantize)", how, arguments, [sums, x_scale, *([residual] if residual else [])], [y])

@@ -1,6 +1,6 @@
 """The graphs after all passes -> launches, for one GPU architecture and one size of the observation.
 
-A launch covers one or several nodes: an anchor (a product, an attention, a quantiser) with the norm in front of it and
+A launch covers one or several nodes: an anchor (a product, an attention, a quantizer) with the norm in front of it and
 the element-wise nodes behind it. Reshapes and transposes between tokens and heads cost nothing: activations stay
 [tokens, channels] in memory, whatever their shape in the graph. A norm becomes a launch of its own only where its reader
 cannot take it in. A node that nothing covers is an error that names it.
@@ -8,6 +8,7 @@ cannot take it in. A node that nothing covers is an error that names it.
 Which node is covered by what is the table RULES. Its functions (inputs.py, norms.py, products.py, attention.py) get a
 node and the Builder (builder.py), which knows what the operands have become and takes the launches.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -15,14 +16,14 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from compiler.errors import GraphError
-from compiler.graph.export import Graphs
-from compiler.targets.cuda import attention, inputs, norms, products
-from compiler.targets.cuda.builder import INTEGERS, Builder, expect
-from compiler.targets.cuda.patterns import is_linear, is_prompt, is_table_row, is_view, is_whole, joins_rows
-from compiler.targets.cuda.problems import Choose
-from compiler.targets.cuda.program import Buffer, Launch, Matrix
-from compiler.targets.cuda.weights import Weights
+from duq.compiler.errors import GraphError
+from duq.compiler.graph.export import Graphs
+from duq.compiler.targets.cuda import attention, inputs, norms, products
+from duq.compiler.targets.cuda.builder import INTEGERS, Builder, expect
+from duq.compiler.targets.cuda.patterns import is_linear, is_prompt, is_table_row, is_view, is_whole, joins_rows
+from duq.compiler.targets.cuda.problems import Choose
+from duq.compiler.targets.cuda.program import Buffer, Launch, Matrix
+from duq.compiler.targets.cuda.weights import Weights
 
 
 @dataclass

@@ -1,22 +1,23 @@
-"""Lowering norms and quantisers. A norm is a launch only where nobody else computes it.
+"""Lowering norms and quantizers. A norm is a launch only where nobody else computes it.
 
-Three others do: a quantiser that reads it (rotate_quantize), the output projection (products.py, flow step), and for a
+Three others do: a quantizer that reads it (rotate_quantize), the output projection (products.py, flow step), and for a
 product of few tokens the launch that wrote the norm's input, which leaves x * gain and sums of x^2 (norm_ahead); the
 product multiplies its rows by 1 / sqrt(mean(x^2) + epsilon).
 """
+
 from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
 
-from compiler.graph.edit import reader as reader_of
-from compiler.graph.edit import small_constant
-from compiler.targets.cuda.builder import Builder, Normed, Quantized, expect
-from compiler.targets.cuda.patterns import integer_gemm, is_table_row, other_input, readers_of
-from compiler.targets.cuda.program import Argument, Float, ForNorm, Matrix, Weight
-from compiler.targets.cuda.weights import Weights, label
-from plugins import ops, pointwise
-from plugins.tactics import FEW_TOKENS
+from duq.compiler.graph.edit import reader as reader_of
+from duq.compiler.graph.edit import small_constant
+from duq.compiler.targets.cuda.builder import Builder, Normed, Quantized, expect
+from duq.compiler.targets.cuda.patterns import integer_gemm, is_table_row, other_input, readers_of
+from duq.compiler.targets.cuda.program import Argument, Float, ForNorm, Matrix, Weight
+from duq.compiler.targets.cuda.weights import Weights, label
+from duq.plugins import ops, pointwise
+from duq.plugins.tactics import FEW_TOKENS
 
 
 def norm(builder: Builder, node: ir.Node) -> None:
@@ -37,7 +38,7 @@ def norm(builder: Builder, node: ir.Node) -> None:
         out = shifted.outputs[0]
     epsilon = node.attributes.get_float("epsilon", 1e-5)
     x = builder.value(node.inputs[0])
-    builder.values[out] = Normed(x, *vectors, centre=node.op_type == "LayerNormalization", epsilon=epsilon)
+    builder.values[out] = Normed(x, *vectors, center=node.op_type == "LayerNormalization", epsilon=epsilon)
 
 
 def in_memory(builder: Builder, value: ir.Value) -> Matrix:
@@ -48,7 +49,7 @@ def in_memory(builder: Builder, value: ir.Value) -> Matrix:
     if found.written is None:
         x = found.x
         y = builder.new(value.name, x.rows, x.columns, "Bf16")
-        how = pointwise.normalize(x.rows, x.columns, x.type, "Bf16", found.centre)
+        how = pointwise.normalize(x.rows, x.columns, x.type, "Bf16", found.center)
         arguments = [x.pointer, found.gain, found.shift, y.pointer, x.columns, x.stride, y.stride, Float(found.epsilon)]
         builder.kernel("norm", how, arguments, [x], [y])
         found.written = y
@@ -75,33 +76,46 @@ def rotate_quantize(builder: Builder, node: ir.Node) -> None:
         how = pointwise.rotate_quantize(x.rows, x.columns, x.type, kind, turn, largest.k)
         arguments = [x.pointer, gain, shift, *vectors, x_q.pointer, scale.pointer]
         arguments += [x.columns, largest.k, x.stride, block, slabs, Float(epsilon)]
-    builder.kernel(f"{name} (quantise)", how, arguments, [x], [x_q, scale])
+    builder.kernel(f"{name} (quantize)", how, arguments, [x], [x_q, scale])
     builder.values[node.outputs[0]] = Quantized(x_q, scale, slab_tokens)
     builder.values[node.outputs[1]] = scale
 
 
 def rotate(builder: Builder, node: ir.Node) -> None:
-    """The same without the quantiser: bf16, for products of floats."""
+    """The same without the quantizer: bf16, for products of floats."""
     x, kind, gain, shift, epsilon = _source(builder, node)
     turn, block, vectors = _rotation(builder.weights, node)
     name = label(readers_of(node.outputs[0])[0].inputs[1].name)
     y = builder.new(f"{name}.x", x.rows, x.columns, "Bf16")
     how = pointwise.rotate_quantize(x.rows, x.columns, x.type, kind, turn, out=y.type)
-    arguments = [x.pointer, gain, shift, *vectors, y.pointer, None, x.columns, x.columns, x.stride, block, 0, Float(epsilon)]
+    arguments = [
+        x.pointer,
+        gain,
+        shift,
+        *vectors,
+        y.pointer,
+        None,
+        x.columns,
+        x.columns,
+        x.stride,
+        block,
+        0,
+        Float(epsilon),
+    ]
     builder.kernel(f"{name} (rotate)", how, arguments, [x], [y])
     builder.values[node.outputs[0]] = y
 
 
 def _source(builder: Builder, node: ir.Node) -> tuple[Matrix, str, Argument, Argument, float]:
-    """What a quantiser reads, and the norm that it computes in front: which, gain, shift and epsilon."""
+    """What a quantizer reads, and the norm that it computes in front: which, gain, shift and epsilon."""
     x = builder.value(node.inputs[0])
     if isinstance(x, Normed):
-        return x.x, "LAYER_NORM" if x.centre else "RMS_NORM", x.gain, x.shift, x.epsilon
+        return x.x, "LAYER_NORM" if x.center else "RMS_NORM", x.gain, x.shift, x.epsilon
     return x, "PLAIN", None, None, 0.0
 
 
 def _rotation(weights: Weights, node: ir.Node) -> tuple[str | int, int, list[Weight | None]]:
-    """A quantiser's rotation as pointwise.rotate_quantize names it, the block size of a dense one, and its operands."""
+    """A quantizer's rotation as pointwise.rotate_quantize names it, the block size of a dense one, and its operands."""
     operands = dict(zip(ops.inputs_of(node.op_type, node.overload), node.inputs))
     hadamard, rotation = operands.get("hadamard"), operands.get("rotation")
     vectors = [_float32(weights, operands.get("input_scale")), _permutation(weights, operands.get("permutation"))]
@@ -142,7 +156,7 @@ def norm_ahead(builder: Builder, normed: Normed) -> ForNorm | None:
     """
     writer = builder.writer(normed.x)
     ahead = writer and writer.for_norm
-    if normed.centre or ahead is None or ahead.y != normed.x or (ahead.x is not None and ahead.gain != normed.gain):
+    if normed.center or ahead is None or ahead.y != normed.x or (ahead.x is not None and ahead.gain != normed.gain):
         return None
     if ahead.x is None:
         rows, columns = normed.x.rows, normed.x.columns

@@ -2,6 +2,7 @@
 
 They are random integers, whose sums are exact in any order, in float32 too, where they stay below 2^24.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -11,12 +12,12 @@ from functools import partial
 
 import numpy as np
 
-from compiler.targets.cuda.problems import FloatGemm, Gemm, IntegerTactic, Problem
-from compiler.targets.cuda.program import BYTES
-from compiler.targets.cuda.weights import to_bf16
-from plugins.bitblas import Generated
-from plugins.driver import Memory, Stream
-from plugins.layout import (
+from duq.compiler.targets.cuda.problems import FloatGemm, Gemm, IntegerTactic, Problem
+from duq.compiler.targets.cuda.program import BYTES
+from duq.compiler.targets.cuda.weights import to_bf16
+from duq.plugins.bitblas import Generated
+from duq.plugins.driver import Memory, Stream
+from duq.plugins.layout import (
     activation_slabs,
     interleave_gate_up,
     pack_bitblas,
@@ -24,8 +25,8 @@ from plugins.layout import (
     pack_fragments,
     pack_int4_fragments,
 )
-from plugins.tactics import Float
-from plugins.timing import copies_of
+from duq.plugins.tactics import Float
+from duq.plugins.timing import copies_of
 
 HEAD_DIMS = 256  # gemm_float.cu
 INT4, INT8 = range(-8, 8), range(-128, 128)

@@ -1,15 +1,16 @@
 """What lowering looks for in the graph: kinds of nodes, chains of them behind products, and views of one matrix."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from compiler.graph.edit import depends_on, is_weight, small_constant
-from compiler.graph.edit import reader as reader_of
-from compiler.targets.cuda.problems import Gemm
-from plugins import ops
-from plugins.tactics import FEW_TOKENS
+from duq.compiler.graph.edit import depends_on, is_weight, small_constant
+from duq.compiler.graph.edit import reader as reader_of
+from duq.compiler.targets.cuda.problems import Gemm
+from duq.plugins import ops
+from duq.plugins.tactics import FEW_TOKENS
 
 VIEWS = ("Reshape", "Unsqueeze", "Squeeze", "Transpose")
 
@@ -99,7 +100,7 @@ def output_type(epilogue: Epilogue) -> str:
 
 
 def integer_gemm(node: ir.Node, rows: int) -> Gemm:
-    """What the GEMM of a quantised linear computes for so many tokens: in front of an output rotation its sums alone.
+    """What the GEMM of a quantized linear computes for so many tokens: in front of an output rotation its sums alone.
 
     Zeros make the sizes multiples of what the kernels take at a time: of K always, of N where it is worth it (few tokens take
     any 16) and the readers of y take rows of any stride.

@@ -1,11 +1,11 @@
 """The products that several tactics compute, as what a tactic is chosen for: sizes and what the instance has to do."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from plugins import bitblas, pointwise, tactics
-
+from duq.plugins import bitblas, pointwise, tactics
 
 IntegerTactic = tactics.Tactic | bitblas.Generated
 

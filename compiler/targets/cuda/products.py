@@ -1,19 +1,20 @@
 """Lowering linears: each with what is behind it (patterns.Epilogue), and with the norm in front where its kernel can."""
+
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from compiler.errors import GraphError
-from compiler.targets.cuda import integer
-from compiler.targets.cuda.attention import Rotation, bind_rotation, rotary, rotation_of
-from compiler.targets.cuda.builder import Builder, Normed, Quantized, bytes_of, expect, pointer
-from compiler.targets.cuda.norms import in_memory, norm_ahead, offer_norm
-from compiler.targets.cuda.patterns import Epilogue, epilogue_of, is_rotated
-from compiler.targets.cuda.problems import FloatGemm
-from compiler.targets.cuda.program import BYTES, LIBRARY, MATMUL, NO_NORM, Argument, Float, Launch, Matrix, Weight
-from compiler.targets.cuda.weights import label
-from plugins import ops, pointwise
-from plugins.tactics import FEW_TOKENS
+from duq.compiler.errors import GraphError
+from duq.compiler.targets.cuda import integer
+from duq.compiler.targets.cuda.attention import Rotation, bind_rotation, rotary, rotation_of
+from duq.compiler.targets.cuda.builder import Builder, Normed, Quantized, bytes_of, expect, pointer
+from duq.compiler.targets.cuda.norms import in_memory, norm_ahead, offer_norm
+from duq.compiler.targets.cuda.patterns import Epilogue, epilogue_of, is_rotated
+from duq.compiler.targets.cuda.problems import FloatGemm
+from duq.compiler.targets.cuda.program import BYTES, LIBRARY, MATMUL, NO_NORM, Argument, Float, Launch, Matrix, Weight
+from duq.compiler.targets.cuda.weights import label
+from duq.plugins import ops, pointwise
+from duq.plugins.tactics import FEW_TOKENS
 
 NARROW = 64  # products over so few channels, a robot's actions and state, are computed in float32
 
@@ -69,7 +70,7 @@ def _weight_scale(node: ir.Node, name: str, epilogue: Epilogue) -> ir.Value | No
     operands = dict(zip(ops.inputs_of(node.op_type, node.overload), node.inputs))
     if node.op_type != "W4A16Linear" or "output_rotation" in operands:
         rotated = " with an output rotation" if "output_rotation" in operands else ""
-        raise GraphError(f"{name}: --target cuda has no kernel for {node.op_type}{rotated}; quantise its activations too")
+        raise GraphError(f"{name}: --target cuda has no kernel for {node.op_type}{rotated}; quantize its activations too")
     epilogue.bias = [operands["bias"]] if "bias" in operands else epilogue.bias
     return operands["weight_scale"]
 

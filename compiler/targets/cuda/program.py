@@ -1,11 +1,12 @@
 """What lowering produces: launches over matrices in device memory, and their form as data in the plan."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from plugins.bitblas import Generated
-from plugins.driver import Shape
+from duq.plugins.bitblas import Generated
+from duq.plugins.driver import Shape
 
 BYTES = {"float": 4, "int": 4, "Bf16": 2, "signed char": 1, "unsigned char": 1}  # by the name of the C++ type
 ALIGNMENT = 256
@@ -70,14 +71,14 @@ class Matrix:
     def pointer(self) -> Pointer:
         return Pointer(self.buffer, self.offset * BYTES[self.type])
 
-    def split(self, columns: Sequence[int]) -> list["Matrix"]:
+    def split(self, columns: Sequence[int]) -> list[Matrix]:
         starts = [sum(columns[:index]) for index in range(len(columns))]
         return [
             Matrix(self.buffer, self.rows, width, self.type, self.stride, self.offset + start)
             for width, start in zip(columns, starts)
         ]
 
-    def slice_rows(self, start: int, stop: int) -> "Matrix":
+    def slice_rows(self, start: int, stop: int) -> Matrix:
         return Matrix(self.buffer, stop - start, self.columns, self.type, self.stride, self.offset + start * self.stride)
 
 
@@ -114,9 +115,11 @@ class Launch:
     reads: list[Buffer] = field(default_factory=list)
     writes: list[Buffer] = field(default_factory=list)
     branch: bool = False
-    wait_for: list[int] = field(default_factory=list)  # launches of the prefix on other streams; a step's: the first's alone
+    wait_for: list[int] = field(
+        default_factory=list
+    )  # launches of the prefix on other streams; a step's: the first's alone
     overlap: bool = False  # may start before the launch ahead has ended (programmatic dependent launch), unless it waits
-    for_norm: "ForNorm | None" = None
+    for_norm: ForNorm | None = None
     work: float = 0
     moved: int = 0
 

@@ -1,4 +1,5 @@
 """Choosing by timing, where the machine that compiles has a GPU of the architecture that it compiles for."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -8,17 +9,17 @@ from functools import partial
 import numpy as np
 from rich.progress import Progress
 
-from compiler.targets.cuda.cubins import Instance, compile_each
-from compiler.targets.cuda.operands import FloatOperands, IntegerOperands
-from compiler.targets.cuda.problems import AnyTactic, Choose, Gemm, Problem
-from compiler.targets.cuda.program import LIBRARY, MATMUL, Launch
-from plugins import bitblas
-from plugins.cublas import CublasLt
-from plugins.cublas import Problem as Product
-from plugins.driver import Kernel, Stream, load, open_device
-from plugins.errors import KernelError
-from plugins.tactics import FEW_TOKENS
-from plugins.timing import milliseconds
+from duq.compiler.targets.cuda.cubins import Instance, compile_each
+from duq.compiler.targets.cuda.operands import FloatOperands, IntegerOperands
+from duq.compiler.targets.cuda.problems import AnyTactic, Choose, Gemm, Problem
+from duq.compiler.targets.cuda.program import LIBRARY, MATMUL, Launch
+from duq.plugins import bitblas
+from duq.plugins.cublas import CublasLt
+from duq.plugins.cublas import Problem as Product
+from duq.plugins.driver import Kernel, Stream, load, open_device
+from duq.plugins.errors import KernelError
+from duq.plugins.tactics import FEW_TOKENS
+from duq.plugins.timing import milliseconds
 
 # A tactic takes the place of the table's if it is faster by this factor. Times of one product, repeated, vary by a few per
 # cent. Of few tokens the table was made on SM 90 in the chain of a whole layer, which such times predict poorly: alone the
@@ -47,7 +48,7 @@ def by_timing(problems: Iterable[Problem], sm: int, progress: Progress) -> Choos
     kernels = {instance: load(cubin)[instance.expression] for instance, cubin in cubins}
     ranked: dict[Problem, list[AnyTactic]] = {}  # the fastest first
     task = progress.add_task("Timing", total=len(candidates))
-    for problem, tactics in sorted(candidates.items(), key=lambda item: (item[0].n, item[0].k)):  # neighbours share weights
+    for problem, tactics in sorted(candidates.items(), key=lambda item: (item[0].n, item[0].k)):  # neighbors share weights
         progress.update(task, description=f"Timing {problem.m} x {problem.n} x {problem.k}")
         times = dict(zip(tactics, time_each(problem, tactics, kernels, sm)))
         times[tactics[0]] /= FASTER_THAN_IN_CHAIN if problem.m <= FEW_TOKENS and sm == 90 else FASTER
@@ -95,7 +96,9 @@ def time_each(problem: Problem, tactics: Sequence[AnyTactic], kernels: Mapping[I
         y = operands.result(partial(work, 1))
         expected = y if expected is None else expected
         if not np.array_equal(y, expected):
-            raise KernelError(f"tactics that compute different results on this GPU: {tactics[0]} and {tactic} for {problem}")
+            raise KernelError(
+                f"tactics that compute different results on this GPU: {tactics[0]} and {tactic} for {problem}"
+            )
     return milliseconds([partial(work, operands.copies) for work in works])
 
 

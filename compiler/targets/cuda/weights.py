@@ -1,4 +1,5 @@
 """The forms in which kernels want a policy's weights. Each is made when it is written into the plan, one at a time."""
+
 from __future__ import annotations
 
 import re
@@ -8,9 +9,9 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from compiler.targets.cuda.program import Weight
-from plugins.bitblas import Generated
-from plugins.layout import (
+from duq.compiler.targets.cuda.program import Weight
+from duq.plugins.bitblas import Generated
+from duq.plugins.layout import (
     CHUNK_K,
     interleave_gate_up,
     interleave_rotary,
@@ -34,7 +35,7 @@ class Weights:
         return Weight(name)
 
     def packed(self, weight: ir.Value, shape: tuple[int, int], bits: int, layout: str, geglu: bool) -> Weight:
-        """Quantised weight [K, N] as tensor core fragments (or for BitBLAS) of `shape`, N' and K', which zeros fill up; with
+        """Quantized weight [K, N] as tensor core fragments (or for BitBLAS) of `shape`, N' and K', which zeros fill up; with
         GeGLU, gate and up interleaved."""
         n, k = shape
         order = "gate-up" if geglu else ""
@@ -155,7 +156,9 @@ def _in_order(values: np.ndarray, order: str, padded: int = 0) -> np.ndarray:
     behind them, behind gate and up each, that make them `padded`."""
     parts = np.split(values, 2) if order == "gate-up" else [values]
     missing = max(0, padded - len(values)) // len(parts)
-    parts = [np.concatenate([part, np.zeros((missing, *part.shape[1:]), part.dtype)]) if missing else part for part in parts]
+    parts = [
+        np.concatenate([part, np.zeros((missing, *part.shape[1:]), part.dtype)]) if missing else part for part in parts
+    ]
     if order == "gate-up":
         return interleave_gate_up(*parts)
     return interleave_rotary(*parts) if order == "rotary" else parts[0]

@@ -1,12 +1,13 @@
-"""The `tensorrt` target: engines whose quantised linears are our plugins, running kernels that BitBLAS generated.
+"""The `tensorrt` target: engines whose quantized linears are our plugins, running kernels that BitBLAS generated.
 
 For each SM the plan holds, under engine/sm<SM>: the engine `policy` (--loop unrolled: prefix and all denoising steps in one
 network) or `prefix` and `step` (--loop graph: the executor repeats the step), TensorRT's log, kernels.json, which says what
-each quantised linear runs and where the kernels are that the plugins ask for by name; and under cubin/sm<SM> these
+each quantized linear runs and where the kernels are that the plugins ask for by name; and under cubin/sm<SM> these
 kernels. Beside them lies the token table, `embedding`, in the engines' float type. An engine is
-for one SM, one flavour and version of TensorRT; the manifest says which. Nothing of TensorRT is needed to read what a plan
+for one SM, one flavor and version of TensorRT; the manifest says which. Nothing of TensorRT is needed to read what a plan
 holds.
 """
+
 from __future__ import annotations
 
 import json
@@ -18,16 +19,16 @@ from dataclasses import replace
 import onnx_ir as ir
 from rich.progress import Progress
 
-from compiler.graph.export import Graphs
-from compiler.targets.tensorrt.builder import Engine, Profile, build
-from compiler.targets.tensorrt.network import FLOAT_TYPES, Plugin, adapt, take_embeddings, unroll
-from plugins import bitblas, trt
-from plugins.errors import DuqError
-from plugins.kernels import Cubin, compile_cubin
-from plugins.nodes import KernelName
-from runtime.config import ModelConfig
-from runtime.executors.tensorrt import PLUGINS_VERSION
-from runtime.plan import PlanWriter
+from duq.compiler.graph.export import Graphs
+from duq.compiler.targets.tensorrt.builder import Engine, Profile, build
+from duq.compiler.targets.tensorrt.network import FLOAT_TYPES, Plugin, adapt, take_embeddings, unroll
+from duq.plugins import bitblas, trt
+from duq.plugins.errors import DuqError
+from duq.plugins.kernels import Cubin, compile_cubin
+from duq.plugins.nodes import KernelName
+from duq.runtime.config import ModelConfig
+from duq.runtime.executors.tensorrt import PLUGINS_VERSION
+from duq.runtime.plan import PlanWriter
 
 ARCHITECTURES = bitblas.SMS
 LOOPS = ("unrolled", "graph")
@@ -83,7 +84,7 @@ def _emit(graphs: Graphs, sm: int, writer: PlanWriter, progress: Progress, optio
         engines[f"sm{sm}/{name}"] = _describe(model, engine)
     return {
         f"sm{sm}": {
-            "flavour": trt.flavour(),
+            "flavor": trt.flavor(),
             "version": trt.library().__version__,
             "plugins_version": PLUGINS_VERSION,
             "loop": options.loop,
@@ -127,7 +128,9 @@ def _write_kernels(
     sources = dict(zip(problems, bitblas.sources(problems, sm)))
     written = []
     for number, (name, problem) in enumerate(kernels.items()):
-        cubin = bitblas.compile_kernel(sources[problem], sm) if problem else compile_cubin(name.source, sm, [name.expression])
+        cubin = (
+            bitblas.compile_kernel(sources[problem], sm) if problem else compile_cubin(name.source, sm, [name.expression])
+        )
         written.append(_write_kernel(name, cubin, f"cubin/sm{sm}/{number}.{name.source.removesuffix('.cu')}", writer))
         progress.advance(task)
     return written

@@ -1,4 +1,5 @@
-"""ONNX -> TensorRT engine, on a machine without a GPU where the flavour of TensorRT can (TensorRT-RTX)."""
+"""ONNX -> TensorRT engine, on a machine without a GPU where the flavor of TensorRT can (TensorRT-RTX)."""
+
 from __future__ import annotations
 
 import functools
@@ -12,11 +13,11 @@ import numpy as np
 import onnx_ir as ir
 from rich.progress import Progress
 
-from compiler.errors import GraphError
-from plugins import driver, trt
-from plugins.errors import KernelError
+from duq.compiler.errors import GraphError
+from duq.plugins import driver, trt
+from duq.plugins.errors import KernelError
 
-INLINE_BYTES = 1024  # smaller initialisers stay inside the model
+INLINE_BYTES = 1024  # smaller initializers stay inside the model
 
 Profile = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 """Input -> its smallest, usual and largest shape."""
@@ -73,9 +74,9 @@ def _set_sm(config, sm: int) -> None:
     try:
         here = driver.open_device()
     except KernelError as error:
-        raise GraphError(f"{trt.flavour()} {library.__version__} builds for SM {sm} only on such a GPU: {error}") from error
+        raise GraphError(f"{trt.flavor()} {library.__version__} builds for SM {sm} only on such a GPU: {error}") from error
     if here != sm:
-        raise GraphError(f"{trt.flavour()} {library.__version__} builds for this machine's SM {here} only, not for SM {sm}")
+        raise GraphError(f"{trt.flavor()} {library.__version__} builds for this machine's SM {here} only, not for SM {sm}")
 
 
 def _set_profile(builder, config, network, profile: Profile) -> None:
@@ -130,7 +131,13 @@ class _MappedWeights:
             tensors[value] = value.const_value
             offset, size = places[value.name]
             value.const_value = ir.ExternalTensor(
-                "weights", offset, size, value.const_value.dtype, shape=value.const_value.shape, name=value.name, base_dir=""
+                "weights",
+                offset,
+                size,
+                value.const_value.dtype,
+                shape=value.const_value.shape,
+                name=value.name,
+                base_dir="",
             )
         proto = ir.to_proto(self._model)
         for value, tensor in tensors.items():

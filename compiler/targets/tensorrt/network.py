@@ -1,8 +1,9 @@
 """The graphs as TensorRT takes them: plugin nodes, one float type throughout, and the denoising steps in a row.
 
 The network is strongly typed: what the ONNX says is what runs. Activations and weights become `float_type`; scales and
-rotations of the quantised linears stay float32, and so does the state x of the flow, to which every step adds a little.
+rotations of the quantized linears stay float32, and so does the state x of the flow, to which every step adds a little.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -12,15 +13,18 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from compiler.errors import GraphError
-from compiler.graph.edit import expect, initializer, insert_before, is_weight, lazy, reader, replace
-from compiler.graph.export import Graphs
-from plugins import bitblas, ops
-from plugins.layout import pack_bitblas, unpack_int4
-from plugins.nodes import EPSILON, NODES, KernelName, Node, RotateQuantize, Tensor, W4A8Linear
-from plugins.trt import attributes
+from duq.compiler.errors import GraphError
+from duq.compiler.graph.edit import expect, initializer, insert_before, is_weight, lazy, reader, replace
+from duq.compiler.graph.export import Graphs
+from duq.plugins import bitblas, ops
+from duq.plugins.layout import pack_bitblas, unpack_int4
+from duq.plugins.nodes import EPSILON, NODES, KernelName, Node, RotateQuantize, Tensor, W4A8Linear
+from duq.plugins.trt import attributes
 
-FLOAT_TYPES = {"bf16": (ir.DataType.BFLOAT16, ml_dtypes.bfloat16, "Bf16"), "fp16": (ir.DataType.FLOAT16, np.float16, "Half")}
+FLOAT_TYPES = {
+    "bf16": (ir.DataType.BFLOAT16, ml_dtypes.bfloat16, "Bf16"),
+    "fp16": (ir.DataType.FLOAT16, np.float16, "Half"),
+}
 
 
 class Plugin(NamedTuple):
@@ -35,7 +39,7 @@ def adapt(graphs: Graphs, float_type: str, sm: int, prefix_tokens: int) -> dict[
     """Rewrites both graphs in place; returns for each graph its plugin nodes by name.
 
     prefix_tokens: of the largest observation, which the kernels of the prefix are chosen for.
-    Raises GraphError for a quantised linear that there is no plugin for, KernelError for one that has no kernel.
+    Raises GraphError for a quantized linear that there is no plugin for, KernelError for one that has no kernel.
     """
     plugins = {}
     for name, model in graphs.items():
@@ -64,7 +68,9 @@ def take_embeddings(model: ir.Model) -> ir.Value:
     graph.inputs[list(graph.inputs).index(tokens)] = embeddings
     widened = reader(gather.outputs[0])
     rows = widened.outputs[0] if widened is not None and widened.op_type == "Cast" else gather.outputs[0]
-    (one_sequence,) = insert_before(gather, "Unsqueeze", [embeddings, initializer(graph, "first_axis", np.array([0], np.int64))])
+    (one_sequence,) = insert_before(
+        gather, "Unsqueeze", [embeddings, initializer(graph, "first_axis", np.array([0], np.int64))]
+    )
     one_sequence.shape, one_sequence.type = rows.shape, rows.type
     rows.replace_all_uses_with(one_sequence)
     for use in list(tokens.uses()):
@@ -79,7 +85,7 @@ def _check_operators(model: ir.Model) -> None:
     unknown = sorted({node.op_type for node in model.graph if node.domain == ops.DOMAIN} - set(NODES))
     if unknown:
         raise GraphError(
-            f"--target tensorrt has plugins for {', '.join(NODES)}, not for {', '.join(unknown)}: quantise to 4-bit weights "
+            f"--target tensorrt has plugins for {', '.join(NODES)}, not for {', '.join(unknown)}: quantize to 4-bit weights "
             "and 8-bit activations, or leave those linears in float"
         )
 
@@ -109,7 +115,9 @@ def to_float_type(model: ir.Model, float_type: str) -> None:
         readers = {node.domain for node in value.consumers()}
         if value.dtype == ir.DataType.FLOAT and readers - {ops.DOMAIN}:
             cast = lambda array: array.astype(numpy_type)  # noqa: E731
-            replace_initializer(value, lazy(graph, f"{value.name}.{float_type}", [value], value.shape.numpy(), cast, onnx_type))
+            replace_initializer(
+                value, lazy(graph, f"{value.name}.{float_type}", [value], value.shape.numpy(), cast, onnx_type)
+            )
     for node in graph:
         target = node.attributes.get("to")
         if node.op_type == "Cast" and target is not None and target.value == ir.DataType.FLOAT:
@@ -276,7 +284,7 @@ def unroll(graphs: Graphs) -> ir.Model:
 
 
 def _adopt(graph: ir.Graph, value: ir.Value) -> ir.Value:
-    """The step's initialiser in the prefix's graph. Weights have dotted names, unique to their contents."""
+    """The step's initializer in the prefix's graph. Weights have dotted names, unique to their contents."""
     name = value.name if "." in value.name else f"step.{value.name}"
     return initializer(graph, name, value.const_value)
 

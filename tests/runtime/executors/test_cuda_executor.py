@@ -1,0 +1,176 @@
+"""The CUDA executor without a GPU: its driver is host memory, its kernels those of tests/support/emulated_kernels.py."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import astuple, replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from duq.compiler.quant.recipe import DEFAULT_PRESET
+from duq.compiler.targets.cuda.program import LIBRARY
+from duq.plugins.driver import Shape
+from duq.runtime.config import ModelConfig
+from duq.runtime.errors import PlanError
+from duq.runtime.executors import cuda as executor
+from duq.runtime.plan import Plan
+from tests.compiler.targets.test_cuda import cosine, with_float_images
+from tests.compiler.test_pipeline import make_inputs, make_noise
+from tests.runtime.executors.test_tensorrt_executor import Event, Stream
+from tests.support import emulate, recording
+from tests.support.emulated_kernels import KERNELS, Launch, Memory, Pointer
+from tests.support.same_integers import run_given
+
+CALLS = [((True, False, True), 37), ((False, True, False), 1)]  # the second finds the first one's rows as padding
+
+
+class Block:
+    """Memory that is NaN, and remembered for whoever has but an address."""
+
+    all: list[Block] = []
+
+    def __init__(self, size: int):
+        self.array = np.full(size, 0xFF, np.uint8)
+        self.address, self.memory = self.array.ctypes.data, Memory(self.array)
+        Block.all.append(self)
+
+
+class OneStream(Stream):
+    def clear(self, to: int, size: int) -> None:
+        ctypes.memset(to, 0, size)
+
+
+class Ordered(Event):
+    def wait(self, stream) -> None:
+        pass
+
+
+def pointer(address: int | None) -> Pointer | None:
+    if not address:
+        return None
+    (block,) = [each for each in Block.all if each.address <= address < each.address + each.array.size]
+    return Pointer(block.memory, address - block.address)
+
+
+class Kernel:
+    def __init__(self, expression: str):
+        self.name, _, template = expression.rstrip(">").partition("<")
+        self.template = template.split(", ")
+
+    def launch(self, shape: Shape, arguments, stream: int, overlap: bool) -> None:
+        launch = Launch(self.name, self.template, shape.grid, shape.threads, int(np.prod(shape.cluster)))
+        values = (pointer(each.value) if isinstance(each, ctypes.c_void_p) else each.value for each in arguments)
+        KERNELS[self.name](launch, *values)
+
+
+class Library:
+    def prepare(self, problem, algorithm: int) -> None:
+        pass
+
+    def matmul(self, problem, algorithm: int, *addresses) -> None:
+        *operands, workspace, stream = addresses
+        KERNELS[LIBRARY](Launch(LIBRARY, [], (1, 1, 1), 0, 1), *map(pointer, operands), algorithm, *astuple(problem)[:-2])
+
+
+@pytest.fixture
+def on_the_host(monkeypatch):
+    driver = SimpleNamespace(
+        open_device=lambda: 90, free_memory=lambda: (1 << 40, 1 << 40), Shape=Shape, Memory=Block, PinnedArray=Block,
+        Stream=OneStream, Event=Ordered, load=lambda cubin: {each: Kernel(each) for each in cubin.symbols},
+    )  # fmt: skip
+    monkeypatch.setattr(executor, "driver", driver)
+    monkeypatch.setattr(executor, "CublasLt", Library)
+    monkeypatch.setattr(Block, "all", [])
+
+
+@pytest.mark.parametrize("name", ["pi0", "pi05"])
+def test_follows_the_schedule(name, on_the_host, tiny_plans):
+    """Call after call of any size, the same bits as from the schedule in a memory of its own."""
+    plan = Plan(tiny_plans(name, DEFAULT_PRESET, "cuda").plan)
+    config = ModelConfig.from_json(plan.manifest["model"])
+    policy, noise = executor.CudaExecutor(plan), make_noise(config)
+    for seed, (cameras, prompt) in enumerate(CALLS):
+        inputs = make_inputs(config, cameras, prompt, seed)
+        actions, timing = policy.run(inputs, noise)
+        np.testing.assert_array_equal(actions, emulate.run(plan, 90, inputs, noise))
+        assert timing.keys() == {"stage_ms", "launch_ms", "wait_ms", "prefix_ms", "denoise_ms"}
+        assert all(type(value) is float for value in timing.values())
+
+
+def test_takes_float_images(on_the_host, tiny_plans):
+    """Where the plan is for them; there also bytes, as what they stand for."""
+    plan = Plan(tiny_plans("pi0", "none", "cuda", float_images=True).plan)
+    config = ModelConfig.from_json(plan.manifest["model"])
+    policy, noise = executor.CudaExecutor(plan), make_noise(config)
+    for seed, (cameras, prompt) in enumerate(CALLS):
+        inputs = make_inputs(config, cameras, prompt, seed)
+        floats = with_float_images(inputs, seed)
+        np.testing.assert_array_equal(policy.run(floats, noise)[0], emulate.run(plan, 90, floats, noise))
+        bytes_as_floats = replace(inputs, images=inputs.pixels().transpose(0, 2, 3, 1))
+        np.testing.assert_array_equal(policy.run(inputs, noise)[0], policy.run(bytes_as_floats, noise)[0])
+
+
+def test_refuses_float_images_where_the_plan_takes_bytes(on_the_host, tiny_plans):
+    plan = Plan(tiny_plans("pi0", "none", "cuda").plan)
+    config = ModelConfig.from_json(plan.manifest["model"])
+    inputs = with_float_images(make_inputs(config, *CALLS[0]))
+    with pytest.raises(PlanError, match="takes images of uint8, got float32; compile it again"):
+        executor.CudaExecutor(plan).run(inputs, make_noise(config))
+
+
+def test_traces_what_the_stages_produce(on_the_host, tiny_plans):
+    plan = Plan(tiny_plans("pi0", DEFAULT_PRESET, "cuda").plan)
+    config, found, expected = ModelConfig.from_json(plan.manifest["model"]), {}, {}
+    inputs, noise = make_inputs(config, *CALLS[1]), make_noise(config)
+    executor.CudaExecutor(plan).run(inputs, noise, found)
+    emulate.run(plan, 90, inputs, noise, expected)
+    assert found.keys() == expected.keys()
+    for stage, value in found.items():
+        np.testing.assert_array_equal(value, expected[stage], err_msg=stage)
+
+
+def test_times_every_launch_of_the_prefix_and_a_step(on_the_host, tiny_plans):
+    plan = Plan(tiny_plans("pi0", DEFAULT_PRESET, "cuda").plan)
+    policy, config = executor.CudaExecutor(plan), ModelConfig.from_json(plan.manifest["model"])
+    inputs, noise = make_inputs(config, *CALLS[1]), make_noise(config)
+    actions, _ = policy.run(inputs, noise)
+    size = policy.stage(inputs, noise)
+    times = policy.launch_times(size, calls=1)
+    wanted = [("prefix", each) for each in policy._variants[size]["prefix"]]
+    wanted += [("step", each) for each in policy._variants[size]["step"]]
+    assert [(program, launch) for program, launch, _ in times] == wanted
+    assert {us for *_, us in times} == {1e3}  # what the driver here says of any two events
+    policy._download.array[:] = 0
+    assert policy.milliseconds_in_turn(size, calls=1) == (1.0, 1.0)
+    np.testing.assert_array_equal(policy._download.array.view(np.float32), actions.ravel())  # a whole call
+
+
+@pytest.mark.parametrize("name", ["pi0", "pi05"])
+def test_records_the_integers_of_a_call(name, on_the_host, tiny_plans, monkeypatch):
+    """What tests/gpu compares stage by stage: with the same INT8 activations the CPU engine comes to the same stages."""
+    monkeypatch.setattr(recording, "PinnedArray", Block)
+    plan = Plan(tiny_plans(name, DEFAULT_PRESET, "cuda").plan)
+    config = ModelConfig.from_json(plan.manifest["model"])
+    inputs, noise = make_inputs(config, *CALLS[0]), make_noise(config)
+    found, runs = recording.Recording(plan).record(inputs, noise)
+    expected, roundings = run_given(tiny_plans(name, DEFAULT_PRESET).plan, *runs, inputs, noise)
+    for stage, value in expected.items():
+        assert cosine(found[stage], value) > 0.9999, stage
+    assert 0 < roundings.count and roundings.farthest <= 2 and roundings.different < 0.1 * roundings.count
+
+
+def test_what_the_plan_is_not_for(on_the_host, tiny_plans, monkeypatch):
+    plan = Plan(tiny_plans("pi0", DEFAULT_PRESET, "cuda").plan)
+    policy, config = executor.CudaExecutor(plan), ModelConfig.from_json(plan.manifest["model"])
+    with pytest.raises(PlanError, match="is not for 0 cameras and 1 prompt tokens; compile again"):
+        policy.run(make_inputs(config, (False, False, False), 1), make_noise(config))
+    monkeypatch.setattr(executor.driver, "free_memory", lambda: (1 << 20, 80 << 30))
+    with pytest.raises(PlanError, match="needs .* GB of GPU memory, 0.00 of .* are free"):
+        executor.CudaExecutor(plan)
+    monkeypatch.setattr(executor, "SCHEDULE_VERSION", 99)
+    with pytest.raises(
+        PlanError, match=r"schedule/sm90.json is of version \d+, this runtime follows version 99; compile it"
+    ):
+        executor.CudaExecutor(plan)

@@ -1,0 +1,256 @@
+"""The plan file: round trips, alignment, and that every kind of damage is noticed."""
+
+import io
+import os
+import struct
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import duq.runtime.plan
+from duq.runtime.errors import PlanError
+from duq.runtime.plan import FORMAT_VERSION, MANIFEST, Plan, PlanWriter
+
+ENTRIES = {
+    "graph/prefix.onnx": b"\x08\x0agraph" * 30,
+    "weights/llm.layers.0": np.arange(300_000, dtype=np.float32).reshape(300, 1000),  # above a megabyte: page aligned
+    "weights/scale": np.array(0.5, np.float32),
+    "weights/empty": b"",
+}
+
+
+def write_plan(path, entries=ENTRIES, manifest=None):
+    with PlanWriter(path) as plan:
+        offsets = {name: plan.write(name, data) for name, data in entries.items()}
+        plan.finish(manifest or {"target": "cpu"})
+    return offsets
+
+
+def raw(data) -> bytes:
+    return data.tobytes() if isinstance(data, np.ndarray) else bytes(data)
+
+
+@pytest.fixture
+def path(tmp_path):
+    write_plan(tmp_path / "engine.plan")
+    return tmp_path / "engine.plan"
+
+
+def test_round_trip_and_offsets(tmp_path):
+    path = tmp_path / "engine.plan"
+    offsets = write_plan(path)
+    plan, file = Plan(path), path.read_bytes()
+    assert plan.names == list(ENTRIES)
+    assert plan.manifest["target"] == "cpu" and plan.manifest["format_version"] == FORMAT_VERSION
+    for name, data in ENTRIES.items():
+        assert plan.read(name) == raw(data)
+        assert file[offsets[name] :].startswith(raw(data))
+    assert offsets["weights/llm.layers.0"] % 4096 == 0
+    assert all(offset % 64 == 0 for offset in offsets.values())
+
+
+def test_read_does_not_copy(path):
+    plan = Plan(path)
+    first, second = (np.frombuffer(plan.read("weights/llm.layers.0"), np.float32) for _ in range(2))
+    assert np.shares_memory(first, second) and not first.flags.writeable
+
+
+def test_standard_tools_read_it(path):
+    listing = subprocess.run([sys.executable, "-m", "zipfile", "-l", path], capture_output=True, text=True, check=True)
+    assert MANIFEST in listing.stdout and "weights/scale" in listing.stdout
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        assert archive.read("graph/prefix.onnx") == ENTRIES["graph/prefix.onnx"]
+
+
+def test_same_input_same_bytes(tmp_path):
+    write_plan(tmp_path / "a.plan")
+    write_plan(tmp_path / "b.plan")
+    assert (tmp_path / "a.plan").read_bytes() == (tmp_path / "b.plan").read_bytes()
+
+
+def test_streams_pieces(tmp_path):
+    pieces = [os.urandom(n) for n in (3, 0, 2_500_000, 1)]
+    with PlanWriter(tmp_path / "p") as plan:
+        assert plan.write("stream", iter(pieces)) % 4096 == 0
+        plan.finish({})
+    assert Plan(tmp_path / "p").read("stream") == b"".join(pieces)
+
+
+def test_every_header_has_room_for_64_bit_sizes(path):
+    data = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        infos = [info for info in archive.infolist() if info.filename != MANIFEST]
+    for info in infos:
+        name_bytes, extra_bytes = struct.unpack_from("<HH", data, info.header_offset + 26)
+        extra = data[info.header_offset + 30 + name_bytes :][:extra_bytes]
+        assert struct.pack("<HHQQ", 1, 16, info.file_size, info.file_size) in extra
+
+
+@given(
+    entries=st.dictionaries(st.text("abc/._é", min_size=1, max_size=12), st.binary(max_size=300), max_size=6),
+    alignment=st.sampled_from([1, 2, 64, 4096]),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_entries_round_trip(tmp_path, entries, alignment):
+    with PlanWriter(tmp_path / "p") as plan:
+        offsets = {name: plan.write(name, data, alignment) for name, data in entries.items()}
+        plan.finish({})
+    plan = Plan(tmp_path / "p")
+    assert {name: bytes(plan.read(name)) for name in plan.names} == entries
+    assert all(offset % alignment == 0 for offset in offsets.values())
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A small plan's bytes and, for each entry and the manifest, its (offset, size)."""
+    path = tmp_path_factory.mktemp("small") / "engine.plan"
+    write_plan(path, {"graph/step.onnx": b"step" * 20, "weights/w": bytes(range(200)), "tokenizer.model": b"t" * 50})
+    data = path.read_bytes()
+    spans = {name: (entry["offset"], entry["bytes"]) for name, entry in Plan(path).manifest["entries"].items()}
+    with zipfile.ZipFile(path) as archive:
+        manifest = archive.read(MANIFEST)
+    spans[MANIFEST] = (data.index(manifest), len(manifest))
+    return data, spans
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_flipped_byte_in_an_entry_is_found(tmp_path, small, data):
+    original, spans = small
+    name = data.draw(st.sampled_from(sorted(spans)))
+    offset, size = spans[name]
+    position = offset + data.draw(st.integers(0, size - 1))
+    damaged = bytearray(original)
+    damaged[position] ^= data.draw(st.integers(1, 255))
+    (tmp_path / "p").write_bytes(damaged)
+    with pytest.raises(PlanError, match=name):
+        Plan(tmp_path / "p")
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_flipped_byte_anywhere_is_harmless_or_an_error(tmp_path, small, data):
+    """Also in the zip's own structures: never another exception, never other contents."""
+    original, spans = small
+    damaged = bytearray(original)
+    damaged[data.draw(st.integers(0, len(original) - 1))] ^= data.draw(st.integers(1, 255))
+    (tmp_path / "p").write_bytes(damaged)
+    try:
+        plan = Plan(tmp_path / "p")
+    except PlanError:
+        return
+    for name in plan.names:
+        offset, size = spans[name]
+        assert plan.read(name) == original[offset : offset + size]
+
+
+@given(data=st.data())
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_truncation_is_found(tmp_path, small, data):
+    original, _ = small
+    (tmp_path / "p").write_bytes(original[: data.draw(st.integers(0, len(original) - 1))])
+    with pytest.raises(PlanError):
+        Plan(tmp_path / "p")
+
+
+def test_messages_say_what_is_wrong(tmp_path, path):
+    def message(data: bytes) -> str:
+        (tmp_path / "bad").write_bytes(data)
+        with pytest.raises(PlanError) as error:
+            Plan(tmp_path / "bad")
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    whole = path.read_bytes()
+    assert "cut short" in message(whole[: len(whole) // 2])
+    assert "not an engine plan" in message(b"hello" * 100)
+    assert "empty" in message(b"")
+    other = io.BytesIO()
+    with zipfile.ZipFile(other, "w") as archive:
+        archive.writestr("readme.txt", "hi")
+    assert "without manifest.json" in message(other.getvalue())
+    with pytest.raises(PlanError, match="No such file"):
+        Plan(tmp_path / "missing.plan")
+    with pytest.raises(PlanError, match="Is a directory"):
+        Plan(tmp_path)
+
+
+def test_missing_entry(tmp_path, path):
+    """A plan from which an entry was deleted (its manifest still names it)."""
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(tmp_path / "less", "w") as less:
+        less.writestr(MANIFEST, archive.read(MANIFEST))
+    with pytest.raises(PlanError, match="graph/prefix.onnx is missing"):
+        Plan(tmp_path / "less")
+    with pytest.raises(PlanError, match="no entry nothing"):
+        Plan(path).read("nothing")
+
+
+def test_repacked_plan_is_refused(tmp_path, path):
+    """Another tool's repacking moves the data, and the graphs refer to it by offset: an error even unverified."""
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(tmp_path / "moved", "w") as moved:
+        for name in archive.namelist():
+            moved.writestr(name, archive.read(name))
+    with pytest.raises(PlanError, match="packed again"):
+        Plan(tmp_path / "moved", verify=False)
+
+
+@pytest.mark.parametrize("version, fix", [(FORMAT_VERSION + 1, "upgrade"), (0, "compile it again")])
+def test_other_format_version(tmp_path, monkeypatch, version, fix):
+    monkeypatch.setattr(duq.runtime.plan, "FORMAT_VERSION", version)
+    write_plan(tmp_path / "p")
+    monkeypatch.undo()
+    with pytest.raises(PlanError, match=fix):
+        Plan(tmp_path / "p")
+
+
+def test_unverified_open_skips_the_hashes(tmp_path, small):
+    original, spans = small
+    damaged = bytearray(original)
+    damaged[spans["weights/w"][0]] ^= 1
+    (tmp_path / "p").write_bytes(damaged)
+    assert Plan(tmp_path / "p", verify=False).read("weights/w")[0] == 1
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def test_failure_leaves_nothing_behind(tmp_path):
+    (tmp_path / "engine.plan").write_bytes(b"the old plan")
+    with pytest.raises(RuntimeError, match="boom"), PlanWriter(tmp_path / "engine.plan") as plan:
+        plan.write("a", bytes(10))
+        raise RuntimeError("boom")
+    with PlanWriter(tmp_path / "engine.plan") as plan:
+        plan.write("a", bytes(10))  # never finished
+    assert [p.name for p in tmp_path.iterdir()] == ["engine.plan"]
+    assert (tmp_path / "engine.plan").read_bytes() == b"the old plan"
+
+
+def test_failing_stream_leaves_nothing_behind(tmp_path):
+    def pieces():
+        yield bytes(100)
+        raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"), PlanWriter(tmp_path / "engine.plan") as plan:
+        plan.write("a", pieces())
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_destinations_and_names(tmp_path):
+    with pytest.raises(PlanError, match="does not exist"):
+        PlanWriter(tmp_path / "nowhere" / "engine.plan")
+    with pytest.raises(PlanError, match="is a folder"):
+        PlanWriter(tmp_path)
+    with PlanWriter(tmp_path / "p") as plan:
+        plan.write("a", b"")
+        for name in ("a", MANIFEST):
+            with pytest.raises(PlanError, match="twice"):
+                plan.write(name, b"")

@@ -1,0 +1,51 @@
+"""tools/profile.py --sm: what a call consists of, counted by hand, and its table."""
+
+import dataclasses
+
+from duq.compiler.checkpoint.synthetic import make_config
+from duq.plugins import bitblas
+from duq.tools import estimate, profile
+
+CONFIG = make_config("full", pi05=False)
+MLP = [
+    f"{model}.layers.{i}.mlp.{name}_proj"
+    for model in ("llm", "expert")
+    for i in range(18)
+    for name in ("gate", "up", "down")
+]
+ATTENTION = [f"llm.layers.{i}.self_attn.{name}_proj" for i in range(18) for name in "qkvo"]
+MANIFEST = {"num_steps": 10, "quantization": {"linears": {name: {"activation_bits": 8} for name in MLP + ATTENTION}}}
+
+
+def work(**changes):
+    return list(estimate.kernels(dataclasses.replace(CONFIG, **changes), MANIFEST, 86, 3, 48))
+
+
+def test_operations_of_the_integer_products():
+    """2 M N K: 17 whole layers of the language model and the keys and values of the last; the expert's MLPs ten times."""
+    llm = 17 * (2560 * 2048 + 2048 * 2048 + 32768 * 2048 + 2048 * 16384) + 512 * 2048
+    expert = 10 * 18 * (8192 * 1024 + 1024 * 4096)
+    integer = [kernel for kernel in work() if kernel.kind == "integer products"]
+    assert sum(kernel.operations for kernel in integer if kernel.part == "LLM") == 2 * 816 * llm
+    assert sum(kernel.operations for kernel in integer if kernel.part == "expert") == 2 * 50 * expert
+
+
+def test_nothing_is_faster_than_the_gpu():
+    device = bitblas.DEVICES[86]
+    int8 = 2 * device.products * device.multiprocessors * device.clock
+    assert 280e12 < int8 < 320e12  # the A40's data sheet: 299
+    for kernel in work():
+        rate = int8 if kernel.kind == "integer products" else int8 / 2
+        assert kernel.seconds >= kernel.operations / rate and kernel.seconds >= kernel.bytes / device.memory_bytes
+
+
+def test_fewer_actions_take_less():
+    assert sum(k.seconds for k in work(action_horizon=25)) < sum(k.seconds for k in work())
+
+
+def test_the_table_of_a_plan(tiny_plans, command_line):
+    plan = tiny_plans("pi0", "llm+expert-mlp").plan
+    ran = command_line(profile.main, plan, "--sm", "86")
+    assert ran.code == 0 and "not a measurement" in ran.out and "the call" in ran.out
+    refused = command_line(profile.main, plan, "--sm", "75")
+    assert refused.code == 2 and "--sm 75" in refused.err
