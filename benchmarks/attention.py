@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gemm_integer import time_us
 from duq.plugins import attention
-from duq.plugins.kernels import compile_cubin
+from duq.plugins.nvrtc import compile_cubin
 from tests.gpu.test_attention import definition, random
 from tests.support import launch
 

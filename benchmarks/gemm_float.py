@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gemm_integer import copies_of, time_us
-from duq.plugins.kernels import compile_cubin
+from duq.plugins.nvrtc import compile_cubin
 from duq.plugins.tactics import Float, float_candidates
 from tests.gpu.test_gemm_float import DIMS, HEADS, operands
 from tests.support import launch

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from duq.plugins.kernels import compile_cubin
+from duq.plugins.nvrtc import compile_cubin
 from duq.plugins.tactics import Tactic, candidates
 from tests.support import launch
 

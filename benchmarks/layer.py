@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.gemm_integer import time_us
 from duq.plugins import attention, pointwise
-from duq.plugins.kernels import compile_cubin
+from duq.plugins.nvrtc import compile_cubin
 from duq.plugins.tactics import FEW_TOKENS, Float, WgmmaFew, best, best_float
 from tests.support import launch
 

@@ -30,7 +30,7 @@ from typing import ClassVar
 
 from duq.plugins.driver import Shape
 from duq.plugins.errors import KernelError
-from duq.plugins.kernels import Cubin, compile_text, default_cache, read_cached, write_cached
+from duq.plugins.nvrtc import Cubin, compile_text, default_cache, read_cached, write_cached
 from duq.plugins.tactics import MAX_SHARED_BYTES
 
 SYMBOL = "general_dequant_matmul_kernel"

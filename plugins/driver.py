@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from duq.plugins.errors import KernelError
-from duq.plugins.kernels import Cubin
+from duq.plugins.nvrtc import Cubin
 
 OLDEST_CUDA = 13000  # what the pinned NVRTC compiles for
 PORTABLE_CLUSTER = 8  # blocks of a cluster that every GPU with clusters takes

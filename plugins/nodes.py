@@ -27,7 +27,7 @@ from typing import ClassVar, NamedTuple
 from duq.plugins import driver, pointwise
 from duq.plugins.bitblas import SYMBOL, Tile
 from duq.plugins.errors import KernelError
-from duq.plugins.kernels import Cubin
+from duq.plugins.nvrtc import Cubin
 
 FLOATS = ("float", "Half", "Bf16")
 SOURCES = ("PLAIN", "RMS_NORM", "GEGLU")

@@ -17,7 +17,7 @@ import numpy as np
 
 from duq.plugins import driver
 from duq.plugins.cublas import WORKSPACE_BYTES, CublasLt, Problem
-from duq.plugins.kernels import Cubin
+from duq.plugins.nvrtc import Cubin
 from duq.runtime.errors import PlanError
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import ModelInputs

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from duq.plugins import driver, trt
-from duq.plugins.kernels import Cubin
+from duq.plugins.nvrtc import Cubin
 from duq.plugins.nodes import KernelName, Kernels
 from duq.runtime.errors import PlanError
 from duq.runtime.plan import Plan

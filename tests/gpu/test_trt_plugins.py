@@ -15,7 +15,7 @@ import torch
 
 from duq.plugins import bitblas, trt
 from duq.plugins.bitblas import Tile
-from duq.plugins.kernels import compile_cubin
+from duq.plugins.nvrtc import compile_cubin
 from duq.plugins.layout import pack_bitblas
 from duq.plugins.nodes import Kernels, RotateQuantize, Tensor, W4A8Linear
 from tests.gpu.test_bitblas_kernels import operands

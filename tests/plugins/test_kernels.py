@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from duq.plugins import attention, driver, kernels, pointwise, tactics
 from duq.plugins.errors import KernelError
-from duq.plugins.kernels import ARCHITECTURES, Cubin, compile_cubin, read_cached
+from duq.plugins.nvrtc import ARCHITECTURES, Cubin, compile_cubin, read_cached
 from duq.plugins.tactics import FEW_TOKENS, Wgmma, WgmmaFew, best, best_float, candidates, fits, wgmma_header
 
 POINTWISE = [

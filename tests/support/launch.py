@@ -14,7 +14,7 @@ import torch
 
 from duq.plugins import driver, pointwise
 from duq.plugins.attention import Attention, WgmmaAttention
-from duq.plugins.kernels import compile_cubin
+from duq.plugins.nvrtc import compile_cubin
 from duq.plugins.layout import activation_slabs, pack_float_fragments, pack_fragments
 from duq.plugins.tactics import Float, Tactic
 

@@ -21,7 +21,7 @@ from duq.compiler.targets.cuda.lower import Variant, lower_variant
 from duq.compiler.targets.cuda.problems import AnyTactic, Problem, from_table
 from duq.compiler.targets.cuda.program import ALIGNMENT, BYTES, Launch, to_json
 from duq.compiler.targets.cuda.weights import Weights, to_bf16
-from duq.plugins.kernels import ARCHITECTURES as _ARCHITECTURES
+from duq.plugins.nvrtc import ARCHITECTURES as _ARCHITECTURES
 from duq.runtime.executors.cuda import SCHEDULE_VERSION
 from duq.runtime.plan import PlanWriter
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from duq.plugins.kernels import Cubin, compile_cubin
+from duq.plugins.nvrtc import Cubin, compile_cubin
 
 
 class Instance(NamedTuple):
@@ -19,7 +19,7 @@ class Instance(NamedTuple):
 
 
 def compile_each(instances: Iterable[Instance], sm: int) -> Iterator[tuple[Instance, Cubin]]:
-    """A cubin for each instance, compiled on all cores or taken from the cache (plugins/kernels.py)."""
+    """A cubin for each instance, compiled on all cores or taken from the cache (plugins/nvrtc.py)."""
     instances = list(dict.fromkeys(instances))
 
     def build(instance: Instance) -> Cubin:

@@ -21,7 +21,7 @@ from duq.compiler.targets.cuda import cubins
 from duq.compiler.targets.cuda.lower import rule_of
 from duq.compiler.targets.cuda.program import ALIGNMENT, LIBRARY, MATMUL
 from duq.plugins.errors import DuqError
-from duq.plugins.kernels import SOURCES, Cubin
+from duq.plugins.nvrtc import SOURCES, Cubin
 from duq.runtime.config import GemmaConfig, ModelConfig, VisionConfig
 from duq.runtime.executors.cpu import CpuExecutor
 from duq.runtime.inspect import main as inspect_main

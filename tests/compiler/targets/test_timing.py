@@ -20,7 +20,7 @@ from duq.compiler.targets.cuda.problems import FloatGemm, Gemm
 from duq.plugins import bitblas
 from duq.plugins import timing as clock
 from duq.plugins.errors import KernelError
-from duq.plugins.kernels import Cubin
+from duq.plugins.nvrtc import Cubin
 from duq.plugins.layout import unpack_bitblas
 from duq.runtime.executors.cpu import CpuExecutor
 from duq.runtime.plan import Plan

@@ -1,0 +1,55 @@
+"""What the compiler knows of a GPU: limits that kernels must keep, features they may use, rates to estimate by.
+
+One row a compute capability; adding one is adding a row (and candidates of its own, where it has instructions of its own).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from duq.plugins.errors import KernelError
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as its kernels see it. Rates are a typical card's, from NVIDIA's data sheets.
+
+    name: the card whose numbers these are. architecture: NVRTC's name of its machine code. block_shared_bytes: dynamic
+    shared memory that one thread block can have; shared_bytes: of a multiprocessor. clock in Hz, memory_bandwidth in bytes
+    a second; int8_rate: INT8 multiply-adds by mma.sync of one multiprocessor in a cycle.
+    """
+
+    name: str
+    sm: int
+    architecture: str
+    multiprocessors: int
+    block_shared_bytes: int
+    shared_bytes: int
+    threads: int  # resident on a multiprocessor, at most
+    clock: float
+    memory_bandwidth: float
+    int8_rate: int
+    has_wgmma: bool = False
+    has_clusters: bool = False
+    has_pdl: bool = False  # programmatic dependent launch: a kernel starts while the one ahead of it still runs
+
+
+GPUS = {
+    gpu.sm: gpu
+    for gpu in (
+        Gpu("A100", 80, "sm_80", 108, 163 << 10, 164 << 10, 2048, 1.41e9, 1.55e12, 2048),
+        Gpu("A40", 86, "sm_86", 84, 99 << 10, 100 << 10, 1536, 1.74e9, 696e9, 1024),
+        Gpu("Jetson AGX Orin 64 GB", 87, "sm_87", 16, 163 << 10, 164 << 10, 1536, 1.30e9, 204.8e9, 2048),
+        Gpu("L40S", 89, "sm_89", 142, 99 << 10, 100 << 10, 1536, 2.52e9, 864e9, 1024),
+        # "a": wgmma is not part of plain sm_90. Its mma.sync runs at half of its INT8 rate.
+        Gpu("H100", 90, "sm_90a", 132, 227 << 10, 228 << 10, 2048, 1.76e9, 3.35e12, 2048,
+            has_wgmma=True, has_clusters=True, has_pdl=True),
+    )
+}  # fmt: skip
+
+
+def gpu_of(sm: int) -> Gpu:
+    """The row of a compute capability, e.g. 86. Raises KernelError where there is none."""
+    if sm not in GPUS:
+        raise KernelError(f"no kernels for SM {sm}; known are {', '.join(map(str, GPUS))}")
+    return GPUS[sm]
