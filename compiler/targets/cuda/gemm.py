@@ -1,0 +1,92 @@
+"""GEMMs that several tactics compute: what a tactic is chosen for, its sizes and what its instance has to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from duq.plugins import bitblas, kernels, tactics
+from duq.plugins.gpu import Gpu
+from duq.plugins.kernel import Instance
+
+IntegerTactic = tactics.Tactic | kernels.Generated
+Tactic = IntegerTactic | kernels.GemmFloat
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """y = epilogue(x[m, k] w[n, k]^T) of INT8 activations and a weight of `bits`, y of the C++ type `out`; `epilogue` is an
+    activation as in common.cuh."""
+
+    m: int
+    n: int
+    k: int
+    bits: int
+    out: str
+    epilogue: str
+
+    def candidates(self, gpu: Gpu) -> list[IntegerTactic]:
+        """What is worth timing. With large M not mma.sync beside wgmma, which multiplies twice as fast."""
+        found: list[IntegerTactic] = list(tactics.candidates(self.m, self.n, self.k, self.bits, gpu))
+        if self.m <= tactics.SMALL_M:
+            return found
+        by_wgmma = [tactic for tactic in found if tactic.layout == "wgmma"]
+        generated = bitblas.offered(self.m, self.n, self.k, gpu) if self.bits == 4 else []
+        return by_wgmma or [*found, *generated]
+
+    def best(self, gpu: Gpu, slab_tokens: int | None = None) -> IntegerTactic:
+        return tactics.best(self.m, self.n, self.k, self.bits, gpu, slab_tokens)
+
+    def instance(self, tactic: IntegerTactic) -> Instance:
+        return tactic.instance(self.m, self.n, self.bits, self.out, self.epilogue)
+
+    def instances(self, tactic: IntegerTactic) -> list[Instance]:
+        """That one, and the epilogue's where the tactic leaves accumulators."""
+        if not self.leaves_accumulators(tactic):
+            return [self.instance(tactic)]
+        columns = self.n // 2 if self.epilogue == "GEGLU" else self.n
+        return [self.instance(tactic), kernels.epilogue(self.m, columns, self.out, False, self.epilogue)]
+
+    def leaves_accumulators(self, tactic: IntegerTactic) -> bool:
+        """Whether another launch has to compute the epilogue: BitBLAS generates GEMMs without one."""
+        return isinstance(tactic, kernels.Generated) and self.out != "int"
+
+    def workspace_words(self, tactic: IntegerTactic) -> int:
+        """Accumulators and counters of the blocks that share K, on GPUs without clusters."""
+        return -(-self.m // tactic.tile_tokens) * (tactic.tile_tokens * self.n + self.n // 16)
+
+
+@dataclass(frozen=True)
+class FloatGemm:
+    """The same of float activations, a weight of 16 (bf16) or 4 bits and small M, with the norm in front or without;
+    `epilogue` as in gemm_float.cu."""
+
+    m: int
+    n: int
+    k: int
+    bits: int
+    out: str
+    norm: bool
+    epilogue: str
+
+    def candidates(self, gpu: Gpu) -> list[kernels.GemmFloat]:
+        return tactics.float_candidates(self.m, self.n, self.k, gpu)
+
+    def best(self, gpu: Gpu, slab_tokens: int | None = None) -> kernels.GemmFloat:
+        return tactics.best_float(self.m, self.n, self.k, gpu)
+
+    def instance(self, tactic: kernels.GemmFloat) -> Instance:
+        return tactic.instance(self.m, self.n, self.out, self.norm, self.epilogue, self.bits)
+
+    def instances(self, tactic: kernels.GemmFloat) -> list[Instance]:
+        return [self.instance(tactic)]
+
+
+AnyGemm = Gemm | FloatGemm
+Tuner = Callable[[AnyGemm, int | None], Tactic]
+"""The tactic for a GEMM; where its activations are there already, one for slabs of so many tokens (0: for rows)."""
+
+
+def from_table(gpu: Gpu) -> Tuner:
+    """The choice where nothing is timed. It raises KernelError when no tactic fits."""
+    return lambda gemm, slab_tokens=None: gemm.best(gpu, slab_tokens)

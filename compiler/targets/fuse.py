@@ -1,0 +1,657 @@
+"""Fuse: a graph becomes a list of ops, each with all that one kernel, or a GEMM and its epilogue, can compute.
+
+An op is an anchor (a linear, a quantizer, an attention) with the norm in front of it and the element-wise nodes behind it.
+Ops know nothing of a GPU, of tactics, or of how many tokens an observation has. Both GPU targets start here: `cuda` covers
+every node of the graph with ops, `tensorrt` takes the ops that it has plugins for and leaves the other nodes to TensorRT
+(`Fusions` says what a target's kernels take).
+
+Everything that looks ahead in the graph is in this file. Later phases see the ops alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from duq.compiler.errors import GraphError
+from duq.compiler.graph.edit import is_weight, small_constant
+from duq.compiler.graph.edit import reader as reader_of
+from duq.compiler.targets.patterns import (
+    is_gelu,
+    is_integer,
+    is_linear,
+    is_prompt,
+    is_table_row,
+    is_view,
+    is_whole,
+    joins_rows,
+    label,
+    other_input,
+    past_views,
+    readers_of,
+    source_of,
+    table_of,
+    views_between,
+    views_of,
+)
+from duq.plugins import ops as duq_ops
+
+NARROW = 64  # inputs of a linear from the robot's state or actions, which is computed in float32
+
+
+@dataclass(frozen=True)
+class Fusions:
+    """What a target's kernels compute around an anchor.
+
+    norms: the norms that a quantizer computes in front. geglu_in_front: whether it computes a GeGLU there too. epilogue: the
+    parts of a linear's epilogue, of "bias", "gate", "activation", "residual", "split".
+    """
+
+    norms: frozenset[str] = frozenset({"RMSNormalization", "LayerNormalization"})
+    geglu_in_front: bool = False
+    epilogue: frozenset[str] = frozenset({"bias", "gate", "activation", "residual", "split"})
+
+
+ALL = Fusions()
+
+
+@dataclass(eq=False)
+class Norm:
+    """norm(x) * gain + shift, which the reader of `out` computes, or a launch of its own.
+
+    gain, shift: vectors of channels, or tables of the time [steps, channels] (`adaptive`); None where they were folded away.
+    """
+
+    out: ir.Value
+    x: ir.Value
+    gain: ir.Value | None
+    shift: ir.Value | None
+    adaptive: bool
+    center: bool
+    epsilon: float
+    nodes: list[ir.Node]
+
+
+@dataclass
+class Rotation:
+    """The rotary embedding of a linear's q and k.
+
+    columns: widths of the parts [q, k, v] or [k, v]; dims: of a head; results: the values behind the embedding, v's as it is.
+    tables: cosine and sine float32 [positions, dims / 2]; positions: of each row, an integer value of the graph. caches: where
+    keys and values go, by the name of the graph's output; None: beside the queries.
+    """
+
+    columns: list[int]
+    dims: int
+    results: list[ir.Value]
+    tables: list[ir.Value]
+    positions: ir.Value
+    caches: list[str | None]
+    nodes: list[ir.Node]
+
+
+@dataclass
+class Epilogue:
+    """What follows a GEMM: (y * gate + bias) -> activation -> + residual, and the value, or the parts, that it ends in.
+
+    bias_table, gate: rows of tables of the time. type: of the value, "float" for the residual stream, else "Bf16". joined: the
+    value that the rows become part of, in front of or behind another's (`is_first`). any_stride: whether those that read the
+    result take rows of any stride, so that it may have columns of padding.
+    """
+
+    out: ir.Value
+    nodes: list[ir.Node] = field(default_factory=list)
+    bias: list[ir.Value] = field(default_factory=list)
+    bias_table: ir.Value | None = None
+    gate: ir.Value | None = None
+    activation: str = ""
+    residual: ir.Value | None = None
+    parts: list[ir.Value] = field(default_factory=list)
+    rotation: Rotation | None = None
+    type: str = "Bf16"
+    joined: ir.Value | None = None
+    is_first: bool = False
+    any_stride: bool = False
+
+    @property
+    def results(self) -> list[ir.Value]:
+        if self.rotation is not None:
+            return self.rotation.results
+        return [source_of(value) for value in self.parts or [self.out]]
+
+
+@dataclass(eq=False, kw_only=True)
+class Op:
+    """One op. name: in the checkpoint's words; nodes: all that it covers; branch: computed from the robot's state alone."""
+
+    name: str
+    nodes: list[ir.Node]
+    branch: bool = False
+
+    @property
+    def reads(self) -> list[ir.Value]:
+        return []
+
+    @property
+    def writes(self) -> list[ir.Value]:
+        return []
+
+
+@dataclass(eq=False, kw_only=True)
+class Patches(Op):
+    """Camera images to SigLIP's first tokens: a convolution without overlap, and the positions' embedding."""
+
+    weight: ir.Value
+    bias: ir.Value
+    position: ir.Value
+    epilogue: Epilogue
+
+    @property
+    def writes(self) -> list[ir.Value]:
+        return self.epilogue.results
+
+
+@dataclass(eq=False, kw_only=True)
+class Prompt(Op):
+    """The rows of the token table for the prompt, times `scale`."""
+
+    table: ir.Value
+    scale: float
+    epilogue: Epilogue
+
+    @property
+    def writes(self) -> list[ir.Value]:
+        return self.epilogue.results
+
+
+@dataclass(eq=False, kw_only=True)
+class JoinRows(Op):
+    """Tokens behind tokens. No launch: those that compute them write them one behind the other."""
+
+    parts: list[ir.Value]
+    out: ir.Value
+
+    @property
+    def reads(self) -> list[ir.Value]:
+        return self.parts
+
+    @property
+    def writes(self) -> list[ir.Value]:
+        return [self.out]
+
+
+@dataclass(eq=False, kw_only=True)
+class JoinKeys(Op):
+    """Keys or values of the prefix, then those of the suffix. No launch: attention reads both. cache: the graph's output."""
+
+    past: ir.Value
+    own: ir.Value
+    out: ir.Value
+    cache: str | None
+
+    @property
+    def reads(self) -> list[ir.Value]:
+        return [self.past, self.own]
+
+    @property
+    def writes(self) -> list[ir.Value]:
+        return [self.out]
+
+
+@dataclass(eq=False, kw_only=True)
+class Quantize(Op):
+    """The prologue of quantized linears: norm, transforms, INT8 and a scale a token. `readers`: the linears behind it.
+
+    operands: by the names of plugins/ops.py. geglu: x is [gate, up] and what is quantized gelu(gate) * up.
+    """
+
+    node: ir.Node
+    x: ir.Value
+    norm: Norm | None
+    operands: dict[str, ir.Value]
+    geglu: bool = False
+    readers: list[Linear] = field(default_factory=list)
+
+    @property
+    def reads(self) -> list[ir.Value]:
+        return [self.x]
+
+    @property
+    def writes(self) -> list[ir.Value]:
+        return list(self.node.outputs)
+
+
+@dataclass(eq=False, kw_only=True)
+class Rotate(Op):
+    """The same transforms without the quantizer, for linears of float activations."""
+
+    x: ir.Value
+    norm: Norm | None
+    operands: dict[str, ir.Value]
+    out: ir.Value
+
+    @property
+    def reads(self) -> list[ir.Value]:
+        return [self.x]
+
+    @property
+    def writes(self) -> list[ir.Value]:
+        return [self.out]
+
+
+@dataclass(eq=False, kw_only=True)
+class Linear(Op):
+    """y = epilogue(x W). operands: of a quantized linear, by the names of plugins/ops.py.
+
+    kind: "integer" INT8 activations; "flow step" the output projection, which takes a whole Euler step; "narrow" the robot's
+    state or actions, in float32; "float" any other, whose kernel depends on the number of tokens.
+    """
+
+    node: ir.Node
+    kind: str
+    x: ir.Value
+    norm: Norm | None
+    weight: ir.Value
+    operands: dict[str, ir.Value]
+    epilogue: Epilogue
+    quantize: Quantize | None = None
+
+    @property
+    def reads(self) -> list[ir.Value]:
+        return [self.x, *([self.epilogue.residual] if self.epilogue.residual is not None else [])]
+
+    @property
+    def writes(self) -> list[ir.Value]:
+        return self.epilogue.results
+
+
+@dataclass(eq=False, kw_only=True)
+class Attention(Op):
+    """Bidirectional attention: of an image's tokens, of the prefix, or of the suffix to the cache and itself (`own`)."""
+
+    q: ir.Value
+    k: ir.Value
+    v: ir.Value
+    own: tuple[ir.Value, ir.Value] | None
+    out: ir.Value
+    scale: float
+    dims: int
+    heads: int
+    kv_heads: int
+    each_image: bool  # its tokens see only each other
+
+    @property
+    def reads(self) -> list[ir.Value]:
+        return [self.q, self.k, self.v, *(self.own or ())]
+
+    @property
+    def writes(self) -> list[ir.Value]:
+        return [self.out]
+
+
+def fuse(model: ir.Model, fusions: Fusions = ALL) -> list[Op]:
+    """The ops of a graph, in its order. Raises GraphError for an anchor in a form that no kernel is made for."""
+    return _Fuser(model, fusions).ops
+
+
+def check_covered(model: ir.Model, ops: list[Op]) -> None:
+    """Raises GraphError, which names the node, if one is neither in an op nor an integer's or a view's."""
+    covered = {node for op in ops for node in op.nodes}
+    for node in model.graph:
+        looked_up = is_table_row(node.outputs[0])  # by whoever reads the row
+        if node in covered or is_integer(node) or is_view(node) or is_whole(node) or looked_up:
+            continue
+        name = ", ".join(str(output.name) for output in node.outputs)
+        overload = f" ({node.overload})" if node.overload else ""
+        raise GraphError(
+            f"--target cuda has no kernel for {node.domain or 'onnx'}::{node.op_type}{overload}, computing {name}"
+        )
+
+
+def expect(condition: bool, where: ir.Node | str) -> None:
+    """Raises GraphError, which names the node or the linear, unless the condition holds."""
+    if not condition:
+        name = where if isinstance(where, str) else where.name or where.outputs[0].name
+        raise GraphError(f"--target cuda: {name} is not in a form that it has kernels for")
+
+
+class _Fuser:
+    """The ops found so far, and which op or norm a value comes from."""
+
+    def __init__(self, model: ir.Model, fusions: Fusions):
+        self.fusions = fusions
+        self.ops: list[Op] = []
+        self._norms: dict[ir.Value, Norm] = {}
+        self._writers: dict[ir.Value, Op] = {}
+        self._covered: set[ir.Node] = set()
+        self._of_state = {value for value in model.graph.inputs if value.name == "state"}
+        self._flow = next((value for value in model.graph.inputs if value.name == "x"), None)
+        for node in model.graph:
+            if node not in self._covered and not is_integer(node):
+                self._visit(node)
+
+    def _visit(self, node: ir.Node) -> None:
+        if is_view(node) or is_whole(node):
+            return
+        if is_linear(node):
+            self._linear(node)
+        elif node.op_type in ("RotateQuantize", "Rotate"):
+            self._quantize(node)
+        elif node.op_type in self.fusions.norms:
+            self._norm(node)
+        elif node.op_type == "Attention":
+            self._attention(node)
+        elif node.op_type == "Concat" and joins_rows(node):
+            parts = [source_of(each) for each in node.inputs if each is not None]
+            self._add(JoinRows(name="joined rows", nodes=[node], parts=parts, out=node.outputs[0]))
+        elif node.op_type == "Concat":
+            self._join_keys(node)
+        elif node.op_type == "Conv":
+            self._patches(node)
+        elif is_prompt(node):
+            self._prompt(node)
+
+    def _add(self, op: Op) -> None:
+        op.branch = any(value in self._of_state for value in op.reads)
+        self.ops.append(op)
+        self._covered.update(op.nodes)
+        cached = op.epilogue.rotation.caches if isinstance(op, Linear) and op.epilogue.rotation else []
+        in_cache = len([each for each in cached if each])  # the last of the results: from there on nobody's own
+        for index, value in enumerate(op.writes):
+            self._writers[value] = op
+            if op.branch and index < len(op.writes) - in_cache:
+                self._of_state.add(value)
+
+    # Norms: recorded, and computed by whoever reads them
+
+    def _norm(self, node: ir.Node) -> None:
+        gain, shift = (*node.inputs[1:3], None)[:2]
+        ones = small_constant(gain)  # a gain that was folded into the weights
+        gain = None if ones is not None and bool((ones == 1).all()) else gain
+        out, nodes, adaptive = node.outputs[0], [node], False
+        scaled = reader_of(out)
+        if scaled is not None and scaled.op_type == "Mul" and is_table_row(other_input(scaled, out)):
+            shifted = reader_of(scaled.outputs[0])
+            expect(gain is None and shift is None and shifted is not None and shifted.op_type == "Add", node)
+            assert shifted is not None
+            rows = other_input(scaled, out), other_input(shifted, scaled.outputs[0])
+            expect(all(map(is_table_row, rows)), node)
+            gain, shift = map(table_of, rows)
+            out, nodes, adaptive = shifted.outputs[0], [node, scaled, shifted], True
+        epsilon = node.attributes.get_float("epsilon", 1e-5)
+        x = source_of(node.inputs[0])
+        self._norms[out] = Norm(out, x, gain, shift, adaptive, node.op_type == "LayerNormalization", epsilon, nodes)
+        self._covered.update(nodes)
+
+    def _input(self, value: ir.Value) -> tuple[ir.Value, Norm | None]:
+        """What an op reads, and the norm in between if there is one."""
+        source = source_of(value)
+        norm = self._norms.get(source)
+        return (source, None) if norm is None else (norm.x, norm)
+
+    # Anchors
+
+    def _quantize(self, node: ir.Node) -> None:
+        operands = _operands(node)
+        x, norm = self._input(node.inputs[0])
+        nodes, geglu = [node, *(norm.nodes if norm else [])], False
+        if self.fusions.geglu_in_front and norm is None:
+            gate_up = _geglu_in_front(node.inputs[0])
+            if gate_up is not None:
+                x, geglu = gate_up, True
+        readers = readers_of(node.outputs[0])
+        name = label(readers[0].inputs[2 if node.op_type == "RotateQuantize" else 1])
+        if node.op_type == "Rotate":
+            self._add(Rotate(name=name, nodes=nodes, x=x, norm=norm, operands=operands, out=node.outputs[0]))
+        else:
+            self._add(Quantize(name=name, nodes=nodes, node=node, x=x, norm=norm, operands=operands, geglu=geglu))
+
+    def _linear(self, node: ir.Node) -> None:
+        operands = _operands(node) if node.op_type in duq_ops.QUANTIZED_LINEARS else {}
+        weight = operands.get("weight", node.inputs[1])
+        assert weight is not None
+        name = label(weight)
+        quantize = self._writers.get(source_of(node.inputs[0])) if node.op_type.endswith("A8Linear") else None
+        if quantize is not None:
+            assert isinstance(quantize, Quantize)
+            x, norm = node.inputs[0], None
+        else:
+            x, norm = self._input(node.inputs[0])
+        epilogue = epilogue_of(node, name, self.fusions)
+        if "bias" in operands:
+            epilogue.bias = [operands["bias"]]
+        kind = self._kind(quantize, x, norm, weight, epilogue)
+        nodes = [node, *epilogue.nodes, *(norm.nodes if norm else [])]
+        if epilogue.rotation is not None:
+            nodes += epilogue.rotation.nodes
+        op = Linear(
+            name=name, nodes=nodes, node=node, kind=kind, x=x, norm=norm, weight=weight, operands=operands,
+            epilogue=epilogue, quantize=quantize,
+        )  # fmt: skip
+        self._add(op)
+        if quantize is not None:
+            order = readers_of(quantize.node.outputs[0])
+            quantize.readers = sorted([*quantize.readers, op], key=lambda each: order.index(each.node))
+
+    def _kind(
+        self, quantize: Quantize | None, x: ir.Value, norm: Norm | None, weight: ir.Value, epilogue: Epilogue
+    ) -> str:
+        k, n = weight.shape.numpy()
+        if quantize is not None:
+            return "integer"
+        if norm is not None and n <= NARROW and epilogue.residual is not None and epilogue.residual is self._flow:
+            return "flow step"
+        if norm is None and k <= NARROW and self._is_float32(x):
+            return "narrow"
+        return "float"
+
+    def _is_float32(self, value: ir.Value) -> bool:
+        """Whether the value lies in memory as float32: the robot's state, the flow, and the residual stream."""
+        if value.is_graph_input():
+            return value.name in ("x", "state")
+        writer = self._writers.get(value)
+        epilogue = getattr(writer, "epilogue", None)
+        return isinstance(writer, JoinRows) or (epilogue is not None and not epilogue.parts and epilogue.type == "float")
+
+    def _attention(self, node: ir.Node) -> None:
+        expect(all(operand is None for operand in node.inputs[3:]), node)
+        q, k, v = (source_of(each) for each in node.inputs[:3] if each is not None)
+        own = None
+        keys, values = self._writers.get(k), self._writers.get(v)
+        if isinstance(keys, JoinKeys) and isinstance(values, JoinKeys) and keys.cache is None:
+            k, v, own = keys.past, values.past, (keys.own, values.own)
+        batch, heads, _, dims = node.inputs[0].shape
+        name = self._writers[q].name.rpartition(".")[0] + ".attention"
+        self._add(
+            Attention(
+                name=name, nodes=[node], q=q, k=k, v=v, own=own, out=node.outputs[0], dims=dims, heads=heads,
+                scale=node.attributes.get_float("scale", dims**-0.5), kv_heads=node.inputs[1].shape[1],
+                each_image=batch != 1,
+            )  # fmt: skip
+        )
+
+    def _join_keys(self, node: ir.Node) -> None:
+        out = node.outputs[0]
+        past, own = (source_of(each) for each in node.inputs if each is not None)
+        cache = out.name if out.is_graph_output() else None
+        self._add(JoinKeys(name="joined keys", nodes=[node], past=past, own=own, out=out, cache=cache))
+
+    # What brings an observation into the residual stream
+
+    def _patches(self, node: ir.Node) -> None:
+        weight, bias = node.inputs[1:3]
+        assert weight is not None and bias is not None
+        last = past_views(node.outputs[0])
+        added = readers_of(last)[0]
+        position = added.inputs[1]
+        expect(added.op_type == "Add" and is_weight(position, rank=2), node)
+        epilogue = destination(Epilogue(added.outputs[0]))
+        nodes = [node, added, *views_between(node.outputs[0], last)]
+        self._add(Patches(name=label(weight), nodes=nodes, weight=weight, bias=bias, position=position, epilogue=epilogue))
+
+    def _prompt(self, node: ir.Node) -> None:
+        """The host looks up the tokens' rows, for it alone keeps the table, a gigabyte; the device widens and scales them."""
+        value, scale, nodes = node.outputs[0], 1.0, [node]
+        while (reader := reader_of(value)) is not None and reader.op_type in ("Cast", "Mul"):
+            if reader.op_type == "Mul":
+                scale *= float(small_constant(other_input(reader, value), limit=1).item())
+            nodes.append(reader)
+            value = reader.outputs[0]
+        table, epilogue = node.inputs[0], destination(Epilogue(value))
+        self._add(Prompt(name="prompt", nodes=nodes, table=table, scale=scale, epilogue=epilogue))
+
+
+def _operands(node: ir.Node) -> dict[str, ir.Value]:
+    """The operands of a duq node by their names in plugins/ops.py."""
+    return dict(zip(duq_ops.inputs_of(node.op_type, node.overload), node.inputs, strict=True))
+
+
+def _geglu_in_front(x: ir.Value) -> ir.Value | None:
+    """[gate, up] of x = gelu_tanh(gate) * up, where nobody else reads what is in between."""
+    multiply = x.producer()
+    if multiply is None or multiply.op_type != "Mul" or reader_of(x) is None:
+        return None
+    gelu, up = multiply.inputs[0].producer(), multiply.inputs[1]
+    if any(reader_of(operand) is not multiply for operand in multiply.inputs) or gelu is None or not is_gelu(gelu):
+        return None
+    split = up.producer()
+    gate = gelu.inputs[0]
+    matches = split is not None and split.op_type == "Split" and reader_of(gate) is gelu
+    return split.inputs[0] if matches and list(split.outputs) == [gate, up] else None
+
+
+# Epilogues
+
+
+def epilogue_of(node: ir.Node, name: str, fusions: Fusions = ALL) -> Epilogue:
+    """Collects the element-wise nodes behind a linear, as far as each result has one reader and the kernels take them."""
+    epilogue, takes = Epilogue(node.outputs[0]), fusions.epilogue
+    while not epilogue.out.is_graph_output() and _extend(epilogue, takes):
+        pass
+    destination(epilogue)
+    if epilogue.parts and _is_rotated(epilogue):
+        epilogue.rotation = _rotation_of(name, epilogue.parts)
+    return epilogue
+
+
+def _extend(epilogue: Epilogue, takes: frozenset[str]) -> bool:
+    """Takes the next node into the epilogue; False where that is not possible, or where it ends in parts."""
+    value, readers = epilogue.out, readers_of(epilogue.out)
+    if "activation" in takes and sorted(reader.op_type for reader in readers) == ["Mul", "Sigmoid"]:
+        multiply = next(reader for reader in readers if reader.op_type == "Mul")
+        if other_input(multiply, value).producer() not in readers:
+            return False
+        epilogue.activation, epilogue.out = "silu", multiply.outputs[0]
+        epilogue.nodes += readers
+        return True
+    if len(readers) != 1:
+        return False
+    (following,) = readers
+    if following.op_type == "Split" and "split" in takes:
+        epilogue.nodes.append(following)
+        _split(following, epilogue)
+        return not epilogue.parts
+    other = other_input(following, value) if len(following.inputs) == 2 else None
+    plain = not epilogue.activation and epilogue.residual is None
+    adds = following.op_type == "Add" and plain
+    if adds and "bias" in takes and is_weight(other, rank=1):
+        epilogue.bias = [other]
+    elif adds and "bias" in takes and is_table_row(other):
+        epilogue.bias_table = table_of(other)
+    elif following.op_type == "Mul" and plain and "gate" in takes and is_table_row(other):
+        epilogue.gate = table_of(other)
+    elif plain and "activation" in takes and is_gelu(following):
+        epilogue.activation = "gelu"
+    elif adds and "residual" in takes and other is not None and not other.is_initializer() and not is_table_row(other):
+        epilogue.residual = source_of(other)
+    elif not (is_view(following) and following.op_type == "Gather"):
+        return False
+    epilogue.out = following.outputs[0]
+    epilogue.nodes.append(following)
+    return True
+
+
+def _split(node: ir.Node, epilogue: Epilogue) -> None:
+    """A Split of gate and up that become GeGLU; or of q, k and v, perhaps with a bias each."""
+    if len(node.outputs) == 2:
+        gate, up = node.outputs
+        gelu = reader_of(gate)
+        multiply = reader_of(gelu.outputs[0]) if gelu is not None and is_gelu(gelu) else None
+        if gelu is not None and multiply is not None and multiply.op_type == "Mul":
+            if other_input(multiply, gelu.outputs[0]) is up:
+                epilogue.activation, epilogue.out = "geglu", multiply.outputs[0]
+                epilogue.nodes += [gelu, multiply]
+                return
+    epilogue.parts = list(node.outputs)
+    adds = [reader_of(part) for part in node.outputs]
+    if all(add is not None and add.op_type == "Add" and is_weight(add.inputs[1], rank=1) for add in adds):
+        biased = [add for add in adds if add is not None]
+        epilogue.nodes += biased
+        epilogue.bias = [add.inputs[1] for add in biased]
+        epilogue.parts = [add.outputs[0] for add in biased]
+
+
+def destination(epilogue: Epilogue) -> Epilogue:
+    """Sets where the result goes: float32 for the residual stream and for rows that are joined later, in their place."""
+    readers = [] if epilogue.parts else list(final_readers(epilogue.out))
+    norms = ("RMSNormalization", "LayerNormalization", "Add")
+    concat = next((node for node in readers if node.op_type == "Concat" and joins_rows(node)), None)
+    epilogue.any_stride = bool(epilogue.parts) or {node.op_type for node in readers} == {"RotateQuantize"}
+    if concat is not None or any(node.op_type in norms for node in readers):
+        epilogue.type = "float"
+    if concat is not None:
+        expect(len(concat.inputs) == 2, concat)
+        epilogue.joined = concat.outputs[0]
+        epilogue.is_first = source_of(concat.inputs[0]) is source_of(epilogue.out)
+    return epilogue
+
+
+def final_readers(value: ir.Value) -> Iterator[ir.Node]:
+    """Who reads the value, through views."""
+    for view in views_of(value):
+        yield from (node for node in readers_of(view) if not is_view(node))
+
+
+def _is_rotated(epilogue: Epilogue) -> bool:
+    readers = [reader for part in epilogue.parts for reader in readers_of(past_views(part))]
+    return any(reader.op_type == "RotaryEmbedding" for reader in readers)
+
+
+def _rotation_of(name: str, parts: list[ir.Value]) -> Rotation:
+    """What becomes of the q, k and v (or k and v) of a linear: a rotary embedding of q and k, perhaps the cache."""
+    columns = [part.shape[-1] for part in parts]
+    turned = [past_views(part) for part in parts]
+    nodes = [readers_of(value)[0] for value in turned[:-1]]
+    expect(len(parts) in (2, 3) and all(node.op_type == "RotaryEmbedding" for node in nodes), name)
+    results = [*(node.outputs[0] for node in nodes), turned[-1]]
+    dims = nodes[-1].inputs[0].shape[-1]
+    expect(columns[-2:] == [dims, dims], name)  # one head of keys and values
+    views = [view for part, last in zip(parts, turned, strict=True) for view in views_between(part, last)]
+    caches = [_cache_of(result) for result in results[-2:]]
+    tables, positions = list(nodes[0].inputs[1:3]), nodes[0].inputs[3]
+    return Rotation(columns, dims, [source_of(each) for each in results], tables, positions, caches, [*nodes, *views])
+
+
+def _cache_of(value: ir.Value) -> str | None:
+    """The cache that keys or values belong in: those that the prefix hands to the steps."""
+    joined = [reader.outputs[0] for reader in readers_of(value) if reader.op_type == "Concat"]
+    return next((each.name for each in [value, *joined] if each.is_graph_output()), None)
+
+
+def describe(ops: list[Op]) -> str:
+    """The ops as text, one a line."""
+    lines = []
+    for index, op in enumerate(ops):
+        reads, writes = (" ".join(str(value.name) for value in values) for values in (op.reads, op.writes))
+        details = [type(op).__name__, op.name]
+        if isinstance(op, Linear):
+            e = op.epilogue
+            details += [op.kind, "x".join(map(str, op.weight.shape.numpy()))]
+            details += [word for word, there in (("bias", e.bias), ("gate", e.gate), (e.activation, e.activation),
+                                                 ("residual", e.residual), ("rotary", e.rotation)) if there]  # fmt: skip
+        if getattr(op, "norm", None) is not None:
+            details.append("norm in front")
+        lines.append(f"{index:4d} {'branch ' if op.branch else ''}{', '.join(details)}: {reads} -> {writes}")
+    return "\n".join(lines) + "\n"
