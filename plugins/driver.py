@@ -11,11 +11,11 @@ import functools
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from duq.plugins.errors import KernelError
+from duq.plugins.kernel import Shape
 from duq.plugins.nvrtc import Cubin
 
 OLDEST_CUDA = 13000  # what the pinned NVRTC compiles for
@@ -67,16 +67,6 @@ def _device(ordinal: int) -> tuple[object, int]:
     major = _call("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
     minor = _call("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
     return _call("cuDevicePrimaryCtxRetain", device), 10 * major + minor
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How a kernel is launched: thread blocks, threads a block, dynamic shared memory, blocks a cluster (SM 90)."""
-
-    grid: tuple[int, int, int]
-    threads: int
-    shared_bytes: int = 0
-    cluster: tuple[int, int, int] = (1, 1, 1)
 
 
 class Kernel:

@@ -48,6 +48,9 @@ GPUS = {
 }  # fmt: skip
 
 
+MULTIPROCESSORS = 132  # that tactics spread thread blocks over, an H100's; more or fewer are slower but right
+
+
 def gpu_of(sm: int) -> Gpu:
     """The row of a compute capability, e.g. 86. Raises KernelError where there is none."""
     if sm not in GPUS:

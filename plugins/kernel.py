@@ -11,10 +11,11 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeVar
 
 from duq.plugins.errors import KernelError
+from duq.plugins.gpu import Gpu
 
 T = TypeVar("T")
 _SCALARS: Mapping[str, type] = {"int": ctypes.c_int, "float": ctypes.c_float}
@@ -28,6 +29,14 @@ class Shape:
     threads: int
     shared_bytes: int = 0
     cluster: tuple[int, int, int] = (1, 1, 1)
+
+
+class Code(NamedTuple):
+    """What is compiled for an instance, as a key: instances that differ in nothing but their launch share it."""
+
+    source: str
+    expression: str
+    headers: tuple[tuple[str, str], ...] = ()  # name and text
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ class Parameter:
 
 
 class Kernel:
-    """One __global__ function of plugins/cuda/<source>.
+    """One __global__ function of plugins/cuda/<source>, or a function of a library, whose name `source` then is.
 
     template: its template parameters, as in C++, "class In, int VECTORS"; "" for a function that is none.
     parameters: as in C++, with a "?" behind the name of a pointer that may be null. tests/plugins/test_kernels.py compares
@@ -69,6 +78,11 @@ class Kernel:
     def __repr__(self) -> str:
         return f"{self.source}:{self.name}"
 
+    @property
+    def is_library(self) -> bool:
+        """Whether it is a function of a library, which is called; a kernel is launched."""
+        return not self.source.endswith(".cu")
+
     def instance(self, shape: Shape, headers: Mapping[str, str] | None = None, **template: str | int | bool) -> Instance:
         """The instance for template arguments by name, launched in `shape`."""
         if set(template) != set(self.template):
@@ -78,7 +92,10 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Instance:
-    """A kernel with its template arguments, and the shape of one launch; `headers` are generated for it (name -> text)."""
+    """A kernel with its template arguments, and the shape of one launch; `headers` are generated for it (name -> text).
+
+    shape: an empty grid for a function of a library, which is called and not launched.
+    """
 
     kernel: Kernel
     shape: Shape
@@ -95,6 +112,14 @@ class Instance:
         if not self.template:
             return self.kernel.name
         return f"{self.kernel.name}<{', '.join(map(_spelled, self.template.values()))}>"
+
+    @property
+    def code(self) -> Code:
+        return Code(self.source, self.expression, tuple(self.headers.items()))
+
+    def on(self, gpu: Gpu) -> Instance:
+        """The same instance as `gpu` launches it: without thread block clusters where it has none."""
+        return self if gpu.has_clusters else replace(self, shape=replace(self.shape, cluster=(1, 1, 1)))
 
     def type_of(self, name: str) -> str:
         """The C++ type of a parameter with the template arguments in it: "const Bf16*"."""
@@ -120,7 +145,7 @@ class Instance:
             if value is None and not parameter.optional:
                 raise KernelError(f"{self.expression} needs {name}")
             kind = getattr(value, "type", None)
-            if parameter.is_pointer and kind is not None and kind != self.element_of(name):
+            if parameter.is_pointer and kind is not None and self.element_of(name) not in (kind, "void"):
                 raise KernelError(f"{self.expression} takes {name} as {self.type_of(name)}, not a pointer to {kind}")
             bound[name] = value
         return bound

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from duq.plugins.errors import KernelError
+from duq.plugins.gpu import gpu_of
 
 SOURCES = Path(__file__).parent / "cuda"
-ARCHITECTURES = {80: "sm_80", 86: "sm_86", 89: "sm_89", 90: "sm_90a"}  # "a": wgmma is not part of plain sm_90
 OPTIONS = ("--std=c++17", "--device-as-default-execution-space")  # the latter for lambdas
 
 
@@ -57,13 +57,11 @@ def compile_text(
     cache: Path | None = None,
 ) -> Cubin:
     """The same for source that is no file; `name` is what the compiler calls it."""
-    if sm not in ARCHITECTURES:
-        known = ", ".join(map(str, ARCHITECTURES))
-        raise KernelError(f"no kernels for SM {sm}; known are {known}")
+    architecture = gpu_of(sm).architecture
     nvrtc = _nvrtc()
     version = _checked(nvrtc, nvrtc.nvrtcVersion(), name)
     texts = {path.name: path.read_text() for path in sorted(SOURCES.glob("*.cuh"))} | dict(headers or {})
-    arguments = [f"--gpu-architecture={ARCHITECTURES[sm]}", *OPTIONS, *options]
+    arguments = [f"--gpu-architecture={architecture}", *OPTIONS, *options]
     key = hashlib.sha256(json.dumps([version, text, texts, arguments, list(kernels)]).encode()).hexdigest()
     entry = (cache or default_cache()) / f"{key}.cubin"
     body = read_cached(entry)

@@ -178,12 +178,12 @@ struct ForNorm {
 // y = dequantized(acc, weight_scale[n], x_scale[m]) (+ bias[n]) (+ residual[m, n]), float32 in this order, one rounding
 // at the end. bias and residual may be null; residual may be y itself. Out = int stores acc.
 //
-// FINISH is NONE, or with no residual GELU: gelu_tanh of that; or GEGLU: the rows of every 16 are 8 of the gate and the 8
+// EPILOGUE is NONE, or with no residual GELU: gelu_tanh of that; or GEGLU: the rows of every 16 are 8 of the gate and the 8
 // of up that belong to them, and what is stored is gelu_tanh(gate) * up [M, N / 2].
 //
 // A thread stores 4 consecutive channels of a token: a quad, whose first row (of gate) is n. Everything but the sums is
 // loaded ahead: `columns` even before wait_for_inputs, `inputs` after it.
-template <int BITS, int FINISH, class Out> struct Epilogue {
+template <int BITS, int EPILOGUE, class Out> struct Epilogue {
   const float* x_scale;
   const float* weight_scale;
   const float* bias;
@@ -192,7 +192,7 @@ template <int BITS, int FINISH, class Out> struct Epilogue {
   int tokens, rows;  // M, N
   ForNorm for_norm;  // with y in float32
 
-  static constexpr int PARTS = FINISH == GEGLU ? 2 : 1;  // gate and up
+  static constexpr int PARTS = EPILOGUE == GEGLU ? 2 : 1;  // gate and up
   static constexpr int QUADS = 4 / PARTS;                // of 16 rows
   __device__ static int first_row(int quad) { return quad / QUADS * 16 + quad % QUADS * 4; }
 
@@ -236,15 +236,15 @@ template <int BITS, int FINISH, class Out> struct Epilogue {
         v[part][3] = biased(acc.w, scale.w, in.scale, add.w);
       }
       for (int i = 0; i < 4; ++i)
-        if (FINISH == GEGLU)
+        if (EPILOGUE == GEGLU)
           v[0][i] = gelu_tanh(v[0][i]) * v[PARTS - 1][i];
-        else if (FINISH == GELU)
+        else if (EPILOGUE == GELU)
           v[0][i] = gelu_tanh(v[0][i]);
         else if (residual)
           v[0][i] = __fadd_rn(v[0][i], to_float(in.residual.v[i]));
       if constexpr (is_same<Out, float>) {
         *reinterpret_cast<float4*>(target) = {v[0][0], v[0][1], v[0][2], v[0][3]};
-        if (FINISH == NONE) for_norm.store(token, n, rows, v[0]);
+        if (EPILOGUE == NONE) for_norm.store(token, n, rows, v[0]);
       } else
         *reinterpret_cast<uint2*>(target) = {pack2<Out>(v[0][0], v[0][1]), pack2<Out>(v[0][2], v[0][3])};
     }

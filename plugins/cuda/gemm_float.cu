@@ -5,7 +5,7 @@
 //   r   = 1, or with NORM 1 / sqrt(mean_k X[m, k]^2 + epsilon), where x = X * gain is what the writer of the residual
 //         stream X has left, with sums of squares (common.cuh, ForNorm): r scales a whole row, so it can follow the
 //         product
-//   y   = (acc * r) * channel_scale[n] + bias[n], either may be null; then, by `FINISH`,
+//   y   = (acc * r) * channel_scale[n] + bias[n], either may be null; then, by `EPILOGUE`,
 //     NONE    + residual[m, n] (float32, may be null or, when y is float, y itself); y in float32 may leave something
 //             for a norm itself
 //     SILU    y / (1 + exp(-y))
@@ -75,7 +75,7 @@ __device__ inline void store4(Bf16* to, const float (&v)[4]) {
 
 // What becomes of the sums. A thread finishes 4 consecutive rows of W for a token: a quad, whose first row is n; with
 // GEGLU and ROTARY also the 4 rows that belong to them, n + 8...
-template <int FINISH, class Out> struct Output {
+template <int EPILOGUE, class Out> struct Output {
   const float *channel_scale, *bias, *residual, *cosine, *sine;
   Out *y, *k, *v;
   int rows, y_stride, kv_stride;
@@ -83,7 +83,7 @@ template <int FINISH, class Out> struct Output {
   int first_row;  // of k and v, that token 0 goes to
   ForNorm for_norm;
 
-  static constexpr int PARTS = FINISH == GEGLU || FINISH == ROTARY ? 2 : 1;
+  static constexpr int PARTS = EPILOGUE == GEGLU || EPILOGUE == ROTARY ? 2 : 1;
   static constexpr int QUADS = 4 / PARTS;  // of 16 rows
   __device__ static int row_of(int quad) { return quad / QUADS * 16 + quad % QUADS * 4; }
 
@@ -104,10 +104,10 @@ template <int FINISH, class Out> struct Output {
 
   __device__ Inputs inputs(int token, int n) const {
     Inputs in = {};
-    if (FINISH == ROTARY) in.a = {1, 1, 1, 1};
-    if (FINISH == NONE && residual)
+    if (EPILOGUE == ROTARY) in.a = {1, 1, 1, 1};
+    if (EPILOGUE == NONE && residual)
       in.a = load_fresh(reinterpret_cast<const float4*>(residual + size_t(token) * y_stride + n));
-    if (FINISH == ROTARY && !is_v(n)) {
+    if (EPILOGUE == ROTARY && !is_v(n)) {
       const size_t at = size_t(position + token) * (HEAD_DIMS / 2) + n % HEAD_DIMS / 16 * 8 + n % 16;
       in.a = load4(cosine + at), in.b = load4(sine + at);
     }
@@ -132,10 +132,10 @@ template <int FINISH, class Out> struct Output {
     for (int i = 0; i < 4; ++i) {
       float& one = out.v[0][i];
       float& other = out.v[PARTS - 1][i];
-      if (FINISH == NONE) one += a[i];
-      if (FINISH == SILU) one = __fdividef(one, 1.0f + __expf(fminf(-one, 80.0f)));
-      if (FINISH == GEGLU) one = gelu_tanh(one) * other;
-      if (FINISH == ROTARY) {
+      if (EPILOGUE == NONE) one += a[i];
+      if (EPILOGUE == SILU) one = __fdividef(one, 1.0f + __expf(fminf(-one, 80.0f)));
+      if (EPILOGUE == GEGLU) one = gelu_tanh(one) * other;
+      if (EPILOGUE == ROTARY) {
         const float before = one;
         one = before * a[i] - other * b[i], other = other * a[i] + before * b[i];
       }
@@ -144,7 +144,7 @@ template <int FINISH, class Out> struct Output {
   }
 
   __device__ void store(int token, int n, const Values& values) const {
-    if constexpr (FINISH == ROTARY) {
+    if constexpr (EPILOGUE == ROTARY) {
       const int heads = rows / HEAD_DIMS - 2, head = n / HEAD_DIMS, row16 = n % HEAD_DIMS / 16;
       const size_t row = size_t(first_row + token) * kv_stride;
       Out* const to = head < heads ? y + size_t(token) * y_stride + head * HEAD_DIMS : (is_v(n) ? v : k) + row;
@@ -153,18 +153,18 @@ template <int FINISH, class Out> struct Output {
       store4(to + channel + (is_v(n) ? 8 : HEAD_DIMS / 2), values.v[1]);
     } else {
       store4(y + size_t(token) * y_stride + n / 16 * 16 / PARTS + n % 16, values.v[0]);
-      if (FINISH == NONE && is_same<Out, float>) for_norm.store(token, n, rows, values.v[0]);
+      if (EPILOGUE == NONE && is_same<Out, float>) for_norm.store(token, n, rows, values.v[0]);
     }
   }
 };
 
-template <int ROWS16, int TOKENS8, int WARPS, int STAGES, int SPLIT, bool NORM, int FINISH, class Out, int BITS>
+template <int ROWS16, int TOKENS8, int WARPS, int STAGES, int SPLIT, bool NORM, int EPILOGUE, class Out, int BITS>
 __global__ void __launch_bounds__(32 * WARPS)
 gemm_float(const Bf16* x, const float* squares, const uint4* weight, const float* channel_scale, const float* bias,
            const float* residual, Out* y, Out* k, Out* v, const float* cosine, const float* sine, const int* past,
            int tokens, int rows, int depth, int y_stride, int kv_stride, int first_position, int to_cache,
            float epsilon, Bf16* normed, const float* normed_gain, float* normed_squares) {
-  using O = Output<FINISH, Out>;
+  using O = Output<EPILOGUE, Out>;
   constexpr int ROWS = 16 * ROWS16, TOKENS = 8 * TOKENS8, PITCH = pitch(ROWS), THREADS = 32 * WARPS;
   constexpr int TILES = 4, ROW = TILES * 16 * 2;  // of K = 16 in a chunk; bytes of a token in a chunk
   constexpr int RING = STAGES * TOKENS * ROW / 4, REGION = RING > TOKENS * PITCH ? RING : TOKENS * PITCH;

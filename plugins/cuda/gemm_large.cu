@@ -11,11 +11,11 @@
 // shared memory STAGES * stage_bytes, or the epilogue's staging where that is more.
 #include "common.cuh"
 
-template <int BITS, int ROWS16, int TOKENS8, int WARPS_N, int WARPS_M, int STAGES, int FINISH, class Out>
+template <int BITS, int ROWS16, int TOKENS8, int WARPS_N, int WARPS_M, int STAGES, int EPILOGUE, class Out>
 __global__ void __launch_bounds__(32 * WARPS_N * WARPS_M)
 gemm_large(const signed char* x_q, const float* x_scale, const unsigned char* weight, const float* weight_scale,
            const float* bias, const Out* residual, Out* y, int* workspace, int tokens, int rows, int depth, Bf16* normed,
-           const float* normed_gain, float* squares) {
+           const float* normed_gain, float* normed_squares) {
   constexpr int THREADS = 32 * WARPS_N * WARPS_M, TOKENS = 8 * TOKENS8 * WARPS_M, TILES = ROWS16 * WARPS_N;
   constexpr int TILE_BYTES = Fragment<BITS>::bytes();
   constexpr int X_BYTES = 2 * TOKENS * 64, STAGE_BYTES = X_BYTES + 2 * TILES * TILE_BYTES;
@@ -80,7 +80,7 @@ gemm_large(const signed char* x_q, const float* x_scale, const unsigned char* we
   wait_for_copies<0>();
   __syncthreads();
   int* const staging = reinterpret_cast<int*>(shared) + warp * staging_words(ROWS16);
-  const Epilogue<BITS, FINISH, Out> epilogue = {x_scale, weight_scale, bias, residual, y, tokens, rows, {normed, normed_gain, squares}};
+  const Epilogue<BITS, EPILOGUE, Out> epilogue = {x_scale, weight_scale, bias, residual, y, tokens, rows, {normed, normed_gain, normed_squares}};
   const int first_row = 16 * (first_tile + warp_n * ROWS16);
   store_warp_tile(acc, staging, first_token + warp_m * 8 * TOKENS8, first_row, epilogue,
                   columns_of_lane<ROWS16>(first_row, epilogue));

@@ -30,12 +30,12 @@ __device__ inline uint4 load_weights(const unsigned char* from) {
   return v;
 }
 
-template <int BITS, int ROWS16, int TOKENS8, int WARPS, int STAGES, int FINISH, class Out>
+template <int BITS, int ROWS16, int TOKENS8, int WARPS, int STAGES, int EPILOGUE, class Out>
 __global__ void __launch_bounds__(32 * WARPS)
 gemm_small(const signed char* x_q, const float* x_scale, const unsigned char* weight, const float* weight_scale,
            const float* bias, const Out* residual, Out* y, int* workspace, int tokens, int rows, int depth, Bf16* normed,
-           const float* normed_gain, float* squares) {
-  using E = Epilogue<BITS, FINISH, Out>;
+           const float* normed_gain, float* normed_squares) {
+  using E = Epilogue<BITS, EPILOGUE, Out>;
   constexpr int ROWS = 16 * ROWS16, TOKENS = 8 * TOKENS8, PITCH = pitch(ROWS), THREADS = 32 * WARPS;
   constexpr int TILE_BYTES = Fragment<BITS>::bytes();
   extern __shared__ __align__(16) int partial[];  // [WARPS][TOKENS][PITCH]
@@ -73,7 +73,7 @@ gemm_small(const signed char* x_q, const float* x_scale, const unsigned char* we
   // This thread's share of the tile: quads rank * THREADS + thread, every split * THREADS, all in the same rows.
   constexpr int QUADS = E::QUADS * ROWS16, COUNT = (TOKENS * QUADS + THREADS - 1) / THREADS;
   static_assert(THREADS % QUADS == 0);
-  const E epilogue = {x_scale, weight_scale, bias, residual, y, tokens, rows, {normed, normed_gain, squares}};
+  const E epilogue = {x_scale, weight_scale, bias, residual, y, tokens, rows, {normed, normed_gain, normed_squares}};
   const int row = E::first_row(threadIdx.x % QUADS), n = blockIdx.x * ROWS + row;
   auto token_of = [&](int i) { return ((i * split + rank) * THREADS + int(threadIdx.x)) / QUADS; };
 

@@ -9,7 +9,7 @@
 // Blocks are persistent and take tiles of 64 GROUPS rows x 8 TOKENS8 tokens in turn. A thread of its own keeps a ring
 // of STAGES stages filled and runs on into the next tile while the GROUPS warpgroups are in the epilogue of the last.
 // Where tiles are fewer than multiprocessors, SPLIT blocks, a cluster, share the K of a tile and add through
-// distributed shared memory. For few tokens there is gemm_wgmma_few.cu; the epilogue for y of 16 bits is group_tile.cuh.
+// distributed shared memory. For few tokens there is gemm_wgmma_small.cu; the epilogue for y of 16 bits is group_tile.cuh.
 //
 // grid: SPLIT = 1: as many blocks as run at once, or fewer; else SPLIT * tiles, cluster SPLIT.
 // block 128 GROUPS + 128 (GROUPS = 1: 160); shared memory STAGES * sizeof(Stage) + 4 GROUPS * 4 * staging_words(1),
@@ -26,11 +26,11 @@ template <int COUNT> __device__ inline void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
-template <int BITS, int GROUPS, int TOKENS8, int STAGES, int SPLIT, int FINISH, class Out>
+template <int BITS, int GROUPS, int TOKENS8, int STAGES, int SPLIT, int EPILOGUE, class Out>
 __global__ void __launch_bounds__(128 * GROUPS + (GROUPS > 1 ? 128 : 32), 1)
-gemm_wgmma(const signed char* x_slabs, const float* x_scale, const unsigned char* weight, const float* weight_scale,
+gemm_wgmma(const signed char* x_q, const float* x_scale, const unsigned char* weight, const float* weight_scale,
            const float* bias, const Out* residual, Out* y, int* workspace, int tokens, int rows, int depth, Bf16* normed,
-           const float* normed_gain, float* squares) {
+           const float* normed_gain, float* normed_squares) {
   constexpr int TOKENS = 8 * TOKENS8, WARPS = 4 * GROUPS, TILE_BYTES = Fragment<BITS>::bytes();
   struct Stage {
     unsigned char x[TOKENS * 128];               // swizzled; 1024-byte aligned
@@ -87,7 +87,7 @@ gemm_wgmma(const signed char* x_slabs, const float* x_scale, const unsigned char
       stage = phase = 0;
       for (int tile = block; tile < tiles; tile += blocks) {
         if (tile != block) seek_weights(tile);
-        const signed char* x = x_slabs + (size_t(first_step) * token_blocks + tile % token_blocks) * TOKENS * 128;
+        const signed char* x = x_q + (size_t(first_step) * token_blocks + tile % token_blocks) * TOKENS * 128;
         for (int step = 0; step < steps; ++step, advance()) {
           if (tile != block || step >= ahead) {
             wait(empty + 8 * stage, phase ^ 1);  // passes at once in the first round
@@ -101,8 +101,8 @@ gemm_wgmma(const signed char* x_slabs, const float* x_scale, const unsigned char
     let_next_kernel_start();
   } else {
     if (GROUPS > 1) take_registers<232>();
-    using E = Epilogue<BITS, FINISH, Out>;
-    const E epilogue = {x_scale, weight_scale, bias, residual, y, tokens, rows, {normed, normed_gain, squares}};
+    using E = Epilogue<BITS, EPILOGUE, Out>;
+    const E epilogue = {x_scale, weight_scale, bias, residual, y, tokens, rows, {normed, normed_gain, normed_squares}};
     constexpr bool IN_PLACE = SPLIT == 1 && sizeof(Out) == 2;  // store_group_tile works where the sums are
     int count = 0;  // steps taken so far
     wait_for_inputs();  // for the tokens' scales
@@ -129,7 +129,7 @@ gemm_wgmma(const signed char* x_slabs, const float* x_scale, const unsigned char
       release(count - 1);
       if (tile + blocks >= tiles) let_next_kernel_start();
       if constexpr (IN_PLACE)
-        if (FINISH != NONE || !residual) {
+        if (EPILOGUE != NONE || !residual) {
           int* const of_group = staging + warp / 4 * 4 * staging_words(1);
           store_group_tile(acc[0], of_group, scales, first_token, first_row - 16 * (warp % 4), epilogue);
           continue;

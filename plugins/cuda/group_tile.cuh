@@ -32,11 +32,11 @@ template <int TOKENS8> struct TokenScales {
   }
 };
 
-template <int BITS, int FINISH, class Out, int TOKENS8>
+template <int BITS, int EPILOGUE, class Out, int TOKENS8>
 __device__ inline void store_group_tile(const int (&acc)[TOKENS8][4], int* staging, const TokenScales<TOKENS8>& scales,
-                                        int first_token, int first_row, const Epilogue<BITS, FINISH, Out>& epilogue) {
+                                        int first_token, int first_row, const Epilogue<BITS, EPILOGUE, Out>& epilogue) {
   static_assert(sizeof(Out) == 2);
-  constexpr int PARTS = FINISH == GEGLU ? 2 : 1, CHUNKS = 8 / PARTS;  // of 16 bytes, of a token
+  constexpr int PARTS = EPILOGUE == GEGLU ? 2 : 1, CHUNKS = 8 / PARTS;  // of 16 bytes, of a token
   // `staging` has room for a part of the tile only: passes of GROUPS_OF_8 groups of 8 tokens.
   constexpr int ROOM = 4 * 4 * staging_words(1) / (8 * 16 * CHUNKS), PASSES = (TOKENS8 + ROOM - 1) / ROOM;
   constexpr int GROUPS_OF_8 = (TOKENS8 + PASSES - 1) / PASSES;
@@ -69,7 +69,7 @@ __device__ inline void store_group_tile(const int (&acc)[TOKENS8][4], int* stagi
                          pack2<Out>(gelu_tanh(v[0][0]) * v[1][0], gelu_tanh(v[0][1]) * v[1][1]));
       else
         for (int half = 0; half < 2; ++half) {
-          for (float& value : v[half]) value = FINISH == GELU ? gelu_tanh(value) : value;
+          for (float& value : v[half]) value = EPILOGUE == GELU ? gelu_tanh(value) : value;
           store_transposed(target[half] + (j - first) * BYTES, pack2<Out>(v[half][0], v[half][1]));
         }
     }

@@ -20,11 +20,11 @@ __device__ inline void store(Bf16* to, const float (&v)[4]) {
 template <int ACTIVATION, class Out, int TOKENS>
 __global__ void __launch_bounds__(256)
 linear_narrow(const float* x, const float* weight, const float* bias, Out* y, int depth, int columns, Bf16* normed,
-              const float* normed_gain, float* squares) {
+              const float* normed_gain, float* normed_squares) {
   constexpr int MAX_DEPTH = 64;
   __shared__ Four<float> of_block[MAX_DEPTH][4];
   const int quarter = threadIdx.x % 4, column = 16 * blockIdx.x + 4 * quarter;
-  const ForNorm for_norm = {normed, normed_gain, squares};
+  const ForNorm for_norm = {normed, normed_gain, normed_squares};
   let_next_kernel_start();
   if (threadIdx.x / 4 < depth)
     of_block[threadIdx.x / 4][quarter] =

@@ -5,7 +5,7 @@
 //   y        = finish((y' @ blockdiag(rotation) + bias) * gate[n]) + residual[m, n]      one rounding to Out at the end
 //
 // x_scale is one number a token (scale_stride 1) or one for all (0). rotation is [N / block, block, block]; bias, gate and
-// residual may be null. FINISH is NONE, GELU, or GEGLU: gelu_tanh of the first N / 2 channels times the others, [M, N / 2].
+// residual may be null. EPILOGUE is NONE, GELU, or GEGLU: gelu_tanh of the first N / 2 channels times the others, [M, N / 2].
 // A thread block takes CHUNK columns of a token's y; with ROTATE `block` is a multiple of 4 that divides CHUNK and y's columns.
 //
 // grid (ceil(columns of y / CHUNK), M), 256 threads; y's columns a multiple of 4.
@@ -15,11 +15,11 @@ constexpr int CHUNK = 1024;
 
 __device__ inline Four<float> four(const float* from) { return *reinterpret_cast<const Four<float>*>(from); }
 
-template <class Out, bool ROTATE, int FINISH>
+template <class Out, bool ROTATE, int EPILOGUE>
 __global__ void __launch_bounds__(CHUNK / 4)
-dequantize(const int* acc, const float* x_scale, const float* weight_scale, const float* rotation, const float* bias,
+epilogue(const int* acc, const float* x_scale, const float* weight_scale, const float* rotation, const float* bias,
            const float* gate, const Out* residual, Out* y, int rows, int scale_stride, int block) {
-  constexpr int PARTS = FINISH == GEGLU ? 2 : 1;
+  constexpr int PARTS = EPILOGUE == GEGLU ? 2 : 1;
   __shared__ __align__(16) float chunks[PARTS][ROTATE ? CHUNK : 4];
   const int token = blockIdx.y, columns = rows / PARTS, column = blockIdx.x * CHUNK + 4 * threadIdx.x;
   const bool inside = column < columns;
@@ -66,8 +66,8 @@ dequantize(const int* acc, const float* x_scale, const float* weight_scale, cons
   Four<Out> add = {};
   if (residual) add = load_fresh(reinterpret_cast<const Four<Out>*>(residual + at));
   for (int i = 0; i < 4; ++i) {
-    if (FINISH != NONE) v[0][i] = gelu_tanh(v[0][i]);
-    if (FINISH == GEGLU) v[0][i] *= v[PARTS - 1][i];
+    if (EPILOGUE != NONE) v[0][i] = gelu_tanh(v[0][i]);
+    if (EPILOGUE == GEGLU) v[0][i] *= v[PARTS - 1][i];
     if (residual) v[0][i] = __fadd_rn(v[0][i], to_float(add.v[i]));
   }
   if constexpr (is_same<Out, float>)

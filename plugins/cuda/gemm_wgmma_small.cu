@@ -10,11 +10,11 @@
 // sizeof(Stage) + 4 GROUPS * 4 * (RECEIVED + STAGED).
 #include "gemm_wgmma.cuh"
 
-template <int BITS, int TOKENS8, int STAGES, int GROUPS, int SPLIT, int FINISH, class Out>
+template <int BITS, int TOKENS8, int STAGES, int GROUPS, int SPLIT, int EPILOGUE, class Out>
 __global__ void __launch_bounds__(128 * GROUPS + 32, 1)
-gemm_wgmma_few(const signed char* x_slabs, const float* x_scale, const unsigned char* weight, const float* weight_scale,
+gemm_wgmma_small(const signed char* x_q, const float* x_scale, const unsigned char* weight, const float* weight_scale,
                const float* bias, const Out* residual, Out* y, int* workspace, int tokens, int rows, int depth, Bf16* normed,
-               const float* normed_gain, float* squares) {
+               const float* normed_gain, float* normed_squares) {
   constexpr int TOKENS = 8 * TOKENS8, WARPS = 4 * GROUPS, HOLDERS = SPLIT * GROUPS;
   struct Stage {
     unsigned char x[TOKENS * 128];                   // swizzled; 1024-byte aligned
@@ -46,7 +46,7 @@ gemm_wgmma_few(const signed char* x_slabs, const float* x_scale, const unsigned 
   if (warp == WARPS) {
     if (SPLIT > 1 && lane == 0) expect(&arrived, received_bytes<HOLDERS, GROUPS, TOKENS8>(rank));
     const unsigned char* const w = weight + (size_t(tile) * tile_steps + first_step) * sizeof(Stage::w);
-    const signed char* const x = x_slabs + (size_t(first_step) * gridDim.y + blockIdx.y) * TOKENS * 128;
+    const signed char* const x = x_q + (size_t(first_step) * gridDim.y + blockIdx.y) * TOKENS * 128;
     auto fetch_weights = [&](int step) {
       const int stage = step % STAGES;
       arrive_expecting(full + 8 * stage, sizeof(Stage));
@@ -69,8 +69,8 @@ gemm_wgmma_few(const signed char* x_slabs, const float* x_scale, const unsigned 
     return;  // a block's barriers are used by its warpgroups only, from here on
   }
 
-  using E = Epilogue<BITS, FINISH, Out>;
-  const E epilogue = {x_scale, weight_scale, bias, residual, y, tokens, rows, {normed, normed_gain, squares}};
+  using E = Epilogue<BITS, EPILOGUE, Out>;
+  const E epilogue = {x_scale, weight_scale, bias, residual, y, tokens, rows, {normed, normed_gain, normed_squares}};
   const int part = rank * GROUPS + group, first_row = tile * 64 + 16 * (warp % 4);
   const typename E::Columns columns = columns_of_lane<1>(first_row, epilogue);
   wait_for_inputs();
