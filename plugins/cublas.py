@@ -7,8 +7,10 @@ A = W [N, K] transposed, B = x [M, K] not, C = addend, D = y.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from duq.plugins.driver import Memory, Stream
 from duq.plugins.errors import KernelError
@@ -49,6 +51,13 @@ class Problem:
     gelu: int
     has_bias: bool
     has_addend: bool
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Problem:
+        """Of a call's arguments by name (plugins/kernels/library.py)."""
+        sizes = (arguments[name] for name in ("n", "m", "k", "x_stride", "y_stride", "batch", "addend_batch_stride"))
+        there = (arguments[name] is not None for name in ("bias", "addend"))
+        return cls(*sizes, arguments["y_type"], arguments["gelu"], *there)
 
 
 class CublasLt:

@@ -208,7 +208,7 @@ def _kernel_table(plan: Plan, name: str, each_layer: bool) -> Table:
         for launch in variant[program]:
             computes = launch["name"] if each_layer else re.sub(r"\.layers\.\d+\.", ".layers.*.", launch["name"])
             kernel = schedule["kernels"][launch["kernel"]]["expression"] if "kernel" in launch else launch["call"]
-            weights = [argument[1] for argument in launch["args"] if isinstance(argument, list) and argument[0] == "w"]
+            weights = [argument[1] for argument in launch["args"].values() if isinstance(argument, list) and argument[0] == "w"]
             product = [weight for weight in weights if re.search(r"\.(int4|int8|bf16)\b", weight)]
             dtype = re.search(r"\.(int4|int8|bf16)\b", product[0])[1] if product else "-"
             size = sum(schedule["weights"][weight][1] for weight in product)

@@ -435,9 +435,7 @@ class _Fuser:
             order = readers_of(quantize.node.outputs[0])
             quantize.readers = sorted([*quantize.readers, op], key=lambda each: order.index(each.node))
 
-    def _kind(
-        self, quantize: Quantize | None, x: ir.Value, norm: Norm | None, weight: ir.Value, epilogue: Epilogue
-    ) -> str:
+    def _kind(self, quantize: Quantize | None, x: ir.Value, norm: Norm | None, weight: ir.Value, epilogue: Epilogue) -> str:
         k, n = weight.shape.numpy()
         if quantize is not None:
             return "integer"
@@ -466,8 +464,17 @@ class _Fuser:
         name = self._writers[q].name.rpartition(".")[0] + ".attention"
         self._add(
             Attention(
-                name=name, nodes=[node], q=q, k=k, v=v, own=own, out=node.outputs[0], dims=dims, heads=heads,
-                scale=node.attributes.get_float("scale", dims**-0.5), kv_heads=node.inputs[1].shape[1],
+                name=name,
+                nodes=[node],
+                q=q,
+                k=k,
+                v=v,
+                own=own,
+                out=node.outputs[0],
+                dims=dims,
+                heads=heads,
+                scale=node.attributes.get_float("scale", dims**-0.5),
+                kv_heads=node.inputs[1].shape[1],
                 each_image=batch != 1,
             )  # fmt: skip
         )

@@ -7,7 +7,6 @@ prompt tokens are real is a number in device memory, so that prompts of one size
 
 from __future__ import annotations
 
-import ctypes
 import json
 import threading
 import time
@@ -17,12 +16,13 @@ import numpy as np
 
 from duq.plugins import driver
 from duq.plugins.cublas import WORKSPACE_BYTES, CublasLt, Problem
+from duq.plugins.kernel import as_scalar
 from duq.plugins.nvrtc import Cubin
 from duq.runtime.errors import PlanError
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import ModelInputs
 
-SCHEDULE_VERSION = 3  # of what a plan's schedule says and how; 1 had images as floats, 2 no first step beside the prefix
+SCHEDULE_VERSION = 4  # of what a plan's schedule says and how; up to 3 arguments had no names
 STAGING_BYTES = 64 << 20
 _TYPES = {"float": np.float32, "Bf16": np.uint16, "unsigned char": np.uint8}
 AfterLaunch = Callable[[str, dict, driver.Stream], None]  # of the program, the launch and its stream
@@ -62,6 +62,7 @@ class CudaExecutor:
         self._workspaces = {stream: driver.Memory(WORKSPACE_BYTES if self._library else 1) for stream in streams}
         self._kernels = _load_kernels(plan, schedule["kernels"])
         self._kernel_names = [each["expression"] for each in schedule["kernels"]]
+        self._parameters = [each["parameters"] for each in schedule["kernels"]]
         self._upload = driver.PinnedArray(max(map(_end_of_inputs, self._variants.values())))
         self._download = driver.PinnedArray(4 * int(np.prod(self._actions_shape)))
         self._graphs: dict[tuple[int, int], driver.Graph] = {}
@@ -207,7 +208,7 @@ class CudaExecutor:
         """Lets cuBLASLt choose its algorithms, for which there is no time while a graph is recorded."""
         for launch in [*variant["prefix"], *variant["step"]]:
             if "call" in launch:
-                self._library.prepare(_problem(launch["args"]), launch["args"][5])
+                self._library.prepare(Problem.of(launch["args"]), launch["args"]["algorithm"])
 
     def _run_traced(self, size: tuple[int, int], noise: np.ndarray, prompt: int) -> dict[str, np.ndarray]:
         variant = self._variants[size]
@@ -281,30 +282,27 @@ class CudaExecutor:
         main.download(self._download.address, self._arena.address + x, x_bytes)
 
     def _launch(self, launch: dict, stream: driver.Stream, step: int, overlap: bool) -> None:
-        addresses = [self._resolve(argument, step) for argument in launch["args"]]
-        if "kernel" in launch:
-            shape = driver.Shape(
-                tuple(launch["grid"]), launch["threads"], launch["shared"], tuple(launch.get("cluster", (1, 1, 1)))
-            )
-            self._kernels[launch["kernel"]].launch(shape, addresses, stream.handle, overlap)
-        else:
-            operands = [address.value or 0 for address in addresses[:5]]
+        values = {name: self._resolve(argument, step) for name, argument in launch["args"].items()}
+        if "kernel" not in launch:
+            operands = [values[name] or 0 for name in ("weight", "x", "bias", "addend", "y")]
             workspace = self._workspaces[stream].address
-            self._library.matmul(_problem(launch["args"]), launch["args"][5], *operands, workspace, stream.handle)
+            self._library.matmul(Problem.of(values), values["algorithm"], *operands, workspace, stream.handle)
+            return
+        cluster = tuple(launch.get("cluster", (1, 1, 1)))
+        shape = driver.Shape(tuple(launch["grid"]), launch["threads"], launch["shared"], cluster)
+        scalars = [as_scalar(kind, values[name]) for name, kind in self._parameters[launch["kernel"]]]
+        self._kernels[launch["kernel"]].launch(shape, scalars, stream.handle, overlap)
 
-    def _resolve(self, argument, step: int):
-        """An argument of the schedule (compiler/targets/cuda/program.py) as a launch takes it."""
-        if argument is None:
-            return ctypes.c_void_p(0)
-        if isinstance(argument, int):
-            return ctypes.c_int(argument)
-        kind, *rest = argument
-        if kind == "a":
-            return ctypes.c_void_p(self._arena.address + rest[0])
-        if kind == "w":
-            name, step_bytes, offset = rest
-            return ctypes.c_void_p(self._weights.address + self._offsets[name] + step * step_bytes + offset)
-        return ctypes.c_float(rest[0])
+    def _resolve(self, argument: list | int | None, step: int) -> int | float | None:
+        """An argument of the schedule (compiler/targets/cuda/emit.py): an address, or a number as it is."""
+        match argument:
+            case ["a", offset]:
+                return self._arena.address + offset
+            case ["w", name, step_bytes, offset]:
+                return self._weights.address + self._offsets[name] + step * step_bytes + offset
+            case ["f", value]:
+                return value
+        return argument
 
     def _synchronize(self) -> None:
         for stream in (self._stream, self._branch, self._ahead):
@@ -344,7 +342,22 @@ def _schedule(plan: Plan, sm: int) -> dict:
         raise PlanError(
             f"{plan.path}: {name} is of version {version}, this runtime follows version {SCHEDULE_VERSION}; compile it again"
         )
+    _check_arguments(plan, name, schedule)
     return schedule
+
+
+def _check_arguments(plan: Plan, name: str, schedule: dict) -> None:
+    """Every launch names exactly the arguments that its kernel has."""
+    kernels = [[parameter for parameter, _ in each["parameters"]] for each in schedule["kernels"]]
+    calls = {call: [parameter for parameter, _ in parameters] for call, parameters in schedule["calls"].items()}
+    for variant in schedule["variants"]:
+        for launch in [*variant["prefix"], *variant["step"]]:
+            parameters = calls.get(launch["call"]) if "call" in launch else kernels[launch["kernel"]]
+            if parameters != list(launch["args"]):
+                raise PlanError(
+                    f"{plan.path}: {name} gives {launch['name']} the arguments {', '.join(launch['args'])}, "
+                    f"its kernel takes {', '.join(parameters or ['others'])}; compile it again"
+                )
 
 
 def _uses_library(schedule: dict) -> bool:
@@ -354,11 +367,6 @@ def _uses_library(schedule: dict) -> bool:
 def _end_of_inputs(variant: dict) -> int:
     """The inputs lie at the start of the arena, side by side."""
     return max(offset + size for offset, size in variant["inputs"].values())
-
-
-def _problem(arguments: list) -> Problem:
-    """Of the arguments of a library call (compiler/targets/cuda/program.py, MATMUL)."""
-    return Problem(*arguments[6:], has_bias=arguments[2] is not None, has_addend=arguments[3] is not None)
 
 
 def _check_memory(plan: Plan, needed: int) -> None:

@@ -1,100 +1,108 @@
-"""The `cuda` target: cubins, weights as the kernels read them, and for each architecture a schedule.
+"""The `cuda` target: cubins, weights as the kernels read them, and for each GPU architecture a schedule.
 
-A schedule is data (JSON): for every number of cameras and every prompt size the launches of the prefix and of one
-denoising step, with their kernels, grids and arguments, and one arena in which all activations have fixed places. The
-executor only follows it (runtime/executors/cuda.py), and `duq-inspect` prints it.
+    fuse          graph -> ops: an anchor with the norm in front of it and the element-wise nodes behind it
+    specialize    ops at one size of the observation: rows, and which kind of kernel computes each linear
+    choose        a tactic for every GEMM and attention, from a table or by timing
+    bind          ops -> launches: kernels with their arguments by name, over buffers
+    plan_streams  what launches wait for, and which overlap
+    plan_memory   the place of every buffer in one arena
+    emit          launches -> a schedule, as data in the plan
+
+Buffers exist only once tactics are chosen (slabs, accumulators, workspaces), and a buffer's life is that of the launches that
+touch it: so launches are bound first and planned then. Each phase is a function over data, and prints itself (--keep-phases).
+The executor only follows the schedule (runtime/executors/cuda.py), and `duq-inspect` prints it.
 """
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import onnx_ir.passes.common as common
 from rich.progress import Progress
 
 from duq.compiler.graph.export import Graphs
 from duq.compiler.parallel import in_order, thread_pool
+from duq.compiler.targets import fuse as fusing
 from duq.compiler.targets.cuda import timing
-from duq.compiler.targets.cuda.arena import place, schedule
-from duq.compiler.targets.cuda.cubins import Instance, compile_each
-from duq.compiler.targets.cuda.lower import Variant, lower_variant
-from duq.compiler.targets.cuda.problems import AnyTactic, Problem, from_table
-from duq.compiler.targets.cuda.program import ALIGNMENT, BYTES, Launch, to_json
+from duq.compiler.targets.cuda.bind import bind
+from duq.compiler.targets.cuda.choose import choose, gemms_of
+from duq.compiler.targets.cuda.emit import Planned, emit_schedule
+from duq.compiler.targets.cuda.gemm import from_table
+from duq.compiler.targets.cuda.launches import ALIGNMENT
+from duq.compiler.targets.cuda.plan import plan_memory, plan_streams
+from duq.compiler.targets.cuda.report import Report
+from duq.compiler.targets.cuda.specialize import Size, specialize
 from duq.compiler.targets.cuda.weights import Weights, to_bf16
-from duq.plugins.nvrtc import ARCHITECTURES as _ARCHITECTURES
-from duq.runtime.executors.cuda import SCHEDULE_VERSION
+from duq.compiler.targets.fuse import Prompt, check_covered, fuse
+from duq.plugins.gpu import GPUS, Gpu, gpu_of
 from duq.runtime.plan import PlanWriter
 
-ARCHITECTURES = tuple(_ARCHITECTURES)
+ARCHITECTURES = tuple(sorted(GPUS))
 IN_FLIGHT_BYTES = 1 << 30  # of the weights computed at a time; their float32 forms take several times that
 PROMPT_STEP = 32  # prompts are padded to a multiple of this: a CUDA graph has fixed sizes
 
 
-def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options) -> dict:
+def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options: Any, keep: Path | None = None) -> dict[str, Any]:
     """Writes cubins, weights, the token table and the schedules into the plan; returns the manifest's section."""
-    for _, model in graphs.items():
+    report = Report(keep)
+    ops = {}
+    for name, model in graphs.items():
         common.ShapeInferencePass()(model)
+        ops[name] = fuse(model)
+        check_covered(model, ops[name])
+        report(f"fuse-{name}", fusing.describe(ops[name]))
     weights, schedules, sections = Weights(), {}, {}
-    pixel = "float" if options.float_images else "unsigned char"
-    sizes = [(c, p) for c in range(1, options.cameras + 1) for p in prompt_sizes(graphs.config.max_prompt_tokens)]
     for sm in options.sm:
-        choose = from_table(sm)
-        if timed := options.timing and timing.has_gpu(sm):
-            choose = timing.by_timing(_problems(graphs, sm, sizes), sm, progress)
-        variants, arena_bytes = [], 0
-        for cameras, prompt in progress.track(sizes, description=f"Lowering for SM {sm}"):
-            variant = lower_variant(graphs, sm, cameras, prompt, weights, choose, pixel)
-            schedule(variant.prefix, variant.step)
-            arena_bytes = max(arena_bytes, place(variant.inputs, [variant.prefix, variant.step]))
-            variants.append(variant)
-        if timed:
-            timing.choose_algorithms(_launches(variants), progress)
-        kernels = _write_cubins(sm, variants, writer, progress)
-        schedules[sm] = {"arena_bytes": arena_bytes, **_schedule(variants, kernels)}
-        if options.float_images:
-            schedules[sm]["pixel"] = pixel
-        sections[f"sm{sm}"] = _summary(variants, arena_bytes, len(kernels), timed)
-
+        planned, timed = _plan_for(gpu_of(sm), graphs, ops, weights, progress, options, report)
+        pixel = _pixel(options)
+        schedules[sm] = emit_schedule(planned, gpu_of(sm), pixel, writer, progress)
+        sections[f"sm{sm}"] = _summary(planned, schedules[sm], timed)
     offsets = _write_weights(weights, writer, progress)
-    writer.write("embedding", to_bf16(variant.embedding_table.const_value.numpy()))
+    (table,) = [op.table for op in ops["prefix"] if isinstance(op, Prompt)]
+    writer.write("embedding", to_bf16(table.const_value.numpy()))
     for sm, data in schedules.items():
         writer.write(f"schedule/sm{sm}.json", json.dumps(data | {"weights": offsets}).encode())
     return sections
+
+
+def _plan_for(
+    gpu: Gpu,
+    graphs: Graphs,
+    ops: dict[str, list[fusing.Op]],
+    weights: Weights,
+    progress: Progress,
+    options: Any,
+    report: Report,
+) -> tuple[list[Planned], bool]:
+    """The planned programs of every size for a GPU, and whether their tactics were timed."""
+    config = graphs.config
+    sizes = [Size(c, p) for c in range(1, options.cameras + 1) for p in prompt_sizes(config.max_prompt_tokens)]
+    models = dict(graphs.items())
+    sized = [{name: specialize(ops[name], models[name], size, config) for name in models} for size in sizes]
+    timed = options.timing and timing.has_gpu(gpu)
+    every = [each for graph in sized for each in graph.values()]
+    tuner = timing.by_timing(gemms_of(every), gpu, progress) if timed else from_table(gpu)
+    programs = []
+    for size, graph in progress.track(list(zip(sizes, sized, strict=True)), description=f"Lowering for SM {gpu.sm}"):
+        chosen = {name: choose(each, gpu, tuner) for name, each in graph.items()}
+        bound = {name: (models[name], graph[name], chosen[name]) for name in models}
+        programs.append(bind(bound, config, size, gpu, weights, _pixel(options)))
+        report.tactics(gpu, size, chosen)
+    if timed:
+        programs = timing.with_timed_algorithms(programs, progress)
+    planned = [(program, plan_streams(program, gpu), plan_memory(program)) for program in programs]
+    report.programs(gpu, planned)
+    return planned, timed
 
 
 def prompt_sizes(max_tokens: int) -> list[int]:
     return [*range(PROMPT_STEP, max_tokens, PROMPT_STEP), max_tokens]
 
 
-def _problems(graphs: Graphs, sm: int, sizes: list[tuple[int, int]]) -> list[Problem]:
-    """What the lowering asks tactics for, which does not depend on the answers."""
-    asked: dict[Problem, None] = {}
-    table = from_table(sm)
-
-    def choose(problem: Problem, slab_tokens: int | None = None) -> AnyTactic:
-        asked[problem] = None
-        return table(problem, slab_tokens)
-
-    for size in sizes:
-        lower_variant(graphs, sm, *size, Weights(), choose)
-    return list(asked)
-
-
-def _write_cubins(sm: int, variants: list[Variant], writer: PlanWriter, progress: Progress) -> dict[Instance, dict]:
-    """Compiles what the launches need, each instance of a kernel for itself; by it what the schedule says of it."""
-    wanted = dict.fromkeys(_instance(launch) for launch in _launches(variants) if launch.shape is not None)
-    kernels = {}
-    cubins = progress.track(compile_each(wanted, sm), total=len(wanted), description=f"Compiling the kernels for SM {sm}")
-    for number, (instance, cubin) in enumerate(cubins):
-        entry = f"cubin/sm{sm}/{number}.{instance.source.removesuffix('.cu')}"
-        writer.write(entry, cubin.image)
-        symbol = cubin.symbols[instance.expression]
-        kernels[instance] = {"cubin": entry, "symbol": symbol, "expression": instance.expression}
-    return kernels
-
-
-def _instance(launch: Launch) -> Instance:
-    return Instance(launch.source, tuple(launch.headers.items()), launch.expression)
+def _pixel(options: Any) -> str:
+    return "float" if options.float_images else "unsigned char"
 
 
 def _write_weights(weights: Weights, writer: PlanWriter, progress: Progress) -> dict[str, list[int]]:
@@ -103,7 +111,8 @@ def _write_weights(weights: Weights, writer: PlanWriter, progress: Progress) -> 
     task = progress.add_task("Writing the weights", total=sum(weights.bytes.values()))
     with thread_pool() as pool:
         tasks = ((compute, weights.bytes[name]) for name, compute in weights.sources.items())
-        for name, array in zip(weights.sources, in_order(pool, tasks, IN_FLIGHT_BYTES)):
+        arrays = in_order(pool, tasks, IN_FLIGHT_BYTES)
+        for name, array in zip(weights.sources, arrays, strict=True):
             assert array.nbytes == weights.bytes[name], name
             writer.write(f"weights/{name}", array)
             offsets[name] = [end, array.nbytes]
@@ -112,46 +121,13 @@ def _write_weights(weights: Weights, writer: PlanWriter, progress: Progress) -> 
     return offsets
 
 
-def _schedule(variants: list[Variant], kernels: dict[Instance, dict]) -> dict:
-    number = {instance: index for index, instance in enumerate(kernels)}
-
-    def launches(program: list[Launch]) -> list[dict]:
-        return [to_json(each, number.get(_instance(each))) for each in program]
-
-    def output(matrix, launch: int) -> dict:
-        offset = matrix.buffer.offset + matrix.offset * BYTES[matrix.type]
-        size = {"rows": matrix.rows, "columns": matrix.columns, "stride": matrix.stride}
-        return {"after": launch, "offset": offset, **size, "type": matrix.type}
-
-    return {
-        "version": SCHEDULE_VERSION,
-        "kernels": list(kernels.values()),
-        "variants": [
-            {
-                "cameras": variant.cameras,
-                "prompt": variant.prompt,
-                "inputs": {each.name: [each.offset, each.bytes] for each in variant.inputs if each.offset is not None},
-                "zeroed": [[each.offset, each.bytes] for each in variant.zeroed],
-                "outputs": {name: output(*found) for name, found in variant.outputs.items()},
-                "prefix": launches(variant.prefix),
-                "step": launches(variant.step),
-            }
-            for variant in variants
-        ],
-    }
-
-
-def _launches(variants: list[Variant]) -> list[Launch]:
-    return [launch for variant in variants for launch in [*variant.prefix, *variant.step]]
-
-
-def _summary(variants: list[Variant], arena_bytes: int, kernels: int, timed: bool) -> dict:
-    largest = variants[-1]
+def _summary(planned: list[Planned], schedule: dict[str, Any], timed: bool) -> dict[str, Any]:
+    largest = planned[-1][0]
     return {
         "launches": {"prefix": len(largest.prefix), "step": len(largest.step)},
-        "sizes": [f"{variant.cameras} cameras, {variant.prompt} prompt tokens" for variant in variants],
-        "kernels": kernels,
+        "sizes": [f"{program.cameras} cameras, {program.prompt} prompt tokens" for program, _, _ in planned],
+        "kernels": len(schedule["kernels"]),
         "tactics": "timed on a GPU" if timed else "not timed here: by the table of an H100, or by rule",
         "library": f"cuBLASLt, {'algorithms timed on a GPU' if timed else 'its own choice of algorithms'}",
-        "arena_bytes": arena_bytes,
+        "arena_bytes": schedule["arena_bytes"],
     }

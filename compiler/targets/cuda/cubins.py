@@ -5,25 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
+from duq.plugins.gpu import Gpu
+from duq.plugins.kernel import Code
 from duq.plugins.nvrtc import Cubin, compile_cubin
 
 
-class Instance(NamedTuple):
-    """An instance of a template in plugins/cuda/<source>, with generated headers (name, text)."""
-
-    source: str
-    headers: tuple[tuple[str, str], ...]
-    expression: str
-
-
-def compile_each(instances: Iterable[Instance], sm: int) -> Iterator[tuple[Instance, Cubin]]:
+def compile_each(wanted: Iterable[Code], gpu: Gpu) -> Iterator[tuple[Code, Cubin]]:
     """A cubin for each instance, compiled on all cores or taken from the cache (plugins/nvrtc.py)."""
-    instances = list(dict.fromkeys(instances))
+    codes = list(dict.fromkeys(wanted))
 
-    def build(instance: Instance) -> Cubin:
-        return compile_cubin(instance.source, sm, [instance.expression], dict(instance.headers))
+    def build(code: Code) -> Cubin:
+        return compile_cubin(code.source, gpu.sm, [code.expression], dict(code.headers))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from zip(instances, pool.map(build, instances))
+        yield from zip(codes, pool.map(build, codes), strict=True)

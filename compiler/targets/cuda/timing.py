@@ -9,111 +9,109 @@ from functools import partial
 import numpy as np
 from rich.progress import Progress
 
-from duq.compiler.targets.cuda.cubins import Instance, compile_each
-from duq.compiler.targets.cuda.operands import FloatOperands, IntegerOperands
-from duq.compiler.targets.cuda.problems import AnyTactic, Choose, Gemm, Problem
-from duq.compiler.targets.cuda.program import LIBRARY, MATMUL, Launch
-from duq.plugins import bitblas
-from duq.plugins.cublas import CublasLt
-from duq.plugins.cublas import Problem as Product
+from duq.compiler.targets.cuda.cubins import compile_each
+from duq.compiler.targets.cuda.gemm import AnyGemm, Gemm, Tactic, Tuner
+from duq.compiler.targets.cuda.launches import Launch, Program
+from duq.compiler.targets.cuda.timing_inputs import FloatInputs, IntegerInputs
+from duq.plugins.cublas import CublasLt, Problem
 from duq.plugins.driver import Kernel, Stream, load, open_device
 from duq.plugins.errors import KernelError
-from duq.plugins.tactics import FEW_TOKENS
+from duq.plugins.gpu import Gpu
+from duq.plugins.kernel import Code
+from duq.plugins.kernels import bitblas
+from duq.plugins.tactics import SMALL_M
 from duq.plugins.timing import milliseconds
 
-# A tactic takes the place of the table's if it is faster by this factor. Times of one product, repeated, vary by a few per
-# cent. Of few tokens the table was made on SM 90 in the chain of a whole layer, which such times predict poorly: alone the
-# expert's down is 15 % faster with 8 blocks a cluster, in the chain it was not.
+# A tactic takes the place of the table's if it is faster by this factor. Times of one GEMM, repeated, vary by a few per cent.
+# The table for small M was made on SM 90 in the chain of a whole layer, which such times predict poorly: alone the expert's
+# down is 15 % faster with 8 blocks a cluster, in the chain it was not.
 FASTER, FASTER_THAN_IN_CHAIN = 1.05, 1.25
 
 
-def has_gpu(sm: int) -> bool:
+def has_gpu(gpu: Gpu) -> bool:
     """Whether this machine's GPU is of the architecture."""
     try:
-        return open_device() == sm
+        return open_device() == gpu.sm
     except KernelError:
         return False
 
 
-def by_timing(problems: Iterable[Problem], sm: int, progress: Progress) -> Choose:
-    """Times the candidates of each problem. For activations in slabs that none of them takes, the choice is the table's.
+def by_timing(gemms: Iterable[AnyGemm], gpu: Gpu, progress: Progress) -> Tuner:
+    """Times the candidates of each GEMM. For activations in slabs that none of them takes, the choice is the table's.
 
     Raises KernelError for candidates whose results differ.
     """
-    candidates = {each: list(dict.fromkeys([each.best(sm), *each.candidates(sm)])) for each in problems}
-    pairs = [(problem, tactic) for problem, tactics in candidates.items() for tactic in tactics]
+    candidates = {each: list(dict.fromkeys([each.best(gpu), *each.candidates(gpu)])) for each in gemms}
+    pairs = [(gemm, tactic) for gemm, tactics in candidates.items() for tactic in tactics]
     bitblas.generate(list({tactic: None for _, tactic in pairs if isinstance(tactic, bitblas.Generated)}))
-    wanted = dict.fromkeys(instance for pair in pairs for instance in instances_of(*pair))
-    cubins = progress.track(compile_each(wanted, sm), total=len(wanted), description="Compiling the kernels to time")
-    kernels = {instance: load(cubin)[instance.expression] for instance, cubin in cubins}
-    ranked: dict[Problem, list[AnyTactic]] = {}  # the fastest first
+    wanted = dict.fromkeys(instance.code for gemm, tactic in pairs for instance in gemm.instances(tactic))
+    cubins = progress.track(compile_each(wanted, gpu), total=len(wanted), description="Compiling the kernels to time")
+    kernels = {code: load(cubin)[code.expression] for code, cubin in cubins}
+    ranked: dict[AnyGemm, list[Tactic]] = {}  # the fastest first
     task = progress.add_task("Timing", total=len(candidates))
-    for problem, tactics in sorted(candidates.items(), key=lambda item: (item[0].n, item[0].k)):  # neighbors share weights
-        progress.update(task, description=f"Timing {problem.m} x {problem.n} x {problem.k}")
-        times = dict(zip(tactics, time_each(problem, tactics, kernels, sm)))
-        times[tactics[0]] /= FASTER_THAN_IN_CHAIN if problem.m <= FEW_TOKENS and sm == 90 else FASTER
-        ranked[problem] = sorted(times, key=times.get)
+    for gemm, tactics in sorted(candidates.items(), key=lambda item: (item[0].n, item[0].k)):  # neighbors share weights
+        progress.update(task, description=f"Timing {gemm.m} x {gemm.n} x {gemm.k}")
+        times = dict(zip(tactics, time_each(gemm, tactics, kernels, gpu), strict=True))
+        table_made_in_chain = gemm.m <= SMALL_M and gpu.has_wgmma
+        times[tactics[0]] /= FASTER_THAN_IN_CHAIN if table_made_in_chain else FASTER
+        ranked[gemm] = sorted(times, key=lambda tactic: times[tactic])
         progress.advance(task)
 
-    def choose(problem: Problem, slab_tokens: int | None = None) -> AnyTactic:
-        fitting = (each for each in ranked[problem] if slab_tokens is None or each.slab_tokens == slab_tokens)
-        return next(fitting, None) or problem.best(sm, slab_tokens)
+    def choose(gemm: AnyGemm, slab_tokens: int | None = None) -> Tactic:
+        fitting = (each for each in ranked[gemm] if slab_tokens is None or _slab_tokens(each) == slab_tokens)
+        return next(fitting, None) or gemm.best(gpu, slab_tokens)
 
     return choose
 
 
-def instances_of(problem: Problem, tactic: AnyTactic) -> list[Instance]:
-    """Of the tactic's own kernel, and of the one that finishes its sums if there is one."""
-    own, *others = problem.launches(tactic)
-    headers = tuple(tactic.headers().items())
-    return [Instance(own.source, headers, own.expression), *(Instance(each.source, (), each.expression) for each in others)]
+def _slab_tokens(tactic: Tactic) -> int:
+    return getattr(tactic, "slab_tokens", 0)
 
 
-def time_each(problem: Problem, tactics: Sequence[AnyTactic], kernels: Mapping[Instance, Kernel], sm: int) -> list[float]:
+def time_each(gemm: AnyGemm, tactics: Sequence[Tactic], kernels: Mapping[Code, Kernel], gpu: Gpu) -> list[float]:
     """Milliseconds of each tactic, for a number of launches that is the same for all.
 
     They overlap, as those of a policy do. Raises KernelError for a tactic whose y is not, bit for bit, that of the first.
     """
-    clusters = sm >= 90
-    operands = IntegerOperands(problem, clusters) if isinstance(problem, Gemm) else FloatOperands(problem)
+    inputs = IntegerInputs(gemm, gpu) if isinstance(gemm, Gemm) else FloatInputs(gemm)
 
-    def work_of(tactic: AnyTactic) -> Callable[[int, Stream], None]:
-        launches = problem.launches(tactic)
-        shapes = [each.shape if clusters else replace(each.shape, cluster=(1, 1, 1)) for each in launches]
-        overlap = clusters and not isinstance(tactic, bitblas.Generated)
-        loaded = [kernels[instance] for instance in instances_of(problem, tactic)]
+    def work_of(tactic: Tactic) -> Callable[[int, Stream], None]:
+        instances = [each.on(gpu) for each in gemm.instances(tactic)]
+        overlap = gpu.has_pdl and all(each.kernel.waits for each in instances)
+        loaded = [kernels[each.code] for each in instances]
 
         def enqueue(copies: int, stream: Stream) -> None:
             for copy in range(copies):
-                for kernel, shape, arguments in zip(loaded, shapes, operands.arguments(tactic, copy), strict=True):
-                    kernel.launch(shape, arguments, stream.handle, overlap)
+                arguments = inputs.arguments(tactic, copy)
+                for kernel, instance, values in zip(loaded, instances, arguments, strict=True):
+                    kernel.launch(instance.shape, instance.scalars(values), stream.handle, overlap)
 
         return enqueue
 
     works = [work_of(tactic) for tactic in tactics]
     expected = None
-    for tactic, work in zip(tactics, works):
-        y = operands.result(partial(work, 1))
+    for tactic, work in zip(tactics, works, strict=True):
+        y = inputs.result(partial(work, 1))
         expected = y if expected is None else expected
         if not np.array_equal(y, expected):
-            raise KernelError(
-                f"tactics that compute different results on this GPU: {tactics[0]} and {tactic} for {problem}"
-            )
-    return milliseconds([partial(work, operands.copies) for work in works])
+            raise KernelError(f"tactics that compute different results on this GPU: {tactics[0]} and {tactic} for {gemm}")
+    return milliseconds([partial(work, inputs.copies) for work in works])
 
 
-def choose_algorithms(launches: Iterable[Launch], progress: Progress) -> None:
-    """Times cuBLASLt's algorithms for every product that it computes.
+def with_timed_algorithms(programs: Sequence[Program], progress: Progress) -> list[Program]:
+    """The programs with the fastest of cuBLASLt's algorithms for every GEMM that it computes.
 
     Raises KernelError where it is not installed, without which the plan could not run here either.
     """
-    calls = [launch for launch in launches if launch.source == LIBRARY]
-    library, first = CublasLt(), MATMUL.index("algorithm")
-
-    def problem(arguments: list) -> Product:
-        return Product(*arguments[first + 1 :], has_bias=arguments[2] is not None, has_addend=arguments[3] is not None)
-
-    problems = {problem(call.arguments) for call in calls}
+    library = CublasLt()
+    launches = [launch for program in programs for launch in program.launches]
+    problems = {Problem.of(launch.arguments) for launch in launches if launch.instance.kernel.is_library}
     fastest = {each: library.fastest(each) for each in progress.track(problems, description="Timing cuBLASLt's algorithms")}
-    for call in calls:
-        call.arguments[first] = fastest[problem(call.arguments)]
+
+    def timed(launch: Launch) -> Launch:
+        if not launch.instance.kernel.is_library:
+            return launch
+        algorithm = fastest[Problem.of(launch.arguments)]
+        return replace(launch, arguments={**launch.arguments, "algorithm": algorithm})
+
+    return [replace(each, prefix=list(map(timed, each.prefix)), step=list(map(timed, each.step))) for each in programs]

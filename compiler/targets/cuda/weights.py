@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
-from duq.compiler.targets.cuda.program import Weight
-from duq.plugins.bitblas import Generated
+from duq.compiler.targets.cuda.launches import Weight
+from duq.compiler.targets.names import title_of as title
+from duq.plugins.kernels import Generated
 from duq.plugins.layout import (
     CHUNK_K,
     interleave_gate_up,
@@ -29,10 +29,11 @@ class Weights:
         self.sources: dict[str, Callable[[], np.ndarray]] = {}
         self.bytes: dict[str, int] = {}
 
-    def _add(self, name: str, size: int, compute: Callable[[], np.ndarray]) -> Weight:
+    def _add(self, name: str, kind: str, size: int, compute: Callable[[], np.ndarray], step_bytes: int = 0) -> Weight:
+        """kind: the C++ type that the kernels read it as; size in bytes."""
         self.sources.setdefault(name, compute)
         self.bytes.setdefault(name, size)
-        return Weight(name)
+        return Weight(name, kind, step_bytes)
 
     def packed(self, weight: ir.Value, shape: tuple[int, int], bits: int, layout: str, geglu: bool) -> Weight:
         """Quantized weight [K, N] as tensor core fragments (or for BitBLAS) of `shape`, N' and K', which zeros fill up; with
@@ -47,7 +48,9 @@ class Weights:
             return pack_bitblas(values) if layout == Generated.layout else pack_fragments(values, bits, layout)
 
         size = _suffix("x".join(map(str, shape)) if shape != tuple(weight.shape.numpy()[::-1]) else "")
-        return self._add(f"{title(weight.name)}.int{bits}.{layout}{_suffix(order)}{size}", n * k * bits // 8, compute)
+        name = f"{title(weight.name)}.int{bits}.{layout}{_suffix(order)}{size}"
+        kind = "signed char" if layout == Generated.layout else "unsigned char"
+        return self._add(name, kind, n * k * bits // 8, compute)
 
     def matrix(self, weight: ir.Value, columns: int | None = None) -> Weight:
         """Float weight [K, N] (or a convolution's [N, ...]) as bf16 [N, columns], zeros beyond K."""
@@ -61,7 +64,7 @@ class Weights:
             rows = values.reshape(n, k) if convolution else values.T
             return to_bf16(rows if columns == k else np.pad(rows, ((0, 0), (0, columns - k))))
 
-        return self._add(f"{title(weight.name)}.bf16", 2 * n * columns, compute)
+        return self._add(f"{title(weight.name)}.bf16", "Bf16", 2 * n * columns, compute)
 
     def float_fragments(self, weight: ir.Value, order: str) -> Weight:
         """Float weight [K, N] as bf16 tensor core fragments, its rows [N] in the order of an epilogue."""
@@ -70,20 +73,20 @@ class Weights:
         def compute() -> np.ndarray:
             return pack_float_fragments(to_bf16(_in_order(weight.const_value.numpy().T, order)))
 
-        return self._add(f"{title(weight.name)}.bf16.fragments{_suffix(order)}", 2 * n * k, compute)
+        return self._add(f"{title(weight.name)}.bf16.fragments{_suffix(order)}", "uint4", 2 * n * k, compute)
 
     def int4_fragments(self, weight: ir.Value, order: str) -> Weight:
-        """INT4 weight [K, N] of a product of floats as fragments, its rows [N] in the order of an epilogue."""
+        """INT4 weight [K, N] of a float GEMM as fragments, its rows [N] in the order of an epilogue."""
         k, n = weight.shape.numpy()
 
         def compute() -> np.ndarray:
             return pack_int4_fragments(_in_order(weight.const_value.integers().T, order))
 
         size = n * -(-k // CHUNK_K) * CHUNK_K // 2
-        return self._add(f"{title(weight.name)}.int4.fragments{_suffix(order)}", size, compute)
+        return self._add(f"{title(weight.name)}.int4.fragments{_suffix(order)}", "uint4", size, compute)
 
     def shift_product(self, shift: Weight, weight: ir.Value, order: str) -> Weight:
-        """shift W for each step, float32 [steps, N]: what an adaptive norm's shift adds to the product behind it."""
+        """shift W for each step, float32 [steps, N]: what an adaptive norm's shift adds to the GEMM behind it."""
         k, n = weight.shape.numpy()
         shifts, steps = self.sources[shift.name], self.bytes[shift.name] // (4 * k)
 
@@ -91,7 +94,7 @@ class Weights:
             return np.ascontiguousarray(_in_order((shifts() @ np.float32(weight.const_value.numpy())).T, order).T)
 
         name = f"{shift.name}@{title(weight.name)}.float32{_suffix(order)}"
-        return Weight(self._add(name, 4 * steps * n, compute).name, step_bytes=4 * n)
+        return self._add(name, "float", 4 * steps * n, compute, step_bytes=4 * n)
 
     def float32(self, *values: ir.Value, order: str = "", padded: int = 0) -> Weight:
         """Scalars, vectors (joined) or a matrix as they are; a vector perhaps in the order of an epilogue, and with zeros
@@ -104,13 +107,16 @@ class Weights:
             arrays = [np.atleast_1d(np.float32(value.const_value.numpy())) for value in values]
             return _in_order(np.concatenate(arrays), order, padded)
 
-        return self._add(name, 4 * max(count, padded), compute)
+        return self._add(name, "float", 4 * max(count, padded), compute)
 
     def bf16(self, values: Sequence[ir.Value]) -> Weight:
         """Vectors, joined, as bf16."""
         size = 2 * sum(int(np.prod(value.shape.numpy())) for value in values)
-        compute = lambda: to_bf16(np.concatenate([np.float32(v.const_value.numpy()) for v in values]))  # noqa: E731
-        return self._add(title("+".join(value.name for value in values)) + ".bf16", size, compute)
+
+        def compute() -> np.ndarray:
+            return to_bf16(np.concatenate([np.float32(value.const_value.numpy()) for value in values]))
+
+        return self._add(title("+".join(value.name for value in values)) + ".bf16", "Bf16", size, compute)
 
     def table(self, table: ir.Value, factor: ir.Value | None = None) -> Weight:
         """A table of the time [steps, ..., C] as float32 [steps, C], times a vector of C if one is given."""
@@ -121,27 +127,11 @@ class Weights:
             rows = np.float32(table.const_value.numpy()).reshape(steps, columns)
             return rows if factor is None else rows * np.float32(factor.const_value.numpy())
 
-        weight = self._add(name, 4 * steps * columns, compute)
-        return Weight(weight.name, step_bytes=4 * columns)
+        return self._add(name, "float", 4 * steps * columns, compute, step_bytes=4 * columns)
 
-    def computed(self, name: str, columns: int, compute: Callable[[], np.ndarray]) -> Weight:
-        """Whatever `compute` returns, `columns` elements of 4 bytes."""
-        return self._add(name, 4 * columns, compute)
-
-
-def title(name: str) -> str:
-    """`llm.layers.0.mlp.gate_proj.weight_q+llm.layers.0.mlp.up_proj.weight_q` -> `llm.layers.0.mlp.gate_proj+up_proj`.
-
-    For a merged weight the module names, the common part once; for all others the name without its kind.
-    """
-    parts = [part.removesuffix(".weight_kn").removesuffix(".weight_q") for part in name.split("+")]
-    parent = parts[0].rpartition(".")[0]
-    return "+".join([parts[0], *(part.removeprefix(f"{parent}.") for part in parts[1:])])
-
-
-def label(name: str) -> str:
-    """What a weight's product is called in the schedule: its linears, without the gains that were folded in."""
-    return re.sub(r"[\w.]+\.gain\*", "", title(name))
+    def computed(self, name: str, columns: int, kind: str, compute: Callable[[], np.ndarray]) -> Weight:
+        """Whatever `compute` returns: `columns` elements of 4 bytes, of the C++ type `kind`."""
+        return self._add(name, kind, 4 * columns, compute)
 
 
 def to_bf16(values: np.ndarray) -> np.ndarray:

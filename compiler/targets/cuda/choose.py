@@ -1,0 +1,83 @@
+"""Choose: a tactic for every GEMM and attention. The constraints between ops are solved here, once.
+
+A quantizer writes one layout for all linears behind it, rows or slabs of so many tokens. The largest of them chooses freely,
+and the others take the best tactic for activations in that layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from duq.compiler.targets.cuda.gemm import AnyGemm, Gemm, IntegerTactic, Tactic, Tuner
+from duq.compiler.targets.cuda.specialize import Sized
+from duq.compiler.targets.fuse import Attention, Linear, Quantize
+from duq.plugins import kernels, tactics
+from duq.plugins.errors import KernelError
+from duq.plugins.gpu import Gpu
+from duq.plugins.kernels import GemmFloat
+
+AttentionTactic = kernels.Attention | kernels.WgmmaAttention
+
+
+@dataclass
+class Chosen:
+    """The tactics of a graph at one size. slabs: tokens of a slab that a quantizer writes, 0 for rows."""
+
+    integer: dict[Linear, IntegerTactic] = field(default_factory=dict)
+    floating: dict[Linear, GemmFloat] = field(default_factory=dict)
+    attention: dict[Attention, AttentionTactic] = field(default_factory=dict)
+    slabs: dict[Quantize, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        each = [*self.integer.items(), *self.floating.items(), *self.attention.items()]
+        slabs = [f"{op.name} (quantize): {tokens or 'rows'}" for op, tokens in self.slabs.items()]
+        return "\n".join([*(f"{op.name}: {tactic}" for op, tactic in each), *slabs]) + "\n"
+
+
+def gemms_of(graphs: Iterable[Sized]) -> list[AnyGemm]:
+    """Every GEMM that a tactic is chosen for, each once."""
+    found = (linear.gemm for sized in graphs for linear in sized.linears.values())
+    return list(dict.fromkeys(gemm for gemm in found if gemm is not None))
+
+
+def choose(sized: Sized, gpu: Gpu, tuner: Tuner) -> Chosen:
+    """Raises KernelError, which names the linear, for sizes that no kernel takes."""
+    chosen = Chosen()
+    for op in sized.ops:
+        match op:
+            case Quantize():
+                chosen.slabs[op] = _slab_tokens(op, sized, tuner)
+            case Linear() if op.quantize is not None:
+                tactic = _tactic(op.name, sized.linears[op].gemm, tuner, chosen.slabs[op.quantize])
+                assert not isinstance(tactic, GemmFloat)
+                chosen.integer[op] = tactic
+            case Linear() if sized.linears[op].gemm is not None:
+                tactic = _tactic(op.name, sized.linears[op].gemm, tuner, None)
+                assert isinstance(tactic, GemmFloat)
+                chosen.floating[op] = tactic
+            case Attention():
+                chosen.attention[op] = _attention(op, sized, gpu)
+    return chosen
+
+
+def _slab_tokens(op: Quantize, sized: Sized, tuner: Tuner) -> int:
+    gemms = [gemm for reader in op.readers if isinstance(gemm := sized.linears[reader].gemm, Gemm)]
+    tactic = _tactic(op.name, max(gemms, key=lambda gemm: gemm.n), tuner, None)
+    assert not isinstance(tactic, GemmFloat)
+    return tactic.slab_tokens
+
+
+def _tactic(name: str, gemm: AnyGemm | None, tuner: Tuner, slab_tokens: int | None) -> Tactic:
+    assert gemm is not None, name
+    try:
+        return tuner(gemm, slab_tokens)
+    except KernelError as error:
+        raise KernelError(f"{name}: --target cuda has {error}") from error
+
+
+def _attention(op: Attention, sized: Sized, gpu: Gpu) -> AttentionTactic:
+    images = sized.size.cameras if op.each_image else 1
+    own = sized.rows[op.own[0]] if op.own else 0
+    rows, cached = sized.rows[op.q] // images, sized.rows[op.k] // images
+    return tactics.best_attention(op.dims, rows, images, gpu, cached, own)

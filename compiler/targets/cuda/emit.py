@@ -1,0 +1,117 @@
+"""Emit: programs as data in the plan, a JSON schedule an SM, with the machine code of their kernels beside it.
+
+A schedule names its kernels' parameters and types, and every launch its arguments by these names:
+
+    {"version": ..., "arena_bytes": ..., "pixel": type of the images, "weights": {name: [offset, bytes]},
+     "kernels": [{"cubin": entry, "symbol", "expression", "parameters": [[name, type], ...]}],
+     "calls": {"cublaslt": [[name, type], ...]},
+     "variants": [{"cameras", "prompt", "inputs": {name: [offset, bytes]}, "zeroed": [[offset, bytes]],
+                   "outputs": {name: {"after", "offset", "rows", "columns", "stride", "type"}},
+                   "prefix": [launch], "step": [launch]}]}
+    launch: {"name", "kernel": index | "call": library, "grid", "threads", "shared", "cluster"?, "branch"?, "wait_for"?,
+             "overlap"?, "args": {name: argument}, "work", "moved"}
+    argument: ["a", offset in the arena], ["w", weight, bytes a step, offset], ["f", float], an int, or null
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.progress import Progress
+
+from duq.compiler.targets.cuda.cubins import compile_each
+from duq.compiler.targets.cuda.launches import BYTES, Argument, Launch, Matrix, Memory, Pointer, Program, Streams, Weight
+from duq.plugins.gpu import Gpu
+from duq.plugins.kernel import Code, Instance
+from duq.runtime.executors.cuda import SCHEDULE_VERSION
+from duq.runtime.plan import PlanWriter
+
+Planned = tuple[Program, Streams, Memory]
+
+
+def emit_schedule(
+    planned: Sequence[Planned], gpu: Gpu, pixel: str, writer: PlanWriter, progress: Progress
+) -> dict[str, Any]:
+    """The schedule, without the places of the weights; writes the cubins into the plan."""
+    launches = [launch for program, _, _ in planned for launch in program.launches]
+    kernels = _write_cubins(launches, gpu, writer, progress)
+    number = {code: index for index, code in enumerate(kernels)}
+    calls = {each.instance.source: _parameters(each.instance) for each in launches if each.instance.kernel.is_library}
+    return {
+        "version": SCHEDULE_VERSION,
+        "arena_bytes": max(memory.arena_bytes for _, _, memory in planned),
+        "pixel": pixel,
+        "kernels": list(kernels.values()),
+        "calls": calls,
+        "variants": [_variant(*each, number) for each in planned],
+    }
+
+
+def _write_cubins(
+    launches: Sequence[Launch], gpu: Gpu, writer: PlanWriter, progress: Progress
+) -> dict[Code, dict[str, Any]]:
+    """Compiles each instance of a kernel by itself; by it what the schedule says of it."""
+    wanted = {each.instance.code: each.instance for each in launches if not each.instance.kernel.is_library}
+    cubins = compile_each(wanted, gpu)
+    description = f"Compiling the kernels for SM {gpu.sm}"
+    kernels = {}
+    for code, cubin in progress.track(cubins, total=len(wanted), description=description):
+        entry = f"cubin/sm{gpu.sm}/{len(kernels)}.{code.source.removesuffix('.cu')}"
+        writer.write(entry, cubin.image)
+        symbol = cubin.symbols[code.expression]
+        kernels[code] = {"cubin": entry, "symbol": symbol, "expression": code.expression,
+                         "parameters": _parameters(wanted[code])}  # fmt: skip
+    return kernels
+
+
+def _parameters(instance: Instance) -> list[list[str]]:
+    return [[name, instance.type_of(name)] for name in instance.kernel.parameters]
+
+
+def _variant(program: Program, streams: Streams, memory: Memory, number: Mapping[Code, int]) -> dict[str, Any]:
+    def output(matrix: Matrix, after: int) -> dict[str, Any]:
+        offset = memory.offsets[matrix.buffer] + matrix.offset * BYTES[matrix.type]
+        size = {"rows": matrix.rows, "columns": matrix.columns, "stride": matrix.stride}
+        return {"after": after, "offset": offset, **size, "type": matrix.type}
+
+    placed = {each.name: [memory.offsets[each], each.bytes] for each in program.inputs if each in memory.offsets}
+    return {
+        "cameras": program.cameras,
+        "prompt": program.prompt,
+        "inputs": placed,
+        "zeroed": [[memory.offsets[each], each.bytes] for each in program.zeroed],
+        "outputs": {name: output(*found) for name, found in program.outputs.items()},
+        "prefix": [_launch(each, streams, memory, number) for each in program.prefix],
+        "step": [_launch(each, streams, memory, number) for each in program.step],
+    }
+
+
+def _launch(launch: Launch, streams: Streams, memory: Memory, number: Mapping[Code, int]) -> dict[str, Any]:
+    instance = launch.instance
+    arguments = {name: _argument(value, instance.type_of(name), memory) for name, value in launch.arguments.items()}
+    data: dict[str, Any] = {"name": launch.name, "args": arguments}
+    if instance.kernel.is_library:
+        data["call"] = instance.source
+    else:
+        shape = instance.shape
+        data |= {"kernel": number[instance.code], "grid": list(shape.grid), "threads": shape.threads}
+        data["shared"] = shape.shared_bytes
+        if shape.cluster != (1, 1, 1):
+            data["cluster"] = list(shape.cluster)
+    if launch.branch:
+        data["branch"] = True
+    if waits := streams.waits.get(launch):
+        data["wait_for"] = waits
+    if launch in streams.overlaps:
+        data["overlap"] = True
+    return data | {"work": launch.work, "moved": launch.moved}
+
+
+def _argument(value: Argument, kind: str, memory: Memory) -> list[Any] | int | float | None:
+    match value:
+        case Pointer():
+            return ["a", memory.offsets[value.buffer] + value.offset]
+        case Weight():
+            return ["w", value.name, value.step_bytes, 0]
+    return ["f", value] if kind == "float" else value
