@@ -21,11 +21,11 @@ from duq.compiler.targets.cuda.lower import Variant, lower_variant
 from duq.compiler.targets.cuda.problems import AnyTactic, Problem, from_table
 from duq.compiler.targets.cuda.program import ALIGNMENT, BYTES, Launch, to_json
 from duq.compiler.targets.cuda.weights import Weights, to_bf16
-from duq.plugins.nvrtc import ARCHITECTURES as _ARCHITECTURES
+from duq.plugins.gpu import GPUS
 from duq.runtime.executors.cuda import SCHEDULE_VERSION
 from duq.runtime.plan import PlanWriter
 
-ARCHITECTURES = tuple(_ARCHITECTURES)
+ARCHITECTURES = tuple(sorted(GPUS))
 IN_FLIGHT_BYTES = 1 << 30  # of the weights computed at a time; their float32 forms take several times that
 PROMPT_STEP = 32  # prompts are padded to a multiple of this: a CUDA graph has fixed sizes
 
@@ -94,7 +94,7 @@ def _write_cubins(sm: int, variants: list[Variant], writer: PlanWriter, progress
 
 
 def _instance(launch: Launch) -> Instance:
-    return Instance(launch.source, tuple(launch.headers.items()), launch.expression)
+    return Instance(launch.source, launch.expression, tuple(launch.headers.items()))
 
 
 def _write_weights(weights: Weights, writer: PlanWriter, progress: Progress) -> dict[str, list[int]]:

@@ -11,8 +11,8 @@ import onnx_ir as ir
 from duq.compiler.targets.cuda.builder import Builder, Joined, expect, pointer
 from duq.compiler.targets.cuda.patterns import past_views, readers_of, views_between
 from duq.compiler.targets.cuda.program import Float, Matrix, Weight
-from duq.plugins import attention as kernels
-from duq.plugins import pointwise
+from duq.plugins import kernels, tactics
+from duq.plugins.gpu import gpu_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def rotary(builder: Builder, name: str, parts: Sequence[ir.Value], y: Matrix) ->
     arguments = [y.pointer, *r.tables, pointer(r.key), pointer(r.value), pointer(r.past)]
     arguments += [r.first, y.stride, r.key.stride if r.key else 0]
     reads, writes = [y, *([r.past] if r.past else [])], [y, *([r.key, r.value] if r.key else [])]
-    builder.kernel(f"{name} (rotary)", pointwise.rotary(y.rows, heads, r.dims), arguments, reads, writes)
+    builder.kernel(f"{name} (rotary)", kernels.rotary(y.rows, heads, r.dims), arguments, reads, writes)
     bind_rotation(builder, r, y)
 
 
@@ -104,15 +104,15 @@ def attention(builder: Builder, node: ir.Node) -> None:
     out = builder.new(node.outputs[0].name, q.rows, q.columns, "Bf16")
     expect(k.stride == v.stride and (own_k is None or own_k.stride == own_v.stride), node)
 
-    kernel = replace(kernels.best(dims, rows, images, builder.sm, k.rows // images, own_rows), heads=heads // kv_heads)
-    how = pointwise.Launch(kernel.source, kernel.expression(), kernel.shape(rows, kv_heads, images))
+    best = tactics.best_attention(dims, rows, images, gpu_of(builder.sm), k.rows // images, own_rows)
+    how = replace(best, heads=heads // kv_heads).instance(rows, kv_heads, images)
     arguments = [q.pointer, k.pointer, v.pointer, pointer(own_k), pointer(own_v), out.pointer, pointer(past)]
     arguments += [rows, keys, own_rows, q.stride, k.stride, own_k.stride if own_k else 0, out.stride]
     arguments.append(int(in_cache and builder.caches_complete))  # may be read before the launch ahead has ended
     arguments.append(Float(node.attributes.get_float("scale", dims**-0.5)))
     reads = [each for each in (q, k, v, own_k, own_v, past) if each]
     work = 4.0 * q.rows * (k.rows // images + own_rows) * q.columns
-    builder.kernel(_name(builder, q), how, arguments, reads, [out], work, headers=kernel.headers())
+    builder.kernel(_name(builder, q), how, arguments, reads, [out], work)
     builder.values[node.outputs[0]] = out
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -14,8 +14,9 @@ from duq.compiler.targets.cuda.patterns import Epilogue, final_readers, joins_ro
 from duq.compiler.targets.cuda.problems import AnyTactic, Choose, Gemm, IntegerTactic, Problem
 from duq.compiler.targets.cuda.program import BYTES, Argument, Buffer, Launch, Matrix
 from duq.compiler.targets.cuda.weights import Weights
-from duq.plugins import pointwise
 from duq.plugins.errors import KernelError
+from duq.plugins.gpu import gpu_of
+from duq.plugins.kernel import Instance
 from duq.runtime.config import ModelConfig
 
 INTEGERS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
@@ -162,7 +163,7 @@ class Builder:
 
     def workspace(self, gemm: Gemm, tactic: IntegerTactic, branch: bool) -> Matrix | None:
         """Sums of the blocks that share K, on GPUs without clusters; zero before and after each launch."""
-        if tactic.split == 1 or self.sm >= 90:
+        if tactic.split == 1 or gpu_of(self.sm).has_clusters:
             return None
         words = gemm.workspace_words(tactic)
         workspace = self.workspaces[2 if self.caches_complete else branch]
@@ -185,19 +186,18 @@ class Builder:
     def kernel(
         self,
         name: str,
-        how: pointwise.Launch,
+        how: Instance,
         arguments: list[Argument],
         reads: Sequence[Matrix],
         writes: Sequence[Matrix],
         work: float = 0.0,
         weight_bytes: int = 0,
-        headers: Mapping[str, str] | None = None,
     ) -> None:
         """Adds a launch of one of our kernels; `work`: operations of its products."""
         # Without clusters the blocks that share K meet in the workspace.
-        shape = how.shape if self.sm >= 90 else replace(how.shape, cluster=(1, 1, 1))
+        shape = how.on(gpu_of(self.sm)).shape
         moved = weight_bytes + bytes_of([*reads, *writes])
-        launch = Launch(name, how.source, how.expression, arguments, shape, dict(headers or {}), work=work, moved=moved)
+        launch = Launch(name, how.source, how.expression, arguments, shape, dict(how.headers), work=work, moved=moved)
         self.add(launch, reads, writes)
 
     def add(self, launch: Launch, reads: Sequence[Matrix], writes: Sequence[Matrix]) -> None:

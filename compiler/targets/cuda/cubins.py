@@ -5,17 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
+from duq.plugins.kernel import Code as Instance
 from duq.plugins.nvrtc import Cubin, compile_cubin
-
-
-class Instance(NamedTuple):
-    """An instance of a template in plugins/cuda/<source>, with generated headers (name, text)."""
-
-    source: str
-    headers: tuple[tuple[str, str], ...]
-    expression: str
 
 
 def compile_each(instances: Iterable[Instance], sm: int) -> Iterator[tuple[Instance, Cubin]]:

@@ -12,7 +12,7 @@ from duq.compiler.targets.cuda.patterns import Epilogue, other_input, past_views
 from duq.compiler.targets.cuda.products import matmul
 from duq.compiler.targets.cuda.program import Float
 from duq.compiler.targets.cuda.weights import label
-from duq.plugins import pointwise
+from duq.plugins import kernels
 
 
 def patch_embedding(builder: Builder, node: ir.Node) -> None:
@@ -31,7 +31,7 @@ def patch_embedding(builder: Builder, node: ir.Node) -> None:
     columns = -(-3 * patch * patch // 8) * 8  # whole 16 bytes
     x = builder.new("patches", builder.cameras * tokens, columns, "Bf16")
     arguments = [builder.images.pointer, x.pointer, size, columns]
-    launch = pointwise.patches(builder.cameras, size, patch, builder.images.type)
+    launch = kernels.patches(builder.cameras, size, patch, builder.images.type)
     builder.kernel("patches", launch, arguments, [builder.images], [x])
     y = builder.new_output(Epilogue(added.outputs[0]), x.rows, n)
 
@@ -57,7 +57,7 @@ def prompt(builder: Builder, node: ir.Node) -> None:
     x = builder.embeddings
     y = builder.new_output(Epilogue(value), x.rows, x.columns)
     arguments = [x.pointer, y.pointer, y.columns, y.stride, Float(factor)]
-    builder.kernel("prompt", pointwise.tokens(x.rows, x.columns), arguments, [x], [y])
+    builder.kernel("prompt", kernels.tokens(x.rows, x.columns), arguments, [x], [y])
     builder.values[value] = y
 
 

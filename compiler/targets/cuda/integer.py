@@ -16,8 +16,8 @@ from duq.compiler.targets.cuda.norms import offer_norm
 from duq.compiler.targets.cuda.patterns import Epilogue, integer_gemm
 from duq.compiler.targets.cuda.problems import Gemm, IntegerTactic
 from duq.compiler.targets.cuda.program import NO_NORM, Argument, Matrix
-from duq.plugins import ops, pointwise
-from duq.plugins.bitblas import Generated
+from duq.plugins import kernels, ops
+from duq.plugins.kernels import Generated
 
 FINISHES = ("NONE", "GELU", "GEGLU")
 
@@ -79,7 +79,7 @@ def _multiply(
     reads = [x.x, x.scale, *([residual] if residual else [])]
     writes = [y, *([workspace] if workspace else [])]
     weight_bytes = n * k * gemm.bits // 8
-    builder.kernel(name, gemm.launch(tactic), arguments, reads, writes, 2.0 * m * n * k, weight_bytes, tactic.headers())
+    builder.kernel(name, gemm.launch(tactic), arguments, reads, writes, 2.0 * m * n * k, weight_bytes)
 
 
 def _dequantize(
@@ -104,7 +104,7 @@ def _dequantize(
     factor = None if gate is None else weights.table(gate.producer().inputs[0])
     matrices = None if rotation is None else weights.float32(rotation)
     columns = sums.columns // (2 if finish == "GEGLU" else 1)
-    how = pointwise.dequantize(y.rows, columns, y.type, rotation is not None, finish)
+    how = kernels.epilogue(y.rows, columns, y.type, rotation is not None, finish)
     arguments = [sums.pointer, x_scale.pointer, scale, matrices, bias, factor, pointer(residual), y.pointer]
     arguments += [sums.columns, 1, rotation.shape[-1] if rotation is not None else 0]
     builder.kernel(f"{name} (dequantize)", how, arguments, [sums, x_scale, *([residual] if residual else [])], [y])

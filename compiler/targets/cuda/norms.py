@@ -16,8 +16,8 @@ from duq.compiler.targets.cuda.builder import Builder, Normed, Quantized, expect
 from duq.compiler.targets.cuda.patterns import integer_gemm, is_table_row, other_input, readers_of
 from duq.compiler.targets.cuda.program import Argument, Float, ForNorm, Matrix, Weight
 from duq.compiler.targets.cuda.weights import Weights, label
-from duq.plugins import ops, pointwise
-from duq.plugins.tactics import FEW_TOKENS
+from duq.plugins import kernels, ops
+from duq.plugins.tactics import SMALL_M
 
 
 def norm(builder: Builder, node: ir.Node) -> None:
@@ -49,7 +49,7 @@ def in_memory(builder: Builder, value: ir.Value) -> Matrix:
     if found.written is None:
         x = found.x
         y = builder.new(value.name, x.rows, x.columns, "Bf16")
-        how = pointwise.normalize(x.rows, x.columns, x.type, "Bf16", found.center)
+        how = kernels.normalize(x.rows, x.columns, x.type, "Bf16", found.center)
         arguments = [x.pointer, found.gain, found.shift, y.pointer, x.columns, x.stride, y.stride, Float(found.epsilon)]
         builder.kernel("norm", how, arguments, [x], [y])
         found.written = y
@@ -69,11 +69,11 @@ def rotate_quantize(builder: Builder, node: ir.Node) -> None:
 
     turn, block, vectors = _rotation(builder.weights, node)
     alone = kind == "PLAIN" and x.type == "Bf16" and turn == 64 and not any(vectors) and largest.k == x.columns
-    if alone and x.rows > FEW_TOKENS and x.columns in pointwise.HADAMARD_DEPTHS:
-        how = pointwise.hadamard_quantize(x.rows, x.columns)
+    if alone and x.rows > SMALL_M and x.columns in kernels.HADAMARD_DEPTHS:
+        how = kernels.hadamard_quantize(x.rows, x.columns)
         arguments = [x.pointer, x_q.pointer, scale.pointer, x.rows, x.columns, x.stride, slabs]
     else:
-        how = pointwise.rotate_quantize(x.rows, x.columns, x.type, kind, turn, largest.k)
+        how = kernels.rotate_quantize(x.rows, x.columns, x.type, kind, turn, largest.k)
         arguments = [x.pointer, gain, shift, *vectors, x_q.pointer, scale.pointer]
         arguments += [x.columns, largest.k, x.stride, block, slabs, Float(epsilon)]
     builder.kernel(f"{name} (quantize)", how, arguments, [x], [x_q, scale])
@@ -87,7 +87,7 @@ def rotate(builder: Builder, node: ir.Node) -> None:
     turn, block, vectors = _rotation(builder.weights, node)
     name = label(readers_of(node.outputs[0])[0].inputs[1].name)
     y = builder.new(f"{name}.x", x.rows, x.columns, "Bf16")
-    how = pointwise.rotate_quantize(x.rows, x.columns, x.type, kind, turn, out=y.type)
+    how = kernels.rotate_quantize(x.rows, x.columns, x.type, kind, turn, out=y.type)
     arguments = [
         x.pointer,
         gain,
@@ -115,7 +115,7 @@ def _source(builder: Builder, node: ir.Node) -> tuple[Matrix, str, Argument, Arg
 
 
 def _rotation(weights: Weights, node: ir.Node) -> tuple[str | int, int, list[Weight | None]]:
-    """A quantizer's rotation as pointwise.rotate_quantize names it, the block size of a dense one, and its operands."""
+    """A quantizer's rotation as kernels.rotate_quantize names it, the block size of a dense one, and its operands."""
     operands = dict(zip(ops.inputs_of(node.op_type, node.overload), node.inputs))
     hadamard, rotation = operands.get("hadamard"), operands.get("rotation")
     vectors = [_float32(weights, operands.get("input_scale")), _permutation(weights, operands.get("permutation"))]

@@ -15,8 +15,8 @@ import numpy as np
 from duq.compiler.targets.cuda.problems import FloatGemm, Gemm, IntegerTactic, Problem
 from duq.compiler.targets.cuda.program import BYTES
 from duq.compiler.targets.cuda.weights import to_bf16
-from duq.plugins.bitblas import Generated
 from duq.plugins.driver import Memory, Stream
+from duq.plugins.kernels import GemmFloat, Generated
 from duq.plugins.layout import (
     activation_slabs,
     interleave_gate_up,
@@ -25,7 +25,6 @@ from duq.plugins.layout import (
     pack_fragments,
     pack_int4_fragments,
 )
-from duq.plugins.tactics import Float
 from duq.plugins.timing import copies_of
 
 HEAD_DIMS = 256  # gemm_float.cu
@@ -104,7 +103,7 @@ class FloatOperands(_Operands):
     def __init__(self, gemm: FloatGemm):
         super().__init__(gemm, _float_fragments(gemm.n, gemm.k, gemm.bits).nbytes)
 
-    def arguments(self, tactic: Float, copy: int) -> list[list]:
+    def arguments(self, tactic: GemmFloat, copy: int) -> list[list]:
         p, y = self.problem, self._held["y"].address
         x = self._address("x", lambda: to_bf16(np.float32(_integers(p.m, p.k, INT4))))
         squares = NULL

@@ -10,7 +10,7 @@ from duq.compiler.graph.edit import depends_on, is_weight, small_constant
 from duq.compiler.graph.edit import reader as reader_of
 from duq.compiler.targets.cuda.problems import Gemm
 from duq.plugins import ops
-from duq.plugins.tactics import FEW_TOKENS
+from duq.plugins.tactics import SMALL_M
 
 VIEWS = ("Reshape", "Unsqueeze", "Squeeze", "Transpose")
 
@@ -106,7 +106,7 @@ def integer_gemm(node: ir.Node, rows: int) -> Gemm:
     any 16) and the readers of y take rows of any stride.
     """
     epilogue, (k, n) = epilogue_of(node), node.inputs[2].shape.numpy()
-    bits, many = ops.QUANTIZED_LINEARS[node.op_type][0], rows > FEW_TOKENS
+    bits, many = ops.QUANTIZED_LINEARS[node.op_type][0], rows > SMALL_M
     k = padded(k, 128 if many else 64)
     if "output_rotation" in ops.inputs_of(node.op_type, node.overload):
         return Gemm(rows, n, k, bits, "int", "NONE")

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from duq.plugins import bitblas, pointwise, tactics
+from duq.plugins import kernels, tactics
+from duq.plugins.gpu import gpu_of
+from duq.plugins.kernel import Instance
+from duq.plugins.kernels import bitblas
 
 IntegerTactic = tactics.Tactic | bitblas.Generated
 
@@ -24,26 +27,25 @@ class Gemm:
 
     def candidates(self, sm: int) -> list[IntegerTactic]:
         """What is worth timing. Of many tokens not mma.sync beside wgmma, which multiplies twice as fast."""
-        found = tactics.candidates(self.m, self.n, self.k, self.bits, sm)
-        if self.m <= tactics.FEW_TOKENS:
+        found = tactics.candidates(self.m, self.n, self.k, self.bits, gpu_of(sm))
+        if self.m <= tactics.SMALL_M:
             return found
         by_wgmma = [tactic for tactic in found if tactic.layout == "wgmma"]
-        generated = bitblas.offered(self.m, self.n, self.k, sm) if self.bits == 4 else []
+        generated = bitblas.offered(self.m, self.n, self.k, gpu_of(sm)) if self.bits == 4 else []
         return by_wgmma or [*found, *generated]
 
     def best(self, sm: int, slab_tokens: int | None = None) -> tactics.Tactic:
-        return tactics.best(self.m, self.n, self.k, self.bits, sm, slab_tokens)
+        return tactics.best(self.m, self.n, self.k, self.bits, gpu_of(sm), slab_tokens)
 
-    def launch(self, tactic: IntegerTactic) -> pointwise.Launch:
-        expression = tactic.expression(self.bits, self.out, self.finish)
-        return pointwise.Launch(tactic.source, expression, tactic.shape(self.m, self.n, self.bits))
+    def launch(self, tactic: IntegerTactic) -> Instance:
+        return tactic.instance(self.m, self.n, self.bits, self.out, self.finish)
 
-    def launches(self, tactic: IntegerTactic) -> list[pointwise.Launch]:
+    def launches(self, tactic: IntegerTactic) -> list[Instance]:
         """That one, and what finishes its sums where they are all that it leaves."""
         if not self.is_finished_apart(tactic):
             return [self.launch(tactic)]
         columns = self.n // 2 if self.finish == "GEGLU" else self.n
-        return [self.launch(tactic), pointwise.dequantize(self.m, columns, self.out, False, self.finish)]
+        return [self.launch(tactic), kernels.epilogue(self.m, columns, self.out, False, self.finish)]
 
     def is_finished_apart(self, tactic: IntegerTactic) -> bool:
         return isinstance(tactic, bitblas.Generated) and self.out != "int"
@@ -66,22 +68,21 @@ class FloatGemm:
     norm: bool
     finish: str
 
-    def candidates(self, sm: int) -> list[tactics.Float]:
-        return tactics.float_candidates(self.m, self.n, self.k, sm)
+    def candidates(self, sm: int) -> list[kernels.GemmFloat]:
+        return tactics.float_candidates(self.m, self.n, self.k, gpu_of(sm))
 
-    def best(self, sm: int, slab_tokens: int | None = None) -> tactics.Float:
-        return tactics.best_float(self.m, self.n, self.k, sm)
+    def best(self, sm: int, slab_tokens: int | None = None) -> kernels.GemmFloat:
+        return tactics.best_float(self.m, self.n, self.k, gpu_of(sm))
 
-    def launch(self, tactic: tactics.Float) -> pointwise.Launch:
-        expression = tactic.expression(self.out, self.norm, self.finish, self.bits)
-        return pointwise.Launch(tactic.source, expression, tactic.shape(self.m, self.n))
+    def launch(self, tactic: kernels.GemmFloat) -> Instance:
+        return tactic.instance(self.m, self.n, self.out, self.norm, self.finish, self.bits)
 
-    def launches(self, tactic: tactics.Float) -> list[pointwise.Launch]:
+    def launches(self, tactic: kernels.GemmFloat) -> list[Instance]:
         return [self.launch(tactic)]
 
 
 Problem = Gemm | FloatGemm
-AnyTactic = IntegerTactic | tactics.Float
+AnyTactic = IntegerTactic | kernels.GemmFloat
 Choose = Callable[[Problem, int | None], AnyTactic]
 """The tactic for a problem; where its activations are there already, one for slabs of so many tokens (0: for rows)."""
 

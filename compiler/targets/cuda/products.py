@@ -13,8 +13,8 @@ from duq.compiler.targets.cuda.patterns import Epilogue, epilogue_of, is_rotated
 from duq.compiler.targets.cuda.problems import FloatGemm
 from duq.compiler.targets.cuda.program import BYTES, LIBRARY, MATMUL, NO_NORM, Argument, Float, Launch, Matrix, Weight
 from duq.compiler.targets.cuda.weights import label
-from duq.plugins import ops, pointwise
-from duq.plugins.tactics import FEW_TOKENS
+from duq.plugins import kernels, ops
+from duq.plugins.tactics import SMALL_M
 
 NARROW = 64  # products over so few channels, a robot's actions and state, are computed in float32
 
@@ -41,7 +41,7 @@ def linear(builder: Builder, node: ir.Node) -> None:
         y = _flow_step(builder, name, x, weight, epilogue)
     elif isinstance(x, Matrix) and x.type == "float" and x.columns <= NARROW:
         y = _narrow(builder, name, x, weight, epilogue)
-    elif _rows(x) <= FEW_TOKENS and epilogue.activation != "gelu":
+    elif _rows(x) <= SMALL_M and epilogue.activation != "gelu":
         if is_rotated(epilogue) and len(epilogue.parts) == 3:
             rotation = rotation_of(builder, name, epilogue.parts, _rows(x))
         y = _few_tokens(builder, name, node.inputs[0], weight, scale, epilogue, rotation)
@@ -166,7 +166,7 @@ def _library(
         return y
     gated = builder.new_output(epilogue, x.rows, n // 2)
     arguments = [y.pointer, gated.pointer, n // 2]
-    builder.kernel(f"{name} (GeGLU)", pointwise.geglu(x.rows, n // 2), arguments, [y], [gated])
+    builder.kernel(f"{name} (GeGLU)", kernels.geglu(x.rows, n // 2), arguments, [y], [gated])
     return gated
 
 
@@ -175,7 +175,7 @@ def _expanded(builder: Builder, name: str, weight: ir.Value, scale: ir.Value) ->
     k, n = weight.shape.numpy()
     y = builder.new(f"{name}.weight", n, k, "Bf16")
     arguments = [builder.weights.int4_fragments(weight, ""), builder.weights.float32(scale), y.pointer, n, k]
-    builder.kernel(f"{name} (expand)", pointwise.expand(n, k), arguments, [], [y], weight_bytes=n * k // 2)
+    builder.kernel(f"{name} (expand)", kernels.dequantize_weight(n, k), arguments, [], [y], weight_bytes=n * k // 2)
     return y
 
 
@@ -217,7 +217,7 @@ def _narrow(builder: Builder, name: str, x: Matrix, weight: ir.Value, epilogue: 
     if epilogue.bias_table is not None:
         expect(bias is None, name)
         bias = builder.weights.table(epilogue.bias_table.producer().inputs[0])
-    how = pointwise.linear_narrow(x.rows, n, epilogue.activation.upper() or "NONE", y.type)
+    how = kernels.linear_narrow(x.rows, n, epilogue.activation.upper() or "NONE", y.type)
     arguments = [x.pointer, builder.weights.float32(weight), bias, y.pointer, k, n, *NO_NORM]
     builder.kernel(name, how, arguments, [x], [y], 2.0 * x.rows * n * k, 4 * n * k)
     offer_norm(builder, y)
@@ -232,5 +232,5 @@ def _flow_step(builder: Builder, name: str, x: Normed, weight: ir.Value, epilogu
     flow, h = builder.flow, x.x
     bias = builder.weights.float32(*epilogue.bias)
     arguments = [h.pointer, x.gain, x.shift, builder.weights.float32(weight), bias, flow.pointer, k, Float(x.epsilon)]
-    builder.kernel(name, pointwise.flow_step(h.rows, n), arguments, [h, flow], [flow], 2.0 * h.rows * n * k, 4 * n * k)
+    builder.kernel(name, kernels.flow_step(h.rows, n), arguments, [h, flow], [flow], 2.0 * h.rows * n * k, 4 * n * k)
     return flow

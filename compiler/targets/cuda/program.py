@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from duq.plugins.bitblas import Generated
 from duq.plugins.driver import Shape
+from duq.plugins.kernels import KERNELS
 
 BYTES = {"float": 4, "int": 4, "Bf16": 2, "signed char": 1, "unsigned char": 1}  # by the name of the C++ type
 ALIGNMENT = 256
@@ -126,7 +126,7 @@ class Launch:
     @property
     def waits_itself(self) -> bool:
         """Whether its kernel knows of programmatic dependent launch, as all of ours do."""
-        return self.shape is not None and self.source != Generated.source
+        return KERNELS[self.expression.partition("<")[0] or "matmul"].waits
 
 
 LIBRARY = "cublaslt"  # Launch.source of a matrix product by cuBLASLt; its arguments are named by MATMUL

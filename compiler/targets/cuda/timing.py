@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -13,12 +12,13 @@ from duq.compiler.targets.cuda.cubins import Instance, compile_each
 from duq.compiler.targets.cuda.operands import FloatOperands, IntegerOperands
 from duq.compiler.targets.cuda.problems import AnyTactic, Choose, Gemm, Problem
 from duq.compiler.targets.cuda.program import LIBRARY, MATMUL, Launch
-from duq.plugins import bitblas
 from duq.plugins.cublas import CublasLt
 from duq.plugins.cublas import Problem as Product
 from duq.plugins.driver import Kernel, Stream, load, open_device
 from duq.plugins.errors import KernelError
-from duq.plugins.tactics import FEW_TOKENS
+from duq.plugins.gpu import gpu_of
+from duq.plugins.kernels import bitblas
+from duq.plugins.tactics import SMALL_M
 from duq.plugins.timing import milliseconds
 
 # A tactic takes the place of the table's if it is faster by this factor. Times of one product, repeated, vary by a few per
@@ -51,7 +51,7 @@ def by_timing(problems: Iterable[Problem], sm: int, progress: Progress) -> Choos
     for problem, tactics in sorted(candidates.items(), key=lambda item: (item[0].n, item[0].k)):  # neighbors share weights
         progress.update(task, description=f"Timing {problem.m} x {problem.n} x {problem.k}")
         times = dict(zip(tactics, time_each(problem, tactics, kernels, sm)))
-        times[tactics[0]] /= FASTER_THAN_IN_CHAIN if problem.m <= FEW_TOKENS and sm == 90 else FASTER
+        times[tactics[0]] /= FASTER_THAN_IN_CHAIN if problem.m <= SMALL_M and sm == 90 else FASTER
         ranked[problem] = sorted(times, key=times.get)
         progress.advance(task)
 
@@ -64,9 +64,7 @@ def by_timing(problems: Iterable[Problem], sm: int, progress: Progress) -> Choos
 
 def instances_of(problem: Problem, tactic: AnyTactic) -> list[Instance]:
     """Of the tactic's own kernel, and of the one that finishes its sums if there is one."""
-    own, *others = problem.launches(tactic)
-    headers = tuple(tactic.headers().items())
-    return [Instance(own.source, headers, own.expression), *(Instance(each.source, (), each.expression) for each in others)]
+    return [each.code for each in problem.launches(tactic)]
 
 
 def time_each(problem: Problem, tactics: Sequence[AnyTactic], kernels: Mapping[Instance, Kernel], sm: int) -> list[float]:
@@ -74,12 +72,13 @@ def time_each(problem: Problem, tactics: Sequence[AnyTactic], kernels: Mapping[I
 
     They overlap, as those of a policy do. Raises KernelError for a tactic whose y is not, bit for bit, that of the first.
     """
-    clusters = sm >= 90
+    gpu = gpu_of(sm)
+    clusters = gpu.has_clusters
     operands = IntegerOperands(problem, clusters) if isinstance(problem, Gemm) else FloatOperands(problem)
 
     def work_of(tactic: AnyTactic) -> Callable[[int, Stream], None]:
         launches = problem.launches(tactic)
-        shapes = [each.shape if clusters else replace(each.shape, cluster=(1, 1, 1)) for each in launches]
+        shapes = [each.on(gpu).shape for each in launches]
         overlap = clusters and not isinstance(tactic, bitblas.Generated)
         loaded = [kernels[instance] for instance in instances_of(problem, tactic)]
 

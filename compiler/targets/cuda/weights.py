@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 
 from duq.compiler.targets.cuda.program import Weight
-from duq.plugins.bitblas import Generated
+from duq.plugins.kernels import Generated
 from duq.plugins.layout import (
     CHUNK_K,
     interleave_gate_up,

@@ -24,8 +24,8 @@ from duq.compiler.targets.tensorrt.builder import Engine, Profile, build
 from duq.compiler.targets.tensorrt.network import FLOAT_TYPES, Plugin, adapt, take_embeddings, unroll
 from duq.plugins import bitblas, trt
 from duq.plugins.errors import DuqError
-from duq.plugins.nvrtc import Cubin, compile_cubin
 from duq.plugins.nodes import KernelName
+from duq.plugins.nvrtc import Cubin, compile_cubin
 from duq.runtime.config import ModelConfig
 from duq.runtime.executors.tensorrt import PLUGINS_VERSION
 from duq.runtime.plan import PlanWriter
