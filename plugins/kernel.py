@@ -61,9 +61,9 @@ class Kernel:
     """One __global__ function of plugins/cuda/<source>, or a function of a library, whose name `source` then is.
 
     template: its template parameters, as in C++, "class In, int VECTORS"; "" for a function that is none.
-    parameters: as in C++, with a "?" behind the name of a pointer that may be null. tests/plugins/test_kernels.py compares
+    parameters: as in C++, with a "?" after the name of a pointer that may be null. tests/plugins/test_kernels.py compares
     both with the source.
-    reference: what it computes, in numpy, called with a `Launched` (plugins/kernels/reference.py) and the arguments by name.
+    reference: what it computes, in numpy; takes a `Launched` (plugins/kernels/reference.py) and the arguments by name.
     waits: whether it waits itself for the kernel ahead (programmatic dependent launch); without, it must not overlap it.
     """
 

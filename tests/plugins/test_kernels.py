@@ -15,11 +15,12 @@ from duq.plugins import kernels
 from duq.plugins.gpu import GPUS
 from duq.plugins.kernel import Instance
 from duq.plugins.kernels import KERNELS, Attention, GemmFloat, Large, Small, Wgmma, WgmmaSmall, reference
+from duq.plugins.kernels.bitblas import BITBLAS
 from duq.plugins.kernels.gemm_wgmma import wgmma_header
 from duq.plugins.nvrtc import SOURCES, compile_cubin
 from duq.plugins.tactics import best_attention
 
-IN_SOURCES = {name: kernel for name, kernel in KERNELS.items() if kernel.source.endswith(".cu") and name != "general_dequant_matmul_kernel"}  # fmt: skip
+IN_SOURCES = {name: each for name, each in KERNELS.items() if not each.is_library and name != BITBLAS.name}
 
 
 class Declared(NamedTuple):
