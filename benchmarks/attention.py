@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -20,8 +19,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gemm_integer import time_us
-from duq.plugins import attention
-from duq.plugins.nvrtc import compile_cubin
+from duq.plugins import tactics
 from tests.gpu.test_attention import definition, random
 from tests.support import launch
 
@@ -69,7 +67,7 @@ def bench(name: str, configs: list, tokens: int, keys: int, own: int, images: in
     exact = torch.cat([definition(*operands, heads, kv_heads) for operands in per_image])
     timed = []
     for config in configs:
-        if not config.fits(launch.compute_capability()):
+        if not config.fits(launch.gpu()):
             continue
         out.fill_(math.nan)
         run(config, 0)
@@ -108,15 +106,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="all timings")
     options = parser.parse_args()
-    sm = launch.compute_capability()
-    with ProcessPoolExecutor() as pool:  # fills the cache of cubins on all cores
-        configs = [c for c in attention.MANY_QUERIES + attention.FEW_QUERIES + attention.VISION if c.fits(sm)]
-        for job in [pool.submit(compile_cubin, c.source, sm, [c.expression()], c.headers()) for c in configs]:
-            job.result()
+    every = tactics.MANY_QUERIES + tactics.FEW_QUERIES + tactics.VISION
+    launch.compile_all(tactic.instance(1) for tactic in every if tactic.fits(launch.gpu()))
     print(torch.cuda.get_device_name(), "torch", torch.__version__, "CUDA", torch.version.cuda)
-    results = [bench("prefix", attention.MANY_QUERIES, tokens, tokens, 0) for tokens in (306, 562, 816)]
-    results += [bench("suffix", attention.FEW_QUERIES, 50, keys, 50) for keys in (307, 817)]
-    results += [bench("SigLIP", attention.VISION, 256, 256, 0, images) for images in (1, 2, 3)]
+    results = [bench("prefix", tactics.MANY_QUERIES, tokens, tokens, 0) for tokens in (306, 562, 816)]
+    results += [bench("suffix", tactics.FEW_QUERIES, 50, keys, 50) for keys in (307, 817)]
+    results += [bench("SigLIP", tactics.VISION, 256, 256, 0, images) for images in (1, 2, 3)]
     for tokens, to_cache in ((50, False), (816, False), (816, True)):
         times = ", overlapped ".join(f"{bench_rotary(tokens, to_cache, overlap):.2f}" for overlap in (False, True))
         print(f"rotary embedding of {tokens} tokens, {'with cache' if to_cache else 'in place'}: {times} us")

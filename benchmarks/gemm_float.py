@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from benchmarks.gemm_integer import copies_of, time_us
-from duq.plugins.nvrtc import compile_cubin
-from duq.plugins.tactics import Float, float_candidates
+from duq.plugins.kernel import Instance
+from duq.plugins.kernels import GemmFloat
+from duq.plugins.tactics import float_candidates
 from tests.gpu.test_gemm_float import DIMS, HEADS, operands
 from tests.support import launch
 
@@ -33,20 +33,22 @@ class Linear:
     k: int
     y_type: torch.dtype = torch.bfloat16
     norm: bool = False
-    finish: str = "NONE"
+    epilogue: str = "NONE"
     residual: bool = False
 
-    def expression(self, tactic: Float) -> str:
-        return tactic.expression(launch.TYPES[self.y_type], self.norm, self.finish)
+    def instances(self, tactic: GemmFloat) -> list[Instance]:
+        """The one that is timed, and the one whose error is looked at."""
+        timed = tactic.instance(self.m, self.n, launch.TYPES[self.y_type], self.norm, self.epilogue)
+        return [timed, tactic.instance(self.m, self.n, "float", self.norm, "NONE")]
 
 
-QKV = {"norm": True, "finish": "ROTARY"}
+QKV = {"norm": True, "epilogue": "ROTARY"}
 LINEARS = [
     Linear("qkv", 50, 2560, 1024, **QKV),
     Linear("o", 50, 1024, 2048, y_type=torch.float32, residual=True),
-    Linear("time MLP", 50, 1024, 1024, finish="SILU"),
-    Linear("time MLP", 1, 1024, 1024, finish="SILU"),
-    Linear("gate-up", 50, 8192, 1024, norm=True, finish="GEGLU"),
+    Linear("time MLP", 50, 1024, 1024, epilogue="SILU"),
+    Linear("time MLP", 1, 1024, 1024, epilogue="SILU"),
+    Linear("gate-up", 50, 8192, 1024, norm=True, epilogue="GEGLU"),
     Linear("down", 50, 1024, 4096, y_type=torch.float32, residual=True),
 ]
 
@@ -59,21 +61,21 @@ class Operands:
         self.plain = operands(m, n, linear.k)
         packed = launch.pack_float_weight(self.plain.weight)
         self.weights = copies_of(packed) if copies is None else [packed.clone() for _ in range(copies)]
-        width = {"ROTARY": HEADS * DIMS, "GEGLU": n // 2}.get(linear.finish, n)
+        width = {"ROTARY": HEADS * DIMS, "GEGLU": n // 2}.get(linear.epilogue, n)
         self.y = torch.zeros(m, width, dtype=linear.y_type, device="cuda")
         self.kv = torch.zeros(m, 2 * DIMS, dtype=torch.bfloat16, device="cuda")
         self.tables = launch.rotary_tables(1024, DIMS)
 
-    def run(self, tactic: Float, weight: torch.Tensor, x: torch.Tensor | None = None, **settings) -> None:
+    def run(self, tactic: GemmFloat, weight: torch.Tensor, x: torch.Tensor | None = None, **settings) -> None:
         linear = self.linear
-        if linear.finish == "ROTARY":
+        if linear.epilogue == "ROTARY":
             settings |= {"k": self.kv[:, :DIMS], "v": self.kv[:, DIMS:], "tables": self.tables, "first_position": 816}
         if linear.residual:
             settings["residual"] = self.y
-        settings |= {"n": linear.n, "finish": linear.finish, "squares": self.plain.squares if linear.norm else None}
+        settings |= {"n": linear.n, "epilogue": linear.epilogue, "squares": self.plain.squares if linear.norm else None}
         launch.gemm_float(tactic, self.plain.x if x is None else x, weight, self.y, **settings)
 
-    def error(self, tactic: Float) -> float:
+    def error(self, tactic: GemmFloat) -> float:
         """Of the sums, which come out as they are with no epilogue, relative to exact ones."""
         linear, x = self.linear, self.plain.x.double()
         squares = self.plain.squares if linear.norm else None
@@ -95,9 +97,9 @@ def torch_us(linear: Linear) -> tuple[float, float]:
 
 
 def bench(linear: Linear) -> dict:
-    sm, o = launch.compute_capability(), Operands(linear)
+    o = Operands(linear)
     timed = []
-    for tactic in float_candidates(linear.m, linear.n, linear.k, sm):
+    for tactic in float_candidates(linear.m, linear.n, linear.k, launch.gpu()):
         error = o.error(tactic)
         assert error < 3e-3, f"{tactic} is wrong for {linear}: {error}"
         us = time_us(lambda w, t=tactic: o.run(t, w), o.weights)
@@ -115,7 +117,7 @@ def bench(linear: Linear) -> dict:
     return {"linear": repr(linear), "torch_us": gemm, "torch_with_norm_us": both, "all": every, "best": tactic}
 
 
-def bench_chain(qkv: Linear, o: Linear, tactics: tuple[Float, Float]) -> None:
+def bench_chain(qkv: Linear, o: Linear, tactics: tuple[GemmFloat, GemmFloat]) -> None:
     """One denoising step's attention linears, each on the output of the one ahead: us a layer."""
     first, second = Operands(qkv, copies=LAYERS), Operands(o, copies=LAYERS)
     second.y.copy_(first.plain.stream)
@@ -142,20 +144,12 @@ def bench_chain(qkv: Linear, o: Linear, tactics: tuple[Float, Float]) -> None:
 
 
 def compile_all() -> None:
-    """Fills the cache of cubins on all cores."""
-    sm = launch.compute_capability()
-    wanted = {
-        (tactic.source, expression)
+    launch.compile_all(
+        instance
         for linear in LINEARS
-        for tactic in float_candidates(linear.m, linear.n, linear.k, sm)
-        for expression in (
-            linear.expression(tactic),
-            tactic.expression("float", linear.norm),
-        )
-    }
-    with ProcessPoolExecutor() as pool:
-        for job in [pool.submit(compile_cubin, source, sm, [expression]) for source, expression in wanted]:
-            job.result()
+        for tactic in float_candidates(linear.m, linear.n, linear.k, launch.gpu())
+        for instance in linear.instances(tactic)
+    )
 
 
 def main() -> None:

@@ -13,13 +13,11 @@ import dataclasses
 import json
 import math
 import statistics
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from duq.plugins.nvrtc import compile_cubin
 from duq.plugins.tactics import Tactic, candidates
 from tests.support import launch
 
@@ -86,7 +84,7 @@ def time_tactics(m: int, n: int, k: int, bits: int) -> tuple[list[tuple[float, T
     """Times and tactics, the fastest first; the fastest's time with overlapped launches; whether its sums are exact."""
     operands = Operands(m, n, k, bits)
     packed, timed = {}, []
-    for tactic in candidates(m, n, k, bits, launch.compute_capability()):
+    for tactic in candidates(m, n, k, bits, launch.gpu()):
         if tactic.layout not in packed:
             packed[tactic.layout] = copies_of(launch.pack_weight(operands.weight, tactic, bits))
         x = launch.arrange_activations(operands.x_q, tactic)
@@ -145,7 +143,7 @@ def bench_mlp(m: int, width: int, hidden: int, gate_up: Tactic, down: Tactic) ->
 
     def run_gate_up(weight, overlap=False):
         sizes = {"n": 2 * hidden, "k": width}
-        launch.gemm(gate_up, 4, x_q, x_scale, weight, scales, None, None, h, **sizes, finish="GEGLU", overlap=overlap)
+        launch.gemm(gate_up, 4, x_q, x_scale, weight, scales, None, None, h, **sizes, epilogue="GEGLU", overlap=overlap)
 
     def run_mlp(weight, overlap=False):
         quantize_x(overlap=overlap)
@@ -177,17 +175,12 @@ def table_row(result: dict) -> dict:
 
 
 def compile_all(chosen: list, bits: list[int]) -> None:
-    """Fills the cache of cubins on all cores."""
-    sm = launch.compute_capability()
-    wanted = {
-        (tactic.source, tactic.expression(width, "Bf16"), tuple(tactic.headers().items()))
+    launch.compile_all(
+        tactic.instance(m, n, width, "Bf16")
         for _, m, n, k in chosen
         for width in bits
-        for tactic in candidates(m, n, k, width, sm)
-    }
-    with ProcessPoolExecutor() as pool:
-        for job in [pool.submit(compile_cubin, s, sm, [e], dict(h)) for s, e, h in wanted]:
-            job.result()
+        for tactic in candidates(m, n, k, width, launch.gpu())
+    )
 
 
 HEADER = f"{'GEMM':15s} {'M x N x K':>17s} bits      us overlap   TOPS   GB/s exact  bf16 us  _int_mm vs bf16  tactic"

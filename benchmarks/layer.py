@@ -3,21 +3,21 @@
     python -m benchmarks.layer
 
 In a chain a kernel's weights load under the kernel ahead, if there is room for both: what is fastest alone need not be
-fastest here. So the tactics for few tokens are chosen by this, one product after the other while the rest stay: the
+fastest here. So the tactics for small M are chosen by this, one product after the other while the rest stay: the
 entries of plugins/tactics_sm90.json for M = 50 and of _FLOAT_TIMED in plugins/tactics.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
 from benchmarks.gemm_integer import time_us
-from duq.plugins import attention, pointwise
-from duq.plugins.nvrtc import compile_cubin
-from duq.plugins.tactics import FEW_TOKENS, Float, WgmmaFew, best, best_float
+from duq.plugins import kernels
+from duq.plugins.gpu import gpu_of
+from duq.plugins.kernels import GemmFloat, WgmmaSmall
+from duq.plugins.tactics import SMALL_M, best, best_attention, best_float
 from tests.support import launch
 
 LAYERS, TOKENS, PAST = 18, 50, 817
@@ -25,20 +25,22 @@ WIDTH, HEADS, MLP, DIMS = 1024, 8, 4096, 256
 GROUP = 64  # of the Hadamard
 TOKENS8 = -(-TOKENS // 8)
 CANDIDATES = {
-    "gate-up": [WgmmaFew(8, stages, groups) for stages, groups in ((4, 1), (6, 1), (8, 1), (6, 2), (8, 2))],
-    "down": [WgmmaFew(8, *tile) for tile in ((8, 1, 4), (6, 1, 4), (8, 2, 4), (4, 1, 8), (4, 2, 4))],
+    "gate-up": [WgmmaSmall(8, stages, groups) for stages, groups in ((4, 1), (6, 1), (8, 1), (6, 2), (8, 2))],
+    "down": [WgmmaSmall(8, *tile) for tile in ((8, 1, 4), (6, 1, 4), (8, 2, 4), (4, 1, 8), (4, 2, 4))],
     "qkv": [
-        Float(*tile) for tile in ((4, TOKENS8, 4, 1, 4), (2, TOKENS8, 8, 1), (2, TOKENS8, 8, 2), (4, TOKENS8, 8, 1, 2))
+        GemmFloat(*tile) for tile in ((4, TOKENS8, 4, 1, 4), (2, TOKENS8, 8, 1), (2, TOKENS8, 8, 2), (4, TOKENS8, 8, 1, 2))
     ],
-    "o": [Float(*tile) for tile in ((1, TOKENS8, 8, 1, 2), (1, TOKENS8, 8, 2, 2), (2, TOKENS8, 8, 1, 4))],
+    "o": [GemmFloat(*tile) for tile in ((1, TOKENS8, 8, 1, 2), (1, TOKENS8, 8, 2, 2), (2, TOKENS8, 8, 1, 4))],
 }
-KINDS = {
+SIZES = {"qkv": ((HEADS + 2) * DIMS, WIDTH), "o": (WIDTH, HEADS * DIMS), "gate-up": (2 * MLP, WIDTH), "down": (WIDTH, MLP)}
+KINDS = {  # what the tactic's instance is made with, behind M and N
     "qkv": ("Bf16", True, "ROTARY"),
     "o": ("float", False, "NONE"),
     "gate-up": (4, "Bf16", "GEGLU"),
     "down": (4, "float"),
 }
-ATTENTION = attention.best(DIMS, TOKENS, 1, 90, PAST, TOKENS)
+GPU = gpu_of(90)
+ATTENTION = best_attention(DIMS, TOKENS, 1, GPU, PAST, TOKENS)
 
 
 class Layer:
@@ -62,7 +64,7 @@ class Layer:
         return {
             "qkv": lambda: launch.gemm_float(
                 tactics["qkv"], s["normed"], self.qkv, s["q"], s["own"][:, k], s["own"][:, v], n=(HEADS + 2) * DIMS,
-                squares=s["squares"], finish="ROTARY", tables=self.tables, past=s["past"], overlap=True,
+                squares=s["squares"], epilogue="ROTARY", tables=self.tables, past=s["past"], overlap=True,
             ),
             "attention": lambda: launch.attention(
                 ATTENTION, s["q"], self.cache[:, k], self.cache[:, v], s["mixed"], s["own"][:, k], s["own"][:, v],
@@ -70,14 +72,14 @@ class Layer:
             ),
             "o": lambda: launch.gemm_float(tactics["o"], s["mixed"], self.o, s["x"], n=WIDTH, residual=s["x"], overlap=True),
             "quantizer": lambda: launch.rotate_quantize(
-                s["x"], s["x_q"], s["x_scale"], source="RMS_NORM", hadamard=GROUP, slab_tokens=FEW_TOKENS, overlap=True
+                s["x"], s["x_q"], s["x_scale"], source="RMS_NORM", hadamard=GROUP, slab_tokens=SMALL_M, overlap=True
             ),
             "gate-up": lambda: launch.gemm(
                 tactics["gate-up"], 4, s["x_q"], s["x_scale"], self.gate_up, s["gate_up_scale"], None, None, s["h"],
-                n=2 * MLP, k=WIDTH, finish="GEGLU", overlap=True,
+                n=2 * MLP, k=WIDTH, epilogue="GEGLU", overlap=True,
             ),
             "quantizer of down": lambda: launch.rotate_quantize(
-                s["h"], s["h_q"], s["h_scale"], hadamard=GROUP, slab_tokens=FEW_TOKENS, overlap=True
+                s["h"], s["h_q"], s["h_scale"], hadamard=GROUP, slab_tokens=SMALL_M, overlap=True
             ),
             "down": lambda: launch.gemm(
                 tactics["down"], 4, s["h_q"], s["h_scale"], self.down, s["down_scale"], None, s["x"], s["x"],
@@ -96,33 +98,26 @@ def buffers(random: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:
         "squares": x.unflatten(1, (-1, 16)).square().sum(-1),
         "q": empty(TOKENS, HEADS * DIMS, dtype=torch.bfloat16), "mixed": empty(TOKENS, HEADS * DIMS, dtype=torch.bfloat16),
         "own": empty(TOKENS, 2 * DIMS, dtype=torch.bfloat16), "h": empty(TOKENS, MLP, dtype=torch.bfloat16),
-        "x_q": empty(FEW_TOKENS * WIDTH, dtype=torch.int8), "h_q": empty(FEW_TOKENS * MLP, dtype=torch.int8),
+        "x_q": empty(SMALL_M * WIDTH, dtype=torch.int8), "h_q": empty(SMALL_M * MLP, dtype=torch.int8),
         "x_scale": empty(TOKENS), "h_scale": empty(TOKENS), "past": torch.tensor([PAST], dtype=torch.int32, device="cuda"),
         "gate_up_scale": torch.full((2 * MLP,), 1e-3, device="cuda"), "down_scale": torch.full((WIDTH,), 2e-4, device="cuda"),
     }  # fmt: skip
 
 
 def compile_all() -> None:
-    """Fills the cache of cubins on all cores."""
     wanted = [
-        (tactic.source, tactic.expression(*KINDS[name]), tactic.headers() if name in ("gate-up", "down") else {})
-        for name, tactics in CANDIDATES.items()
-        for tactic in tactics
+        tactic.instance(TOKENS, SIZES[name][0], *KINDS[name]) for name, tactics in CANDIDATES.items() for tactic in tactics
     ]
-    wanted.append((ATTENTION.source, ATTENTION.expression(), ATTENTION.headers()))
+    wanted.append(ATTENTION.instance(TOKENS))
     for depth, kind, source in ((WIDTH, "float", "RMS_NORM"), (MLP, "Bf16", "PLAIN")):
-        wanted.append((*pointwise.rotate_quantize(TOKENS, depth, kind, source, GROUP)[:2], {}))
-    with ProcessPoolExecutor() as pool:
-        for job in [
-            pool.submit(compile_cubin, source, 90, [expression], headers) for source, expression, headers in wanted
-        ]:
-            job.result()
+        wanted.append(kernels.rotate_quantize(TOKENS, depth, kind, source, GROUP))
+    launch.compile_all(wanted)
 
 
 def main() -> None:
-    compile_all()
-    if launch.compute_capability() != 90:
+    if launch.compute_capability() != GPU.sm:
         raise SystemExit("these kernels and tactics are for SM 90")
+    compile_all()
     generator = torch.Generator("cuda").manual_seed(0)
     random = lambda *shape: torch.randn(shape, device="cuda", generator=generator)  # noqa: E731
     shared = buffers(random)
@@ -137,8 +132,8 @@ def main() -> None:
         return time_us(run, layers)
 
     chosen = {
-        "qkv": best_float(TOKENS, (HEADS + 2) * DIMS, WIDTH, 90), "o": best_float(TOKENS, WIDTH, HEADS * DIMS, 90),
-        "gate-up": best(TOKENS, 2 * MLP, WIDTH, 4, 90), "down": best(TOKENS, WIDTH, MLP, 4, 90),
+        "qkv": best_float(TOKENS, (HEADS + 2) * DIMS, WIDTH, GPU), "o": best_float(TOKENS, WIDTH, HEADS * DIMS, GPU),
+        "gate-up": best(TOKENS, 2 * MLP, WIDTH, 4, GPU), "down": best(TOKENS, WIDTH, MLP, 4, GPU),
     }  # fmt: skip
     print(f"{torch.cuda.get_device_name()}; us a layer, with the tactics of the table: {layer_us(chosen):.2f}")
     for name, tactics in CANDIDATES.items():

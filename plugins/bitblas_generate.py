@@ -1,9 +1,9 @@
-"""Runs BitBLAS in a process of its own: `python -m plugins.bitblas_generate REQUESTS ANSWERS`, both files of JSON.
+"""Runs BitBLAS in a process of its own: `python -m duq.plugins.bitblas_generate REQUESTS ANSWERS`, both files of JSON.
 
 Importing BitBLAS changes the process it is imported into: it loads its own build of TVM, rewrites sys.path and the
 environment, and asks for a GPU. Generating source needs no GPU, only a description of one. So this process
   - stands in for CUDA's libraries, of which nothing is called, by empty ones (where there is a driver it is not touched);
-  - answers TVM's questions about device 0 from the table below;
+  - answers TVM's questions about device 0 from plugins/gpu.py;
   - tells TVM the SM wherever it would look for the device's.
 A request is {"sm", "n", "k", "config"} with `config` the arguments of BitBLAS's scheduler; its answer is
 {"source", "shared_bytes"}. The number of tokens is the kernel's last argument, not a constant.
@@ -17,11 +17,11 @@ import re
 import sys
 from pathlib import Path
 
+from duq.plugins.gpu import gpu_of
 from duq.plugins.shared_object import load_alias, load_lazily
 
-# What generated source depends on: the thread blocks' limits. Multiprocessors: A100, A40 (RTX 3090: 82), L40S.
-DEVICES = {80: {"multi_processor_count": 108}, 86: {"multi_processor_count": 84}, 89: {"multi_processor_count": 142}}
-COMMON = {
+# What generated source depends on, with the GPU's multiprocessors: the thread blocks' limits.
+LIMITS = {
     "exist": True,
     "warp_size": 32,
     "max_threads_per_block": 1024,
@@ -52,7 +52,8 @@ def _import_tvm(bundled: Path):
 def _describe_device(tvm, sm: int) -> None:
     from tvm._ffi.runtime_ctypes import Device
 
-    for name, value in (COMMON | DEVICES[sm] | {"compute_version": f"{sm // 10}.{sm % 10}"}).items():
+    of_gpu = {"multi_processor_count": gpu_of(sm).multiprocessors, "compute_version": f"{sm // 10}.{sm % 10}"}
+    for name, value in (LIMITS | of_gpu).items():
         setattr(Device, name, value)
     original = tvm.target.Target.__init__
 
@@ -81,7 +82,7 @@ def _generator(tvm):
         return emit(module, target)
 
     tvm.register_func("target.build.tilelang_cuda", note_shared_memory, override=True)
-    # BitBLAS would run nvcc here; compiling is plugins.kernels' work.
+    # BitBLAS would run nvcc here; compiling is the work of plugins/nvrtc.py.
     tvm.register_func("tilelang_callback_cuda_compile", lambda code, target: b"", override=True)
 
     def generate(sm: int, n: int, k: int, config: dict) -> dict:

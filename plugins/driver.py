@@ -192,8 +192,8 @@ class Stream:
         _call("cuMemsetD8Async", to, 0, size, self.handle)
 
     def synchronize(self) -> None:
-        """Returns when all that was enqueued is done. By default, as here, the driver spins meanwhile: that keeps a processor
-        busy, and returns the soonest, which is what a computer is for that a robot has to itself."""
+        """Returns when all that was enqueued is done. The driver spins meanwhile, its default: that keeps a processor busy,
+        and returns the soonest, which suits a computer that serves one robot."""
         _call("cuStreamSynchronize", self.handle)
 
     def capture(self, work: Callable[[], None]) -> Graph:

@@ -61,9 +61,9 @@ class Kernel:
     """One __global__ function of plugins/cuda/<source>, or a function of a library, whose name `source` then is.
 
     template: its template parameters, as in C++, "class In, int VECTORS"; "" for a function that is none.
-    parameters: as in C++, with a "?" behind the name of a pointer that may be null. tests/plugins/test_kernels.py compares
+    parameters: as in C++, with a "?" after the name of a pointer that may be null. tests/plugins/test_kernels.py compares
     both with the source.
-    reference: what it computes, in numpy: called with a `Launched` and the arguments by name (plugins/kernels/reference.py).
+    reference: what it computes, in numpy; takes a `Launched` (plugins/kernels/reference.py) and the arguments by name.
     waits: whether it waits itself for the kernel ahead (programmatic dependent launch); without, it must not overlap it.
     """
 
@@ -144,11 +144,19 @@ class Instance:
             value = values.get(name)
             if value is None and not parameter.optional:
                 raise KernelError(f"{self.expression} needs {name}")
-            kind = getattr(value, "type", None)
-            if parameter.is_pointer and kind is not None and self.element_of(name) not in (kind, "void"):
-                raise KernelError(f"{self.expression} takes {name} as {self.type_of(name)}, not a pointer to {kind}")
+            self._check_type(parameter, value)
             bound[name] = value
         return bound
+
+    def _check_type(self, parameter: Parameter, value: object) -> None:
+        declared, pointed_to = self.type_of(parameter.name), getattr(value, "type", None)
+        if pointed_to is None:
+            wrong = parameter.type == "int" and isinstance(value, float)
+        else:
+            wrong = not parameter.is_pointer or self.element_of(parameter.name) not in (pointed_to, "void")
+        if wrong:
+            found = f"{value!r}" if pointed_to is None else f"a pointer to {pointed_to}"
+            raise KernelError(f"{self.expression} takes {parameter.name} as {declared}, not {found}")
 
     def scalars(self, values: Mapping[str, int | float | None]) -> list[Any]:
         """Addresses (None: null) and numbers, by name, as ctypes in the kernel's order: what a launch takes."""

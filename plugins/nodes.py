@@ -18,15 +18,16 @@ float32:
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-from duq.plugins import driver, pointwise
+from duq.plugins import driver, kernels
 from duq.plugins.bitblas import SYMBOL, Tile
 from duq.plugins.errors import KernelError
+from duq.plugins.kernel import Instance
+from duq.plugins.kernels.bitblas import BITBLAS
 from duq.plugins.nvrtc import Cubin
 
 FLOATS = ("float", "Half", "Bf16")
@@ -51,10 +52,6 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     type: str
     address: int = 0
-
-    @property
-    def pointer(self) -> ctypes.c_void_p:
-        return ctypes.c_void_p(self.address)
 
 
 class KernelName(NamedTuple):
@@ -115,43 +112,48 @@ class RotateQuantize:
     def workspace_bytes(self, shapes: Sequence[Sequence[int]]) -> int:
         return 4 * math.prod(shapes[0][:-1]) if self.per_tensor else 0
 
-    def launches(self, inputs: Sequence[Tensor]) -> dict[KernelName, driver.Shape]:
+    def launches(self, inputs: Sequence[Tensor]) -> dict[KernelName, Instance]:
         named = dict(zip(self.operands, inputs))
         (*tokens, _), in_type, _ = named["x"]
-        rotation = "NONE"
+        rotation: str | int = "NONE"
         if "hadamard" in named:
             rotation = named["hadamard"].shape[0]
         elif "rotation" in named:
             rotation = "DENSE"
-        launch = pointwise.rotate_quantize(math.prod(tokens), self._channels(named["x"]), in_type, self.source, rotation)
-        return {KernelName(launch.source, launch.expression): launch.shape}
+        how = kernels.rotate_quantize(math.prod(tokens), self._channels(named["x"]), in_type, self.source, rotation)
+        return {KernelName(how.source, how.expression): how}
 
     def _channels(self, x: Tensor) -> int:
         return x.shape[-1] // 2 if self.source == "GEGLU" else x.shape[-1]
 
     def enqueue(
-        self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], workspace: int, stream: int, kernels: Kernels
+        self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], workspace: int, stream: int, loaded: Kernels
     ) -> None:
         """Launches on `stream`: nothing is allocated, waited for or copied through the host."""
-        named, null = dict(zip(self.operands, inputs)), Tensor((), "float")
-        x, (x_q, x_scale) = named["x"], outputs
-        matrix = named.get("rotation", null)
-        operands = [named.get(name, null) for name in ("gain", "shift", "input_scale", "permutation")]
-        operands += [matrix, named.get("activation_scale", null), x_q]
-        scales = ctypes.c_void_p(workspace) if self.per_tensor else x_scale.pointer  # the kernel writes one a token
-        block = matrix.shape[-1] if matrix.shape else 0
-        channels = self._channels(x)
-        sizes = [ctypes.c_int(value) for value in (channels, channels, x.shape[-1], block, 0)]
-        ((name, shape),) = self.launches(inputs).items()
-        arguments = [*(operand.pointer for operand in operands), scales, *sizes, ctypes.c_float(EPSILON)]
-        kernels[name].launch(shape, [x.pointer, *arguments], stream)
+        named, (x_q, x_scale) = dict(zip(self.operands, inputs)), outputs
+        x, channels = named["x"], self._channels(named["x"])
+        ((name, how),) = self.launches(inputs).items()
+        arguments = how.scalars(
+            {
+                **_addresses(named, "x", "gain", "input_scale", "permutation", "rotation", "activation_scale"),
+                "x_q": x_q.address,
+                "x_scale": workspace if self.per_tensor else x_scale.address,  # the kernel writes one a token
+                "depth": channels,
+                "padded_depth": channels,
+                "row_stride": x.shape[-1],
+                "block": _block(named.get("rotation")),
+                "slab_tokens": 0,
+                "epsilon": EPSILON,
+            }
+        )
+        loaded[name].launch(how.shape, arguments, stream)
         if self.per_tensor:
             driver.copy(x_scale.address, named["activation_scale"].address, 4, stream)
 
 
 @dataclass(frozen=True)
 class W4A8Linear:
-    """An integer product by a kernel of BitBLAS's, and its epilogue."""
+    """An integer GEMM by a kernel of BitBLAS's, and its epilogue."""
 
     stages: str
     tile: Tile
@@ -175,33 +177,38 @@ class W4A8Linear:
         return types[index] == (self.out_type if name in ("y", "residual") else _OPERAND_TYPES.get(name, "float"))
 
     def workspace_bytes(self, shapes: Sequence[Sequence[int]]) -> int:
-        """The sums, int32 [M, N]."""
+        """The accumulators, int32 [M, N]."""
         return 4 * math.prod(shapes[0][:-1]) * shapes[3][0]
 
-    def launches(self, inputs: Sequence[Tensor]) -> dict[KernelName, driver.Shape]:
+    def launches(self, inputs: Sequence[Tensor]) -> dict[KernelName, Instance]:
         (*tokens, k), n = inputs[0].shape, inputs[3].shape[0]
         m = math.prod(tokens)
-        epilogue = pointwise.dequantize(m, n, self.out_type, "output_rotation" in self.operands)
+        epilogue = kernels.epilogue(m, n, self.out_type, "output_rotation" in self.operands)
         return {
-            bitblas_name(n, k, self.tile): self.tile.shape(m, n),
-            KernelName(epilogue.source, epilogue.expression): epilogue.shape,
+            bitblas_name(n, k, self.tile): BITBLAS.instance(self.tile.shape(m, n)),
+            KernelName(epilogue.source, epilogue.expression): epilogue,
         }
 
     def enqueue(
-        self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], workspace: int, stream: int, kernels: Kernels
+        self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], workspace: int, stream: int, loaded: Kernels
     ) -> None:
-        named, null = dict(zip(self.operands, inputs)), Tensor((), "float")
-        x_q, x_scale, sums = named["x_q"], named["x_scale"], ctypes.c_void_p(workspace)
-        m, n = math.prod(x_q.shape[:-1]), named["weight_scale"].shape[0]
-        rotation = named.get("output_rotation", null)
-        block = rotation.shape[-1] if rotation.shape else 0
-        (product, product_shape), (epilogue, epilogue_shape) = self.launches(inputs).items()
-        operands = [x_q.pointer, named["weight"].pointer, sums, ctypes.c_int(m)]
-        kernels[product].launch(product_shape, operands, stream)
-        behind = named.get("bias", null), null, named.get("residual", null)
-        operands = [x_scale, named["weight_scale"], rotation, *behind, outputs[0]]
-        sizes = [ctypes.c_int(value) for value in (n, int(math.prod(x_scale.shape) > 1), block)]
-        kernels[epilogue].launch(epilogue_shape, [sums, *(operand.pointer for operand in operands), *sizes], stream)
+        """Launches on `stream`; the accumulators are in the workspace."""
+        named, (y,) = dict(zip(self.operands, inputs)), outputs
+        x_q, x_scale, n = named["x_q"], named["x_scale"], named["weight_scale"].shape[0]
+        (gemm_name, gemm), (epilogue_name, epilogue) = self.launches(inputs).items()
+        accumulate = {**_addresses(named, "x_q", "weight"), "y": workspace, "tokens": math.prod(x_q.shape[:-1])}
+        loaded[gemm_name].launch(gemm.shape, gemm.scalars(accumulate), stream)
+        rotation = named.get("output_rotation")
+        finish = {
+            **_addresses(named, "x_scale", "weight_scale", "bias", "residual"),
+            "acc": workspace,
+            "rotation": rotation and rotation.address,
+            "y": y.address,
+            "rows": n,
+            "scale_stride": int(math.prod(x_scale.shape) > 1),
+            "block": _block(rotation),
+        }
+        loaded[epilogue_name].launch(epilogue.shape, epilogue.scalars(finish), stream)
 
 
 Node = RotateQuantize | W4A8Linear
@@ -211,6 +218,16 @@ NODES: dict[str, type] = {"RotateQuantize": RotateQuantize, "W4A8Linear": W4A8Li
 def bitblas_name(n: int, k: int, tile: Tile) -> KernelName:
     depth = f"{tile.warps_m}x{tile.warps_n} warps of {tile.warp_m}x{tile.warp_n}, {tile.stages} stages"
     return KernelName("bitblas", f"{SYMBOL}<{n}, {k}, {depth}{', panels' if tile.panels else ''}>")
+
+
+def _addresses(operands: Mapping[str, Tensor], *names: str) -> dict[str, int]:
+    """The addresses of those operands that there are."""
+    return {name: operands[name].address for name in names if name in operands}
+
+
+def _block(rotation: Tensor | None) -> int:
+    """The block size of a dense rotation [blocks, block, block]; 0 without one."""
+    return rotation.shape[-1] if rotation is not None else 0
 
 
 def _operands_of(stages: str) -> list[str]:

@@ -61,9 +61,9 @@ def fits(tactic: Tactic, m: int, n: int, k: int, bits: int, gpu: Gpu) -> bool:
 def candidates(m: int, n: int, k: int, bits: int, gpu: Gpu, slab_tokens: int | None = None) -> list[Tactic]:
     """The tactics worth timing for y[m, n] = x[m, k] w[n, k]^T on a GPU, perhaps only those that read such slabs.
 
-    For small M (up to SMALL_M), those that suit the GPU's size; for a small policy, which none does, all, those with the most
-    blocks first. For large M, those first whose busiest multiprocessor has the least to do. Sizes that the usual tiles do
-    not divide have tiles of their own: slow for large M, but there.
+    For small M (up to SMALL_M), those that suit the GPU's size; for a small policy, which none does, all, those with the
+    most blocks first. For large M, those first whose busiest multiprocessor has the least to do. Sizes that the usual tiles
+    do not divide have tiles of their own: slow for large M, but there.
     """
 
     def usable(tactics: list[Tactic]) -> list[Tactic]:

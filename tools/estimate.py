@@ -15,6 +15,7 @@ from rich.table import Table
 
 from duq.plugins import bitblas
 from duq.plugins.errors import DuqError
+from duq.plugins.gpu import GPUS, gpu_of
 from duq.runtime.config import GemmaConfig, ModelConfig
 from duq.runtime.plan import Plan
 
@@ -36,8 +37,8 @@ def estimate(plan: Path, sm: int, cameras: int, prompt_tokens: int) -> Table:
 
     Of the plan only sizes and what is quantized matter. Raises DuqError for a GPU without numbers.
     """
-    if sm not in bitblas.DEVICES:
-        raise DuqError(f"--sm {sm}: no numbers for this GPU, there are some for {', '.join(map(str, bitblas.DEVICES))}")
+    if sm not in GPUS:
+        raise DuqError(f"--sm {sm}: no numbers for this GPU, there are some for {', '.join(map(str, sorted(GPUS)))}")
     manifest = Plan(plan, verify=False).manifest
     config = ModelConfig.from_json(manifest["model"])
     return table(list(kernels(config, manifest, sm, cameras, prompt_tokens)), sm)
@@ -45,7 +46,7 @@ def estimate(plan: Path, sm: int, cameras: int, prompt_tokens: int) -> Table:
 
 def kernels(config: ModelConfig, manifest: dict, sm: int, cameras: int, prompt_tokens: int) -> Iterator[Kernel]:
     """Every launch of a call."""
-    gpu = Gpu(sm)
+    gpu = Model(sm)
     quantized = {name for name, linear in manifest["quantization"]["linears"].items() if linear["activation_bits"] == 8}
     vision, patches = config.vision, config.vision.tokens
     prefix = cameras * patches + prompt_tokens
@@ -64,12 +65,12 @@ def kernels(config: ModelConfig, manifest: dict, sm: int, cameras: int, prompt_t
             yield from gpu.layer("expert", "expert", config.expert, layer, config.action_horizon, keys, quantized)
 
 
-class Gpu:
+class Model:
     """The kernels of one GPU and their times."""
 
     def __init__(self, sm: int):
-        self.sm, self.device = sm, bitblas.DEVICES[sm]
-        self.int8 = 2 * self.device.products * self.device.multiprocessors * self.device.clock
+        self.device = gpu_of(sm)
+        self.int8 = 2 * self.device.int8_rate * self.device.multiprocessors * self.device.clock
 
     def layer(self, part: str, model: str, config: GemmaConfig, layer: int, m: int, keys: int, quantized: set[str],
               only_cache: bool = False) -> Iterator[Kernel]:  # fmt: skip
@@ -94,10 +95,9 @@ class Gpu:
         yield self.elementwise(part, m * (heads + cache))  # the rotary embedding
 
     def integer_linear(self, part: str, m: int, n: int, k: int) -> Kernel:
-        sm = self.sm if self.sm in bitblas.SMS else 86
-        tile = bitblas.best(m, n, k, sm)
+        tile = bitblas.best(m, n, k, self.device if self.device.sm in bitblas.SMS else gpu_of(86))
         moved = n * k / 2 + m * k + 4 * m * n
-        return Kernel(part, "integer products", 2 * m * n * k, moved, bitblas.estimate(tile, m, n, k, self.sm))
+        return Kernel(part, "integer products", 2 * m * n * k, moved, bitblas.estimate(tile, m, n, k, self.device))
 
     def float_linear(self, part: str, m: int, n: int, k: int) -> Kernel:
         moved = FLOAT * (n * k + m * k + m * n)
@@ -112,11 +112,11 @@ class Gpu:
         return self.moved(part, "norms, rotary embeddings, sums", 3 * FLOAT * elements, elements)
 
     def product(self, part: str, kind: str, operations: float, moved: float) -> Kernel:
-        seconds = max(operations / (REACHED * self.int8 / 2), moved / self.device.memory_bytes)
+        seconds = max(operations / (REACHED * self.int8 / 2), moved / self.device.memory_bandwidth)
         return Kernel(part, kind, operations, moved, seconds + LAUNCH)
 
     def moved(self, part: str, kind: str, moved: float, operations: float) -> Kernel:
-        return Kernel(part, kind, operations, moved, moved / self.device.memory_bytes + LAUNCH)
+        return Kernel(part, kind, operations, moved, moved / self.device.memory_bandwidth + LAUNCH)
 
 
 def rotations(m: int, k: int, block: int = 64) -> float:

@@ -7,20 +7,20 @@
 //              only when the kernel runs (a prompt shorter than its buffer)
 //   own_k..    `own_keys` more rows somewhere else: the suffix attends to the prefix's cache and to itself, in place
 //   cache_ready  of use to attention_wgmma.cu alone
-//   images     blockIdx.z: each has `tokens` rows of q and `keys` of k and v, behind those of the image before
+//   images     blockIdx.z: each has `tokens` rows of q and `keys` rows of k and v, after those of the image before
 //
 // Queries that share K and V are the rows of one matrix, row = token * HEADS + head. A block has 16 ROW_WARPS of them
 // and takes KEY_WARPS * KEYS keys at a time through a ring of STAGES tiles in shared memory; warp (i, j) holds 16 rows
 // and sees KEYS keys of each tile. SPLIT blocks (a cluster, SM 90) share the keys of the same rows. Every warp keeps
 //   m: what it subtracts in the exponent,  l = sum exp2(s - m),  o = sum exp2(s - m) v,
-// and sums over different keys are merged at the end, within the block and then over the cluster, in float32.
+// and l and o of different keys are merged at the end, within the block and then over the cluster, in float32.
 //
 // Rows in shared memory are PITCH elements apart, 8 more than DIMS rounded up to 16: an odd multiple of 16 bytes, so
 // that ldmatrix finds the 8 rows of a matrix in different banks. The merge has rows of as many floats, 32 bytes modulo
 // 64: its 8-byte stores are free of conflicts too, and m and l ride in the padding.
 //
 // grid (ceil(tokens * HEADS / (16 ROW_WARPS)) * SPLIT, kv heads, images), block 32 ROW_WARPS KEY_WARPS,
-// cluster (SPLIT, 1, 1), shared memory as in plugins/attention.py.
+// cluster (SPLIT, 1, 1), shared memory as in plugins/kernels/attention.py.
 #include "attention.cuh"
 
 // d[16, 8] += a[16, 16] b[16, 8]. Lane 4 g + t holds

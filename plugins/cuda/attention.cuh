@@ -1,4 +1,4 @@
-// What the attention kernels share: the softmax of a tile of scores and the merge of sums over different keys.
+// What the attention kernels share: the softmax of a tile of scores and the merge of what different keys gave.
 //
 // A warp holds 16 rows, row = token * HEADS + head; lane 4 g + t has rows g and g + 8 of them. Of each row it keeps
 //   m: what it subtracts in the exponent,  l = sum exp2(s - m),  o = sum exp2(s - m) v.
@@ -81,7 +81,7 @@ template <int TILES> __device__ inline void to_operand(const float (&s)[TILES][4
   p[2] = pack2<Bf16>(s[2 * j + 1][0], s[2 * j + 1][1]), p[3] = pack2<Bf16>(s[2 * j + 1][2], s[2 * j + 1][3]);
 }
 
-// A warp's sums into shared memory, `partial` [KEY_WARPS][ROWS][PITCH]: rows of o, PADDED columns, and m, l. PITCH is
+// A warp's o, m and l into shared memory, `partial` [KEY_WARPS][ROWS][PITCH]: rows of o, PADDED columns, and m, l. PITCH is
 // 32 bytes modulo 64, so that the 8-byte stores of a warp fall into different banks.
 template <int ROWS, int COLUMNS8>
 __device__ inline void deposit(float* partial, const float (&o)[COLUMNS8][4], const float (&m)[2], float (&l)[2],

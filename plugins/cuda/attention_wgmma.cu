@@ -15,7 +15,7 @@
 // the row; for v, whose depth is the keys, the transposed one: the same bytes and another descriptor.
 //
 // grid (ceil(tokens * HEADS / (64 ROW_GROUPS)) * SPLIT, kv heads, images), block 128 (ROW_GROUPS KEY_GROUPS + HELPERS),
-// cluster (SPLIT, 1, 1), shared memory as in plugins/attention.py.
+// cluster (SPLIT, 1, 1), shared memory as in plugins/kernels/attention_wgmma.py.
 #include "attention.cuh"
 #include "cluster.cuh"
 #include "wgmma_attention.cuh"  // generated, for KEYS = 8 SCORES8
@@ -43,7 +43,7 @@ __device__ inline int offset_of(int rows, int row, int piece) {
   return piece / 8 * rows * 128 + row * 128 + (piece % 8 ^ row % 8) * 16;
 }
 
-// Of a row of 256 values in shared memory, 16 bits each, the 16-byte pieces too are exchanged by piece ^ (row % 8).
+// A row of 256 values of 16 bits in shared memory has its 16-byte pieces exchanged too, by piece ^ (row % 8).
 constexpr int ROW = 512;
 
 // o / l of a warp's rows to `staging` [16][ROW]; a lane's rows are g and g + 8. The mean of values of v, it has their
@@ -98,8 +98,8 @@ __device__ inline void merge_received(const unsigned char* pieces, const float* 
 template <int HEADS, int ROW_GROUPS, int KEY_GROUPS, int KEYS, int STAGES, int SPLIT, int HELPERS>
 __global__ void __launch_bounds__(128 * (ROW_GROUPS * KEY_GROUPS + HELPERS), 1)
 attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, const Bf16* own_v, Bf16* out,
-                const int* past, int tokens, int keys, int own_keys, int q_stride, int kv_stride, int own_stride, int out_stride,
-                int cache_ready, float scale) {
+                const int* past, int tokens, int keys, int own_keys, int q_stride, int kv_stride, int own_stride,
+                int out_stride, int cache_ready, float scale) {
   constexpr int GROUPS = ROW_GROUPS * KEY_GROUPS, THREADS = 128 * (GROUPS + HELPERS);
   constexpr int DIMS = 256, ROWS = 64 * ROW_GROUPS, TILE = KEY_GROUPS * KEYS;
   constexpr int PIECES = DIMS / 8, STEP = THREADS / PIECES;  // a thread copies a piece of every STEP-th row
@@ -112,7 +112,7 @@ attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
   const int group = threadIdx.x / 128, row_group = group % ROW_GROUPS, key_group = group / ROW_GROUPS;
   const int rank = blockIdx.x % SPLIT, first_row = blockIdx.x / SPLIT * ROWS, rows = tokens * HEADS;
   if (past) keys += *past;
-  // Of either kind of keys a block takes its share, so that all wait alike for the kernel that computes the own ones.
+  // A block takes its share of either kind of keys, so that all wait alike for the kernel that computes the own ones.
   const auto begin_of = [](int count, int rank) { return count * rank / SPLIT; };
   const int first_key = begin_of(keys, rank), cached_keys = begin_of(keys, rank + 1) - first_key;
   const int first_own = begin_of(own_keys, rank), all_keys = cached_keys + begin_of(own_keys, rank + 1) - first_own;

@@ -1,2 +1,2 @@
-// A kernel that BitBLAS generated (plugins/bitblas.py) as an instance of a source like the others.
+// A kernel that BitBLAS generated (plugins/bitblas.py, plugins/kernels/bitblas.py), as a source like the others.
 #include "generated.cuh"

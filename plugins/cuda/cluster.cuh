@@ -1,5 +1,5 @@
-// How the blocks of a cluster (SM 90) exchange sums: data announce their own arrival at a barrier in the shared memory
-// that they go to. A barrier that orders them instead (release, acquire) waits for all of a block's memory traffic.
+// How the blocks of a cluster (SM 90) exchange accumulators: data announce their own arrival at a barrier in the shared
+// memory that they go to. A barrier that orders them instead (release, acquire) waits for all of a block's memory traffic.
 #pragma once
 #include "common.cuh"
 
@@ -17,8 +17,8 @@ __device__ inline void wait(unsigned barrier, int parity) {
                ::"r"(barrier), "r"(parity) : "memory");
 }
 
-// A barrier that opens once, when all `bytes` have come. One thread calls init, before the other blocks may send, and expect
-// behind a barrier of its block (or racecheck takes the two for a race); bytes may have come by then.
+// A barrier that opens once, when all `bytes` have come. One thread calls init, before the other blocks may send, and
+// expect after a barrier of its block (or racecheck takes the two for a race); bytes may have come by then.
 __device__ inline void init(unsigned long long* barrier) {
   init_barrier(address_of(barrier), 1);
   let_others_see_barriers();

@@ -33,7 +33,7 @@ template <> __device__ inline unsigned pack2<Half>(float low, float high) {
 
 // Kernels launched with overlap (programmatic dependent launch, SM 90) start while their predecessor still runs.
 // Weights may be read at once; everything another kernel writes only after wait_for_inputs(). A GEMM lets the next
-// kernel start when its own loads are over, the short prologues at once, so that the GEMM behind them loads weights
+// kernel start when its own loads are over, the short prologues at once, so that the GEMM after them loads weights
 // meanwhile. (GEMMs that let it start at once, or prologues that do so late, made a chain slower.) No-ops in an
 // ordinary launch.
 __device__ inline void wait_for_inputs() {
@@ -68,7 +68,7 @@ template <int GROUPS> __device__ inline void wait_for_copies() {  // until all b
   asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
 
-// Blocks of a cluster (SM 90) that split K add their sums through each other's shared memory.
+// Blocks of a cluster (SM 90) that split K add their accumulators through each other's shared memory.
 #if __CUDA_ARCH__ >= 900 && !defined(NO_CLUSTER)
 #define CLUSTER 1
 __device__ inline void cluster_barrier() {  // shared memory written before it can be read after it
@@ -145,12 +145,12 @@ __device__ inline float gelu_tanh(float g) {
   return g * inverse;
 }
 
-// What a sum of products of integers stands for, float32 in this order.
+// What an integer accumulator stands for, float32 in this order.
 __device__ inline float dequantized(int sum, float weight_scale, float x_scale) {
   return __fmul_rn(__fmul_rn(__int2float_rn(sum), weight_scale), x_scale);
 }
 
-// What becomes of a product last. A kernel takes those that the head of its source names.
+// The epilogues of a GEMM. A kernel takes those that the head of its source names.
 enum Finish { NONE, SILU, GELU, GEGLU, ROTARY };
 
 // What the residual stream's writer leaves for a norm whose reader is gemm_float: y * gain[n] in bf16 (gain may be null),
@@ -181,8 +181,8 @@ struct ForNorm {
 // EPILOGUE is NONE, or with no residual GELU: gelu_tanh of that; or GEGLU: the rows of every 16 are 8 of the gate and the 8
 // of up that belong to them, and what is stored is gelu_tanh(gate) * up [M, N / 2].
 //
-// A thread stores 4 consecutive channels of a token: a quad, whose first row (of gate) is n. Everything but the sums is
-// loaded ahead: `columns` even before wait_for_inputs, `inputs` after it.
+// A thread stores 4 consecutive channels of a token: a quad, whose first row (of gate) is n. Everything but the
+// accumulators is loaded ahead: `columns` even before wait_for_inputs, `inputs` after it.
 template <int BITS, int EPILOGUE, class Out> struct Epilogue {
   const float* x_scale;
   const float* weight_scale;
@@ -217,7 +217,7 @@ template <int BITS, int EPILOGUE, class Out> struct Epilogue {
     return in;
   }
 
-  // sum(offset) gives the sums of rows n + offset .. + 3.
+  // sum(offset) gives the accumulators of rows n + offset .. + 3.
   template <class Sum> __device__ void store(int token, int n, const Columns& c, const Inputs& in, Sum sum) const {
     if (token >= tokens) return;
     Out* const target = y + (size_t(token) * rows + n / 16 * 16) / PARTS + n % 16;

@@ -1,4 +1,4 @@
-// INT4 weights of a product of floats -> bf16, for a library that multiplies many tokens: y[n, k] = q[n, k] * weight_scale[n].
+// INT4 weights of a float GEMM -> bf16, for a library that multiplies large M: y[n, k] = q[n, k] * weight_scale[n].
 //
 //   weight  as plugins/layout.py, pack_int4_fragments, has it -> y [N, K]; N and K in multiples of 16
 //

@@ -4,8 +4,8 @@
 // Cameras' bytes -> a matrix with a row a patch, so that SigLIP's patch convolution is a GEMM.
 //
 //   images  [cameras, size, size, 3] bytes, red, green and blue of a pixel side by side
-//   y       [cameras * (size / PATCH)^2, pitch] of byte / 127.5 - 1; column (c * PATCH + row) * PATCH + column, the order of a
-//           convolution weight [out, 3, PATCH, PATCH]; zeros from 3 PATCH^2 on. pitch is even
+//   y       [cameras * (size / PATCH)^2, pitch] of byte / 127.5 - 1; column (c * PATCH + row) * PATCH + column, the order
+//           of a convolution weight [out, 3, PATCH, PATCH]; zeros from 3 PATCH^2 on. pitch is even
 //
 // grid (patches of an image, cameras), any block. A thread takes two neighboring pixels, three 2-byte loads (PATCH is
 // even, and a patch begins at any even byte), to a word of each of the three planes.

@@ -1,12 +1,13 @@
-// INT32 sums of a quantized linear -> float: the epilogue behind a GEMM that has none of its own (BitBLAS's), and of an
-// output rotation, which no GEMM has.
+// INT32 accumulators of a quantized linear -> float: the epilogue after a GEMM that has none of its own (BitBLAS's), and
+// the one with an output rotation, which no GEMM has.
 //
 //   y'[m, n] = dequantized(acc[m, n], weight_scale[n], x_scale[m])
-//   y        = finish((y' @ blockdiag(rotation) + bias) * gate[n]) + residual[m, n]      one rounding to Out at the end
+//   y        = activation((y' @ blockdiag(rotation) + bias) * gate[n]) + residual[m, n]      one rounding to Out at the end
 //
 // x_scale is one number a token (scale_stride 1) or one for all (0). rotation is [N / block, block, block]; bias, gate and
-// residual may be null. EPILOGUE is NONE, GELU, or GEGLU: gelu_tanh of the first N / 2 channels times the others, [M, N / 2].
-// A thread block takes CHUNK columns of a token's y; with ROTATE `block` is a multiple of 4 that divides CHUNK and y's columns.
+// residual may be null. EPILOGUE is NONE, GELU, or GEGLU: gelu_tanh of the first N / 2 channels times the others,
+// [M, N / 2]. A thread block takes CHUNK columns of a token's y; with ROTATE `block` is a multiple of 4 that divides CHUNK
+// and y's columns.
 //
 // grid (ceil(columns of y / CHUNK), M), 256 threads; y's columns a multiple of 4.
 #include "common.cuh"
@@ -32,9 +33,9 @@ epilogue(const int* acc, const float* x_scale, const float* weight_scale, const 
   for (int part = 0; part < PARTS; ++part) {
     const int n = part * columns + column;
     if (inside) {
-      const Four<int> sums = load_fresh(reinterpret_cast<const Four<int>*>(acc + size_t(token) * rows + n));
+      const Four<int> four_acc = load_fresh(reinterpret_cast<const Four<int>*>(acc + size_t(token) * rows + n));
       const Four<float> scale = four(weight_scale + n);
-      for (int i = 0; i < 4; ++i) v[part][i] = dequantized(sums.v[i], scale.v[i], of_token);
+      for (int i = 0; i < 4; ++i) v[part][i] = dequantized(four_acc.v[i], scale.v[i], of_token);
     }
     if constexpr (ROTATE)
       *reinterpret_cast<float4*>(chunks[part] + 4 * threadIdx.x) = {v[part][0], v[part][1], v[part][2], v[part][3]};

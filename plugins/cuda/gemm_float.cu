@@ -1,11 +1,11 @@
-// y[M, N] = x[M, K] w[N, K]^T for few tokens, M up to about 64: bf16 operands, float32 sums; the weights may be INT4 (BITS),
-// which becomes bf16 in registers. What the float linears of the action expert need in one kernel: the norm before, the
-// epilogue after. mma.sync, SM 80 and up.
+// y[M, N] = x[M, K] w[N, K]^T for small M, up to about 64: bf16 operands, float32 accumulators; the weights may be INT4
+// (BITS), which becomes bf16 in registers. One kernel has all that the float linears of the action expert need: the norm
+// before, the epilogue after. mma.sync, SM 80 and up.
 //
 //   r   = 1, or with NORM 1 / sqrt(mean_k X[m, k]^2 + epsilon), where x = X * gain is what the writer of the residual
 //         stream X has left, with sums of squares (common.cuh, ForNorm): r scales a whole row, so it can follow the
-//         product
-//   y   = (acc * r) * channel_scale[n] + bias[n], either may be null; then, by `EPILOGUE`,
+//         multiplication
+//   y   = (acc * r) * channel_scale[n] + bias[n], either may be null; then, by EPILOGUE,
 //     NONE    + residual[m, n] (float32, may be null or, when y is float, y itself); y in float32 may leave something
 //             for a norm itself
 //     SILU    y / (1 + exp(-y))
@@ -20,11 +20,11 @@
 // pieces of 8 cache lines at a time, and the number of such requests would bound this kernel, not the bytes.
 //
 // WARPS warps of a block and SPLIT blocks of a cluster (SM 90; elsewhere SPLIT = 1) share K. A block adds its warps'
-// sums and sends those of each token to the block that finishes it, of token m block m % SPLIT. All additions have a
-// fixed order, so the result is reproducible.
+// accumulators and sends those of token m to the block that finishes it, m % SPLIT. All additions have a fixed order, so
+// the result is reproducible.
 //
 // grid (N / (16 ROWS16), SPLIT, ceil(M / (8 TOKENS8))), block 32 WARPS, cluster (1, SPLIT, 1), shared memory as in
-// plugins/tactics.py.
+// plugins/kernels/gemm_float.py.
 #include "int4.cuh"
 
 constexpr int HEAD_DIMS = 256;
@@ -73,7 +73,7 @@ __device__ inline void store4(Bf16* to, const float (&v)[4]) {
   *reinterpret_cast<uint2*>(to) = {pack2<Bf16>(v[0], v[1]), pack2<Bf16>(v[2], v[3])};
 }
 
-// What becomes of the sums. A thread finishes 4 consecutive rows of W for a token: a quad, whose first row is n; with
+// The epilogue. A thread finishes 4 consecutive rows of W for a token: a quad, whose first row is n; with
 // GEGLU and ROTARY also the 4 rows that belong to them, n + 8...
 template <int EPILOGUE, class Out> struct Output {
   const float *channel_scale, *bias, *residual, *cosine, *sine;
@@ -116,7 +116,7 @@ template <int EPILOGUE, class Out> struct Output {
 
   struct Values { float v[PARTS][4]; };
 
-  // Of the sums of rows n.. and n + 8...
+  // Of the accumulators of rows n.. and n + 8...
   __device__ Values values(const Columns& c, const Inputs& in, float r, float4 first, float4 second) const {
     Values out;
 #pragma unroll
@@ -168,7 +168,7 @@ gemm_float(const Bf16* x, const float* squares, const uint4* weight, const float
   constexpr int ROWS = 16 * ROWS16, TOKENS = 8 * TOKENS8, PITCH = pitch(ROWS), THREADS = 32 * WARPS;
   constexpr int TILES = 4, ROW = TILES * 16 * 2;  // of K = 16 in a chunk; bytes of a token in a chunk
   constexpr int RING = STAGES * TOKENS * ROW / 4, REGION = RING > TOKENS * PITCH ? RING : TOKENS * PITCH;
-  extern __shared__ __align__(128) float shared[];  // [WARPS][REGION]: ring, then sums; [SPLIT][SLOTS][PITCH] of all
+  extern __shared__ __align__(128) float shared[];  // [WARPS][REGION]: ring, then acc; [SPLIT][SLOTS][PITCH] of all
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int rank = blockIdx.y, tiles = depth / 16, chunks = (tiles + TILES - 1) / TILES;
@@ -238,7 +238,7 @@ gemm_float(const Bf16* x, const float* squares, const uint4* weight, const float
     prefetch(weights + (size_t(threadIdx.x) * loads + rest) * 32, (last - rest) * 512);
   const int position = first_position + (past ? *past : 0);
   constexpr int SLOTS = (TOKENS + SPLIT - 1) / SPLIT;  // tokens that this block finishes: rank, rank + SPLIT...
-  constexpr int ALL = ROWS / 4;                        // quads of a token's sums
+  constexpr int ALL = ROWS / 4;                        // quads of a token's accumulators
 #if CLUSTER
   __shared__ unsigned long long arrived;
   if (SPLIT > 1) {
@@ -250,7 +250,7 @@ gemm_float(const Bf16* x, const float* squares, const uint4* weight, const float
 #endif
   wait_for_inputs();
   for (int step = 0; step < STAGES; ++step) fetch_activations(step);
-  // Four lanes add the squares of a token. Each has 4 quads of them under way while the products are computed, enough
+  // Four lanes add the squares of a token. Each has 4 quads of them under way while the tiles are multiplied, enough
   // for K = 1024.
   constexpr int TOKENS_A_ROUND = THREADS / 4, ROUNDS = NORM ? (TOKENS + TOKENS_A_ROUND - 1) / TOKENS_A_ROUND : 0;
   const int quads = depth / 64;
@@ -283,8 +283,8 @@ gemm_float(const Bf16* x, const float* squares, const uint4* weight, const float
     }
   let_next_kernel_start();
 
-  // Quads of this block's share of the tile: all of a thread's are in the same rows. Their operands come while the sums
-  // are added.
+  // Quads of this block's share of the tile: all of a thread's are in the same rows. Their operands come while
+  // the accumulators are added.
   constexpr int QUADS = O::QUADS * ROWS16, COUNT = (SLOTS * QUADS + THREADS - 1) / THREADS;
   static_assert(THREADS % QUADS == 0);
   const O output = {channel_scale, bias, residual, cosine, sine, y, k, v, rows, y_stride, kv_stride, position,

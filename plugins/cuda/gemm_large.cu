@@ -1,5 +1,5 @@
-// y[M, N] = x_q[M, K] (INT8) w[N, K]^T (INT4 or INT8) for many tokens: bound by the tensor cores. mma.sync, SM 80 and
-// up; on SM 90 gemm_wgmma.cu is faster.
+// y[M, N] = x_q[M, K] (INT8) w[N, K]^T (INT4 or INT8) for large M: bound by the tensor cores. mma.sync, SM 80 and up;
+// on SM 90 gemm_wgmma.cu is faster.
 //
 // A block computes 16 ROWS16 WARPS_N rows x 8 TOKENS8 WARPS_M tokens. Both operands come through a ring of STAGES
 // shared-memory stages of K = 128 filled with cp.async. A stage is
@@ -80,7 +80,8 @@ gemm_large(const signed char* x_q, const float* x_scale, const unsigned char* we
   wait_for_copies<0>();
   __syncthreads();
   int* const staging = reinterpret_cast<int*>(shared) + warp * staging_words(ROWS16);
-  const Epilogue<BITS, EPILOGUE, Out> epilogue = {x_scale, weight_scale, bias, residual, y, tokens, rows, {normed, normed_gain, normed_squares}};
+  const Epilogue<BITS, EPILOGUE, Out> epilogue = {x_scale, weight_scale, bias, residual, y, tokens, rows,
+                                                  {normed, normed_gain, normed_squares}};
   const int first_row = 16 * (first_tile + warp_n * ROWS16);
   store_warp_tile(acc, staging, first_token + warp_m * 8 * TOKENS8, first_row, epilogue,
                   columns_of_lane<ROWS16>(first_row, epilogue));

@@ -1,13 +1,13 @@
-// y[M, N] = x_q[M, K] (INT8) w[N, K]^T (INT4 or INT8) for few tokens, M up to about 64: bound by the weights' bytes and
-// by latency. mma.sync, SM 80 and up.
+// y[M, N] = x_q[M, K] (INT8) w[N, K]^T (INT4 or INT8) for small M, up to about 64: bound by the weights' bytes and by
+// latency. mma.sync, SM 80 and up.
 //
 // Everything stays in registers until the end: a warp owns 16 ROWS16 rows of W, 8 TOKENS8 tokens and a share of K, and
 // both operands are loaded from memory straight into the tensor cores' layout, 16 bytes a lane (weights are packed so,
 // "direct" layout; of the activations a lane takes 16 consecutive bytes of one token). Nothing is shared between warps,
 // so there is no barrier in the loop; STAGES chunks of K = 64 a warp are in flight.
 //
-// The WARPS of a block hold different parts of K and add their sums in shared memory. When N / (16 ROWS16) blocks are
-// too few for the GPU, gridDim.y blocks split K further: on SM 90 they form a cluster and add through distributed
+// The WARPS of a block hold different parts of K and add their accumulators in shared memory. When N / (16 ROWS16) blocks
+// are too few for the GPU, gridDim.y blocks split K further: on SM 90 they form a cluster and add through distributed
 // shared memory; on older GPUs they add into `workspace` with integer atomics (exact in any order) and the last one
 // finishes.
 //
@@ -140,7 +140,7 @@ gemm_small(const signed char* x_q, const float* x_scale, const unsigned char* we
   });
   cluster_wait_for_all();  // no block leaves while its shared memory is being read
 #else
-  // workspace: int32 [M padded, N] sums, then one counter a tile; all zero before and after.
+  // workspace: int32 [M padded, N] accumulators, then one counter a tile; all zero before and after.
   int* const sums = workspace + size_t(first_token) * rows + blockIdx.x * ROWS;
   int* const counter = workspace + size_t(gridDim.z) * TOKENS * rows + blockIdx.z * gridDim.x + blockIdx.x;
   for (int quad = threadIdx.x; quad < ALL; quad += THREADS) {

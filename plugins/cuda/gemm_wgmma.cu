@@ -9,7 +9,7 @@
 // Blocks are persistent and take tiles of 64 GROUPS rows x 8 TOKENS8 tokens in turn. A thread of its own keeps a ring
 // of STAGES stages filled and runs on into the next tile while the GROUPS warpgroups are in the epilogue of the last.
 // Where tiles are fewer than multiprocessors, SPLIT blocks, a cluster, share the K of a tile and add through
-// distributed shared memory. For few tokens there is gemm_wgmma_small.cu; the epilogue for y of 16 bits is group_tile.cuh.
+// distributed shared memory. For small M there is gemm_wgmma_small.cu; the epilogue for y of 16 bits is group_tile.cuh.
 //
 // grid: SPLIT = 1: as many blocks as run at once, or fewer; else SPLIT * tiles, cluster SPLIT.
 // block 128 GROUPS + 128 (GROUPS = 1: 160); shared memory STAGES * sizeof(Stage) + 4 GROUPS * 4 * staging_words(1),
@@ -103,7 +103,7 @@ gemm_wgmma(const signed char* x_q, const float* x_scale, const unsigned char* we
     if (GROUPS > 1) take_registers<232>();
     using E = Epilogue<BITS, EPILOGUE, Out>;
     const E epilogue = {x_scale, weight_scale, bias, residual, y, tokens, rows, {normed, normed_gain, normed_squares}};
-    constexpr bool IN_PLACE = SPLIT == 1 && sizeof(Out) == 2;  // store_group_tile works where the sums are
+    constexpr bool IN_PLACE = SPLIT == 1 && sizeof(Out) == 2;  // store_group_tile works where the accumulators are
     int count = 0;  // steps taken so far
     wait_for_inputs();  // for the tokens' scales
     for (int tile = block; tile < tiles; tile += blocks) {
@@ -144,7 +144,7 @@ gemm_wgmma(const signed char* x_q, const float* x_scale, const unsigned char* we
         int* const staged = received + (WARPS - warp) * RECEIVED<SPLIT, TOKENS8> + warp * STAGED<SPLIT, TOKENS8>;
         wait_for_cluster();
         send_parts<SPLIT, 1>(acc[0], received, 0, staged, &arrived, rank);
-        const Share<SPLIT, TOKENS8, E> share(rank, first_token, first_row, epilogue);  // in the registers of the sums
+        const Share<SPLIT, TOKENS8, E> share(rank, first_token, first_row, epilogue);  // in the registers of acc
         store_share<SPLIT, 1>(received, staged, &arrived, first_token, first_row, epilogue, columns, share);
       }
     }

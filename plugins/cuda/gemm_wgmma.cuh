@@ -1,5 +1,5 @@
-// What the GEMMs with wgmma share: the bulk copies of a ring and how its stages are given back, one step of K = 128, sums
-// of several holders.
+// What the GEMMs with wgmma share: the bulk copies of a ring and how its stages are given back, one step of K = 128,
+// accumulators of several holders.
 #pragma once
 #include "cluster.cuh"
 #include "wgmma.cuh"  // generated: void wgmma(int (&d)[TOKENS8][4], const unsigned (&a)[4], unsigned long long b)
@@ -54,8 +54,8 @@ __device__ inline void multiply_step(int (&acc)[TOKENS8][4], const unsigned char
 }
 __device__ inline void finish_steps() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
-// store_warp_tile where HOLDERS warps hold parts of the same sums, GROUPS of them in each block of a cluster. Holder
-// `part`, which is warpgroup part % GROUPS of block part / GROUPS, finishes every HOLDERS-th group of 8 tokens; the
+// store_warp_tile where HOLDERS warps hold parts of the same accumulators, GROUPS of them in each block of a cluster.
+// Holder `part`, which is warpgroup part % GROUPS of block part / GROUPS, finishes every HOLDERS-th group of 8 tokens; the
 // others send theirs, as the tensor cores left them, 16 bytes of each lane. A warp has room for RECEIVED words of them
 // at `received`, its namesake in the next warpgroup `apart` words further, and STAGED words at `staging`.
 template <int HOLDERS, int TOKENS8> constexpr int GROUPS_OF_8 = (TOKENS8 + HOLDERS - 1) / HOLDERS;

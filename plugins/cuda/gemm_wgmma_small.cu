@@ -1,10 +1,10 @@
-// gemm_wgmma.cu for few tokens, M up to about 64, where not bytes or products take the time but the latency of each step:
+// gemm_wgmma.cu for small M, up to about 64, where the latency of each step takes the time and not bytes or arithmetic:
 // the weights of a block are under way before the kernel ahead has ended, and its GROUPS warpgroups take the steps of
-// K = 128 in turn, so that one decodes while the products of another run. SPLIT blocks, a cluster, share the K of a tile
-// too. The sums of all of them meet as gemm_wgmma.cuh describes, each warpgroup finishing a part of the tokens.
+// K = 128 in turn, so that one decodes while another multiplies. SPLIT blocks, a cluster, share the K of a tile too. The
+// accumulators of all of them meet as gemm_wgmma.cuh describes, each warpgroup finishing a part of the tokens.
 //
-// A block has one tile, 64 rows x 8 TOKENS8 tokens. A warp of its own fills the ring of STAGES stages, first a lane a stage;
-// step s of the block is in stage s % STAGES and belongs to warpgroup s % GROUPS.
+// A block has one tile, 64 rows x 8 TOKENS8 tokens. A warp of its own fills the ring of STAGES stages, first a lane a
+// stage; step s of the block is in stage s % STAGES and belongs to warpgroup s % GROUPS.
 //
 // grid (N / 64 * SPLIT, ceil(M / (8 TOKENS8))), cluster SPLIT, block 128 GROUPS + 32; shared memory STAGES *
 // sizeof(Stage) + 4 GROUPS * 4 * (RECEIVED + STAGED).
@@ -13,8 +13,8 @@
 template <int BITS, int TOKENS8, int STAGES, int GROUPS, int SPLIT, int EPILOGUE, class Out>
 __global__ void __launch_bounds__(128 * GROUPS + 32, 1)
 gemm_wgmma_small(const signed char* x_q, const float* x_scale, const unsigned char* weight, const float* weight_scale,
-               const float* bias, const Out* residual, Out* y, int* workspace, int tokens, int rows, int depth, Bf16* normed,
-               const float* normed_gain, float* normed_squares) {
+                 const float* bias, const Out* residual, Out* y, int* workspace, int tokens, int rows, int depth,
+                 Bf16* normed, const float* normed_gain, float* normed_squares) {
   constexpr int TOKENS = 8 * TOKENS8, WARPS = 4 * GROUPS, HOLDERS = SPLIT * GROUPS;
   struct Stage {
     unsigned char x[TOKENS * 128];                   // swizzled; 1024-byte aligned
@@ -81,7 +81,7 @@ gemm_wgmma_small(const signed char* x_q, const float* x_scale, const unsigned ch
     const Stage& stage = stages[step % STAGES];
     wait(full + 8 * (step % STAGES), step / STAGES & 1);
     multiply_step<BITS>(acc, stage.w[warp % 4], stage.x, a);
-    if (step >= GROUPS) give_back(empty + 8 * ((step - GROUPS) % STAGES));  // that step's products are done
+    if (step >= GROUPS) give_back(empty + 8 * ((step - GROUPS) % STAGES));  // that step is multiplied
   };
   unsigned even[4][4], odd[4][4];
   int step = group;

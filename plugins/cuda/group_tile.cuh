@@ -1,10 +1,11 @@
-// The epilogue of a warpgroup that has all sums of its 64 rows x 8 TOKENS8 tokens, for y of 16-bit floats and no
+// The epilogue of a warpgroup that has all accumulators of its 64 rows x 8 TOKENS8 tokens, for y of 16-bit floats and no
 // residual.
 //
-// It works where the sums are: lane 4 g + t of warp w has, of every 8 tokens, tokens 2 t and 2 t + 1 of rows 16 w + g
-// (d[0], d[1]) and 16 w + g + 8 (d[2], d[3]), with GEGLU of a gate and of the up that belongs to it. Nothing waits for
-// another lane until `stmatrix` has turned 8 channels x 8 tokens into 16 bytes of each token; then the group stores whole
-// rows of its tile, 64 or 128 bytes. (common.cuh, store_warp_tile, takes a turn through shared memory for every 8 tokens.)
+// It works where the accumulators are: lane 4 g + t of warp w has, of every 8 tokens, tokens 2 t and 2 t + 1 of rows 16
+// w + g (d[0], d[1]) and 16 w + g + 8 (d[2], d[3]), with GEGLU of a gate and of the up that belongs to it. Nothing
+// waits for another lane until `stmatrix` has turned 8 channels x 8 tokens into 16 bytes of each token; then the group
+// stores whole rows of its tile, 64 or 128 bytes. (common.cuh, store_warp_tile, takes a turn through shared memory for
+// every 8 tokens.)
 #pragma once
 #include "cluster.cuh"
 
@@ -42,7 +43,7 @@ __device__ inline void store_group_tile(const int (&acc)[TOKENS8][4], int* stagi
   constexpr int GROUPS_OF_8 = (TOKENS8 + PASSES - 1) / PASSES;
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, group = threadIdx.x / 128;
   const int columns = epilogue.rows / PARTS, first_column = first_row / PARTS, row = first_row + 16 * warp + lane / 4;
-  // Chunks that are stored together, one of 8 tokens or those of few tokens, have different banks.
+  // Chunks that are stored together, one each of 8 tokens or several each of fewer, have different banks.
   auto place = [](int token, int chunk) { return (token * CHUNKS + (chunk ^ token * CHUNKS / 8 % CHUNKS)) * 16; };
   const unsigned at = address_of(staging);
 

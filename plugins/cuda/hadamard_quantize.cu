@@ -1,10 +1,11 @@
-// bf16 activations -> block Hadamard of 64 -> INT8 and one scale a token, for many tokens: what rotate_quantize.cu does
-// for PLAIN and 64, with the rotation by the tensor cores. The bits are those of its definition, but for sums in another order.
+// bf16 activations -> block Hadamard of 64 -> INT8 and one scale a token, for large M: what rotate_quantize.cu does for
+// PLAIN and 64, with the rotation by the tensor cores. The bits are those of its definition, but for additions in another
+// order.
 //
 // A warp takes 16 blocks of 64 channels. Channel i of a block, in bits i = h t1 t0 l e1 e0: lane 4 g + t loads of blocks g
-// and g + 8 the channels 8 t .. 8 t + 7 (h = 0) and 32 + 8 t .. (h = 1), 16 bytes each, as bf16 operand A of four products
-// of k = 16: product (h, l) has the channels with these bits, its k being (t, e). B is the Hadamard matrix over those 4
-// bits; the one over h and l is in the signs, + B or - B, with which a result adds up its four products:
+// and g + 8 the channels 8 t .. 8 t + 7 (h = 0) and 32 + 8 t .. (h = 1), 16 bytes each, as bf16 operand A of four
+// multiplications of k = 16: number (h, l) has the channels with these bits, its k being (t, e). B is the Hadamard matrix
+// over those 4 bits; the one over h and l is in the signs, + B or - B, with which a result adds up its four:
 //
 //   x'[h' n l'] = sum_(h, l) (-1)^(h h' + l l') sum_(t, e) A_(h, l)[t, e] (-1)^popcount((t, e) & n)
 //
@@ -12,8 +13,8 @@
 //
 // Blocks take tokens in turn, with copies of the next ones under way: each lane copies what it will read itself.
 //
-// grid: as many blocks as run at once, or fewer; block 32 threads for every 1024 channels; K a multiple of 1024, at most 16 K;
-// shared memory STAGES * 2 K bytes.
+// grid: as many blocks as run at once, or fewer; block 32 threads for every 1024 channels; K a multiple of 1024, at most
+// 16 K; shared memory STAGES * 2 K bytes.
 #include "cluster.cuh"
 #include "quantize.cuh"
 

@@ -1,4 +1,4 @@
-// INT4 weights of a product of floats, plugins/layout.py, pack_int4_fragments.
+// INT4 weights of a float GEMM, plugins/layout.py, pack_int4_fragments.
 #pragma once
 #include "common.cuh"
 

@@ -60,12 +60,12 @@ linear_narrow(const float* x, const float* weight, const float* bias, Out* y, in
 //   weight       [depth, COLUMNS]; bias [COLUMNS]; both already times the length of the step
 //   flow         [tokens, COLUMNS]
 //
-// With r = 1 / sqrt(mean of x^2 + epsilon) the product is
+// With r = 1 / sqrt(mean of x^2 + epsilon) the result is
 //
 //   r sum_k x_k (gain_k weight_k) + sum_k shift_k weight_k.
 //
 // Everything but x is constant and read ahead of the wait, and r joins at the end, so that one reduction over the block
-// does for both sums and the squares. A block has 16 columns of a token; 4 threads share a row of the weight.
+// does for both dot products and the squares. A block has 16 columns of a token; 4 threads share a row of the weight.
 // grid (COLUMNS / 16, tokens), block 512.
 template <int COLUMNS>
 __global__ void __launch_bounds__(512)

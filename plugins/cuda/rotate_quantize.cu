@@ -8,13 +8,13 @@
 // One block a token; a thread holds VECTORS times 8 consecutive channels, so the row never leaves the registers. A
 // block Hadamard (BLOCK = 16..128) is log2(BLOCK) stages of sums and differences: strides 1, 2, 4 inside the thread,
 // the rest between lanes. A dense rotation (BLOCK = DENSE) reads `block` x `block` matrices, which every token reads again
-// (meant for few tokens), and takes the row from shared memory.
+// (meant for small M), and takes the row from shared memory.
 //
 // Gain, shift (adaptive norms: one row of their table), input_scale, permutation, activation_scale may be null.
-// x_q is row-major [M, K'], or with slab_tokens > 0 in the slabs of plugins/layout.py, activation_slabs. K' >= K, a multiple
-// of 8, is the K of the product; the channels beyond K are zeros.
+// x_q is row-major [M, K'], or with slab_tokens > 0 in the slabs of plugins/layout.py, activation_slabs. K' >= K, a
+// multiple of 8, is the K of the GEMM; the channels beyond K are zeros.
 //
-// With Out = Bf16, for products of floats, x' itself goes to x_q, row-major, and x_scale is not written.
+// With Out = Bf16, for float GEMMs, x' itself goes to x_q, row-major, and x_scale is not written.
 //
 // grid M, block a multiple of 32 with VECTORS * 8 * block >= K'; shared memory 4 K bytes for a dense rotation.
 #include "quantize.cuh"

@@ -63,7 +63,7 @@ class Generated:
 
 
 def offered(m: int, n: int, k: int, gpu: Gpu) -> list[Generated]:
-    """As tactics the likeliest tiles that there is source for: all where BitBLAS is installed, else those that were kept."""
+    """As tactics the likeliest tiles that there is source for: all where BitBLAS is installed, else those kept."""
     tiles = ranked(m, n, k, gpu) if gpu.sm in SMS else []
     likeliest = list(dict.fromkeys([best(m, n, k, gpu), *tiles]))[:OFFERED] if tiles else []
     return [Generated(n, k, gpu.sm, tile) for tile in likeliest if is_available((n, k, tile), gpu.sm)]

@@ -163,7 +163,7 @@ def position_of(first_position: int, past: Pointer | None) -> int:
 def leave_for_norm(
     y: np.ndarray, normed: Pointer | None, normed_gain: Pointer | None, normed_squares: Pointer | None
 ) -> None:
-    """What a launch leaves for a norm of its y (common.cuh, ForNorm): y * gain, and sums of squares of every 16 channels."""
+    """What a launch leaves for a norm of its y (common.cuh, ForNorm): y * gain, and sums of y^2 over every 16 channels."""
     if normed is None:
         return
     assert normed_squares is not None

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from duq.plugins import attention
+from duq.plugins import tactics
 from tests.support import launch
 
 DIMS, HEADS = 256, 8
@@ -50,12 +50,12 @@ def check(out: torch.Tensor, exact: torch.Tensor) -> None:
 
 
 def skip_unless_fits(config) -> None:
-    if not config.fits(launch.compute_capability()):
+    if not config.fits(launch.gpu()):
         pytest.skip("the tile does not fit this GPU")
 
 
 @pytest.mark.parametrize("tokens", [1, 17, 306, 817, 1018])
-@pytest.mark.parametrize("config", attention.MANY_QUERIES, ids=str)
+@pytest.mark.parametrize("config", tactics.MANY_QUERIES, ids=str)
 def test_prefix(config, tokens):
     """Slices of one qkv matrix, K and V shared by all heads."""
     skip_unless_fits(config)
@@ -67,7 +67,7 @@ def test_prefix(config, tokens):
 
 
 @pytest.mark.parametrize(("tokens", "keys"), [(50, 306), (50, 817), (50, 1018), (51, 5), (1, 816), (3, 0)])
-@pytest.mark.parametrize("config", attention.FEW_QUERIES, ids=str)
+@pytest.mark.parametrize("config", tactics.FEW_QUERIES, ids=str)
 def test_suffix(config, tokens, keys):
     """The cache and the suffix's own keys and values, where they are."""
     skip_unless_fits(config)
@@ -83,7 +83,7 @@ def test_suffix(config, tokens, keys):
 
 @pytest.mark.parametrize("tokens", [256, 100])
 @pytest.mark.parametrize("images", [1, 3])
-@pytest.mark.parametrize("config", attention.VISION, ids=str)
+@pytest.mark.parametrize("config", tactics.VISION, ids=str)
 def test_vision(config, images, tokens):
     """16 heads of 72, each with its own K and V; images do not see each other."""
     skip_unless_fits(config)
@@ -96,7 +96,7 @@ def test_vision(config, images, tokens):
     check(out, torch.cat([definition(*operands, heads, heads) for operands in per_image]))
 
 
-EXTREME = [*attention.MANY_QUERIES[:2], *attention.MANY_QUERIES[5:7], attention.FEW_QUERIES[0]]
+EXTREME = [*tactics.MANY_QUERIES[:2], *tactics.MANY_QUERIES[5:7], tactics.FEW_QUERIES[0]]
 
 
 @pytest.mark.parametrize("config", EXTREME, ids=str)
@@ -140,7 +140,7 @@ def test_rotary(tokens, first_position, past, to_cache):
     assert qkv[tokens:].isnan().all() and cache[position + tokens if to_cache else 0 :].isnan().all()
 
 
-@pytest.mark.parametrize("config", [attention.MANY_QUERIES[1], *attention.FEW_QUERIES], ids=str)
+@pytest.mark.parametrize("config", [tactics.MANY_QUERIES[1], *tactics.FEW_QUERIES], ids=str)
 def test_overlapped_launches_wait_for_their_inputs(config):
     """Chains of rotary embedding and attention, each started before the one ahead has ended, give the same bits."""
     skip_unless_fits(config)

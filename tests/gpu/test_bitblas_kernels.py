@@ -5,7 +5,6 @@ python -m pytest -s tests/gpu/test_bitblas_kernels.py        also prints a table
 
 from __future__ import annotations
 
-import ctypes
 import json
 from dataclasses import astuple
 
@@ -14,6 +13,8 @@ import torch
 
 from duq.plugins import bitblas, driver
 from duq.plugins.bitblas import Tile
+from duq.plugins.gpu import gpu_of
+from duq.plugins.kernels.bitblas import BITBLAS
 from duq.plugins.layout import pack_bitblas
 from tests.support import launch
 
@@ -37,9 +38,9 @@ def operands(m: int, n: int, k: int):
 
 
 def run(function: driver.Kernel, tile: Tile, x_q, packed, c, m: int) -> None:
-    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x_q, packed, c)]
-    shape = tile.shape(m, c.shape[1])
-    function.launch(shape, [*pointers, ctypes.c_int(m)], torch.cuda.current_stream().cuda_stream)
+    instance = BITBLAS.instance(tile.shape(m, c.shape[1]))
+    arguments = {"x_q": x_q.data_ptr(), "weight": packed.data_ptr(), "y": c.data_ptr(), "tokens": m}
+    function.launch(instance.shape, instance.scalars(arguments), torch.cuda.current_stream().cuda_stream)
 
 
 def multiply(function: driver.Kernel, tile: Tile, x_q, weight) -> torch.Tensor:
@@ -84,6 +85,6 @@ def test_every_problem_of_the_table_is_exact(row):
 
 @pytest.mark.parametrize("m", [1, 15, 16, 17, 63, 64, 65, 131])
 def test_any_number_of_tokens_is_exact(m):
-    n, k, tile = 1024, 2048, bitblas.best(50, 1024, 2048, 86)
+    n, k, tile = 1024, 2048, bitblas.best(50, 1024, 2048, gpu_of(86))
     x_q, weight, exact = operands(m, n, k)
     assert torch.equal(multiply(kernel(n, k, tile), tile, x_q, weight).double(), exact)

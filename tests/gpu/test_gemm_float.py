@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from duq.plugins.kernels import GemmFloat
 from duq.plugins.layout import interleave_gate_up, interleave_rotary, pack_int4_fragments
-from duq.plugins.tactics import MAX_SHARED_BYTES, Float, best_float
+from duq.plugins.tactics import best_float
 from tests.support import launch
 
 GUARD = 8  # rows past the last token: poisoned in x, to be left alone in y
@@ -17,12 +18,12 @@ HEADS, DIMS = 8, 256
 SPLITS = [1, 2, 3, 4, 8]
 
 
-def tactics_for(m: int) -> list[Float]:
+def tactics_for(m: int) -> list[GemmFloat]:
     """Tiles of all kinds; tokens in one block or, of more than 32, in two. Without clusters no split."""
-    sm, tokens8 = launch.compute_capability(), -(-m // 8)
+    gpu, tokens8 = launch.gpu(), -(-m // 8)
     tiles = [(1, tokens8, 4, 3), (2, tokens8, 4, 2), (2, min(tokens8, 4), 8, 1), (4, tokens8, 4, 1), (1, tokens8, 8, 1)]
-    tactics = [Float(*tile, split if sm >= 90 else 1) for tile, split in zip(tiles, SPLITS, strict=True)]
-    return [tactic for tactic in tactics if tactic.shape(m, 64).shared_bytes <= MAX_SHARED_BYTES[sm]]
+    tactics = [GemmFloat(*tile, split if gpu.has_clusters else 1) for tile, split in zip(tiles, SPLITS, strict=True)]
+    return [tactic for tactic in tactics if tactic.shape(m, 64).shared_bytes <= gpu.block_shared_bytes]
 
 
 def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -109,14 +110,14 @@ def test_int4_weight(m, dtype, features):
         assert y[m:].isnan().all()
 
 
-@pytest.mark.parametrize("finish", ["GEGLU", "SILU"])
-def test_int4_weight_with_an_activation(finish):
-    m, n, k, tactic = 50, 256, 1024, Float(2, 7, 8, 1)
+@pytest.mark.parametrize("epilogue", ["GEGLU", "SILU"])
+def test_int4_weight_with_an_activation(epilogue):
+    m, n, k, tactic = 50, 256, 1024, GemmFloat(2, 7, 8, 1)
     o = operands(m, n, k)
     integers = torch.randint(-8, 8, (n, k), generator=torch.Generator().manual_seed(1), dtype=torch.int8).numpy()
     scale = torch.rand(n, device="cuda") / math.sqrt(k)
     expected = (o.x.double() @ torch.from_numpy(integers).cuda().double().T) * scale
-    if finish == "GEGLU":
+    if epilogue == "GEGLU":
         gate, up = expected.chunk(2, -1)
         expected = torch.nn.functional.gelu(gate, approximate="tanh") * up
         integers = interleave_gate_up(*integers.reshape(2, n // 2, k))
@@ -125,15 +126,15 @@ def test_int4_weight_with_an_activation(finish):
         expected = torch.nn.functional.silu(expected)
     y = poisoned(m + GUARD, expected.shape[1], dtype=FLOAT)
     packed = torch.from_numpy(pack_int4_fragments(integers)).cuda()
-    launch.gemm_float(tactic, o.x, packed, y, n=n, bits=4, finish=finish, channel_scale=scale)
+    launch.gemm_float(tactic, o.x, packed, y, n=n, bits=4, epilogue=epilogue, channel_scale=scale)
     check(y[:m], expected)
 
 
 @pytest.mark.parametrize(("n", "k"), [(16, 16), (1152, 4304), (2560, 2048), (48, 80)])
-def test_expand(n, k):
+def test_dequantize_weight(n, k):
     integers = torch.randint(-8, 8, (n, k), generator=torch.Generator().manual_seed(k), dtype=torch.int8)
     scale, y = torch.rand(n, device="cuda"), poisoned(n + GUARD, k, dtype=BF16)
-    launch.expand(torch.from_numpy(pack_int4_fragments(integers.numpy())).cuda(), scale, y[:n])
+    launch.dequantize_weight(torch.from_numpy(pack_int4_fragments(integers.numpy())).cuda(), scale, y[:n])
     assert torch.equal(y[:n], (integers.cuda().float() * scale[:, None]).bfloat16()) and y[n:].isnan().all()
 
 
@@ -167,8 +168,8 @@ def test_what_is_left_for_a_norm(m, gain):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_residual_in_place_and_the_same_again(split):
-    m, n, k, tactic = 50, 256, 1024, Float(2, 7, 4, 2, split)
-    if split > 1 and launch.compute_capability() < 90:
+    m, n, k, tactic = 50, 256, 1024, GemmFloat(2, 7, 4, 2, split)
+    if split > 1 and not launch.gpu().has_clusters:
         pytest.skip("no clusters on this GPU")
     o = operands(m, n, k)
     packed, outputs = launch.pack_float_weight(o.weight), []
@@ -182,13 +183,13 @@ def test_residual_in_place_and_the_same_again(split):
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
-@pytest.mark.parametrize(("finish", "dtype"), [("SILU", FLOAT), ("GEGLU", FLOAT), ("GEGLU", BF16)], ids=str)
+@pytest.mark.parametrize(("epilogue", "dtype"), [("SILU", FLOAT), ("GEGLU", FLOAT), ("GEGLU", BF16)], ids=str)
 @pytest.mark.parametrize("m", [1, 50])
-def test_activations(m, finish, dtype):
+def test_activations(m, epilogue, dtype):
     n, k = 256, 512
     o = operands(m, n, k)
     y = definition(o, True, "scale bias", 1e-6)
-    if finish == "GEGLU":
+    if epilogue == "GEGLU":
         gate, up = y.chunk(2, -1)
         expected = torch.nn.functional.gelu(gate, approximate="tanh") * up
         for name in ("weight", "channel_scale", "bias"):
@@ -202,7 +203,7 @@ def test_activations(m, finish, dtype):
     for tactic in tactics_for(m):
         y = poisoned(m + GUARD, width + 16, dtype=dtype)  # rows further apart than they are long
         features = chosen(o, "norm scale bias")
-        launch.gemm_float(tactic, o.x, packed, y[:, :width], n=n, finish=finish, **features)
+        launch.gemm_float(tactic, o.x, packed, y[:, :width], n=n, epilogue=epilogue, **features)
         check(y[:m, :width], expected)
         assert y[m:].isnan().all() and y[:, width:].isnan().all()
 
@@ -235,7 +236,7 @@ def test_rotary(m, past, to_cache):
         q = poisoned(m + GUARD, HEADS * DIMS + 8, dtype=torch.bfloat16)
         cache = poisoned(128, 2 * DIMS, dtype=torch.bfloat16)
         launch.gemm_float(
-            tactic, o.x, packed, q, cache[:, :DIMS], cache[:, DIMS:], n=n, squares=o.squares, finish="ROTARY", bias=o.bias,
+            tactic, o.x, packed, q, cache[:, :DIMS], cache[:, DIMS:], n=n, squares=o.squares, epilogue="ROTARY", bias=o.bias,
             tables=tables, past=past_tokens, first_position=first_position, to_cache=to_cache,
         )  # fmt: skip
         check(q[:m, : HEADS * DIMS], expected_q)
@@ -251,7 +252,7 @@ def test_rotary(m, past, to_cache):
 def test_best_tactic_at_full_size(n, k, m):
     o = operands(m, n, k)
     y = poisoned(m + GUARD, n, dtype=torch.float32)
-    tactic = best_float(m, n, k, launch.compute_capability())
+    tactic = best_float(m, n, k, launch.gpu())
     packed = launch.pack_float_weight(o.weight)
     launch.gemm_float(tactic, o.x, packed, y, n=n, residual=o.residual)
     check(y[:m], definition(o, False, "", 0) + o.residual)

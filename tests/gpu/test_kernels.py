@@ -9,7 +9,7 @@ import torch
 
 from duq.plugins import tactics
 from duq.plugins.layout import activation_slabs, interleave_gate_up
-from duq.plugins.tactics import Large, Small, Wgmma, WgmmaFew, best
+from duq.plugins.tactics import Large, Small, Wgmma, WgmmaSmall, best
 from tests.gpu.test_gemm_float import check_left, left_for_norm
 from tests.support import launch
 
@@ -26,11 +26,11 @@ TACTICS = [
     Large(2, 10, 4, 2, 3),
     Wgmma(2, 26, 3),
     Wgmma(2, 24, 3),
-    WgmmaFew(8, 8, 1),
-    WgmmaFew(8, 6, 2),
-    WgmmaFew(8, 8, 4),
-    WgmmaFew(8, 4, 1, split=4),
-    WgmmaFew(8, 4, 2, split=8),
+    WgmmaSmall(8, 8, 1),
+    WgmmaSmall(8, 6, 2),
+    WgmmaSmall(8, 8, 4),
+    WgmmaSmall(8, 4, 1, split=4),
+    WgmmaSmall(8, 4, 2, split=8),
     Wgmma(2, 26, 5, split=2),
     Wgmma(1, 20, 5, split=2),
     Wgmma(1, 20, 4),
@@ -63,7 +63,7 @@ def run(tactic, bits: int, x_q, weight, y, scales=None, bias=None, residual=None
 
 
 def fits(tactic, m: int, n: int, k: int, bits: int) -> bool:
-    return tactics.fits(tactic, m, n, k, bits, launch.compute_capability())
+    return tactics.fits(tactic, m, n, k, bits, launch.gpu())
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -84,7 +84,7 @@ def test_integer_sums_are_exact(tactic, m, bits):
 @pytest.mark.parametrize("extras", ["", "bias", "residual", "bias residual", "in place"])
 @pytest.mark.parametrize(
     "tactic",
-    [Small(2, 7, 4, 2), Small(1, 7, 4, 2, split=4), Large(4, 8, 4, 2, 3), Wgmma(2, 26, 3), WgmmaFew(8, 4, 2, split=4)],
+    [Small(2, 7, 4, 2), Small(1, 7, 4, 2, split=4), Large(4, 8, 4, 2, 3), Wgmma(2, 26, 3), WgmmaSmall(8, 4, 2, split=4)],
     ids=str,
 )
 def test_epilogue_is_the_definition_in_float32(tactic, extras, dtype):
@@ -120,8 +120,8 @@ def test_epilogue_is_the_definition_in_float32(tactic, extras, dtype):
         Large(2, 13, 2, 2, 3),
         Wgmma(2, 26, 3),
         Wgmma(2, 26, 5, split=2),
-        WgmmaFew(8, 4, 2),
-        WgmmaFew(8, 4, 1, split=4),
+        WgmmaSmall(8, 4, 2),
+        WgmmaSmall(8, 4, 1, split=4),
     ],
     ids=str,
 )
@@ -137,7 +137,7 @@ def test_geglu_epilogue(tactic, m, dtype):
         torch.from_numpy(interleave_gate_up(*v.cpu().numpy().reshape(2, n // 2, -1))).cuda() for v in (weight, weight_scale)
     )
     y = poisoned(m, n // 2, dtype)
-    run(tactic, 4, x_q, weight, y, (x_scale, weight_scale.flatten()), finish="GEGLU")
+    run(tactic, 4, x_q, weight, y, (x_scale, weight_scale.flatten()), epilogue="GEGLU")
     tolerance = 2e-6 if dtype == torch.float32 else 2**-8
     torch.testing.assert_close(y[:m].double(), expected, rtol=tolerance, atol=1e-12)
     assert y[m:].isnan().all()
@@ -147,7 +147,7 @@ def test_geglu_epilogue(tactic, m, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     "tactic",
-    [Small(1, 7, 4, 2, split=4), Large(4, 8, 4, 2, 3), Wgmma(2, 26, 3), Wgmma(2, 26, 5, split=2), WgmmaFew(8, 4, 2)],
+    [Small(1, 7, 4, 2, split=4), Large(4, 8, 4, 2, 3), Wgmma(2, 26, 3), Wgmma(2, 26, 5, split=2), WgmmaSmall(8, 4, 2)],
     ids=str,
 )
 def test_gelu_epilogue(tactic, dtype, bias):
@@ -160,7 +160,7 @@ def test_gelu_epilogue(tactic, dtype, bias):
     v = (exact.float() * weight_scale) * x_scale[:, None]
     expected = torch.nn.functional.gelu((v if bias is None else v + bias).double(), approximate="tanh")
     y = poisoned(m, n, dtype)
-    run(tactic, 4, x_q, weight, y, (x_scale, weight_scale), bias, finish="GELU")
+    run(tactic, 4, x_q, weight, y, (x_scale, weight_scale), bias, epilogue="GELU")
     tolerance = 2e-6 if dtype == torch.float32 else 2**-8
     torch.testing.assert_close(y[:m].double(), expected, rtol=tolerance, atol=1e-12)
     assert y[m:].isnan().all()
@@ -204,7 +204,7 @@ PREFIX = [(2560, 2048), (2048, 2048), (32768, 2048), (2048, 16384)]
 def test_best_tactic_is_exact_at_full_size(m, n, k, bits):
     x_q, weight, exact = operands(m, n, k, bits)
     y = poisoned(m, n, torch.int32)
-    run(best(m, n, k, bits, launch.compute_capability()), bits, x_q, weight, y)
+    run(best(m, n, k, bits, launch.gpu()), bits, x_q, weight, y)
     assert torch.equal(y[:m].double(), exact)
     assert (y[m:] == 0x7FFFFFFF).all()
 

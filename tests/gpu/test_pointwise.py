@@ -170,29 +170,29 @@ def test_geglu(tokens, width):
     assert y[tokens:].isnan().all()
 
 
-def dequantized(acc, x_scale, weight_scale, rotation, bias, gate, residual, finish: str) -> torch.Tensor:
+def dequantized(acc, x_scale, weight_scale, rotation, bias, gate, residual, activation: str) -> torch.Tensor:
     """The definition in float64, behind the products that are float32."""
     v = ((acc.float() * weight_scale) * x_scale[:, None]).double()
     if rotation is not None:
         v = torch.einsum("mbi,bij->mbj", v.unflatten(-1, rotation.shape[:2]), rotation.double()).flatten(-2)
     v = v if bias is None else v + bias
     v = v if gate is None else v * gate
-    if finish == "GEGLU":
+    if activation == "GEGLU":
         v, up = v.chunk(2, -1)
         v = functional.gelu(v, approximate="tanh") * up
-    v = functional.gelu(v, approximate="tanh") if finish == "GELU" else v
+    v = functional.gelu(v, approximate="tanh") if activation == "GELU" else v
     return v if residual is None else v + residual.double()
 
 
 @pytest.mark.parametrize("features", ["", "bias", "bias residual", "gate residual"])
-@pytest.mark.parametrize("finish", ["NONE", "GELU", "GEGLU"])
+@pytest.mark.parametrize("activation", ["NONE", "GELU", "GEGLU"])
 @pytest.mark.parametrize("block", [0, 16, 64])
 @pytest.mark.parametrize(("m", "n"), [(1, 128), (51, 2560), (7, 6144)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_dequantize(dtype, m, n, block, finish, features):
+def test_epilogue(dtype, m, n, block, activation, features):
     generator = torch.Generator("cuda").manual_seed(n)
     acc = torch.randint(-(2**24), 2**24, (m, n), dtype=torch.int32, device="cuda", generator=generator)
-    columns = n // 2 if finish == "GEGLU" else n
+    columns = n // 2 if activation == "GEGLU" else n
     operands = {
         "x_scale": random(m, seed=1).abs() * 1e-3,
         "weight_scale": random(n, seed=2).abs() * 1e-4,
@@ -202,8 +202,8 @@ def test_dequantize(dtype, m, n, block, finish, features):
         "residual": random(m, columns, seed=6, dtype=dtype) if "residual" in features else None,
     }
     y = poisoned(m, columns, dtype)
-    launch.dequantize(acc, y=y[:m], finish=finish, **operands)
-    check(y, dequantized(acc, **operands, finish=finish))
+    launch.epilogue(acc, y=y[:m], activation=activation, **operands)
+    check(y, dequantized(acc, **operands, activation=activation))
 
 
 def test_overlapped_launches_wait_for_their_inputs():

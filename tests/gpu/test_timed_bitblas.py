@@ -7,8 +7,9 @@ import pytest
 from duq.compiler.targets.cuda.cubins import compile_each
 from duq.compiler.targets.cuda.problems import Gemm
 from duq.compiler.targets.cuda.timing import instances_of, time_each
-from duq.plugins import bitblas
 from duq.plugins.driver import load
+from duq.plugins.gpu import gpu_of
+from duq.plugins.kernels import bitblas
 from tests.support import launch
 
 GENERATED_FOR = 86  # what runs on newer GPUs too
@@ -23,7 +24,7 @@ PROBLEMS = [
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_bitblas_kernels_compute_the_same(problem):
     sm = launch.compute_capability()
-    generated = bitblas.offered(problem.m, problem.n, problem.k, GENERATED_FOR)
+    generated = bitblas.offered(problem.m, problem.n, problem.k, gpu_of(GENERATED_FOR))
     if not generated:
         pytest.skip("needs BitBLAS, or the source that it made in $DUQ_CACHE")
     tactics = [problem.best(sm), *problem.candidates(sm)[:2], *generated]

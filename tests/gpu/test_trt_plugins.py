@@ -15,9 +15,10 @@ import torch
 
 from duq.plugins import bitblas, trt
 from duq.plugins.bitblas import Tile
-from duq.plugins.nvrtc import compile_cubin
+from duq.plugins.gpu import gpu_of
 from duq.plugins.layout import pack_bitblas
 from duq.plugins.nodes import Kernels, RotateQuantize, Tensor, W4A8Linear
+from duq.plugins.nvrtc import compile_cubin
 from tests.gpu.test_bitblas_kernels import operands
 from tests.gpu.test_kernels import check_quantized, definition, hadamard_matrix
 from tests.support import launch
@@ -94,7 +95,7 @@ def test_linear_is_the_definition_bit_for_bit(m, n, k, stages, scale, float_type
     packed = torch.from_numpy(pack_bitblas(weight.cpu().numpy())).view(torch.int8).cuda()
     residual = torch.randn(1, m, n, device="cuda").to(TORCH[float_type])
     extra = [{"bias": bias, "residual": residual}[stage] for stage in stages.split("+") if stage != "plain"]
-    node = W4A8Linear(stages, bitblas.best(m, n, k, 86), float_type)
+    node = W4A8Linear(stages, bitblas.best(m, n, k, gpu_of(86)), float_type)
     scales = x_scale.view(1, m, 1) if x_scale.dim() else x_scale
     (y,) = host("W4A8Linear", node, [x_q.view(1, m, k), scales, packed, weight_scale, *extra])
     expected = (exact.float() * weight_scale) * x_scale
@@ -112,7 +113,7 @@ def test_linear_with_output_rotation(m, n, k, block, stages):
     rotation, bias = torch.randn(n // block, block, block, device="cuda"), torch.randn(n, device="cuda")
     packed = torch.from_numpy(pack_bitblas(weight.cpu().numpy())).view(torch.int8).cuda()
     extra = [rotation, bias] if "bias" in stages else [rotation]
-    node = W4A8Linear(stages, bitblas.best(m, n, k, 86), "float")
+    node = W4A8Linear(stages, bitblas.best(m, n, k, gpu_of(86)), "float")
     (y,) = host("W4A8Linear", node, [x_q, x_scale, packed, weight_scale, *extra])
     scaled = ((exact.float() * weight_scale) * x_scale).double().view(m, -1, block)
     expected = torch.einsum("mbi,bij->mbj", scaled, rotation.double()).reshape(m, n)

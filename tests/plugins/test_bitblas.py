@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,10 +11,14 @@ from duq.plugins import bitblas
 from duq.plugins.bitblas import DEPTH, Tile, best, candidates, compile_kernel, estimate, fits, ranked, sources
 from duq.plugins.bitblas_generate import repaired
 from duq.plugins.errors import KernelError
+from duq.plugins.gpu import GPUS, gpu_of
+from duq.plugins.kernels import bitblas as tactics
+from duq.plugins.kernels.bitblas import BITBLAS, Generated, offered
 from duq.plugins.layout import pack_bitblas
 from duq.tools.bitblas_table import rows
 from tests.support.emulate_bitblas import Block, to_python
 
+A40 = gpu_of(86)
 SMALL = (64, 256, Tile(1, 2, 32, 32, 2, True))  # N, K, tile
 
 
@@ -24,21 +29,21 @@ def test_the_table_is_what_the_tool_writes():
 def test_every_row_of_the_table_is_chosen_and_fits():
     for row in rows():
         problem = row["m"], row["n"], row["k"]
-        assert best(*problem, 86) == Tile(*row["tile"]) and fits(Tile(*row["tile"]), *problem[1:], 86)
-    nearest = best(817, 2560, 2048, 86)
-    assert nearest in (best(816, 2560, 2048, 86), best(818, 2560, 2048, 86))
+        assert best(*problem, A40) == Tile(*row["tile"]) and fits(Tile(*row["tile"]), *problem[1:], A40)
+    nearest = best(817, 2560, 2048, A40)
+    assert nearest in (best(816, 2560, 2048, A40), best(818, 2560, 2048, A40))
 
 
-@pytest.mark.parametrize("sm", [80, 86, 89])
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=lambda gpu: str(gpu.sm))
 @pytest.mark.parametrize(("n", "k"), [(2560, 2048), (1024, 4096), (96, 256)])
-def test_candidates_fit_their_resources(n, k, sm):
-    tiles = candidates(n, k, sm)
+def test_candidates_fit_their_resources(n, k, gpu):
+    tiles = candidates(n, k, gpu)
     assert tiles and len(set(tiles)) == len(tiles)
     for tile in tiles:
         assert n % tile.block_n == 0 and k // DEPTH >= tile.stages + 2
-        assert tile.shared_bytes <= bitblas.MAX_SHARED_BYTES[sm] and 64 <= tile.threads <= 512
-        assert estimate(tile, 50, n, k, sm) > 0
-    times = [estimate(tile, 50, n, k, sm) for tile in ranked(50, n, k, sm)]
+        assert tile.shared_bytes <= gpu.block_shared_bytes and 64 <= tile.threads <= 512
+        assert estimate(tile, 50, n, k, gpu) > 0
+    times = [estimate(tile, 50, n, k, gpu) for tile in ranked(50, n, k, gpu)]
     assert times == sorted(times)
 
 
@@ -46,13 +51,14 @@ def test_candidates_fit_their_resources(n, k, sm):
     ("problem", "says"),
     [
         ((50, 2560, 2048, 90), "not for 90"),
+        ((50, 2560, 2048, 87), "not for 87"),
         ((50, 17, 2048, 86), "N is a multiple"),
         ((50, 2560, 100, 86), "N is a multiple"),
     ],
 )
 def test_what_has_no_kernel_is_refused(problem, says):
     with pytest.raises(KernelError, match=says):
-        best(*problem)
+        best(*problem[:3], gpu_of(problem[3]))
 
 
 def test_without_bitblas_the_extra_is_named(tmp_path, monkeypatch):
@@ -62,6 +68,14 @@ def test_without_bitblas_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(bitblas, "version", missing)
     with pytest.raises(KernelError, match=r"pip install 'duq\[bitblas\]'"):
         sources([SMALL], 86, tmp_path)
+
+
+def test_offers_tactics_where_there_is_source(monkeypatch):
+    problem = 306, 2560, 2048
+    kept = best(*problem, A40)
+    monkeypatch.setattr(tactics, "is_available", lambda problem, sm: problem[2] == kept)
+    assert offered(*problem, A40) == [Generated(2560, 2048, 86, kept)]
+    assert offered(*problem, gpu_of(90)) == offered(*problem, gpu_of(87)) == []
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +109,13 @@ def test_data_moves_as_the_layouts_say(generated, tile):
     for bx, by, _ in np.ndindex(shape.grid):
         Block(shape.threads, shape.shared_bytes, x_q, pack_bitblas(weight), c).run(code, bx, by)
     np.testing.assert_array_equal(c, x_q.astype(np.int64) @ weight.astype(np.int64).T)
+
+
+def test_the_description_is_what_is_generated(generated):
+    source, _ = generated
+    found = re.search(r"general_dequant_matmul_kernel\((.*?)\)", source)[1].replace("__restrict__ ", "").split(",")
+    types = [re.sub(r"\s*\w+$", "", each.strip()).removesuffix(" ") for each in found]
+    assert types == [each.type.removeprefix("const ") for each in BITBLAS.parameters.values()]
 
 
 def test_source_is_kept_and_made_again_when_damaged(generated, monkeypatch):

@@ -1,187 +1,179 @@
-"""Compiling CUDA kernels with no GPU, the cache of cubins, and the choice of tile shapes."""
+"""The descriptions of the kernels against their sources, and that every kernel compiles for every GPU."""
 
 from __future__ import annotations
 
-import sys
+import inspect
+import re
+from typing import NamedTuple
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from duq.plugins import attention, driver, kernels, pointwise, tactics
-from duq.plugins.errors import KernelError
-from duq.plugins.nvrtc import ARCHITECTURES, Cubin, compile_cubin, read_cached
-from duq.plugins.tactics import FEW_TOKENS, Wgmma, WgmmaFew, best, best_float, candidates, fits, wgmma_header
+from duq.plugins import kernels
+from duq.plugins.gpu import GPUS
+from duq.plugins.kernel import Instance
+from duq.plugins.kernels import KERNELS, Attention, GemmFloat, Large, Small, Wgmma, WgmmaSmall, reference
+from duq.plugins.kernels.bitblas import BITBLAS
+from duq.plugins.kernels.gemm_wgmma import wgmma_header
+from duq.plugins.nvrtc import SOURCES, compile_cubin
+from duq.plugins.tactics import best_attention
 
-POINTWISE = [
-    pointwise.normalize(1, 1152, "float", "Bf16", center=True),
-    pointwise.normalize(1, 8192, "Bf16", "float", center=False),
-    pointwise.patches(3, 224, 14),
-    pointwise.patches(3, 224, 14, "float"),
-    pointwise.tokens(48, 2048),
-    pointwise.linear_narrow(50, 1024, "NONE", "float"),
-    pointwise.linear_narrow(1, 1024, "SILU", "Bf16"),
-    pointwise.flow_step(50, 32),
-    pointwise.geglu(50, 4096),
-    pointwise.expand(64, 4304),
-    pointwise.hadamard_quantize(816, 16384),
-    pointwise.dequantize(50, 1024, "Bf16", True, "GEGLU"),
-    pointwise.dequantize(50, 1024, "float", False),
+IN_SOURCES = {name: each for name, each in KERNELS.items() if not each.is_library and name != BITBLAS.name}
+
+
+class Declared(NamedTuple):
+    """A __global__ function as C++ has it: (kind, name) of the template's parameters, (type, name) of its own."""
+
+    source: str
+    template: list[tuple[str, str]]
+    parameters: list[tuple[str, str]]
+
+
+_NESTED = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"
+_GLOBAL = re.compile(
+    rf"(?:template\s*<(?P<template>[^<>]*)>\s*)?__global__\s+void\s+(?:__launch_bounds__{_NESTED}\s*)?"
+    r"(?P<name>\w+)\s*\((?P<parameters>[^()]*)\)\s*\{"
+)
+
+
+def declared_in(source: str, text: str) -> dict[str, Declared]:
+    text = re.sub(r"//[^\n]*", "", text)
+    found = {}
+    for match in _GLOBAL.finditer(text):
+        assert match["name"] not in found
+        found[match["name"]] = Declared(source, _pairs(match["template"] or ""), _pairs(match["parameters"]))
+    assert len(found) == text.count("__global__"), f"{source}: a kernel of a form that this test does not read"
+    return found
+
+
+def _pairs(text: str) -> list[tuple[str, str]]:
+    """ "const In* x, int depth" -> ("const In*", "x"), ("int", "depth")"""
+    each = (" ".join(item.split()) for item in text.split(",") if item.strip())
+    pairs = (re.fullmatch(r"(.*[\s*])(\w+)", item) for item in each)
+    return [(pair[1].strip(), pair[2]) for pair in pairs]
+
+
+DECLARED = {
+    name: declared
+    for path in sorted(SOURCES.glob("*.cu"))
+    for name, declared in declared_in(path.name, path.read_text()).items()
+}
+
+
+def test_every_kernel_has_a_description_and_every_description_a_kernel():
+    assert DECLARED.keys() == IN_SOURCES.keys() and len(DECLARED) >= 19
+
+
+@pytest.mark.parametrize("name", IN_SOURCES)
+def test_a_description_is_what_the_source_declares(name):
+    declared, kernel = DECLARED[name], IN_SOURCES[name]
+    assert kernel.source == declared.source and kernel.name == name
+    assert _pairs(kernel.template_declaration) == declared.template
+    assert kernel.template == tuple(each for _, each in declared.template)
+    assert [(each.type, each.name) for each in kernel.parameters.values()] == declared.parameters
+
+
+@pytest.mark.parametrize("name", IN_SOURCES)
+def test_only_pointers_may_be_null_and_outputs_must_not(name):
+    parameters = IN_SOURCES[name].parameters.values()
+    assert all(each.is_pointer for each in parameters if each.optional)
+    assert any(each.is_pointer and not each.optional and not each.type.startswith("const") for each in parameters)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_reference_has_the_kernels_parameters(name):
+    _, *parameters = inspect.signature(KERNELS[name].reference).parameters
+    assert parameters == list(KERNELS[name].parameters)
+
+
+def test_the_parser_sees_differences():
+    text = "// __global__ void no() {\ntemplate <class T, int N>\n__global__ void __launch_bounds__(32 * (N + f(2)), 1)\n"
+    found = declared_in("a.cu", text + "a(const T* x, unsigned char* y,\n  int n) { }\n__global__ void b(int m) {}")
+    assert found["a"] == Declared(
+        "a.cu", [("class", "T"), ("int", "N")], [("const T*", "x"), ("unsigned char*", "y"), ("int", "n")]
+    )
+    assert found["b"] == Declared("a.cu", [], [("int", "m")])
+    with pytest.raises(AssertionError, match="does not read"):
+        declared_in("a.cu", "extern __global__ int odd(int);")
+
+
+# Compiling
+
+SMALLEST = [
+    Small(1, 1, 1, 1).instance(8, 16, 4, "int"),
+    Large(1, 1, 1, 1, 2).instance(8, 16, 8, "Bf16", "GEGLU"),
+    GemmFloat(1, 1, 1, 1).instance(8, 768, "Bf16", True, "ROTARY"),
+    GemmFloat(1, 1, 1, 1).instance(8, 16, "float", False, "GEGLU", bits=4),
+    kernels.rotate_quantize(8, 1024, "Half", "RMS_NORM", 64),
+    Attention(72, 1, 1, 2, 16, 2).instance(8),
+    kernels.rotary(8, 8, 256),
+    kernels.normalize(1, 1152, "float", "Bf16", center=True),
+    kernels.normalize(1, 8192, "Bf16", "float", center=False),
+    kernels.patches(3, 224, 14),
+    kernels.patches(3, 224, 14, "float"),
+    kernels.tokens(48, 2048),
+    kernels.linear_narrow(50, 1024, "NONE", "float"),
+    kernels.linear_narrow(1, 1024, "SILU", "Bf16"),
+    kernels.flow_step(50, 32),
+    kernels.geglu(50, 4096),
+    kernels.dequantize_weight(64, 4304),
+    kernels.hadamard_quantize(816, 16384),
+    kernels.epilogue(50, 1024, "Bf16", True, "GEGLU"),
+    kernels.epilogue(50, 1024, "float", False),
 ]
-SMALLEST = "gemm_small<4, 1, 1, 1, 1, NONE, int>"
+BY_WGMMA = [
+    Wgmma(1, 1, 2).instance(8, 64, 4, "float"),
+    Wgmma(1, 1, 2, 2).instance(8, 64, 4, "float"),
+    WgmmaSmall(1, 4, 2).instance(8, 64, 4, "float"),
+    best_attention(256, 50, 1, GPUS[90]).instance(50),
+]
 
 
-@pytest.mark.parametrize("sm", ARCHITECTURES)
+def test_every_kernel_is_compiled_here():
+    assert {each.kernel.name for each in SMALLEST + BY_WGMMA} == IN_SOURCES.keys()
+
+
 @pytest.mark.parametrize(
-    ("source", "expression"),
-    [
-        ("gemm_small.cu", SMALLEST),
-        ("gemm_large.cu", "gemm_large<8, 1, 1, 1, 1, 2, GEGLU, Bf16>"),
-        ("gemm_float.cu", "gemm_float<1, 1, 1, 1, 1, true, ROTARY, Bf16, 16>"),
-        ("gemm_float.cu", "gemm_float<1, 1, 1, 1, 1, false, GEGLU, float, 4>"),
-        ("rotate_quantize.cu", "rotate_quantize<Half, RMS_NORM, 64, 1, signed char>"),
-        ("attention.cu", "attention<72, 1, 1, 2, 16, 2, 1>"),
-        ("rotary.cu", "rotary<8, 256>"),
-        *(launch[:2] for launch in POINTWISE),
-    ],
+    ("instance", "sm"),
+    [(each, sm) for each in SMALLEST for sm in GPUS] + [(each, 90) for each in BY_WGMMA],
+    ids=lambda value: value.expression if isinstance(value, Instance) else str(value),
 )
-def test_compiles_for_every_architecture(source, expression, sm, tmp_path):
-    cubin = compile_cubin(source, sm, [expression], cache=tmp_path)
-    assert cubin.image.startswith(b"\x7fELF") and cubin.symbols[expression].encode() in cubin.image
-
-
-@pytest.mark.parametrize("tactic", [Wgmma(1, 1, 2), Wgmma(1, 1, 2, 2), WgmmaFew(1, 4, 2)], ids=str)
-def test_compiles_wgmma(tactic, tmp_path):
-    expression = tactic.expression(4, "float")
-    cubin = compile_cubin(tactic.source, 90, [expression], tactic.headers(), cache=tmp_path)
-    assert cubin.image.startswith(b"\x7fELF")
-
-
-def test_compiles_wgmma_attention(tmp_path):
-    kernel = attention.best(256, 50, 1, 90)
-    cubin = compile_cubin(kernel.source, 90, [kernel.expression()], kernel.headers(), cache=tmp_path)
-    assert cubin.image.startswith(b"\x7fELF")
-
-
-@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:100] + b"?" + b[101:], lambda b: b""])
-def test_cache_is_used_and_rebuilt_when_damaged(tmp_path, monkeypatch, damage):
-    first = compile_cubin("gemm_small.cu", 80, [SMALLEST], cache=tmp_path)
-    (entry,) = tmp_path.iterdir()
-    with monkeypatch.context() as patch:
-        patch.setattr(kernels, "_compile", lambda *_: pytest.fail("compiled again"))
-        assert compile_cubin("gemm_small.cu", 80, [SMALLEST], cache=tmp_path) == first
-    entry.write_bytes(damage(entry.read_bytes()))
-    assert compile_cubin("gemm_small.cu", 80, [SMALLEST], cache=tmp_path) == first
-    assert read_cached(entry).endswith(first.image) and list(tmp_path.iterdir()) == [entry]
-
-
-def test_key_of_the_cache_holds_all_that_matters(tmp_path, monkeypatch):
-    monkeypatch.setattr(kernels, "_compile", lambda *arguments: Cubin(b"\x7fELF", {}))
-    for arguments in [("gemm_small.cu", 80), ("gemm_small.cu", 86), ("gemm_large.cu", 80)]:
-        compile_cubin(*arguments, ["k"], cache=tmp_path)
-    compile_cubin("gemm_small.cu", 80, ["other"], cache=tmp_path)
-    compile_cubin("gemm_small.cu", 80, ["k"], {"a.cuh": ""}, cache=tmp_path)
-    compile_cubin("gemm_small.cu", 80, ["k"], options=["-DA"], cache=tmp_path)
-    assert len(list(tmp_path.iterdir())) == 6
-
-
-def test_error_of_the_compiler_is_shown(tmp_path):
-    with pytest.raises(KernelError, match="(?s)gemm_small.cu does not compile for .*sm_86.*no_such_kernel"):
-        compile_cubin("gemm_small.cu", 86, ["no_such_kernel<1>"], cache=tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_refuses_an_unknown_architecture(tmp_path):
-    with pytest.raises(KernelError, match="SM 75.*80, 86, 89, 90"):
-        compile_cubin("gemm_small.cu", 75, [SMALLEST], cache=tmp_path)
-
-
-def test_names_the_extra_that_brings_a_missing_wheel(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(KernelError, match=r"duq\[cuda\]"):
-        compile_cubin("gemm_small.cu", 90, [SMALLEST], cache=tmp_path)
-
-
-def test_driver_names_the_extra_that_brings_its_bindings(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(KernelError, match=r"duq\[cuda\]"):
-        driver.open_device()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine with no GPU")
-def test_driver_says_that_there_is_none():
-    with pytest.raises(KernelError, match="driver|device"):
-        driver.open_device()
-
-
-# Tactics
-
-EXPERT = [(2560, 1024), (1024, 2048), (8192, 1024), (1024, 4096)]
-PREFIX = [(2560, 2048), (2048, 2048), (32768, 2048), (2048, 16384)]
-PROBLEMS = [(m, *s) for m in (50, 51, 64) for s in EXPERT] + [(m, *s) for m in (256, 306, 562, 818, 968) for s in PREFIX]
-
-
-@pytest.mark.parametrize("sm", ARCHITECTURES)
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("m", "n", "k"), PROBLEMS)
-def test_every_gemm_of_the_policy_has_a_tactic(m, n, k, bits, sm):
-    tactic = best(m, n, k, bits, sm)
-    assert fits(tactic, m, n, k, bits, sm)
-    assert tactic.shape(m, n, bits).shared_bytes <= tactics.MAX_SHARED_BYTES[sm]
-
-
-@given(
-    st.integers(1, 2000),
-    st.integers(1, 300),
-    st.integers(1, 100),
-    st.sampled_from([4, 8]),
-    st.sampled_from(list(ARCHITECTURES)),
-)
-def test_every_gemm_of_whole_tiles_has_a_tactic(m, rows16, chunks, bits, sm):
-    """N in multiples of 16 and K of 64, those of a fragment (plugins/layout.py)."""
-    n, k = 16 * rows16, 64 * chunks
-    found = candidates(m, n, k, bits, sm)
-    assert found and all(fits(tactic, m, n, k, bits, sm) for tactic in found)
-
-
-def test_timed_tactics_are_chosen():
-    for (n, k, bits), rows in tactics._timed().items():
-        for m, tactic in rows:
-            assert tactic in candidates(m, n, k, bits, 90) and best(m, n, k, bits, 90) == tactic
-
-
-def test_the_first_candidate_of_many_tokens_is_mostly_the_fastest():
-    timed = [
-        (m, n, k, bits, tactic) for (n, k, bits), rows in tactics._timed().items() for m, tactic in rows if m > FEW_TOKENS
-    ]
-    first = [candidates(*problem, 90)[0] == tactic for *problem, tactic in timed]
-    assert len(timed) == 24 and sum(first) >= 18
-
-
-def test_says_when_nothing_fits():
-    with pytest.raises(KernelError, match="100, 24, 1024"):
-        best(100, 24, 1024, 4, 90)
-    with pytest.raises(KernelError, match="65, 1024, 1024"):
-        best_float(65, 1024, 1024, 90)
-    with pytest.raises(KernelError, match="50, 24, 1024"):
-        best_float(50, 24, 1024, 90)
-
-
-@pytest.mark.parametrize("sm", ARCHITECTURES)
-@pytest.mark.parametrize("m", [1, 50, 64])
-@pytest.mark.parametrize(("n", "k"), [*EXPERT, (1024, 1024), (16, 64), (256, 16)])
-def test_every_float_gemm_of_the_expert_has_a_tactic(n, k, m, sm):
-    tactic = best_float(m, n, k, sm)
-    shape = tactic.shape(m, n)
-    assert tactic.divides(n, k) and shape.shared_bytes <= tactics.MAX_SHARED_BYTES[sm]
-    assert shape.grid[2] == 1 and (sm == 90 or shape.cluster == (1, 1, 1))
+def test_compiles_for_every_gpu(instance, sm, tmp_path):
+    cubin = compile_cubin(instance.source, sm, [instance.expression], instance.headers, cache=tmp_path)
+    assert cubin.image.startswith(b"\x7fELF") and cubin.symbols[instance.expression].encode() in cubin.image
 
 
 def test_wgmma_has_an_operand_for_every_accumulator():
     text = wgmma_header(26)
     assert "m64n208k32" in text and text.count('"+r"(d[') == 104 and "%108, add" in text
+
+
+# What the references compute with
+
+
+@given(st.lists(st.floats(width=32), min_size=1, max_size=50))
+def test_bf16_is_the_nearest(values):
+    values = np.array(values, np.float32)
+    bits = reference.to_bf16(values)
+    back = reference.from_bf16(bits)
+    assert (np.isnan(back) == np.isnan(values)).all()
+    with np.errstate(invalid="ignore", over="ignore"):
+        for neighbor in (bits - np.uint16(1), bits + np.uint16(1)):
+            other, exact = reference.from_bf16(neighbor).astype(np.float64), values.astype(np.float64)
+            nearer = np.abs(other - exact) < np.abs(back.astype(np.float64) - exact)
+            assert not (nearer & np.isfinite(back) & np.isfinite(other)).any()
+
+
+def test_memory_notices_a_launch_that_overwrites_what_it_reads():
+    memory = reference.Memory(np.zeros(64, np.uint8))
+    rows, shifted = reference.Pointer(memory), reference.Pointer(memory, 16)
+    rows.write("float", rows.read("float", 8))
+    memory.end_launch()  # in place
+    shifted.write("float", rows.read("float", 8))
+    with pytest.raises(AssertionError, match="overwrites what it reads"):
+        memory.end_launch()
 
 
 # What the prologue's rounding relies on (rotate_quantize.cu, quantize8)
@@ -200,26 +192,3 @@ def test_product_with_the_inverse_finds_every_tie(seed, norm):
     differ = np.rint(exact_product) != np.rint(quotient)
     distance = np.abs(exact_product - np.rint(exact_product))
     assert (distance[differ] > 0.4999).all()
-
-
-@pytest.mark.parametrize("sm", ARCHITECTURES)
-@pytest.mark.parametrize(("dims", "tokens", "images"), [(256, 1, 1), (256, 50, 1), (256, 306, 1), (256, 1018, 1)] + [
-    (72, 256, images) for images in (1, 2, 3, 4)
-])  # fmt: skip
-def test_every_attention_of_the_policy_has_a_kernel(dims, tokens, images, sm):
-    kernel = attention.best(dims, tokens, images, sm)
-    shape = kernel.shape(tokens, 1 if dims == 256 else 16, images)
-    assert kernel.dims == dims and shape.shared_bytes <= tactics.MAX_SHARED_BYTES[sm]
-    assert sm == 90 or shape.cluster == (1, 1, 1)
-
-
-@pytest.mark.parametrize(
-    ("cached", "own", "keys"), [(833, 50, 112), (577, 50, 80), (321, 51, 48), (969, 50, 80), (3, 1, 32), (0, 0, 32)]
-)
-def test_a_suffix_has_tiles_of_its_share_of_the_keys(cached, own, keys):
-    assert attention.best(256, 50, 1, 90, cached, own).keys == keys
-
-
-def test_refuses_heads_without_a_kernel():
-    with pytest.raises(KernelError, match="heads of 128.*72 and 256"):
-        attention.best(128, 50, 1, 90)

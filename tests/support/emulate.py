@@ -1,7 +1,7 @@
 """Executes the schedule of a `cuda` plan on the CPU, launch by launch, in one arena of bytes as the device has it.
 
 A run needs no GPU to show that lowering, packed weights, layouts, places in memory and positions are right. Whether the
-kernels do what their comments say, as those of tests/support/emulated_kernels.py do, is another question: tests/gpu.
+kernels do what their comments say, as their references in plugins/kernels do, is another question: tests/gpu.
 
 The arena starts as NaN (all bits set), so what is read before it was written shows in the result; so would rows that only
 pad the prompt, which stay NaN. Nothing can be read or written beyond the arena or beyond a weight.
@@ -10,13 +10,34 @@ pad the prompt, which stay NaN. Nothing can be read or written beyond the arena 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from duq.plugins.gpu import gpu_of
+from duq.plugins.kernel import Kernel, Shape
+from duq.plugins.kernels import KERNELS
+from duq.plugins.kernels.library import MATMUL
+from duq.plugins.kernels.reference import TYPES, Launched, Memory, Pointer
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import ModelInputs
-from tests.support.emulated_kernels import KERNELS, TYPES, Launch, Memory, Pointer
+
+Value = Pointer | float | int | None  # of an argument
+
+
+def launch(expression: str, shape: Shape, arguments: Mapping[str, Value] | Sequence[Value]) -> None:
+    """Runs the reference of an instance's kernel. arguments: by name, or in the kernel's order."""
+    name, _, template = expression.removesuffix(">").partition("<")
+    kernel = KERNELS[name]
+    spelled = template.split(", ") if template else []
+    by_name = dict(zip(kernel.template, spelled, strict=True))
+    run_reference(kernel, Launched(name, by_name, shape.grid, shape.threads, shape.cluster), arguments)
+
+
+def run_reference(kernel: Kernel, launched: Launched, arguments: Mapping[str, Value] | Sequence[Value]) -> None:
+    if not isinstance(arguments, Mapping):
+        arguments = dict(zip(kernel.parameters, arguments, strict=True))
+    kernel.reference(launched, **arguments)
 
 
 class Device:
@@ -26,7 +47,7 @@ class Device:
         schedule = json.loads(bytes(plan.read(f"schedule/sm{sm}.json")))
         fitting = [each for each in schedule["variants"] if each["cameras"] == cameras and each["prompt"] >= prompt]
         self.variant = min(fitting, key=lambda each: each["prompt"])
-        self.sm, self.kernels, self.pixel = sm, schedule["kernels"], schedule.get("pixel", "unsigned char")
+        self.gpu, self.kernels, self.pixel = gpu_of(sm), schedule["kernels"], schedule.get("pixel", "unsigned char")
         self.arena = Memory(np.full(schedule["arena_bytes"], 0xFF, np.uint8))
         self.weights = {name: Memory(np.frombuffer(plan.read(f"weights/{name}"), np.uint8)) for name in schedule["weights"]}
         for offset, size in self.variant["zeroed"]:
@@ -41,18 +62,22 @@ class Device:
         return Pointer(Memory(self.arena.data), offset).read(type, rows, columns, stride=stride)
 
     def launch(self, data: dict, step: int = 0) -> None:
-        arguments = [self._argument(each, step) for each in data["args"]]
-        if "call" in data:
-            launch = Launch(data["call"], [], (1, 1, 1), 0, 1)
+        arguments: Mapping[str, Value] | Sequence[Value]
+        if isinstance(data["args"], dict):
+            arguments = {name: self._argument(each, step) for name, each in data["args"].items()}
         else:
-            name, _, template = self.kernels[data["kernel"]]["expression"].rstrip(">").partition("<")
-            split = int(np.prod(data.get("cluster", 1)))
-            assert split == 1 or self.sm >= 90, "this GPU has no clusters"
-            launch = Launch(name, template.split(", "), tuple(data["grid"]), data["threads"], split)
-        KERNELS[launch.kernel](launch, *arguments)
+            arguments = [self._argument(each, step) for each in data["args"]]
+        if "call" in data:
+            assert data["call"] == MATMUL.source
+            run_reference(MATMUL, Launched(MATMUL.name), arguments)
+        else:
+            shape = Shape(tuple(data["grid"]), data["threads"], data["shared"], tuple(data.get("cluster", (1, 1, 1))))
+            assert shape.cluster == (1, 1, 1) or self.gpu.has_clusters, "this GPU has no clusters"
+            assert shape.shared_bytes <= self.gpu.block_shared_bytes, "more shared memory than a thread block can have"
+            launch(self.kernels[data["kernel"]]["expression"], shape, arguments)
         self.arena.end_launch()
 
-    def _argument(self, value: list | int | None, step: int) -> Pointer | float | int | None:
+    def _argument(self, value: list | int | None, step: int) -> Value:
         match value:
             case ["a", offset]:
                 return Pointer(self.arena, offset)

@@ -1,24 +1,44 @@
-"""Runs the kernels on torch tensors: what the tests and the benchmark of the kernels share."""
+"""Runs the kernels on torch tensors: what the tests and the benchmarks of the kernels share."""
 
 from __future__ import annotations
 
-import ctypes
-import dataclasses
 import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from duq.plugins import driver, pointwise
-from duq.plugins.attention import Attention, WgmmaAttention
-from duq.plugins.nvrtc import compile_cubin
+from duq.plugins import driver, kernels
+from duq.plugins.gpu import Gpu, gpu_of
+from duq.plugins.kernel import Code, Instance
+from duq.plugins.kernels import Attention, GemmFloat, WgmmaAttention
 from duq.plugins.layout import activation_slabs, pack_float_fragments, pack_fragments
-from duq.plugins.tactics import Float, Tactic
+from duq.plugins.nvrtc import compile_cubin
+from duq.plugins.tactics import Tactic
 
-TYPES = {torch.bfloat16: "Bf16", torch.float16: "Half", torch.float32: "float", torch.int32: "int"}
+TYPES = {
+    torch.bfloat16: "Bf16",
+    torch.float16: "Half",
+    torch.float32: "float",
+    torch.int32: "int",
+    torch.int8: "signed char",
+}
+Value = torch.Tensor | float | int | None
+
+
+class Address(int):
+    """Of a tensor. `type`: the C++ type of its elements; None for packed bytes, which kernels take as what they please."""
+
+    type: str | None
+
+    def __new__(cls, tensor: torch.Tensor) -> Address:
+        self = super().__new__(cls, tensor.data_ptr())
+        self.type = TYPES.get(tensor.dtype)
+        return self
 
 
 class ForNorm(NamedTuple):
@@ -28,6 +48,10 @@ class ForNorm(NamedTuple):
     gain: torch.Tensor | None = None
     squares: torch.Tensor | None = None
 
+    @property
+    def arguments(self) -> dict[str, Value]:
+        return {"normed": self.x, "normed_gain": self.gain, "normed_squares": self.squares}
+
 
 @functools.cache
 def compute_capability() -> int:
@@ -35,33 +59,45 @@ def compute_capability() -> int:
     return driver.open_device()
 
 
+def gpu() -> Gpu:
+    return gpu_of(compute_capability())
+
+
 @functools.cache
-def kernel(source: str, expression: str, headers: tuple = (), options: tuple = ()) -> driver.Kernel:
+def kernel(code: Code, options: tuple[str, ...] = ()) -> driver.Kernel:
     if os.environ.get("DUQ_RACECHECK"):
         options = (*options, "-DFOR_RACECHECK")  # plugins/cuda/gemm_wgmma.cuh
-    cubin = compile_cubin(source, compute_capability(), [expression], dict(headers), options)
-    return driver.load(cubin)[expression]
+    cubin = compile_cubin(code.source, compute_capability(), [code.expression], dict(code.headers), options)
+    return driver.load(cubin)[code.expression]
 
 
-def arguments(values: Iterable) -> list:
-    """Tensors (None: null) and numbers as the scalars that a launch takes."""
-    scalars = []
-    for value in values:
-        if value is None or isinstance(value, torch.Tensor):
-            scalars.append(ctypes.c_void_p(0 if value is None else value.data_ptr()))
-        else:
-            scalars.append(ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int(value))
-    return scalars
+def compile_all(instances: Iterable[Instance]) -> None:
+    """Fills the cache of cubins on all cores."""
+    sm = compute_capability()
+    with ProcessPoolExecutor() as pool:
+        codes = dict.fromkeys(each.code for each in instances)
+        for job in [pool.submit(compile_cubin, c.source, sm, [c.expression], dict(c.headers)) for c in codes]:
+            job.result()
 
 
-def run(launch: pointwise.Launch, values: Iterable, overlap: bool = False) -> None:
-    """One launch of a pointwise kernel on its arguments."""
-    function = kernel(launch.source, launch.expression)
-    function.launch(launch.shape, arguments(values), torch.cuda.current_stream().cuda_stream, overlap)
+def run(instance: Instance, arguments: Mapping[str, Value], overlap: bool = False, options: tuple[str, ...] = ()) -> None:
+    """One launch. arguments: tensors and numbers by the names of the kernel's parameters."""
+    values = {name: Address(each) if isinstance(each, torch.Tensor) else each for name, each in arguments.items()}
+    stream = torch.cuda.current_stream().cuda_stream
+    kernel(instance.code, options).launch(instance.on(gpu()).shape, instance.scalars(values), stream, overlap)
 
 
 def pack_weight(weight: torch.Tensor, tactic: Tactic, bits: int) -> torch.Tensor:
-    return torch.from_numpy(pack_fragments(weight.cpu().numpy(), bits, tactic.layout)).cuda()
+    return _packed(pack_fragments(weight.cpu().numpy(), bits, tactic.layout))
+
+
+def pack_float_weight(weight: torch.Tensor) -> torch.Tensor:
+    return _packed(pack_float_fragments(weight.cpu().view(torch.uint16).numpy()))
+
+
+def _packed(weight: np.ndarray) -> torch.Tensor:
+    """As bytes: a weight's elements are the kernel's affair."""
+    return torch.from_numpy(np.ascontiguousarray(weight).view(np.uint8)).cuda()
 
 
 def arrange_activations(x_q: torch.Tensor, tactic: Tactic) -> torch.Tensor:
@@ -84,20 +120,30 @@ def gemm(
     *,
     n: int,
     k: int,
-    finish: str = "NONE",
+    epilogue: str = "NONE",
     for_norm: ForNorm = ForNorm(),
     options: tuple[str, ...] = (),
     overlap: bool = False,
 ) -> None:
     """One launch on arranged operands; M is the number of scales."""
     m = x_scale.numel()
-    shape = tactic.shape(m, n, bits)
+    instance = tactic.instance(m, n, bits, TYPES[y.dtype], epilogue)
     if "-DNO_CLUSTER" in options:
-        shape = dataclasses.replace(shape, cluster=(1, 1, 1))
-    expression = tactic.expression(bits, TYPES[y.dtype], finish)
-    function = kernel(tactic.source, expression, tuple(tactic.headers().items()), options)
-    values = (x, x_scale, weight, weight_scale, bias, residual, y, workspace, m, n, k, *for_norm)
-    function.launch(shape, arguments(values), torch.cuda.current_stream().cuda_stream, overlap)
+        instance = replace(instance, shape=replace(instance.shape, cluster=(1, 1, 1)))
+    arguments = {
+        "x_q": x,
+        "x_scale": x_scale,
+        "weight": weight,
+        "weight_scale": weight_scale,
+        "bias": bias,
+        "residual": residual,
+        "y": y,
+        "workspace": workspace,
+        "tokens": m,
+        "rows": n,
+        "depth": k,
+    }
+    run(instance, arguments | for_norm.arguments, overlap, options)
 
 
 def rotate_quantize(
@@ -120,21 +166,36 @@ def rotate_quantize(
 ) -> None:
     """One launch on x [M, K] (GEGLU: [M, 2 K]); `hadamard` is the block size, `rotation` [K/B, B, B] a dense one; `padded`:
     channels of x_q, if more than K. With x_q in bf16 and no x_scale, what would be quantized."""
-    (m, columns), stride = x.shape, x.stride(0)
+    m, columns = x.shape
     k = columns // 2 if source == "GEGLU" else columns
-    block = "DENSE" if rotation is not None else (hadamard or "NONE")
-    tensors = (x, gain, shift, input_scale, permutation, rotation, activation_scale, x_q, x_scale)
-    dense_block = rotation.shape[-1] if rotation is not None else 0
-    values = (*tensors, k, padded or k, stride, dense_block, slab_tokens, epsilon)
-    out = "signed char" if x_q.dtype == torch.int8 else TYPES[x_q.dtype]
-    run(pointwise.rotate_quantize(m, k, TYPES[x.dtype], source, block, padded, out), values, overlap)
+    how = "DENSE" if rotation is not None else (hadamard or "NONE")
+    arguments = {
+        "x": x,
+        "gain": gain,
+        "shift": shift,
+        "input_scale": input_scale,
+        "permutation": permutation,
+        "rotation": rotation,
+        "activation_scale": activation_scale,
+        "x_q": x_q,
+        "x_scale": x_scale,
+        "depth": k,
+        "padded_depth": padded or k,
+        "row_stride": x.stride(0),
+        "block": rotation.shape[-1] if rotation is not None else 0,
+        "slab_tokens": slab_tokens,
+        "epsilon": epsilon,
+    }
+    instance = kernels.rotate_quantize(m, k, TYPES[x.dtype], source, how, padded, TYPES[x_q.dtype])
+    run(instance, arguments, overlap)
 
 
 def hadamard_quantize(
     x: torch.Tensor, x_q: torch.Tensor, x_scale: torch.Tensor, slab_tokens: int = 0, overlap: bool = False
 ) -> None:
     m, k = x.shape
-    run(pointwise.hadamard_quantize(m, k), (x, x_q, x_scale, m, k, x.stride(0), slab_tokens), overlap)
+    sizes = {"tokens": m, "depth": k, "row_stride": x.stride(0), "slab_tokens": slab_tokens}
+    run(kernels.hadamard_quantize(m, k), {"x": x, "x_q": x_q, "x_scale": x_scale, **sizes}, overlap)
 
 
 def rotary_tables(positions: int, dims: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,7 +206,7 @@ def rotary_tables(positions: int, dims: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def attention(
-    config: Attention | WgmmaAttention,
+    tactic: Attention | WgmmaAttention,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -159,14 +220,27 @@ def attention(
     overlap: bool = False,
 ) -> None:
     """One launch; every operand is a matrix with a row a token, dense within a row. `past`: int32, keys of k that count."""
-    tokens, kv_heads = len(q) // images, k.shape[1] // config.dims
+    tokens, kv_heads = len(q) // images, k.shape[1] // tactic.dims
     own_keys, own_stride = (0, 0) if own_k is None else (len(own_k), own_k.stride(0))
-    sizes = tokens, len(k) // images if past is None else 0, own_keys
-    strides = q.stride(0), k.stride(0), own_stride, out.stride(0)
-    values = (q, k, v, own_k, own_v, out, past, *sizes, *strides, int(cache_ready), config.dims**-0.5)
-    shape = config.shape(tokens, kv_heads, images)
-    function = kernel(config.source, config.expression(), tuple(config.headers().items()))
-    function.launch(shape, arguments(values), torch.cuda.current_stream().cuda_stream, overlap)
+    arguments = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "own_k": own_k,
+        "own_v": own_v,
+        "out": out,
+        "past": past,
+        "tokens": tokens,
+        "keys": len(k) // images if past is None else 0,
+        "own_keys": own_keys,
+        "q_stride": q.stride(0),
+        "kv_stride": k.stride(0),
+        "own_stride": own_stride,
+        "out_stride": out.stride(0),
+        "cache_ready": int(cache_ready),
+        "scale": tactic.dims**-0.5,
+    }
+    run(tactic.instance(tokens, kv_heads, images), arguments, overlap)
 
 
 def rotary(
@@ -181,9 +255,19 @@ def rotary(
     overlap: bool = False,
 ) -> None:
     """One launch on qkv [tokens, (heads + 2) dims], in place; keys and values into `cache`, [positions, dims] each."""
-    stride = cache[0].stride(0) if cache else 0
-    values = (qkv, *tables, *(cache or (None, None)), past, first_position, qkv.stride(0), stride)
-    run(pointwise.rotary(len(qkv), heads, dims), values, overlap)
+    k_cache, v_cache = cache or (None, None)
+    arguments = {
+        "qkv": qkv,
+        "cosine": tables[0],
+        "sine": tables[1],
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "past": past,
+        "first_position": first_position,
+        "stride": qkv.stride(0),
+        "cache_stride": k_cache.stride(0) if k_cache is not None else 0,
+    }
+    run(kernels.rotary(len(qkv), heads, dims), arguments, overlap)
 
 
 def normalize(
@@ -197,20 +281,32 @@ def normalize(
     overlap: bool = False,
 ) -> None:
     """One launch on x [M, K] -> y [M, K], dense within a row."""
-    launch = pointwise.normalize(*x.shape, TYPES[x.dtype], TYPES[y.dtype], center)
-    run(launch, (x, gain, shift, y, x.shape[1], x.stride(0), y.stride(0), epsilon), overlap)
+    m, k = x.shape
+    arguments = {
+        "x": x,
+        "gain": gain,
+        "shift": shift,
+        "y": y,
+        "depth": k,
+        "x_stride": x.stride(0),
+        "y_stride": y.stride(0),
+        "epsilon": epsilon,
+    }
+    run(kernels.normalize(m, k, TYPES[x.dtype], TYPES[y.dtype], center), arguments, overlap)
 
 
 def patches(images: torch.Tensor, y: torch.Tensor, patch: int, overlap: bool = False) -> None:
     """One launch on images [cameras, size, size, 3], bytes or floats -> y [cameras (size / patch)^2, pitch]."""
     cameras, size, _, _ = images.shape
     pixel = "float" if images.dtype == torch.float32 else "unsigned char"
-    run(pointwise.patches(cameras, size, patch, pixel), (images, y, size, y.shape[1]), overlap)
+    arguments = {"images": images, "y": y, "size": size, "pitch": y.shape[1]}
+    run(kernels.patches(cameras, size, patch, pixel), arguments, overlap)
 
 
 def tokens(rows: torch.Tensor, y: torch.Tensor, scale: float, overlap: bool = False) -> None:
     """One launch on rows [M, K], dense -> y [M, K]."""
-    run(pointwise.tokens(*rows.shape), (rows, y, rows.shape[1], y.stride(0), scale), overlap)
+    m, k = rows.shape
+    run(kernels.tokens(m, k), {"rows": rows, "y": y, "depth": k, "y_stride": y.stride(0), "scale": scale}, overlap)
 
 
 def linear_narrow(
@@ -223,8 +319,10 @@ def linear_narrow(
     overlap: bool = False,
 ) -> None:
     """One launch on x [M, K] and weight [K, N] -> y [M, N], all dense."""
-    launch = pointwise.linear_narrow(len(x), weight.shape[1], activation, TYPES[y.dtype])
-    run(launch, (x, weight, bias, y, *weight.shape, *for_norm), overlap)
+    depth, columns = weight.shape
+    arguments = {"x": x, "weight": weight, "bias": bias, "y": y, "depth": depth, "columns": columns}
+    instance = kernels.linear_narrow(len(x), columns, activation, TYPES[y.dtype])
+    run(instance, arguments | for_norm.arguments, overlap)
 
 
 def flow_step(
@@ -238,16 +336,17 @@ def flow_step(
     overlap: bool = False,
 ) -> None:
     """One launch on x [M, K] and weight [K, N], dense; adds to flow [M, N] in place."""
-    launch = pointwise.flow_step(len(x), weight.shape[1])
-    run(launch, (x, gain, shift, weight, bias, flow, x.shape[1], epsilon), overlap)
+    m, k = x.shape
+    operands = {"x": x, "gain": gain, "shift": shift, "weight": weight, "bias": bias, "flow": flow}
+    run(kernels.flow_step(m, weight.shape[1]), {**operands, "depth": k, "epsilon": epsilon}, overlap)
 
 
 def geglu(x: torch.Tensor, y: torch.Tensor, overlap: bool = False) -> None:
     """One launch on x [M, 2 K] -> y [M, K], dense."""
-    run(pointwise.geglu(*y.shape), (x, y, y.shape[1]), overlap)
+    run(kernels.geglu(*y.shape), {"x": x, "y": y, "width": y.shape[1]}, overlap)
 
 
-def dequantize(
+def epilogue(
     acc: torch.Tensor,
     x_scale: torch.Tensor,
     weight_scale: torch.Tensor,
@@ -257,27 +356,35 @@ def dequantize(
     bias: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
-    finish: str = "NONE",
+    activation: str = "NONE",
     overlap: bool = False,
 ) -> None:
-    """One launch on sums int32 [M, N] -> y [M, N] (GEGLU: [M, N / 2]), dense; `rotation` is [N/B, B, B]."""
-    launch = pointwise.dequantize(*y.shape, TYPES[y.dtype], rotation is not None, finish)
-    block = rotation.shape[-1] if rotation is not None else 0
-    tensors = (acc, x_scale, weight_scale, rotation, bias, gate, residual, y)
-    run(launch, (*tensors, acc.shape[1], int(x_scale.numel() > 1), block), overlap)
+    """One launch on accumulators int32 [M, N] -> y [M, N] (GEGLU: [M, N / 2]), dense; `rotation` is [N/B, B, B]."""
+    arguments = {
+        "acc": acc,
+        "x_scale": x_scale,
+        "weight_scale": weight_scale,
+        "rotation": rotation,
+        "bias": bias,
+        "gate": gate,
+        "residual": residual,
+        "y": y,
+        "rows": acc.shape[1],
+        "scale_stride": int(x_scale.numel() > 1),
+        "block": rotation.shape[-1] if rotation is not None else 0,
+    }
+    run(kernels.epilogue(*y.shape, TYPES[y.dtype], rotation is not None, activation), arguments, overlap)
 
 
-def expand(weight: torch.Tensor, scale: torch.Tensor, y: torch.Tensor, overlap: bool = False) -> None:
+def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, y: torch.Tensor, overlap: bool = False) -> None:
     """One launch on a packed INT4 weight -> y bf16 [N, K], dense."""
-    run(pointwise.expand(*y.shape), (weight, scale, y, *y.shape), overlap)
-
-
-def pack_float_weight(weight: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(pack_float_fragments(weight.cpu().view(torch.uint16).numpy())).cuda()
+    n, k = y.shape
+    arguments = {"weight": weight, "weight_scale": scale, "y": y, "rows": n, "depth": k}
+    run(kernels.dequantize_weight(n, k), arguments, overlap)
 
 
 def gemm_float(
-    tactic: Float,
+    tactic: GemmFloat,
     x: torch.Tensor,
     weight: torch.Tensor,
     y: torch.Tensor,
@@ -286,7 +393,7 @@ def gemm_float(
     *,
     n: int,
     bits: int = 16,
-    finish: str = "NONE",
+    epilogue: str = "NONE",
     squares: torch.Tensor | None = None,
     channel_scale: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
@@ -302,8 +409,27 @@ def gemm_float(
     """One launch on x [M, K], dense, and a packed weight [n, K] of `bits`; with `squares` [M, K / 16] the norm ahead; `k` and
     `v` are for ROTARY."""
     m, depth = x.shape
-    kv_stride = k.stride(0) if k is not None else 0
-    tensors = (x, squares, weight, channel_scale, bias, residual, y, k, v, *tables, past)
-    values = (*tensors, m, n, depth, y.stride(0), kv_stride, first_position, int(to_cache), epsilon, *for_norm)
-    function = kernel(tactic.source, tactic.expression(TYPES[y.dtype], squares is not None, finish, bits))
-    function.launch(tactic.shape(m, n), arguments(values), torch.cuda.current_stream().cuda_stream, overlap)
+    arguments = {
+        "x": x,
+        "squares": squares,
+        "weight": weight,
+        "channel_scale": channel_scale,
+        "bias": bias,
+        "residual": residual,
+        "y": y,
+        "k": k,
+        "v": v,
+        "cosine": tables[0],
+        "sine": tables[1],
+        "past": past,
+        "tokens": m,
+        "rows": n,
+        "depth": depth,
+        "y_stride": y.stride(0),
+        "kv_stride": k.stride(0) if k is not None else 0,
+        "first_position": first_position,
+        "to_cache": int(to_cache),
+        "epsilon": epsilon,
+    }
+    instance = tactic.instance(m, n, TYPES[y.dtype], squares is not None, epilogue, bits)
+    run(instance, arguments | for_norm.arguments, overlap)

@@ -35,8 +35,13 @@ from duq.compiler.targets.cuda.plan import plan_memory, plan_streams
 from duq.compiler.targets.cuda.report import Report
 from duq.compiler.targets.cuda.specialize import Size, specialize
 from duq.compiler.targets.cuda.weights import Weights, to_bf16
+<<<<<<< HEAD
 from duq.compiler.targets.fuse import Prompt, check_covered, fuse
 from duq.plugins.gpu import GPUS, Gpu, gpu_of
+=======
+from duq.plugins.gpu import GPUS
+from duq.runtime.executors.cuda import SCHEDULE_VERSION
+>>>>>>> kernels
 from duq.runtime.plan import PlanWriter
 
 ARCHITECTURES = tuple(sorted(GPUS))
@@ -101,8 +106,40 @@ def prompt_sizes(max_tokens: int) -> list[int]:
     return [*range(PROMPT_STEP, max_tokens, PROMPT_STEP), max_tokens]
 
 
+<<<<<<< HEAD
 def _pixel(options: Any) -> str:
     return "float" if options.float_images else "unsigned char"
+=======
+def _problems(graphs: Graphs, sm: int, sizes: list[tuple[int, int]]) -> list[Problem]:
+    """What the lowering asks tactics for, which does not depend on the answers."""
+    asked: dict[Problem, None] = {}
+    table = from_table(sm)
+
+    def choose(problem: Problem, slab_tokens: int | None = None) -> AnyTactic:
+        asked[problem] = None
+        return table(problem, slab_tokens)
+
+    for size in sizes:
+        lower_variant(graphs, sm, *size, Weights(), choose)
+    return list(asked)
+
+
+def _write_cubins(sm: int, variants: list[Variant], writer: PlanWriter, progress: Progress) -> dict[Instance, dict]:
+    """Compiles what the launches need, each instance of a kernel for itself; by it what the schedule says of it."""
+    wanted = dict.fromkeys(_instance(launch) for launch in _launches(variants) if launch.shape is not None)
+    kernels = {}
+    cubins = progress.track(compile_each(wanted, sm), total=len(wanted), description=f"Compiling the kernels for SM {sm}")
+    for number, (instance, cubin) in enumerate(cubins):
+        entry = f"cubin/sm{sm}/{number}.{instance.source.removesuffix('.cu')}"
+        writer.write(entry, cubin.image)
+        symbol = cubin.symbols[instance.expression]
+        kernels[instance] = {"cubin": entry, "symbol": symbol, "expression": instance.expression}
+    return kernels
+
+
+def _instance(launch: Launch) -> Instance:
+    return Instance(launch.source, launch.expression, tuple(launch.headers.items()))
+>>>>>>> kernels
 
 
 def _write_weights(weights: Weights, writer: PlanWriter, progress: Progress) -> dict[str, list[int]]:

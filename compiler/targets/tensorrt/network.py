@@ -17,6 +17,7 @@ from duq.compiler.errors import GraphError
 from duq.compiler.graph.edit import expect, initializer, insert_before, is_weight, lazy, reader, replace
 from duq.compiler.graph.export import Graphs
 from duq.plugins import bitblas, ops
+from duq.plugins.gpu import gpu_of
 from duq.plugins.layout import pack_bitblas, unpack_int4
 from duq.plugins.nodes import EPSILON, NODES, KernelName, Node, RotateQuantize, Tensor, W4A8Linear
 from duq.plugins.trt import attributes
@@ -222,7 +223,7 @@ def _linear(graph: ir.Graph, node: ir.Node, float_type: str, sm: int, prefix_tok
     weight, tokens = node.inputs[2], node.inputs[0].producer().inputs[0].shape[:-1]
     rows = int(np.prod(tokens)) if all(isinstance(size, int) for size in tokens) else prefix_tokens
     k, n = weight.shape.numpy()
-    tile, stages = bitblas.best(rows, n, k, sm), ops.stages(node.overload)
+    tile, stages = bitblas.best(rows, n, k, gpu_of(sm)), ops.stages(node.overload)
     inputs = [*node.inputs[:2], _packed(graph, weight), *node.inputs[3:]]
     last, residual = _residual(node)
     if residual is not None:

@@ -25,24 +25,21 @@ from duq.compiler.quant import load_recipe
 from duq.compiler.targets.tensorrt import network
 from duq.plugins import bitblas, nodes, ops, trt
 from duq.plugins.bitblas import Tile
+from duq.plugins.kernels.reference import Memory, Pointer
 from duq.plugins.layout import pack_bitblas, unpack_bitblas
 from duq.plugins.nodes import RotateQuantize, Tensor, W4A8Linear
 from duq.runtime.executors.cpu import CpuExecutor
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import Preprocessor
-from tests.support.emulated_kernels import Launch, Memory, Pointer, dequantize, rotate_quantize
+from tests.support import emulate
 
 NAMES = {np.dtype(np.float32): "float", np.dtype(np.int8): "int8", np.dtype(np.int32): "int32"}
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
-def product(launch, a, b, c, m):
-    n, k, *_ = (int(each) for each in launch.template[:2])
-    weight = unpack_bitblas(b.read("unsigned char", n * k // 2), (n, k))
-    c.write("int", (a.read("signed char", m, k).astype(np.int64) @ weight.T).astype(np.int32))
-
-
-KERNELS = {"rotate_quantize": rotate_quantize, bitblas.SYMBOL: product, "dequantize": dequantize}
+def generated_gemm(n, k, x_q, weight, y, tokens):
+    w = unpack_bitblas(weight.read("unsigned char", n * k // 2), (n, k))
+    y.write("int", (x_q.read("signed char", tokens, k).astype(np.int64) @ w.T).astype(np.int32))
 
 
 class Host:
@@ -63,7 +60,10 @@ class Host:
 
         def launch(shape, arguments, stream):
             values = [self.pointer(a.value) if type(a).__name__ == "c_void_p" else a.value for a in arguments]
-            KERNELS[kernel](Launch(kernel, template.split(", "), shape.grid, shape.threads, 1), *values)
+            if kernel == bitblas.SYMBOL:
+                generated_gemm(*map(int, template.split(", ")[:2]), *values)
+            else:
+                emulate.launch(name.expression, shape, values)
             for buffer in self.buffers:
                 buffer.end_launch()
 

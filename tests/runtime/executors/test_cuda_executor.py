@@ -1,4 +1,4 @@
-"""The CUDA executor without a GPU: its driver is host memory, its kernels those of tests/support/emulated_kernels.py."""
+"""The CUDA executor without a GPU: its driver is host memory, its kernels their references in plugins/kernels."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from duq.compiler.quant.recipe import DEFAULT_PRESET
-from duq.compiler.targets.cuda.program import LIBRARY
-from duq.plugins.driver import Shape
+from duq.plugins.kernel import Shape
+from duq.plugins.kernels.library import MATMUL
+from duq.plugins.kernels.reference import Launched, Memory, Pointer
 from duq.runtime.config import ModelConfig
 from duq.runtime.errors import PlanError
 from duq.runtime.executors import cuda as executor
@@ -20,7 +21,6 @@ from tests.compiler.targets.test_cuda import cosine, with_float_images
 from tests.compiler.test_pipeline import make_inputs, make_noise
 from tests.runtime.executors.test_tensorrt_executor import Event, Stream
 from tests.support import emulate, recording
-from tests.support.emulated_kernels import KERNELS, Launch, Memory, Pointer
 from tests.support.same_integers import run_given
 
 CALLS = [((True, False, True), 37), ((False, True, False), 1)]  # the second finds the first one's rows as padding
@@ -56,13 +56,11 @@ def pointer(address: int | None) -> Pointer | None:
 
 class Kernel:
     def __init__(self, expression: str):
-        self.name, _, template = expression.rstrip(">").partition("<")
-        self.template = template.split(", ")
+        self.expression = expression
 
     def launch(self, shape: Shape, arguments, stream: int, overlap: bool) -> None:
-        launch = Launch(self.name, self.template, shape.grid, shape.threads, int(np.prod(shape.cluster)))
-        values = (pointer(each.value) if isinstance(each, ctypes.c_void_p) else each.value for each in arguments)
-        KERNELS[self.name](launch, *values)
+        values = [pointer(each.value) if isinstance(each, ctypes.c_void_p) else each.value for each in arguments]
+        emulate.launch(self.expression, shape, values)
 
 
 class Library:
@@ -71,7 +69,8 @@ class Library:
 
     def matmul(self, problem, algorithm: int, *addresses) -> None:
         *operands, workspace, stream = addresses
-        KERNELS[LIBRARY](Launch(LIBRARY, [], (1, 1, 1), 0, 1), *map(pointer, operands), algorithm, *astuple(problem)[:-2])
+        values = [*map(pointer, operands), algorithm, *astuple(problem)[:-2]]
+        emulate.run_reference(MATMUL, Launched(MATMUL.name), values)
 
 
 @pytest.fixture

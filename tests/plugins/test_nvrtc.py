@@ -1,0 +1,65 @@
+"""Compiling CUDA kernels with no GPU, and the cache of cubins; what the driver says where it cannot be used."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from duq.plugins import driver, nvrtc
+from duq.plugins.errors import KernelError
+from duq.plugins.nvrtc import Cubin, compile_cubin, read_cached
+
+SMALLEST = "gemm_small<4, 1, 1, 1, 1, NONE, int>"
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:100] + b"?" + b[101:], lambda b: b""])
+def test_cache_is_used_and_rebuilt_when_damaged(tmp_path, monkeypatch, damage):
+    first = compile_cubin("gemm_small.cu", 80, [SMALLEST], cache=tmp_path)
+    (entry,) = tmp_path.iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(nvrtc, "_compile", lambda *_: pytest.fail("compiled again"))
+        assert compile_cubin("gemm_small.cu", 80, [SMALLEST], cache=tmp_path) == first
+    entry.write_bytes(damage(entry.read_bytes()))
+    assert compile_cubin("gemm_small.cu", 80, [SMALLEST], cache=tmp_path) == first
+    assert read_cached(entry).endswith(first.image) and list(tmp_path.iterdir()) == [entry]
+
+
+def test_key_of_the_cache_holds_all_that_matters(tmp_path, monkeypatch):
+    monkeypatch.setattr(nvrtc, "_compile", lambda *arguments: Cubin(b"\x7fELF", {}))
+    for arguments in [("gemm_small.cu", 80), ("gemm_small.cu", 86), ("gemm_large.cu", 80)]:
+        compile_cubin(*arguments, ["k"], cache=tmp_path)
+    compile_cubin("gemm_small.cu", 80, ["other"], cache=tmp_path)
+    compile_cubin("gemm_small.cu", 80, ["k"], {"a.cuh": ""}, cache=tmp_path)
+    compile_cubin("gemm_small.cu", 80, ["k"], options=["-DA"], cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_error_of_the_compiler_is_shown(tmp_path):
+    with pytest.raises(KernelError, match="(?s)gemm_small.cu does not compile for .*sm_86.*no_such_kernel"):
+        compile_cubin("gemm_small.cu", 86, ["no_such_kernel<1>"], cache=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_refuses_an_unknown_architecture(tmp_path):
+    with pytest.raises(KernelError, match="SM 75.*80, 86, 87, 89, 90"):
+        compile_cubin("gemm_small.cu", 75, [SMALLEST], cache=tmp_path)
+
+
+def test_names_the_extra_that_brings_a_missing_wheel(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(KernelError, match=r"duq\[cuda\]"):
+        compile_cubin("gemm_small.cu", 90, [SMALLEST], cache=tmp_path)
+
+
+def test_driver_names_the_extra_that_brings_its_bindings(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(KernelError, match=r"duq\[cuda\]"):
+        driver.open_device()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine with no GPU")
+def test_driver_says_that_there_is_none():
+    with pytest.raises(KernelError, match="driver|device"):
+        driver.open_device()

@@ -1,0 +1,99 @@
+"""The choice of tile shapes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from duq.plugins import tactics
+from duq.plugins.errors import KernelError
+from duq.plugins.gpu import GPUS, Gpu, gpu_of
+from duq.plugins.tactics import SMALL_M, best, best_attention, best_float, candidates, fits
+
+H100 = gpu_of(90)
+EXPERT = [(2560, 1024), (1024, 2048), (8192, 1024), (1024, 4096)]
+PREFIX = [(2560, 2048), (2048, 2048), (32768, 2048), (2048, 16384)]
+PROBLEMS = [(m, *s) for m in (50, 51, 64) for s in EXPERT] + [(m, *s) for m in (256, 306, 562, 818, 968) for s in PREFIX]
+EVERY_GPU = pytest.mark.parametrize("gpu", GPUS.values(), ids=lambda gpu: str(gpu.sm))
+
+
+@EVERY_GPU
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("m", "n", "k"), PROBLEMS)
+def test_every_gemm_of_the_policy_has_a_tactic(m, n, k, bits, gpu):
+    tactic = best(m, n, k, bits, gpu)
+    assert fits(tactic, m, n, k, bits, gpu)
+    assert tactic.shape(m, n, bits).shared_bytes <= gpu.block_shared_bytes
+    assert tactic.instance(m, n, bits, "Bf16").shape == tactic.shape(m, n, bits)
+    assert gpu.has_wgmma or not tactic.needs_wgmma
+
+
+@given(
+    st.integers(1, 2000),
+    st.integers(1, 300),
+    st.integers(1, 100),
+    st.sampled_from([4, 8]),
+    st.sampled_from(list(GPUS.values())),
+)
+def test_every_gemm_of_whole_tiles_has_a_tactic(m: int, rows16: int, chunks: int, bits: int, gpu: Gpu):
+    """N in multiples of 16 and K of 64, those of a fragment (plugins/layout.py)."""
+    n, k = 16 * rows16, 64 * chunks
+    found = candidates(m, n, k, bits, gpu)
+    assert found and all(fits(tactic, m, n, k, bits, gpu) for tactic in found)
+
+
+def test_timed_tactics_are_chosen():
+    for (n, k, bits), rows in tactics._timed().items():
+        for m, tactic in rows:
+            assert tactic in candidates(m, n, k, bits, H100) and best(m, n, k, bits, H100) == tactic
+
+
+def test_the_first_candidate_of_large_m_is_mostly_the_fastest():
+    timed = [
+        (m, n, k, bits, tactic) for (n, k, bits), rows in tactics._timed().items() for m, tactic in rows if m > SMALL_M
+    ]
+    first = [candidates(*problem, H100)[0] == tactic for *problem, tactic in timed]
+    assert len(timed) == 24 and sum(first) >= 18
+
+
+def test_says_when_nothing_fits():
+    with pytest.raises(KernelError, match="100, 24, 1024 at 4 bits on SM 90"):
+        best(100, 24, 1024, 4, H100)
+    with pytest.raises(KernelError, match="65, 1024, 1024"):
+        best_float(65, 1024, 1024, H100)
+    with pytest.raises(KernelError, match="50, 24, 1024"):
+        best_float(50, 24, 1024, H100)
+
+
+@EVERY_GPU
+@pytest.mark.parametrize("m", [1, 50, 64])
+@pytest.mark.parametrize(("n", "k"), [*EXPERT, (1024, 1024), (16, 64), (256, 16)])
+def test_every_float_gemm_of_the_expert_has_a_tactic(n, k, m, gpu):
+    tactic = best_float(m, n, k, gpu)
+    shape = tactic.shape(m, n)
+    assert tactic.divides(n, k) and shape.shared_bytes <= gpu.block_shared_bytes
+    assert shape.grid[2] == 1 and (gpu.has_clusters or shape.cluster == (1, 1, 1))
+
+
+@EVERY_GPU
+@pytest.mark.parametrize(("dims", "tokens", "images"), [(256, 1, 1), (256, 50, 1), (256, 306, 1), (256, 1018, 1)] + [
+    (72, 256, images) for images in (1, 2, 3, 4)
+])  # fmt: skip
+def test_every_attention_of_the_policy_has_a_kernel(dims, tokens, images, gpu):
+    tactic = best_attention(dims, tokens, images, gpu)
+    shape = tactic.instance(tokens, 1 if dims == 256 else 16, images).shape
+    assert tactic.dims == dims and shape.shared_bytes <= gpu.block_shared_bytes
+    assert gpu.has_clusters or shape.cluster == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("cached", "own", "keys"), [(833, 50, 112), (577, 50, 80), (321, 51, 48), (969, 50, 80), (3, 1, 32), (0, 0, 32)]
+)
+def test_a_suffix_has_tiles_of_its_share_of_the_keys(cached, own, keys):
+    assert best_attention(256, 50, 1, H100, cached, own).keys == keys
+
+
+def test_refuses_heads_without_a_kernel():
+    with pytest.raises(KernelError, match="heads of 128.*72 and 256"):
+        best_attention(128, 50, 1, H100)
