@@ -8,12 +8,16 @@ executor only follows it (runtime/executors/cuda.py), and `duq-inspect` prints i
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
 
 import onnx_ir.passes.common as common
 from rich.progress import Progress
 
 from duq.compiler.graph.export import Graphs
 from duq.compiler.parallel import in_order, thread_pool
+from duq.compiler.targets import GpuOptions, Target
 from duq.compiler.targets.cuda import timing
 from duq.compiler.targets.cuda.arena import place, schedule
 from duq.compiler.targets.cuda.cubins import Instance, compile_each
@@ -21,6 +25,7 @@ from duq.compiler.targets.cuda.lower import Variant, lower_variant
 from duq.compiler.targets.cuda.problems import AnyTactic, Problem, from_table
 from duq.compiler.targets.cuda.program import ALIGNMENT, BYTES, Launch, to_json
 from duq.compiler.targets.cuda.weights import Weights, to_bf16
+from duq.compiler.targets.gpu import GPU_PHASES
 from duq.plugins.nvrtc import ARCHITECTURES as _ARCHITECTURES
 from duq.runtime.executors.cuda import SCHEDULE_VERSION
 from duq.runtime.plan import PlanWriter
@@ -30,7 +35,15 @@ IN_FLIGHT_BYTES = 1 << 30  # of the weights computed at a time; their float32 fo
 PROMPT_STEP = 32  # prompts are padded to a multiple of this: a CUDA graph has fixed sizes
 
 
-def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options) -> dict:
+@dataclass(frozen=True, kw_only=True)
+class CudaOptions(GpuOptions):
+    """`timing`: beside a GPU of one of the `sm`, choose kernels by timing; without, equal inputs give equal plans."""
+
+    target: ClassVar[str] = "cuda"
+    timing: bool = True
+
+
+def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options: CudaOptions, keep: Path | None) -> dict:
     """Writes cubins, weights, the token table and the schedules into the plan; returns the manifest's section."""
     for _, model in graphs.items():
         common.ShapeInferencePass()(model)
@@ -155,3 +168,6 @@ def _summary(variants: list[Variant], arena_bytes: int, kernels: int, timed: boo
         "library": f"cuBLASLt, {'algorithms timed on a GPU' if timed else 'its own choice of algorithms'}",
         "arena_bytes": arena_bytes,
     }
+
+
+TARGET = Target("cuda", CudaOptions, emit, GPU_PHASES, ARCHITECTURES)

@@ -12,7 +12,7 @@ import pytest
 from rich.progress import Progress
 
 from duq.compiler.checkpoint import load_checkpoint
-from duq.compiler.pipeline import Options, compile_policy, quantize_checkpoint
+from duq.compiler.pipeline import TARGETS, compile_policy, quantize_checkpoint
 from duq.compiler.quant import load_recipe
 from duq.compiler.quant.recipe import DEFAULT_PRESET
 from duq.compiler.targets.cuda import cubins, operands, timing
@@ -20,8 +20,8 @@ from duq.compiler.targets.cuda.problems import FloatGemm, Gemm
 from duq.plugins import bitblas
 from duq.plugins import timing as clock
 from duq.plugins.errors import KernelError
-from duq.plugins.nvrtc import Cubin
 from duq.plugins.layout import unpack_bitblas
+from duq.plugins.nvrtc import Cubin
 from duq.runtime.executors.cpu import CpuExecutor
 from duq.runtime.plan import Plan
 from tests.compiler.test_pipeline import make_inputs, make_noise
@@ -239,7 +239,7 @@ def plan(tiny_plans, tmp_path, gpu, monkeypatch):
 
     def compile(target: str = "cuda", **settings) -> Plan:
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.plan"
-        options = Options(target, num_steps=4, cameras=1, **settings)
+        options = TARGETS[target].options(num_steps=4, cameras=1, **settings)
         compile_policy(checkpoint, quantization, path, options, SILENT)
         return Plan(path)
 
