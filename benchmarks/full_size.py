@@ -31,9 +31,11 @@ from rich.table import Table
 from duq.compiler.accuracy.metrics import Difference, difference
 from duq.compiler.checkpoint import load_checkpoint
 from duq.compiler.checkpoint.synthetic import make_checkpoint
-from duq.compiler.pipeline import Options, compile_policy, quantize_checkpoint
+from duq.compiler.pipeline import compile_policy, quantize_checkpoint
 from duq.compiler.quant import Quantization, load_recipe
 from duq.compiler.quantize_cli import progress_bar
+from duq.compiler.targets import Options
+from duq.compiler.targets.cuda import CudaOptions
 from duq.plugins.driver import free_memory, open_device
 from duq.runtime.config import ModelConfig
 from duq.runtime.executors.cpu import CpuExecutor
@@ -61,8 +63,8 @@ def make_plans(directory: Path, pi05: bool, quant: str) -> dict[str, Path]:
         else:
             integers = quantize_checkpoint(checkpoint, recipe, inputs, progress, device="cuda")
         plans = {target: directory / f"{target}.plan" for target in ("cpu", "cuda")}
-        for target, sm in (("cuda", (open_device(),)), ("cpu", ())):
-            compile_policy(checkpoint, integers, plans[target], Options(target=target, sm=sm), progress)
+        for options in (CudaOptions(sm=(open_device(),)), Options()):
+            compile_policy(checkpoint, integers, plans[options.target], options, progress)
     return plans
 
 

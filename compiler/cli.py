@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from duq.compiler.checkpoint import Checkpoint
 from duq.compiler.errors import CalibrationError, CheckpointError, DuqError, PackError, RecipeError
-from duq.compiler.pipeline import TARGETS, Options, compile_policy, quantize_checkpoint
+from duq.compiler.pipeline import TARGETS, compile_policy, quantize_checkpoint
 from duq.compiler.policy_options import with_policy_options
 from duq.compiler.quant import Quantization, Recipe, load_transforms
 from duq.compiler.quant.calibrate import calibration_inputs
@@ -36,7 +37,7 @@ from duq.compiler.quantize_cli import (
     with_recipe_options,
 )
 from duq.compiler.settings import Choices, PolicySettings, missing_statistics, settings_of
-from duq.compiler.targets import tensorrt
+from duq.compiler.targets import Options
 from duq.plugins.driver import open_device
 from duq.plugins.errors import KernelError
 from duq.runtime.cli_errors import check_output_directory, check_output_file, one_line_errors
@@ -63,19 +64,23 @@ def _compile(
         ),  # fmt: skip
     ] = None,
     timing: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            help="--target cuda: beside a GPU of the --sm, choose kernels by timing them there. "
-            "Without, equal inputs give equal plans."
-        ),  # fmt: skip
-    ] = True,
-    loop: Annotated[
-        str,
-        typer.Option(
-            help="--target tensorrt: the denoising steps 'unrolled' into one engine, or a 'graph' of step engines."
+            "--timing/--no-timing",
+            help="--target cuda: beside a GPU of the --sm, choose kernels by timing them there (the default). "
+            "Without, equal inputs give equal plans.",
         ),
-    ] = "graph",
-    float_type: Annotated[str, typer.Option(help="--target tensorrt: of what is not quantized, bf16 or fp16.")] = "bf16",
+    ] = None,
+    loop: Annotated[
+        str | None,
+        typer.Option(
+            help="--target tensorrt: the denoising steps 'unrolled' into one engine, or a 'graph' of step engines "
+            "(the default)."
+        ),  # fmt: skip
+    ] = None,
+    float_type: Annotated[
+        str | None, typer.Option(help="--target tensorrt: of what is not quantized, bf16 (the default) or fp16.")
+    ] = None,
     calibration: CalibrationOption = None,
     calibration_seed: CalibrationSeedOption = 0,
     device: DeviceOption = "cpu",
@@ -90,8 +95,13 @@ def _compile(
     without_tokenizer: Annotated[
         bool, typer.Option("--without-tokenizer", help="Make a robot's plan that takes tokenized prompts only.")
     ] = False,
-    keep_onnx: Annotated[
-        Path | None, typer.Option(help="Directory for both graphs after each phase, weights included.")
+    keep_phases: Annotated[
+        Path | None,
+        typer.Option(
+            "--keep-phases",
+            "--keep-onnx",
+            help="Directory for both graphs after each pass, weights included, and for the target's own phases.",
+        ),
     ] = None,
 ) -> None:
     """Compile a pi0 or pi0.5 checkpoint into one [bold]engine.plan[/bold].
@@ -116,30 +126,18 @@ def _compile(
     start = time.perf_counter()
     _check_options(target, recipe)
     check_device(device)
-    architectures = _architectures(target, sm or [])
-    if target == "tensorrt":
-        tensorrt.check(loop, float_type)
-    elif (loop, float_type) != ("graph", "bf16"):
-        raise DuqError(f"--loop {loop} --float-type {float_type}: are for --target tensorrt; leave them out for {target}")
+    options = _target_options(target, sm, timing=timing, loop=loop, float_type=float_type)
     check_output_file("--out", out)
-    if keep_onnx is not None:
-        check_output_directory("--keep-onnx", keep_onnx)
+    if keep_phases is not None:
+        check_output_directory("--keep-phases", keep_phases)
     policy, settings = open_policy(checkpoint, choices, asset_id, tokenizer, base)
     _check_robot(policy, settings, without_norm_stats, without_tokenizer)
     with progress_bar() as progress:
         quantization = _quantization(
             policy, recipe, origins, packs, calibration, calibration_seed, settings, device, progress
         )
-        options = Options(
-            target=target,
-            sm=architectures,
-            cameras=cameras,
-            timing=timing,
-            loop=loop,
-            float_type=float_type,
-            settings=settings,
-        )
-        compile_policy(policy, quantization, out, options, progress, keep_onnx)
+        options = replace(options, cameras=cameras, settings=settings)
+        compile_policy(policy, quantization, out, options, progress, keep_phases)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     console = Console(markup=False, highlight=False)
@@ -156,6 +154,25 @@ def _check_options(target: str, recipe: Recipe) -> None:
         raise DuqError(f"--target {target}: unknown, this version compiles for {', '.join(TARGETS)}")
     if recipe.scheme == "reference":
         raise RecipeError("--scheme reference is a fake quantization for studies, without integer arithmetic to compile")
+
+
+def _target_options(target: str, sm: list[int] | None, **chosen: str | bool | None) -> Options:
+    """The options of the target, checked; `chosen` that are None were left out. DuqError for one that it does not have."""
+    given = {name: value for name, value in chosen.items() if value is not None}
+    for name, value in given.items():
+        owners = [each.name for each in TARGETS.values() if name in _names(each.options)]
+        if target not in owners:
+            flag = name.replace("_", "-")
+            shown = f"--{flag} {value}" if isinstance(value, str) else f"--{flag}" if value else f"--no-{flag}"
+            raise DuqError(f"{shown}: is for --target {' and '.join(owners)}; leave it out for {target}")
+    architectures = _architectures(target, sm or [])
+    options = TARGETS[target].options(**given, **({"sm": architectures} if architectures else {}))
+    TARGETS[target].check(options)
+    return options
+
+
+def _names(options: type[Options]) -> set[str]:
+    return {field.name for field in fields(options)}
 
 
 def _architectures(target: str, sm: list[int]) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -24,6 +24,14 @@ def thread_pool() -> Iterator[ThreadPoolExecutor]:
             yield pool
     finally:
         torch.set_num_threads(threads)
+
+
+def in_background(task: Callable[[], Result]) -> Future[Result]:
+    """Starts the task in a thread of its own."""
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(task)
+    pool.shutdown(wait=False)
+    return future
 
 
 def in_order(pool: Executor, tasks: Iterable[tuple[Callable[[], Result], int]], limit: int) -> Iterator[Result]:

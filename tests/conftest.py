@@ -19,8 +19,10 @@ from duq.compiler.accuracy.synthetic import synthetic_observations
 from duq.compiler.checkpoint import load_checkpoint
 from duq.compiler.checkpoint.synthetic import make_checkpoint
 from duq.compiler.graph import export
-from duq.compiler.pipeline import Options, compile_policy, quantize_checkpoint
+from duq.compiler.pipeline import compile_policy, quantize_checkpoint
 from duq.compiler.quant import Quantization, load_recipe
+from duq.compiler.targets import Options
+from duq.compiler.targets.cuda import CudaOptions
 from duq.runtime.preprocess import Preprocessor
 
 torch.set_num_threads(1)  # the policies here are tiny: threads cost more than they save
@@ -120,8 +122,8 @@ def tiny_plans(tmp_path_factory, trace_once):
     @functools.cache
     def plan(policy: str, quant: str, target: str, float_images: bool) -> Path:
         path = directory / f"{policy}.{quant}.{target}{'.float_images' * float_images}.plan"
-        sm = (86, 90) if target == "cuda" else ()
-        options = Options(target=target, sm=sm, robot="libero", num_steps=4, float_images=float_images)
+        common = dict(robot="libero", num_steps=4, float_images=float_images)
+        options = CudaOptions(sm=(86, 90), **common) if target == "cuda" else Options(**common)
         with Progress(disable=True) as progress:
             compile_policy(load_checkpoint(checkpoint(policy)), quantization(policy, quant), path, options, progress)
         return path

@@ -24,9 +24,10 @@ from rich.table import Table
 from duq.compiler.checkpoint import load_checkpoint
 from duq.compiler.checkpoint.synthetic import VARIANTS, make_checkpoint
 from duq.compiler.model import build_model
-from duq.compiler.pipeline import Options, compile_policy, quantize_checkpoint
+from duq.compiler.pipeline import compile_policy, quantize_checkpoint
 from duq.compiler.quant import load_recipe
 from duq.compiler.quantize_cli import progress_bar
+from duq.compiler.targets import Options
 from duq.plugins.errors import DuqError
 from duq.runtime.cli_errors import one_line_errors
 from duq.runtime.config import IMAGE_SLOTS, ModelConfig

@@ -20,9 +20,10 @@ from rich.table import Table
 from duq.compiler.accuracy.metrics import difference
 from duq.compiler.checkpoint import Checkpoint
 from duq.compiler.model import build_model
-from duq.compiler.pipeline import Options, compile_policy, quantize_checkpoint
+from duq.compiler.pipeline import compile_policy, quantize_checkpoint
 from duq.compiler.quant import Quantization, Recipe
 from duq.compiler.quant.linears import select_linears
+from duq.compiler.targets.cuda import CudaOptions
 from duq.plugins.driver import free_memory, open_device
 from duq.runtime.config import IMAGE_SLOTS, ModelConfig
 from duq.runtime.executors.cuda import CudaExecutor
@@ -57,7 +58,7 @@ def measure(
         integers = (
             quantize_checkpoint(checkpoint, recipe, inputs, progress, device="cuda") if quantized else Quantization(recipe)
         )
-        compile_policy(checkpoint, integers, plan, Options(target="cuda", sm=(open_device(),)), progress)
+        compile_policy(checkpoint, integers, plan, CudaOptions(sm=(open_device(),)), progress)
         seconds = time.perf_counter() - start
         del integers
         torch.cuda.empty_cache()

@@ -28,8 +28,8 @@ from duq.compiler.accuracy.report import (
 from duq.compiler.accuracy.synthetic import synthetic_observations
 from duq.compiler.accuracy.thresholds import Thresholds
 from duq.compiler.checkpoint import load_checkpoint
+from duq.compiler.checks import check_weights
 from duq.compiler.data import DATASET_COUNT, load_calibration, robot_mapping
-from duq.compiler.pipeline import check_weights
 from duq.compiler.quantize_cli import CHECKPOINT_HELP, BaseOption, print_line, progress_bar
 from duq.runtime.cli_errors import check_output_file, one_line_errors
 from duq.runtime.config import ModelConfig

@@ -29,9 +29,10 @@ from duq.compiler.accuracy.metrics import jerk
 from duq.compiler.accuracy.plots import ENGINE, REFERENCE, STYLE
 from duq.compiler.accuracy.rates import paired_difference, wilson
 from duq.compiler.checkpoint import Checkpoint, load_checkpoint
-from duq.compiler.pipeline import Options, compile_policy, quantize_checkpoint
+from duq.compiler.pipeline import compile_policy, quantize_checkpoint
 from duq.compiler.quant import load_recipe
 from duq.compiler.quantize_cli import progress_bar
+from duq.compiler.targets import Options
 from duq.plugins.errors import DuqError
 from duq.runtime.cli_errors import check_output_file, one_line_errors
 from duq.runtime.preprocess import Preprocessor

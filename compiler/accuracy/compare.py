@@ -19,7 +19,7 @@ from duq.compiler.accuracy.stages import Stages
 from duq.compiler.accuracy.worker import passes, read_arrays, run_worker, write_inputs
 from duq.compiler.checkpoint import Checkpoint
 from duq.compiler.errors import CheckpointError, DuqError
-from duq.compiler.pipeline import value_basis_entry
+from duq.compiler.manifest import value_basis_entry
 from duq.runtime.config import ModelConfig
 from duq.runtime.errors import ObservationError
 from duq.runtime.plan import Plan

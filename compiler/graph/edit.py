@@ -107,6 +107,13 @@ def replace(old: ir.Value, new: ir.Value) -> None:
     old.replace_all_uses_with(new)
 
 
+def graph_input(graph: ir.Graph, name: str) -> ir.Value:
+    """The input of this name. GraphError if there is none."""
+    found = [value for value in graph.inputs if value.name == name]
+    expect(len(found) == 1, f"{graph.name} has an input `{name}`")
+    return found[0]
+
+
 def reader(value: ir.Value) -> ir.Node | None:
     """The only node that reads the value, if there is exactly one (and it is no graph output)."""
     uses = list(value.uses())

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from duq.compiler.model.pi0 import Pi0
+from duq.compiler.quant.pack import LinearPack
 from duq.runtime.config import ModelConfig
 
 OPSET = 23  # the first with Attention and RMSNormalization, and the newest that ONNX Runtime for Python 3.10 loads
@@ -34,12 +35,19 @@ OPSET = 23  # the first with Attention and RMSNormalization, and the newest that
 
 @dataclass
 class Graphs:
-    """The policy between two passes."""
+    """The policy between two passes.
+
+    Attributes:
+        weights: the tensors that the initializers are bound to, by canonical name.
+        packs: the quantized form of linears, by canonical module name; their passes put it into the graphs.
+    """
 
     prefix: ir.Model
     step: ir.Model
     config: ModelConfig
     num_steps: int
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    packs: Mapping[str, LinearPack] = field(default_factory=dict)
 
     def items(self) -> Iterator[tuple[str, ir.Model]]:
         yield "prefix", self.prefix
@@ -75,9 +83,14 @@ class Step(nn.Module):
         return x + (velocity * (-1.0 / self.num_steps))[0]
 
 
-def export(config: ModelConfig, weights: dict[str, Tensor], num_steps: int) -> Graphs:
+def export(
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    num_steps: int,
+    packs: Mapping[str, LinearPack] | None = None,
+) -> Graphs:
     """Traces the model and binds `weights` (canonical names, any float dtype, on disk) to the graphs' initializers."""
-    graphs = trace(config, num_steps)
+    graphs = replace(trace(config, num_steps), weights=weights, packs=packs or {})
     for _, model in graphs.items():
         for name, value in model.graph.initializers.items():
             value.const_value = _lazy_float32(name, weights[name])

@@ -1,0 +1,89 @@
+"""Targets: what executes a plan, the passes that only it wants, and what writes the graphs into the plan for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Generic, Protocol, TypeVar
+
+from rich.progress import Progress
+
+from duq.compiler.checkpoint import Checkpoint
+from duq.compiler.graph.export import Graphs
+from duq.compiler.phases import Phase
+from duq.compiler.settings import PolicySettings, default_settings
+from duq.runtime.plan import PlanWriter
+
+O = TypeVar("O", bound="Options")  # noqa: E741
+O_contra = TypeVar("O_contra", bound="Options", contravariant=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a plan is made for; the policy itself comes from the checkpoint. `Options` are those of the `cpu` target.
+
+    Attributes:
+        robot: of the default settings.
+        num_steps: likewise; None: the checkpoint's.
+        cameras: the most that an observation will have.
+        settings: around the policy; by default those of the checkpoint and `robot`.
+        float_images: the policy's images are resized in floating point (runtime/images.py, FLOAT_RULES).
+    """
+
+    target: ClassVar[str] = "cpu"
+    robot: str = "none"
+    num_steps: int | None = None
+    cameras: int = 3
+    settings: PolicySettings | None = None
+    float_images: bool = False
+
+    def settled(self: O, checkpoint: Checkpoint) -> O:
+        """The same with the settings around the policy, and what follows from them, filled in."""
+        settings = self.settings or default_settings(checkpoint, self.robot, self.num_steps)
+        return replace(
+            self, settings=settings, robot=settings.robot_name, num_steps=settings.num_steps,
+            float_images=self.float_images or settings.transforms["resize"] != "openpi",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuOptions(Options):
+    """`sm`: compute capabilities of the GPUs that the plan runs on, e.g. (86, 90)."""
+
+    sm: tuple[int, ...] = ()
+
+
+class Emit(Protocol[O_contra]):
+    def __call__(
+        self, graphs: Graphs, writer: PlanWriter, progress: Progress, options: O_contra, keep: Path | None
+    ) -> dict:
+        """Writes everything the target's executor wants into the plan; returns the manifest's section about the graphs.
+
+        keep: an existing directory for the target's own phases, printed (`--keep-phases`), or None.
+        Raises GraphError for a graph that the target does not know, and KernelError where a kernel cannot be made.
+        """
+        ...
+
+
+def _no_check(options: Options) -> None:
+    """Nothing to refuse."""
+
+
+@dataclass(frozen=True)
+class Target(Generic[O]):
+    """`name` is the key of `--target` and of the manifest.
+
+    Attributes:
+        options: the type of its options; an option that is no field of it is refused.
+        phases: rewrites on top of the common ones.
+        architectures: the compute capabilities to choose from; none for a target without a GPU.
+        check: raises DuqError for options that are unknown and for extras that are missing, before any long work.
+    """
+
+    name: str
+    options: type[O]
+    emit: Emit[O]
+    phases: tuple[Phase, ...] = ()
+    architectures: tuple[int, ...] = ()
+    check: Callable[[O], None] = _no_check

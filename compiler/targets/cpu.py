@@ -7,11 +7,13 @@ The graphs refer to their weights by offset into the plan file itself, so that O
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import onnx_ir as ir
 from rich.progress import Progress
 
 from duq.compiler.graph.export import Graphs
+from duq.compiler.targets import Options, Target
 from duq.plugins import ops
 from duq.runtime.executors.cpu import PLAN_FILE
 from duq.runtime.plan import PlanWriter
@@ -19,7 +21,7 @@ from duq.runtime.plan import PlanWriter
 INLINE_BYTES = 1024  # smaller initializers (shapes, scalars) stay inside the graph
 
 
-def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options) -> dict:
+def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options: Options, keep: Path | None) -> dict:
     """Writes weights and graphs into the plan; returns the manifest's section about the graphs."""
     stored: dict[str, ir.ExternalTensor] = {}
     task = progress.add_task("Writing the plan", total=sum(_weight_bytes(model) for _, model in graphs.items()))
@@ -64,3 +66,6 @@ def _describe(model: ir.Model) -> dict:
 
 def _shape(value: ir.Value) -> list | None:
     return None if value.shape is None else [dim if isinstance(dim, int) else str(dim) for dim in value.shape]
+
+
+TARGET = Target("cpu", Options, emit)

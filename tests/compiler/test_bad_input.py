@@ -520,7 +520,7 @@ def test_output_file(where, good, refused, tmp_path):
 def test_output_directory(good, out, refused, tmp_path):
     (tmp_path / "file").write_text("mine")
     quantizing = [quantize_main, good[0], "--calibration", good[2], "--out"]
-    compiling = [compile_main, good[0], "--calibration", good[2], "--out", out / "engine.plan", "--keep-onnx"]
+    compiling = [compile_main, good[0], "--calibration", good[2], "--out", out / "engine.plan", "--keep-phases"]
     for program in (quantizing, compiling, [duq.tools.make_checkpoint.main, "--out"]):
         for path in (tmp_path / "file", tmp_path / "file" / "below"):
             refused([*program, path], f"{program[-1]} {path}: {tmp_path / 'file'} is a file; name a directory")
@@ -541,8 +541,11 @@ def test_paths_that_are_not_utf_8(good, out, refused, tmp_path):
 
 def test_options_of_another_target(good, out, refused):
     program = [compile_main, good[0], "--quant", "none", "--out", out / "engine.plan"]
-    refused([*program, "--loop", "unrolled"], "--loop unrolled --float-type bf16: are for --target tensorrt")
-    refused([*program, "--float-type", "fp15"], "--float-type fp15: are for --target tensorrt; leave them out for cpu")
+    refused([*program, "--loop", "unrolled"], "--loop unrolled: is for --target tensorrt; leave it out for cpu")
+    refused([*program, "--float-type", "fp15"], "--float-type fp15: is for --target tensorrt; leave it out for cpu")
+    refused([*program, "--no-timing"], "--no-timing: is for --target cuda; leave it out for cpu")
+    refused([*program, "--target", "tensorrt", "--timing"], "--timing: is for --target cuda; leave it out for tensorrt")
+    refused([*program, "--target", "cuda", "--loop", "graph"], "--loop graph: is for --target tensorrt")
 
 
 @pytest.mark.parametrize("host", ["\udcff", "é\udcff", "a" * 64, "no such host"])

@@ -20,9 +20,10 @@ from duq.compiler.checkpoint.synthetic import make_checkpoint
 from duq.compiler.checkpoint.training import published, settings_of_trainer, training_config
 from duq.compiler.cli import compile_main
 from duq.compiler.errors import CheckpointError
-from duq.compiler.pipeline import Options, compile_policy
+from duq.compiler.pipeline import compile_policy
 from duq.compiler.quant import Quantization, load_recipe
 from duq.compiler.settings import Choices, PolicySettings, settle
+from duq.compiler.targets import Options
 from duq.plugins.errors import DuqError
 from duq.runtime import Policy
 from duq.runtime.errors import PlanError

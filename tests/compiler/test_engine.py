@@ -11,9 +11,10 @@ import onnxruntime
 import pytest
 
 from duq.compiler.checkpoint import load_checkpoint
-from duq.compiler.pipeline import Options, compile_policy, quantize_checkpoint
+from duq.compiler.pipeline import compile_policy, quantize_checkpoint
 from duq.compiler.quant import load_recipe
 from duq.compiler.quant.recipe import DEFAULT_PRESET
+from duq.compiler.targets import Options
 from duq.runtime import Policy
 from duq.runtime.plan import Plan
 from tests.compiler.quant.test_w4a8 import SILENT, policy  # noqa: F401

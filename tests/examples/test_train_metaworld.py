@@ -13,8 +13,9 @@ from duq.compiler.accuracy.reference import tensors
 from duq.compiler.checkpoint import load_checkpoint
 from duq.compiler.checkpoint.synthetic.files import train_tokenizer
 from duq.compiler.model import Pi0, build_model
-from duq.compiler.pipeline import Options, compile_policy
+from duq.compiler.pipeline import compile_policy
 from duq.compiler.quant import Quantization, load_recipe
+from duq.compiler.targets import Options
 from duq.runtime import Policy
 from duq.runtime.config import IMAGE_SLOTS, GemmaConfig, VisionConfig
 from duq.runtime.observations import load_observations, save_observations

@@ -18,10 +18,12 @@ from duq.compiler.accuracy.metrics import difference
 from duq.compiler.accuracy.synthetic import synthetic_observations
 from duq.compiler.checkpoint import Checkpoint, load_checkpoint
 from duq.compiler.checkpoint.synthetic import make_checkpoint
-from duq.compiler.pipeline import Options, compile_policy, quantize_checkpoint
+from duq.compiler.pipeline import compile_policy, quantize_checkpoint
 from duq.compiler.quant import Quantization, load_recipe
 from duq.compiler.quant.calibrate import calibration_inputs
 from duq.compiler.settings import Choices, settle
+from duq.compiler.targets import Options
+from duq.compiler.targets.cuda import CudaOptions
 from duq.plugins.driver import free_memory, open_device
 from duq.runtime import Policy
 from duq.runtime.errors import PlanError
@@ -66,10 +68,10 @@ def both_plans(
     recipe = load_recipe(preset, settings, environment={})
     integers = Quantization(recipe) if preset == "none" else quantize_checkpoint(checkpoint, recipe, inputs, SILENT)
     plans = {}
-    for target, sm in (("cpu", ()), ("cuda", (open_device(),))):
-        plans[target] = stem.with_name(f"{stem.name}.{target}.plan")
-        options = Options(target=target, sm=sm, num_steps=NUM_STEPS, timing=timing, float_images=float_images)
-        compile_policy(checkpoint, integers, plans[target], options, SILENT)
+    common = dict(num_steps=NUM_STEPS, float_images=float_images)
+    for options in (Options(**common), CudaOptions(sm=(open_device(),), timing=timing, **common)):
+        plans[options.target] = stem.with_name(f"{stem.name}.{options.target}.plan")
+        compile_policy(checkpoint, integers, plans[options.target], options, SILENT)
     return plans
 
 
@@ -216,11 +218,10 @@ def test_a_lerobot_policy_acts_as_on_the_cpu(directory):
     checkpoint, settings = settle(load_checkpoint(path), Choices())
     assert checkpoint.config.rotary == "bfloat16" and settings.num_steps == 3
     policies = {}
-    for target, sm in (("cpu", ()), ("cuda", (open_device(),))):
-        plan = path.with_name(f"lerobot.{target}.plan")
-        options = Options(target=target, sm=sm, timing=False, settings=settings)
+    for options in (Options(settings=settings), CudaOptions(sm=(open_device(),), timing=False, settings=settings)):
+        plan = path.with_name(f"lerobot.{options.target}.plan")
         compile_policy(checkpoint, Quantization(load_recipe("none", environment={})), plan, options, SILENT)
-        policies[target] = Policy(plan)
+        policies[options.target] = Policy(plan)
     random = np.random.default_rng(0)
     for size in ((224, 224), (90, 120), (480, 640)):
         images = {

@@ -17,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from rich.progress import Progress
 
 from duq.compiler.checkpoint import load_checkpoint
-from duq.compiler.pipeline import Options, compile_policy
+from duq.compiler.pipeline import compile_policy
 from duq.compiler.quant import Quantization, load_recipe
 from duq.compiler.settings import Choices, settle
+from duq.compiler.targets import Options
 from duq.runtime import Policy
 
 TOLERANCE, BFLOAT16_COSINE = 1e-4, 0.999

@@ -10,12 +10,13 @@ from duq.compiler.graph.export import Graphs
 from duq.plugins import ops
 
 
-def fold_linear_chains(graphs: Graphs) -> Graphs:
+def fold_linear_chains(graphs: Graphs) -> int:
     """(x A + a) B = x (A B) + a B, where nothing else reads what is in between. The product is formed in float64.
 
     In pi0, action_in_proj [32, width] and the action half of action_time_mlp_in become one [32, width] matrix; a B
     joins the bias added next, and with it the time table.
     """
+    matches = 0
     for _, model in graphs.items():
         for second in list(model.graph):
             bias = second.inputs[0].producer() if _is_linear(second) else None
@@ -37,12 +38,14 @@ def fold_linear_chains(graphs: Graphs) -> Graphs:
             else:
                 (y,) = insert_before(second, "Add", [y, offset])
             replace(second.outputs[0], y)
+            matches += 1
         simplify(model)
-    return graphs
+    return matches
 
 
-def fold_output_scales(graphs: Graphs) -> Graphs:
+def fold_output_scales(graphs: Graphs) -> int:
     """(x W + b) c = x (c W) + c b for a scalar c: the Euler step's dt goes into action_out_proj."""
+    matches = 0
     for _, model in graphs.items():
         for node in list(model.graph):
             scale = small_constant(node.inputs[1], limit=1) if node.op_type == "Mul" else None
@@ -61,41 +64,45 @@ def fold_output_scales(graphs: Graphs) -> Graphs:
             (product,) = insert_before(node, "MatMul", [linear.inputs[0], new_weight])
             (y,) = insert_before(node, "Add", [product, new_offset])
             replace(node.outputs[0], y)
+            matches += 1
         simplify(model)
-    return graphs
+    return matches
 
 
-def fold_norm_gains(graphs: Graphs) -> Graphs:
+def fold_norm_gains(graphs: Graphs) -> int:
     """norm(x, g) W = norm(x, 1) (diag(g) W): a Gemma norm's gain goes into the float linears that read it.
 
     Quantized linears read the norm through a prologue that may start with a scale of its own (1 / balance). There the
     two vectors become one, in the norm, since a rotation follows and neither can move past it:
     scale * norm(x, g) = norm(x, scale * g); likewise LayerNorm's (g, b), and the tables of an adaptive norm.
+    Matches norms that lose their gain or take a scale.
     """
+    matches = 0
     for _, model in graphs.items():
         for node in list(model.graph):
             if node.op_type in ("RMSNormalization", "LayerNormalization"):
-                _merge_prologue_scale(model.graph, node.outputs[0], _norm_vectors(node))
+                matches += _merge_prologue_scale(model.graph, node.outputs[0], _norm_vectors(node))
             if node.op_type == "RMSNormalization":
-                _fold_gain_into_readers(model.graph, node)
+                matches += _fold_gain_into_readers(model.graph, node)
         for node in list(model.graph):  # adaptive norms: x (1 + scale)[step] + shift[step]
             tables = _adaptive_tables(node)
             if tables:
-                _merge_prologue_scale(model.graph, node.outputs[0], tables)
+                matches += _merge_prologue_scale(model.graph, node.outputs[0], tables)
         simplify(model)
-    return graphs
+    return matches
 
 
-def _fold_gain_into_readers(graph: ir.Graph, norm: ir.Node) -> None:
+def _fold_gain_into_readers(graph: ir.Graph, norm: ir.Node) -> bool:
     gain, readers = norm.inputs[1], [use.node for use in norm.outputs[0].uses()]
     if not is_weight(gain, rank=1) or not readers or not all(_is_linear(node) for node in readers):
-        return
+        return False
     for node in readers:
         weight = node.inputs[1]
         name = f"{gain.name}*{weight.name}"
         node.replace_input_with(1, lazy(graph, name, [gain, weight], weight.shape.numpy(), lambda g, w: g[:, None] * w))
     ones = initializer(graph, f"ones.{gain.shape[0]}", np.ones(gain.shape.numpy(), np.float32))
     norm.replace_input_with(1, ones)
+    return True
 
 
 def _norm_vectors(norm: ir.Node) -> list[tuple[ir.Node, int]]:
@@ -116,12 +123,12 @@ def _adaptive_tables(node: ir.Node) -> list[tuple[ir.Node, int]]:
     return [(gather, 0) for gather in gathers] if len(gathers) == 2 else []
 
 
-def _merge_prologue_scale(graph: ir.Graph, output: ir.Value, vectors: list[tuple[ir.Node, int]]) -> None:
+def _merge_prologue_scale(graph: ir.Graph, output: ir.Value, vectors: list[tuple[ir.Node, int]]) -> bool:
     """Multiplies the vectors that produce `output` by its readers' common input_scale, and removes it from them."""
     readers = [use.node for use in output.uses()]
     prologues = [n for n in readers if n.domain == ops.DOMAIN and ops.stages(n.overload)[:1] == ["scale"]]
     if not prologues or len(prologues) != len(readers) or len({node.inputs[1].name for node in prologues}) != 1:
-        return
+        return False
     scale = prologues[0].inputs[1]
     for node, index in vectors:
         vector = node.inputs[index]
@@ -133,6 +140,7 @@ def _merge_prologue_scale(graph: ir.Graph, output: ir.Value, vectors: list[tuple
         new = insert_before(node, node.op_type, inputs, len(node.outputs), domain=ops.DOMAIN, overload=overload)
         for old_output, new_output in zip(node.outputs, new):
             replace(old_output, new_output)
+    return True
 
 
 def _is_linear(node: ir.Node | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Hashable
 
 import numpy as np
 import onnx_ir as ir
@@ -13,29 +14,31 @@ from duq.compiler.graph.passes.quantize import QuantizedTensor
 from duq.plugins import ops
 
 
-def merge_float_linears(graphs: Graphs) -> Graphs:
-    """[x W1, x W2] = x [W1, W2] for float products."""
+def merge_float_linears(graphs: Graphs) -> int:
+    """[x W1, x W2] = x [W1, W2] for float products. Matches groups."""
+    matches = 0
     for _, model in graphs.items():
         groups = defaultdict(list)
         for node in model.graph:
             if node.op_type == "MatMul" and is_weight(node.inputs[1], rank=2):
                 groups[node.inputs[0]].append(node)
-        _merge_each(model, groups)
-    return graphs
+        matches += _merge_each(model, groups)
+    return matches
 
 
-def merge_quantized_linears(graphs: Graphs) -> Graphs:
+def merge_quantized_linears(graphs: Graphs) -> int:
     """The same for quantized linears of one variant: a prologue and one integer product for the group.
 
-    For GPUs. On CPUs the product gains nothing and splitting its large output costs (docs/performance.md).
+    For GPUs. On CPUs the product gains nothing and splitting its large output costs (docs/performance.md). Matches groups.
     """
+    matches = 0
     for _, model in graphs.items():
         groups = defaultdict(list)
         for node in model.graph:
             if node.op_type in ops.QUANTIZED_LINEARS:
                 groups[node.inputs[0], node.op_identifier(), _output_block(node)].append(node)
-        _merge_each(model, groups)
-    return graphs
+        matches += _merge_each(model, groups)
+    return matches
 
 
 def _output_block(node: ir.Node) -> int:
@@ -44,11 +47,12 @@ def _output_block(node: ir.Node) -> int:
     return operands["output_rotation"].shape[-1] if "output_rotation" in operands else 0
 
 
-def _merge_each(model: ir.Model, groups: dict) -> None:
-    for nodes in groups.values():
-        if len(nodes) > 1:
-            _merge(model.graph, nodes)
+def _merge_each(model: ir.Model, groups: dict[Hashable, list[ir.Node]]) -> int:
+    several = [nodes for nodes in groups.values() if len(nodes) > 1]
+    for nodes in several:
+        _merge(model.graph, nodes)
     simplify(model)
+    return len(several)
 
 
 def _merge(graph: ir.Graph, nodes: list[ir.Node]) -> None:

@@ -17,13 +17,14 @@ from duq.plugins import ops
 from duq.plugins.layout import pack_int4
 
 
-def lower_quantized_linears(graphs: Graphs, packs: dict[str, LinearPack]) -> Graphs:
+def lower_quantized_linears(graphs: Graphs) -> int:
     """Replaces the linear of every pack by its prologue (RotateQuantize or Rotate) and its duq linear.
 
     Each linear gets a prologue of its own. Those of linears that share input and transforms are equal nodes, and
-    merging equal nodes leaves one; foreign packs with transforms that differ keep one each.
+    merging equal nodes leaves one; foreign packs with transforms that differ keep one each. Matches linears in both graphs.
     Raises GraphError if a pack names a linear that is in neither graph.
     """
+    packs, matches = graphs.packs, 0
     missing = set(packs)
     for _, model in graphs.items():
         for node in list(model.graph):
@@ -32,11 +33,12 @@ def lower_quantized_linears(graphs: Graphs, packs: dict[str, LinearPack]) -> Gra
             if name in packs:
                 _lower(model.graph, node, packs[name])
                 missing.discard(name)
+                matches += 1
         simplify(model)
         ops.add_functions(model)
     if missing:
         raise GraphError(f"quantized linears that the policy never computes: {', '.join(sorted(missing))}")
-    return graphs
+    return matches
 
 
 def _lower(graph: ir.Graph, node: ir.Node, pack: LinearPack) -> None:

@@ -10,11 +10,13 @@ from duq.compiler.graph.export import Graphs
 from duq.runtime.config import IMAGE_SLOTS
 
 
-def tabulate_rotary_embeddings(graphs: Graphs) -> Graphs:
+def tabulate_rotary_embeddings(graphs: Graphs) -> int:
     """cos(position * frequency) = table[position], with one row for each position that a policy can have.
 
     Angles are formed in float32, as the model forms them; their cosine and sine are the nearest float32.
+    Matches the cosines and the sines that a graph computes once for all its layers.
     """
+    matches = 0
     config = graphs.config
     positions = len(IMAGE_SLOTS) * config.vision.tokens + config.max_prompt_tokens + 1 + config.action_horizon
     for _, model in graphs.items():
@@ -29,8 +31,9 @@ def tabulate_rotary_embeddings(graphs: Graphs) -> Graphs:
             (index,) = insert_before(node, "Squeeze", [position, initializer(model.graph, "last_axis", np.array([-1]))])
             (rows,) = insert_before(node, "Gather", [table, index])
             replace(node.outputs[0], rows)
+            matches += 1
         simplify(model)
-    return graphs
+    return matches
 
 
 def _rotary_operands(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
@@ -44,12 +47,13 @@ def _rotary_operands(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
     return cast.inputs[0], product.inputs[1]
 
 
-def fuse_rotary_embeddings(graphs: Graphs) -> Graphs:
+def fuse_rotary_embeddings(graphs: Graphs) -> int:
     """[a cos - b sin, b cos + a sin] of the two halves a, b of each head becomes ONNX's RotaryEmbedding.
 
     For GPUs, which have a kernel for it. Positions are one vector for all heads; the tables are those of
-    `tabulate_rotary_embeddings`.
+    `tabulate_rotary_embeddings`. Matches each embedding of queries or keys.
     """
+    matches = 0
     for _, model in graphs.items():
         for node in list(model.graph):
             match = _rotation(node)
@@ -61,8 +65,9 @@ def fuse_rotary_embeddings(graphs: Graphs) -> Graphs:
             ids.type = positions.type
             (turned,) = insert_before(node, "RotaryEmbedding", [x, cosine, sine, ids], interleaved=0)
             replace(node.outputs[0], turned)
+            matches += 1
         simplify(model)
-    return graphs
+    return matches
 
 
 def _rotation(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value] | None:

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from duq.compiler.graph.edit import (
     depends_on,
     evaluate,
+    graph_input,
     initializer,
     insert_before,
     is_weight,
@@ -20,12 +21,12 @@ from duq.compiler.graph.export import Graphs
 from duq.compiler.model.pi0 import timesteps
 
 
-def split_time_from_actions(graphs: Graphs) -> Graphs:
+def split_time_from_actions(graphs: Graphs) -> int:
     """W [a; t] + b = W_a a + (W_t t + b): pi0's action_time_mlp_in is separated into its action and its time half.
 
     The time half is the same for every row, so it loses the Expand over rows and broadcasts in the sum.
     """
-    graph = graphs.step.graph
+    graph, matches = graphs.step.graph, 0
     for node in list(graph):
         concat = node.inputs[0].producer() if node.op_type == "MatMul" and is_weight(node.inputs[1]) else None
         if concat is None or concat.op_type != "Concat" or depends_on(concat.inputs[1]) != {"time"}:
@@ -41,8 +42,9 @@ def split_time_from_actions(graphs: Graphs) -> Graphs:
         (offset,) = insert_before(bias, "Add", [of_time, bias.inputs[1]])
         (y,) = insert_before(bias, "Add", [of_actions, offset])
         replace(bias.outputs[0], y)
+        matches += 1
     simplify(graphs.step)
-    return graphs
+    return matches
 
 
 def _rows(graph: ir.Graph, weight: ir.Value, part: str, start: int, stop: int, columns: int) -> ir.Value:
@@ -50,14 +52,14 @@ def _rows(graph: ir.Graph, weight: ir.Value, part: str, start: int, stop: int, c
     return lazy(graph, name, [weight], (stop - start, columns), lambda w: w[start:stop])
 
 
-def tabulate_time(graphs: Graphs) -> Graphs:
+def tabulate_time(graphs: Graphs) -> int:
     """Replaces every value that depends on time alone, and is read by something that does not, by table[step].
 
     pi0: ten bias vectors. pi0.5: 1 + scale, shift and gate of every adaptive norm. The input `time` becomes `step`,
-    the index of the denoising step.
+    the index of the denoising step. Matches the values that become tables.
     """
     graph = graphs.step.graph
-    (time,) = [value for value in graph.inputs if value.name == "time"]
+    time = graph_input(graph, "time")
     reach = {node: set().union(*(depends_on(operand) for operand in node.inputs if operand)) for node in graph}
     frontier = {
         operand: None  # a dict keeps the order
@@ -77,4 +79,4 @@ def tabulate_time(graphs: Graphs) -> Graphs:
         replace(value, row)
     simplify(graphs.step)
     graph.inputs.remove(time)
-    return graphs
+    return len(frontier)

@@ -10,6 +10,7 @@ from duq.compiler.graph.edit import (
     depends_on,
     evaluate,
     expect,
+    graph_input,
     has_weight_name,
     initializer,
     insert_before,
@@ -20,41 +21,55 @@ from duq.compiler.graph.edit import (
 from duq.compiler.graph.export import Graphs, key_value_names
 
 
-def compact_tokens(graphs: Graphs) -> Graphs:
+def compact_tokens(graphs: Graphs) -> int:
     """Absent cameras and prompt padding are left out of the inputs instead of being computed and masked.
 
     Positions count valid tokens, so leaving out the others changes nothing for the rest. The mask inputs become
-    constants, all true: attention over the prefix needs no mask, and a position is the token's index.
+    constants, all true. Matches the inputs.
     """
-    graph = graphs.prefix.graph
-    first = next(iter(graph))
-    every_token = []
-    for mask, of in (("image_mask", "images"), ("token_mask", "tokens")):
-        (length,) = insert_before(first, "Shape", [_input(graph, of)], start=0, end=1)
-        every_token += insert_before(first, "Expand", [initializer(graph, "true", np.array(True)), length])
-        replace(_input(graph, mask), every_token[-1])
-    _forget_inputs(graph, "image_mask", "token_mask")
+    masks = [(graphs.prefix.graph, "image_mask", "images", 0), (graphs.prefix.graph, "token_mask", "tokens", 0),
+             (graphs.step.graph, "prefix_mask", "key.0", 2)]  # fmt: skip
+    for graph, mask, masked, axis in masks:
+        first = next(iter(graph))
+        (length,) = insert_before(first, "Shape", [graph_input(graph, masked)], start=axis, end=axis + 1)
+        (all_true,) = insert_before(first, "Expand", [initializer(graph, "true", np.array(True)), length])
+        replace(graph_input(graph, mask), all_true)
+        _forget_inputs(graph, mask)
+    return len(masks)
 
-    graph = graphs.step.graph
-    first = next(iter(graph))
-    (length,) = insert_before(first, "Shape", [_input(graph, "key.0")], start=2, end=3)
-    (all_true,) = insert_before(first, "Expand", [initializer(graph, "true", np.array(True)), length])
-    replace(_input(graph, "prefix_mask"), all_true)
-    _forget_inputs(graph, "prefix_mask")
 
+def count_instead_of_summing(graphs: Graphs) -> int:
+    """Over a mask that is all true, CumSum(mask) - 1 is 0, 1, 2, ... and ReduceSum(mask) is the mask's length."""
+    matches = 0
     for _, model in graphs.items():
-        _count_instead_of_summing(model.graph)
-        _drop_true_masks(model, graphs)
+        for node in list(model.graph):
+            if node.op_type in ("CumSum", "ReduceSum") and node.inputs[0].dtype == ir.DataType.INT64:
+                _count(model.graph, node)
+                matches += 1
         simplify(model)
-    return graphs
+    return matches
 
 
-def hoist_state_token(graphs: Graphs) -> Graphs:
+def drop_true_masks(graphs: Graphs) -> int:
+    """Removes the mask of every Attention for which it is true whatever the number of tokens (checked at two)."""
+    matches = 0
+    for _, model in graphs.items():
+        masked = [node for node in model.graph if node.op_type == "Attention" and len(node.inputs) > 3]
+        values = {mask: _mask_values(model, mask, graphs) for mask in {node.inputs[3] for node in masked}}
+        for node in masked:
+            if all(np.all(value) for value in values[node.inputs[3]]):
+                node.resize_inputs(3)
+                matches += 1
+        simplify(model)
+    return matches
+
+
+def hoist_state_token(graphs: Graphs) -> int:
     """pi0's state token depends on neither time nor noise, and sees only the prefix and itself: its keys and values
     are the same in every denoising step. They move to the end of the prefix's, and the loop is left with H rows.
     """
     if graphs.config.pi05:
-        return graphs
+        return 0
     step, names = graphs.step, key_value_names(graphs.config.llm.depth)
     _check_state_sees_prefix_and_itself(graphs)
     state_only = step.clone()
@@ -77,19 +92,25 @@ def hoist_state_token(graphs: Graphs) -> Graphs:
         simplify(model)
         common.ShapeInferencePass()(model)  # row counts have changed
     _forget_inputs(step.graph, "state")
-    return graphs
+    return 1
 
 
-def eliminate_dead_prefix_tail(graphs: Graphs) -> Graphs:
-    """Only keys and values leave the prefix, so its last layer needs no queries, attention, MLP or final norm."""
+def eliminate_dead_prefix_tail(graphs: Graphs) -> int:
+    """Only keys and values leave the prefix, so its last layer needs no queries, attention, MLP or final norm.
+
+    Matches the attentions that nothing is left of.
+    """
     outputs = graphs.prefix.graph.outputs
-    outputs.remove(next(output for output in outputs if output.name == "hidden"))
+    attentions = _attentions(graphs.prefix.graph)
+    hidden = [output for output in outputs if output.name == "hidden"]
+    expect(len(hidden) == 1, "the prefix has an output `hidden`")
+    outputs.remove(hidden[0])
     simplify(graphs.prefix)
-    return graphs
+    return attentions - _attentions(graphs.prefix.graph)
 
 
-def _input(graph: ir.Graph, name: str) -> ir.Value:
-    return next(value for value in graph.inputs if value.name == name)
+def _attentions(graph: ir.Graph) -> int:
+    return sum(node.op_type == "Attention" for node in graph)
 
 
 def _forget_inputs(graph: ir.Graph, *names: str) -> None:
@@ -99,31 +120,17 @@ def _forget_inputs(graph: ir.Graph, *names: str) -> None:
             graph.inputs.remove(value)
 
 
-def _count_instead_of_summing(graph: ir.Graph) -> None:
-    """Over a mask that is all true, CumSum(mask) - 1 is 0, 1, 2, ... and ReduceSum(mask) is the mask's length."""
-    for node in list(graph):
-        if node.op_type not in ("CumSum", "ReduceSum") or node.inputs[0].dtype != ir.DataType.INT64:
-            continue
-        (length,) = insert_before(node, "Shape", [node.inputs[0]], start=1, end=2)
-        if node.op_type == "ReduceSum":  # [1, P] -> [1, 1]
-            (count,) = insert_before(node, "Unsqueeze", [length, initializer(graph, "axis0", np.array([0]))])
-        else:  # [1, P] -> [1, P]
-            zero, one = initializer(graph, "zero", np.array(0)), initializer(graph, "one", np.array(1))
-            (scalar,) = insert_before(node, "Squeeze", [length])
-            (index,) = insert_before(node, "Range", [zero, scalar, one])
-            (row,) = insert_before(node, "Unsqueeze", [index, initializer(graph, "axis0", np.array([0]))])
-            (count,) = insert_before(node, "Add", [row, one])
-        replace(node.outputs[0], count)
-
-
-def _drop_true_masks(model: ir.Model, graphs: Graphs) -> None:
-    """Removes the mask of every Attention for which it is true whatever the number of tokens (checked at two)."""
-    attentions = [node for node in model.graph if node.op_type == "Attention" and len(node.inputs) > 3]
-    masks = {node.inputs[3] for node in attentions}
-    always_true = {mask for mask in masks if all(np.all(value) for value in _mask_values(model, mask, graphs))}
-    for node in attentions:
-        if node.inputs[3] in always_true:
-            node.resize_inputs(3)
+def _count(graph: ir.Graph, node: ir.Node) -> None:
+    (length,) = insert_before(node, "Shape", [node.inputs[0]], start=1, end=2)
+    if node.op_type == "ReduceSum":  # [1, P] -> [1, 1]
+        (count,) = insert_before(node, "Unsqueeze", [length, initializer(graph, "axis0", np.array([0]))])
+    else:  # [1, P] -> [1, P]
+        zero, one = initializer(graph, "zero", np.array(0)), initializer(graph, "one", np.array(1))
+        (scalar,) = insert_before(node, "Squeeze", [length])
+        (index,) = insert_before(node, "Range", [zero, scalar, one])
+        (row,) = insert_before(node, "Unsqueeze", [index, initializer(graph, "axis0", np.array([0]))])
+        (count,) = insert_before(node, "Add", [row, one])
+    replace(node.outputs[0], count)
 
 
 def _mask_values(model: ir.Model, mask: ir.Value, graphs: Graphs) -> list[np.ndarray]:

@@ -16,14 +16,16 @@ The executor only follows the schedule (runtime/executors/cuda.py), and `duq-ins
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import onnx_ir.passes.common as common
 from rich.progress import Progress
 
 from duq.compiler.graph.export import Graphs
 from duq.compiler.parallel import in_order, thread_pool
+from duq.compiler.targets import GpuOptions, Target
 from duq.compiler.targets import fuse as fusing
 from duq.compiler.targets.cuda import timing
 from duq.compiler.targets.cuda.bind import bind
@@ -35,13 +37,9 @@ from duq.compiler.targets.cuda.plan import plan_memory, plan_streams
 from duq.compiler.targets.cuda.report import Report
 from duq.compiler.targets.cuda.specialize import Size, specialize
 from duq.compiler.targets.cuda.weights import Weights, to_bf16
-<<<<<<< HEAD
 from duq.compiler.targets.fuse import Prompt, check_covered, fuse
+from duq.compiler.targets.gpu import GPU_PHASES
 from duq.plugins.gpu import GPUS, Gpu, gpu_of
-=======
-from duq.plugins.gpu import GPUS
-from duq.runtime.executors.cuda import SCHEDULE_VERSION
->>>>>>> kernels
 from duq.runtime.plan import PlanWriter
 
 ARCHITECTURES = tuple(sorted(GPUS))
@@ -49,7 +47,15 @@ IN_FLIGHT_BYTES = 1 << 30  # of the weights computed at a time; their float32 fo
 PROMPT_STEP = 32  # prompts are padded to a multiple of this: a CUDA graph has fixed sizes
 
 
-def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options: Any, keep: Path | None = None) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class CudaOptions(GpuOptions):
+    """`timing`: beside a GPU of one of the `sm`, choose tactics by timing; without, equal inputs give equal plans."""
+
+    target: ClassVar[str] = "cuda"
+    timing: bool = True
+
+
+def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options: CudaOptions, keep: Path | None) -> dict[str, Any]:
     """Writes cubins, weights, the token table and the schedules into the plan; returns the manifest's section."""
     report = Report(keep)
     ops = {}
@@ -78,7 +84,7 @@ def _plan_for(
     ops: dict[str, list[fusing.Op]],
     weights: Weights,
     progress: Progress,
-    options: Any,
+    options: CudaOptions,
     report: Report,
 ) -> tuple[list[Planned], bool]:
     """The planned programs of every size for a GPU, and whether their tactics were timed."""
@@ -106,40 +112,8 @@ def prompt_sizes(max_tokens: int) -> list[int]:
     return [*range(PROMPT_STEP, max_tokens, PROMPT_STEP), max_tokens]
 
 
-<<<<<<< HEAD
-def _pixel(options: Any) -> str:
+def _pixel(options: CudaOptions) -> str:
     return "float" if options.float_images else "unsigned char"
-=======
-def _problems(graphs: Graphs, sm: int, sizes: list[tuple[int, int]]) -> list[Problem]:
-    """What the lowering asks tactics for, which does not depend on the answers."""
-    asked: dict[Problem, None] = {}
-    table = from_table(sm)
-
-    def choose(problem: Problem, slab_tokens: int | None = None) -> AnyTactic:
-        asked[problem] = None
-        return table(problem, slab_tokens)
-
-    for size in sizes:
-        lower_variant(graphs, sm, *size, Weights(), choose)
-    return list(asked)
-
-
-def _write_cubins(sm: int, variants: list[Variant], writer: PlanWriter, progress: Progress) -> dict[Instance, dict]:
-    """Compiles what the launches need, each instance of a kernel for itself; by it what the schedule says of it."""
-    wanted = dict.fromkeys(_instance(launch) for launch in _launches(variants) if launch.shape is not None)
-    kernels = {}
-    cubins = progress.track(compile_each(wanted, sm), total=len(wanted), description=f"Compiling the kernels for SM {sm}")
-    for number, (instance, cubin) in enumerate(cubins):
-        entry = f"cubin/sm{sm}/{number}.{instance.source.removesuffix('.cu')}"
-        writer.write(entry, cubin.image)
-        symbol = cubin.symbols[instance.expression]
-        kernels[instance] = {"cubin": entry, "symbol": symbol, "expression": instance.expression}
-    return kernels
-
-
-def _instance(launch: Launch) -> Instance:
-    return Instance(launch.source, launch.expression, tuple(launch.headers.items()))
->>>>>>> kernels
 
 
 def _write_weights(weights: Weights, writer: PlanWriter, progress: Progress) -> dict[str, list[int]]:
@@ -168,3 +142,6 @@ def _summary(planned: list[Planned], schedule: dict[str, Any], timed: bool) -> d
         "library": f"cuBLASLt, {'algorithms timed on a GPU' if timed else 'its own choice of algorithms'}",
         "arena_bytes": schedule["arena_bytes"],
     }
+
+
+TARGET = Target("cuda", CudaOptions, emit, GPU_PHASES, ARCHITECTURES)

@@ -6,20 +6,12 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-<<<<<<< HEAD
 from duq.plugins.gpu import Gpu
 from duq.plugins.kernel import Code
 from duq.plugins.nvrtc import Cubin, compile_cubin
 
 
 def compile_each(wanted: Iterable[Code], gpu: Gpu) -> Iterator[tuple[Code, Cubin]]:
-=======
-from duq.plugins.kernel import Code as Instance
-from duq.plugins.nvrtc import Cubin, compile_cubin
-
-
-def compile_each(instances: Iterable[Instance], sm: int) -> Iterator[tuple[Instance, Cubin]]:
->>>>>>> kernels
     """A cubin for each instance, compiled on all cores or taken from the cache (plugins/nvrtc.py)."""
     codes = list(dict.fromkeys(wanted))
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 from rich.progress import Progress
 
-<<<<<<< HEAD
 from duq.compiler.targets.cuda.cubins import compile_each
 from duq.compiler.targets.cuda.gemm import AnyGemm, Gemm, Tactic, Tuner
 from duq.compiler.targets.cuda.launches import Launch, Program
@@ -18,17 +18,6 @@ from duq.plugins.driver import Kernel, Stream, load, open_device
 from duq.plugins.errors import KernelError
 from duq.plugins.gpu import Gpu
 from duq.plugins.kernel import Code
-=======
-from duq.compiler.targets.cuda.cubins import Instance, compile_each
-from duq.compiler.targets.cuda.operands import FloatOperands, IntegerOperands
-from duq.compiler.targets.cuda.problems import AnyTactic, Choose, Gemm, Problem
-from duq.compiler.targets.cuda.program import LIBRARY, MATMUL, Launch
-from duq.plugins.cublas import CublasLt
-from duq.plugins.cublas import Problem as Product
-from duq.plugins.driver import Kernel, Stream, load, open_device
-from duq.plugins.errors import KernelError
-from duq.plugins.gpu import gpu_of
->>>>>>> kernels
 from duq.plugins.kernels import bitblas
 from duq.plugins.tactics import SMALL_M
 from duq.plugins.timing import milliseconds
@@ -60,20 +49,12 @@ def by_timing(gemms: Iterable[AnyGemm], gpu: Gpu, progress: Progress) -> Tuner:
     kernels = {code: load(cubin)[code.expression] for code, cubin in cubins}
     ranked: dict[AnyGemm, list[Tactic]] = {}  # the fastest first
     task = progress.add_task("Timing", total=len(candidates))
-<<<<<<< HEAD
     for gemm, tactics in sorted(candidates.items(), key=lambda item: (item[0].n, item[0].k)):  # neighbors share weights
         progress.update(task, description=f"Timing {gemm.m} x {gemm.n} x {gemm.k}")
         times = dict(zip(tactics, time_each(gemm, tactics, kernels, gpu), strict=True))
         table_made_in_chain = gemm.m <= SMALL_M and gpu.has_wgmma
         times[tactics[0]] /= FASTER_THAN_IN_CHAIN if table_made_in_chain else FASTER
         ranked[gemm] = sorted(times, key=lambda tactic: times[tactic])
-=======
-    for problem, tactics in sorted(candidates.items(), key=lambda item: (item[0].n, item[0].k)):  # neighbors share weights
-        progress.update(task, description=f"Timing {problem.m} x {problem.n} x {problem.k}")
-        times = dict(zip(tactics, time_each(problem, tactics, kernels, sm)))
-        times[tactics[0]] /= FASTER_THAN_IN_CHAIN if problem.m <= SMALL_M and sm == 90 else FASTER
-        ranked[problem] = sorted(times, key=times.get)
->>>>>>> kernels
         progress.advance(task)
 
     def choose(gemm: AnyGemm, slab_tokens: int | None = None) -> Tactic:
@@ -83,14 +64,8 @@ def by_timing(gemms: Iterable[AnyGemm], gpu: Gpu, progress: Progress) -> Tuner:
     return choose
 
 
-<<<<<<< HEAD
 def _slab_tokens(tactic: Tactic) -> int:
     return getattr(tactic, "slab_tokens", 0)
-=======
-def instances_of(problem: Problem, tactic: AnyTactic) -> list[Instance]:
-    """Of the tactic's own kernel, and of the one that finishes its sums if there is one."""
-    return [each.code for each in problem.launches(tactic)]
->>>>>>> kernels
 
 
 def time_each(gemm: AnyGemm, tactics: Sequence[Tactic], kernels: Mapping[Code, Kernel], gpu: Gpu) -> list[float]:
@@ -98,24 +73,12 @@ def time_each(gemm: AnyGemm, tactics: Sequence[Tactic], kernels: Mapping[Code, K
 
     They overlap, as those of a policy do. Raises KernelError for a tactic whose y is not, bit for bit, that of the first.
     """
-<<<<<<< HEAD
     inputs = IntegerInputs(gemm, gpu) if isinstance(gemm, Gemm) else FloatInputs(gemm)
 
     def work_of(tactic: Tactic) -> Callable[[int, Stream], None]:
         instances = [each.on(gpu) for each in gemm.instances(tactic)]
         overlap = gpu.has_pdl and all(each.kernel.waits for each in instances)
         loaded = [kernels[each.code] for each in instances]
-=======
-    gpu = gpu_of(sm)
-    clusters = gpu.has_clusters
-    operands = IntegerOperands(problem, clusters) if isinstance(problem, Gemm) else FloatOperands(problem)
-
-    def work_of(tactic: AnyTactic) -> Callable[[int, Stream], None]:
-        launches = problem.launches(tactic)
-        shapes = [each.on(gpu).shape for each in launches]
-        overlap = clusters and not isinstance(tactic, bitblas.Generated)
-        loaded = [kernels[instance] for instance in instances_of(problem, tactic)]
->>>>>>> kernels
 
         def enqueue(copies: int, stream: Stream) -> None:
             for copy in range(copies):

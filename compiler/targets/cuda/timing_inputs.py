@@ -16,12 +16,8 @@ from duq.compiler.targets.cuda.gemm import AnyGemm, FloatGemm, Gemm
 from duq.compiler.targets.cuda.launches import BYTES
 from duq.compiler.targets.cuda.weights import to_bf16
 from duq.plugins.driver import Memory, Stream
-<<<<<<< HEAD:compiler/targets/cuda/timing_inputs.py
 from duq.plugins.gpu import Gpu
 from duq.plugins.kernels import Generated
-=======
-from duq.plugins.kernels import GemmFloat, Generated
->>>>>>> kernels:compiler/targets/cuda/operands.py
 from duq.plugins.layout import (
     activation_slabs,
     interleave_gate_up,
@@ -108,7 +104,6 @@ class FloatInputs(_Inputs):
         super().__init__(gemm, _float_fragments(gemm.n, gemm.k, gemm.bits).nbytes)
         self.gemm = gemm
 
-<<<<<<< HEAD:compiler/targets/cuda/timing_inputs.py
     def arguments(self, tactic: Any, copy: int) -> list[Arguments]:
         g = self.gemm
         x = self._address("x", lambda: to_bf16(np.float32(_integers(g.m, g.k, INT4))))
@@ -126,23 +121,6 @@ class FloatInputs(_Inputs):
         sizes = dict(tokens=g.m, rows=g.n, depth=g.k, y_stride=columns, first_position=0, to_cache=0)
         tensors: Arguments = dict(x=x, squares=squares, weight=weight, residual=self._residual(g), y=self.y)
         return [{**tensors, **rotary, **sizes, "epsilon": 0.0}]
-=======
-    def arguments(self, tactic: GemmFloat, copy: int) -> list[list]:
-        p, y = self.problem, self._held["y"].address
-        x = self._address("x", lambda: to_bf16(np.float32(_integers(p.m, p.k, INT4))))
-        squares = NULL
-        if p.norm:
-            squares = self._address("squares", partial(np.full, (p.m, p.k // 16), 16, np.float32))
-        weight = self._weight("fragments", partial(_float_fragments, p.n, p.k, p.bits), copy)
-        columns, kv_stride, rotary = p.n // 2 if p.finish == "GEGLU" else p.n, 0, [NULL] * 4
-        if p.finish == "ROTARY":  # keys and values beside the queries
-            own = [ctypes.c_void_p(y + (p.n - heads * HEAD_DIMS) * BYTES[p.out]) for heads in (2, 1)]
-            tables = [self._address(f"all {of}", partial(np.full, (p.m, HEAD_DIMS // 2), of, np.float32)) for of in (1, 0)]
-            kv_stride, rotary = p.n, [*own, *tables]
-        addresses = [x, squares, weight, NULL, NULL, self._residual(), ctypes.c_void_p(y), *rotary, NULL]
-        sizes = map(ctypes.c_int, (p.m, p.n, p.k, columns, kv_stride, 0, 0))
-        return [[*addresses, *sizes, ctypes.c_float(0), *NO_NORM]]
->>>>>>> kernels:compiler/targets/cuda/operands.py
 
 
 def _upload(array: np.ndarray, copies: int) -> Memory:

@@ -8,12 +8,8 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-<<<<<<< HEAD
 from duq.compiler.targets.cuda.launches import Weight
 from duq.compiler.targets.names import title_of as title
-=======
-from duq.compiler.targets.cuda.program import Weight
->>>>>>> kernels
 from duq.plugins.kernels import Generated
 from duq.plugins.layout import (
     CHUNK_K,

@@ -14,12 +14,16 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
 
 import onnx_ir as ir
 from rich.progress import Progress
 
 from duq.compiler.graph.export import Graphs
+from duq.compiler.targets import GpuOptions, Target
+from duq.compiler.targets.gpu import GPU_PHASES
 from duq.compiler.targets.tensorrt.builder import Engine, Profile, build
 from duq.compiler.targets.tensorrt.network import FLOAT_TYPES, Plugin, adapt, take_embeddings, unroll
 from duq.plugins import bitblas, trt
@@ -34,17 +38,31 @@ ARCHITECTURES = bitblas.SMS
 LOOPS = ("unrolled", "graph")
 
 
-def check(loop: str, float_type: str) -> None:
+@dataclass(frozen=True, kw_only=True)
+class TensorRTOptions(GpuOptions):
+    """What the engines look like.
+
+    Attributes:
+        loop: "unrolled" into one network, or "graph": the executor repeats the step's engine.
+        float_type: of what is not quantized, "bf16" or "fp16".
+    """
+
+    target: ClassVar[str] = "tensorrt"
+    loop: str = "graph"
+    float_type: str = "bf16"
+
+
+def check(options: TensorRTOptions) -> None:
     """Raises DuqError where an option is unknown or an extra is missing: before any work."""
-    if loop not in LOOPS:
-        raise DuqError(f"--loop {loop}: unknown, one of {', '.join(LOOPS)}")
-    if float_type not in FLOAT_TYPES:
-        raise DuqError(f"--float-type {float_type}: unknown, one of {', '.join(FLOAT_TYPES)}")
+    if options.loop not in LOOPS:
+        raise DuqError(f"--loop {options.loop}: unknown, one of {', '.join(LOOPS)}")
+    if options.float_type not in FLOAT_TYPES:
+        raise DuqError(f"--float-type {options.float_type}: unknown, one of {', '.join(FLOAT_TYPES)}")
     trt.library()
     bitblas.check_installed()
 
 
-def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options) -> dict:
+def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options: TensorRTOptions, keep: Path | None) -> dict:
     """Builds the engines for every SM and writes them into the plan; returns the manifest's section.
 
     Raises KernelError without TensorRT or BitBLAS, GraphError where the network cannot be built.
@@ -59,7 +77,7 @@ def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options) -> dic
     return sections
 
 
-def _emit(graphs: Graphs, sm: int, writer: PlanWriter, progress: Progress, options) -> dict:
+def _emit(graphs: Graphs, sm: int, writer: PlanWriter, progress: Progress, options: TensorRTOptions) -> dict:
     config = graphs.config
     tokens = options.cameras * config.vision.tokens + config.max_prompt_tokens
     plugins = adapt(graphs, options.float_type, sm, tokens)
@@ -161,3 +179,6 @@ def _signature(values: Iterable[ir.Value]) -> dict:
         }
         for value in values
     }
+
+
+TARGET = Target("tensorrt", TensorRTOptions, emit, GPU_PHASES, ARCHITECTURES, check)

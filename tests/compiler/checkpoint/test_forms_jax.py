@@ -17,8 +17,9 @@ from duq.compiler.checkpoint import check_finite, load_checkpoint, orbax, scratc
 from duq.compiler.checkpoint.jax import merge_lora
 from duq.compiler.checkpoint.synthetic import make_checkpoint
 from duq.compiler.errors import CheckpointError
-from duq.compiler.pipeline import Options, compile_policy
+from duq.compiler.pipeline import compile_policy
 from duq.compiler.quant import Quantization, load_recipe
+from duq.compiler.targets import Options
 from duq.runtime.plan import Plan
 
 tensorstore = pytest.importorskip("tensorstore")

@@ -18,8 +18,9 @@ from duq.compiler.accuracy.compare import check_match, compare
 from duq.compiler.checkpoint import load_checkpoint
 from duq.compiler.model import build_model
 from duq.compiler.model.gemma import rotary_embedding
-from duq.compiler.pipeline import Options, compile_policy
+from duq.compiler.pipeline import compile_policy
 from duq.compiler.quant import Quantization, load_recipe
+from duq.compiler.targets import Options
 from duq.runtime import Policy
 from duq.runtime.config import ModelConfig
 from duq.runtime.errors import PlanError

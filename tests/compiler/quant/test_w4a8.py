@@ -11,11 +11,12 @@ import torch
 from rich.progress import Progress
 
 from duq.compiler import pipeline
-from duq.compiler.graph.passes.merge import merge_quantized_linears
 from duq.compiler.model import build_model
-from duq.compiler.pipeline import Options, compile_policy, quantize_checkpoint
+from duq.compiler.pipeline import compile_policy, quantize_checkpoint
 from duq.compiler.quant import fake_quantize, load_recipe
 from duq.compiler.quant.quantize import sqnr_db
+from duq.compiler.targets import Options
+from duq.compiler.targets.gpu import GPU_PHASES
 from duq.runtime.executors.cpu import CpuExecutor
 from duq.runtime.plan import Plan
 from tests.support.quant_policy import observation, sample_actions, tiny_checkpoint
@@ -106,9 +107,7 @@ def test_shared_transforms_leave_one_prologue_a_group(policy, tmp_path):
 
 def test_merged_linears_compute_the_same_integers(policy, tmp_path, monkeypatch):
     """As targets with larger products want them: q, k, v in one, gate and up in one."""
-    monkeypatch.setattr(
-        pipeline, "passes", lambda *args, original=pipeline.passes: [*original(*args), merge_quantized_linears]
-    )
+    monkeypatch.setattr(pipeline, "PHASES", (*pipeline.PHASES, *GPU_PHASES))
     quantization = compiled(policy, tmp_path / "engine.plan", {"preset": "all"})
     check_replay(policy, tmp_path / "engine.plan", quantization)
     found = Plan(tmp_path / "engine.plan").manifest["graphs"]["step"]["ops"]

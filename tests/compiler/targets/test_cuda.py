@@ -14,10 +14,11 @@ from rich.progress import Progress
 
 from duq.compiler.checkpoint import load_checkpoint, synthetic
 from duq.compiler.errors import GraphError
-from duq.compiler.pipeline import Options, compile_policy, quantize_checkpoint
+from duq.compiler.pipeline import compile_policy, quantize_checkpoint
 from duq.compiler.quant import load_recipe
 from duq.compiler.quant.recipe import DEFAULT_PRESET
-from duq.compiler.targets.cuda import cubins
+from duq.compiler.targets import Options
+from duq.compiler.targets.cuda import CudaOptions, cubins
 from duq.compiler.targets.cuda.lower import rule_of
 from duq.compiler.targets.cuda.program import ALIGNMENT, LIBRARY, MATMUL
 from duq.plugins.errors import DuqError
@@ -181,7 +182,8 @@ def compiled(tiny_plans, tmp_path, monkeypatch):
         recipe = load_recipe(settings.pop("preset", None), settings, environment={})
         quantization = quantize_checkpoint(checkpoint, recipe, inputs, SILENT)
         for target in targets:
-            options = Options(target, tuple(ARCHITECTURES) if target == "cuda" else (), num_steps=4, cameras=1)
+            common = dict(num_steps=4, cameras=1)
+            options = CudaOptions(sm=tuple(ARCHITECTURES), **common) if target == "cuda" else Options(**common)
             compile_policy(checkpoint, quantization, tmp_path / f"{target}.plan", options, SILENT)
         return [Plan(tmp_path / f"{target}.plan") for target in targets]
 

@@ -19,9 +19,10 @@ from duq.compiler.checkpoint import load_checkpoint
 from duq.compiler.cli import compile_main
 from duq.compiler.errors import GraphError
 from duq.compiler.graph.export import Graphs, export
-from duq.compiler.pipeline import Options, compile_policy, passes, quantize_checkpoint
+from duq.compiler.phases import rewrite
+from duq.compiler.pipeline import PHASES, compile_policy, quantize_checkpoint
 from duq.compiler.quant import load_recipe
-from duq.compiler.targets.tensorrt import builder, network
+from duq.compiler.targets.tensorrt import TensorRTOptions, builder, network
 from duq.plugins import bitblas, nodes, ops, trt
 from duq.plugins.bitblas import Tile
 from duq.plugins.errors import KernelError
@@ -127,7 +128,7 @@ def compiled(tiny_plans, tmp_path_factory):
     def plan(policy, loop, float_type="bf16"):
         source, integers = quantization(policy)
         out = directory / f"{policy}.{loop}.{float_type}.plan"
-        options = Options(target="tensorrt", sm=(86,), robot="libero", num_steps=4, loop=loop, float_type=float_type)
+        options = TensorRTOptions(sm=(86,), robot="libero", num_steps=4, loop=loop, float_type=float_type)
         with Progress(disable=True) as progress:
             compile_policy(source, integers, out, options, progress)
         return Plan(out)
@@ -225,9 +226,8 @@ def test_unrolling_is_the_loop(tiny_plans, compiled):
     weights = source.weights | integers.float_weights
 
     def graphs():
-        exported = export(source.config, weights, 4)  # as in tiny_plans, whose trace is kept
-        for rewrite in passes(integers, weights):
-            exported = rewrite(exported)
+        exported = export(source.config, weights, 4, integers.packs)  # as in tiny_plans, whose trace is kept
+        rewrite(exported, PHASES)
         return exported
 
     def session(model):

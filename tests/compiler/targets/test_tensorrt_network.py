@@ -20,7 +20,8 @@ from rich.progress import Progress
 from duq.compiler.accuracy.synthetic import synthetic_observations
 from duq.compiler.checkpoint import load_checkpoint
 from duq.compiler.graph.export import export
-from duq.compiler.pipeline import TARGETS, passes, quantize_checkpoint
+from duq.compiler.phases import rewrite
+from duq.compiler.pipeline import PHASES, TARGETS, quantize_checkpoint
 from duq.compiler.quant import load_recipe
 from duq.compiler.targets.tensorrt import network
 from duq.plugins import bitblas, nodes, ops, trt
@@ -188,9 +189,8 @@ def test_the_network_computes_what_the_cpu_engine_does(tiny_plans, policy, loop,
     with Progress(disable=True) as progress:
         integers = quantize_checkpoint(source, load_recipe("llm+expert-mlp", environment={}), observations, progress)
     weights = source.weights | integers.float_weights
-    graphs = export(source.config, weights, plan.manifest["num_steps"])
-    for rewrite in [*passes(integers, weights), *TARGETS["tensorrt"].passes]:
-        graphs = rewrite(graphs)
+    graphs = export(source.config, weights, plan.manifest["num_steps"], integers.packs)
+    rewrite(graphs, (*PHASES, *TARGETS["tensorrt"].phases))
     table = network.take_embeddings(graphs.prefix).const_value.numpy().astype(np.float32)
     network.adapt(graphs, "fp32", 86, 816)
 

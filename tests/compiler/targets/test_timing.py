@@ -12,22 +12,21 @@ import pytest
 from rich.progress import Progress
 
 from duq.compiler.checkpoint import load_checkpoint
-from duq.compiler.pipeline import Options, compile_policy, quantize_checkpoint
+from duq.compiler.pipeline import TARGETS, compile_policy, quantize_checkpoint
 from duq.compiler.quant import load_recipe
 from duq.compiler.quant.recipe import DEFAULT_PRESET
 from duq.compiler.targets.cuda import cubins, operands, timing
 from duq.compiler.targets.cuda.problems import FloatGemm, Gemm
-from duq.plugins import bitblas as generator
+from duq.plugins import bitblas
 from duq.plugins import timing as clock
 from duq.plugins.errors import KernelError
-from duq.plugins.kernels import bitblas
-from duq.plugins.kernels.reference import Launched, Memory, Pointer
 from duq.plugins.layout import unpack_bitblas
 from duq.plugins.nvrtc import Cubin
 from duq.runtime.executors.cpu import CpuExecutor
 from duq.runtime.plan import Plan
 from tests.compiler.test_pipeline import make_inputs, make_noise
-from tests.support import emulate
+from tests.support import emulate, emulated_kernels
+from tests.support.emulated_kernels import KERNELS, Launch, Pointer
 from tests.support.quant_policy import observation
 
 SILENT = Progress(disable=True)
@@ -56,7 +55,7 @@ class Gpu:
         self.sm, self.memories, self.milliseconds, self.launched, self.spoiled = sm, [], {}, [], ""
 
     def allocate(self, size: int) -> SimpleNamespace:
-        self.memories.append(Memory(np.full(size, 0xFF, np.uint8)))
+        self.memories.append(emulated_kernels.Memory(np.full(size, 0xFF, np.uint8)))
         return SimpleNamespace(address=len(self.memories) * SPACE)
 
     def bytes(self, address: int, size: int) -> np.ndarray:
@@ -87,8 +86,10 @@ class Gpu:
 
     def launch(self, expression: str, shape, arguments: list, stream: int, overlap: bool) -> None:
         self.launched.append(expression)
+        name, _, template = expression.rstrip(">").partition("<")
         assert overlap == (self.sm >= 90) and (self.sm >= 90 or shape.cluster == (1, 1, 1))
-        emulate.launch(expression, shape, list(map(self._argument, arguments)))
+        launch = Launch(name, template.split(", "), shape.grid, shape.threads, int(np.prod(shape.cluster)))
+        KERNELS[name](launch, *map(self._argument, arguments))
         if expression == self.spoiled:
             self.memories[0].data[0] ^= 1  # y is what is allocated first
 
@@ -124,8 +125,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(
         cubins, "compile_cubin", lambda source, sm, kernels, headers: Cubin(b"cubin", {each: each for each in kernels})
     )
-    monkeypatch.setattr(generator, "_installed", lambda: False)
-    monkeypatch.setattr(generator, "read_cached", lambda path: None)
+    monkeypatch.setattr(bitblas, "_installed", lambda: False)
+    monkeypatch.setattr(bitblas, "read_cached", lambda path: None)
     return machine
 
 
@@ -134,13 +135,13 @@ def installed_bitblas(gpu, monkeypatch):
     """BitBLAS, and its kernel in numpy for weights of so many bytes: a table to fill."""
     shapes: dict[int, tuple[int, int]] = {}
 
-    def reference(launch: Launched, x_q: Pointer, weight: Pointer, y: Pointer, tokens: int) -> None:
+    def kernel(launch: Launch, x_q: Pointer, weight: Pointer, sums: Pointer, m: int) -> None:
         n, k = shapes[len(weight.memory.data)]
         w = unpack_bitblas(weight.read("unsigned char", n * k // 2), (n, k))
-        y.write("int", x_q.read("signed char", tokens, k).astype(np.int32) @ w.T.astype(np.int32))
+        sums.write("int", x_q.read("signed char", m, k).astype(np.int32) @ w.T.astype(np.int32))
 
-    monkeypatch.setattr(bitblas.BITBLAS, "reference", reference)
-    monkeypatch.setattr(generator, "_installed", lambda: True)
+    monkeypatch.setitem(KERNELS, bitblas.SYMBOL, kernel)
+    monkeypatch.setattr(bitblas, "_installed", lambda: True)
     monkeypatch.setattr(bitblas, "sources", lambda problems, sm: [f"{problem} for {sm}" for problem in problems])
     return shapes
 
@@ -196,9 +197,7 @@ def test_a_tactic_that_computes_something_else_is_named(gpu):
 def test_bitblas_kernels_compete_where_there_is_no_wgmma(out, finish, gpu, installed_bitblas):
     problem, eight_bits, few = (Gemm(m, 256, 512, bits, out, finish) for m, bits in ((300, 4), (300, 8), (50, 4)))
     generated = [each for each in problem.candidates(86) if isinstance(each, bitblas.Generated)]
-    assert (
-        len(generated) == bitblas.OFFERED and problem.launch(generated[0]).headers != problem.launch(generated[1]).headers
-    )
+    assert len(generated) == bitblas.OFFERED and generated[0].headers() != generated[1].headers()
     for other, sm in ((problem, 90), (eight_bits, 86), (few, 86)):
         assert not any(isinstance(each, bitblas.Generated) for each in other.candidates(sm))
     machine = gpu(86)
@@ -240,7 +239,7 @@ def plan(tiny_plans, tmp_path, gpu, monkeypatch):
 
     def compile(target: str = "cuda", **settings) -> Plan:
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.plan"
-        options = Options(target, num_steps=4, cameras=1, **settings)
+        options = TARGETS[target].options(num_steps=4, cameras=1, **settings)
         compile_policy(checkpoint, quantization, path, options, SILENT)
         return Plan(path)
 
