@@ -1,4 +1,4 @@
-"""docs/quantization.md against the code: every recipe key, flag, variable, default, preset and pack array is in it."""
+"""README.md and docs/ against the code: links, files and options exist; every recipe key and pack array is explained."""
 
 import inspect
 import json
@@ -9,12 +9,19 @@ import numpy as np
 import pytest
 import typer.main
 
+from duq.compiler.cli import app as compile_app
 from duq.compiler.quant import LinearPack, load_recipe
 from duq.compiler.quant.pack import save_pack
 from duq.compiler.quant.recipe import ENVIRONMENT, PRESETS, SCHEMES, Recipe, environment_settings
 from duq.compiler.quantize_cli import RECIPE_OPTIONS, app
+from duq.runtime import inspect as inspect_cli
+from duq.runtime import serve_cli
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+COMMANDS = {"duq-compile": compile_app, "duq-quantize": app, "duq-serve": serve_cli.app, "duq-inspect": inspect_cli.app}
+FOLDERS = "benchmarks|compiler|duq|examples|plugins|runtime|tests|tools"
 TEXT = (DOCS / "quantization.md").read_text()
 OPTIONS = {option.name: option for option in typer.main.get_command(app).params}  # of duq-quantize
 
@@ -96,7 +103,52 @@ def test_every_array_of_a_pack_is_listed(tmp_path):
             assert f"`{re.sub('_[0-9]+$', '_<i>', key)}`" in TEXT, key
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def read(page: Path) -> str:
+    """The page without its comments."""
+    return re.sub(r"<!--.*?-->", "", page.read_text(), flags=re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", read(page), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@every_page
 def test_links_between_files_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
-        assert (DOCS / target).exists(), target
+    for file, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)]*)\)", read(page)):
+        target = page.parent / file if file else page
+        assert target.exists(), file
+        assert not anchor or anchor in anchors(target), f"{file}#{anchor}"
+
+
+@every_page
+def test_files_and_modules_that_are_named_exist(page):
+    """`compiler/pipeline.py` in the text, `python tools/bench.py` and `python -m benchmarks.layer` in a command."""
+    text = read(page)
+    files = re.findall(rf"`((?:{FOLDERS})/[\w./-]*)`", text) + re.findall(r"python3? ((?:tools|examples)/\S+\.py)", text)
+    files += [module.replace(".", "/") + ".py" for module in re.findall(r"python3? -m (benchmarks[\w.]+)", text)]
+    assert [file for file in files if not (ROOT / file).exists()] == []
+
+
+@every_page
+def test_options_in_command_lines_exist(page):
+    lines = re.sub(r" \\\n", " ", read(page))
+    for command, arguments in re.findall(r"^(?:    )?(?:\$ )?(duq-\w+) (.*)$", lines, re.MULTILINE):
+        options = {flag for param in typer.main.get_command(COMMANDS[command]).params for flag in param.opts}
+        options |= {flag for param in typer.main.get_command(COMMANDS[command]).params for flag in param.secondary_opts}
+        assert set(re.findall(r"(?<!\S)--[\w-]+", arguments.partition("#")[0])) <= options, arguments
+
+
+@every_page
+def test_nothing_is_installed_from_a_name_that_is_not_ours(page):
+    """`duq` on PyPI is another project's: this one is duq-vla, or the checkout."""
+    for command in re.findall(r"pip install .*", read(page)):
+        assert not re.search(r"(?<![\w./-])duq(?!-vla)\b", command), command
+
+
+def test_the_readme_fits_on_a_few_screens():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
