@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from duq.compiler.targets.cuda.cubins import compile_each
-from duq.compiler.targets.cuda.problems import Gemm
-from duq.compiler.targets.cuda.timing import instances_of, time_each
+from duq.compiler.targets.cuda.gemm import Gemm
+from duq.compiler.targets.cuda.timing import time_each
 from duq.plugins.driver import load
 from duq.plugins.gpu import gpu_of
 from duq.plugins.kernels import bitblas
@@ -23,13 +23,13 @@ PROBLEMS = [
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_bitblas_kernels_compute_the_same(problem):
-    sm = launch.compute_capability()
+    gpu = gpu_of(launch.compute_capability())
     generated = bitblas.offered(problem.m, problem.n, problem.k, gpu_of(GENERATED_FOR))
     if not generated:
         pytest.skip("needs BitBLAS, or the source that it made in $DUQ_CACHE")
-    tactics = [problem.best(sm), *problem.candidates(sm)[:2], *generated]
-    wanted = [instance for tactic in tactics for instance in instances_of(problem, tactic)]
-    kernels = {instance: load(cubin)[instance.expression] for instance, cubin in compile_each(wanted, sm)}
-    times = time_each(problem, tactics, kernels, sm)  # raises KernelError where they do not agree
+    tactics = [problem.best(gpu), *problem.candidates(gpu)[:2], *generated]
+    wanted = [instance.code for tactic in tactics for instance in problem.instances(tactic)]
+    kernels = {code: load(cubin)[code.expression] for code, cubin in compile_each(wanted, gpu)}
+    times = time_each(problem, tactics, kernels, gpu)  # raises KernelError where they do not agree
     print({repr(tactic): round(time, 3) for tactic, time in zip(tactics, times)})
     assert all(time > 0 for time in times)

@@ -37,17 +37,14 @@ class Recording(CudaExecutor):
 
     def _quantized(self, launch: dict) -> Activations:
         arguments = launch["args"]
-        if self.kernel_name(launch) == "hadamard_quantize":
-            x_q, scale, rows, depth, _, slab_tokens = arguments[1:7]
-            padded_depth = depth
-        else:
-            x_q, scale, depth, padded_depth, _, _, slab_tokens = arguments[7:14]
-            rows = launch["grid"][0]
-        values = self._bytes(x_q, (slab_tokens or rows) * padded_depth).view(np.int8)
+        depth, slab_tokens = arguments["depth"], arguments["slab_tokens"]
+        padded_depth = arguments.get("padded_depth", depth)
+        rows = arguments.get("tokens", launch["grid"][0])
+        values = self._bytes(arguments["x_q"], (slab_tokens or rows) * padded_depth).view(np.int8)
         if slab_tokens:  # the inverse of plugins.layout.activation_slabs
             pieces, token = values.reshape(-1, slab_tokens, 8, 16), np.arange(rows)[:, None]
             values = pieces[:, token, np.arange(8) ^ token % 8].transpose(1, 0, 2, 3)
-        scales = self._bytes(scale, 4 * rows).view(np.float32)
+        scales = self._bytes(arguments["x_scale"], 4 * rows).view(np.float32)
         return values.reshape(rows, padded_depth)[:, :depth].copy(), scales.reshape(rows, 1).copy()
 
     def _bytes(self, argument: list, count: int) -> np.ndarray:

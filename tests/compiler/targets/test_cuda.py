@@ -19,10 +19,12 @@ from duq.compiler.quant import load_recipe
 from duq.compiler.quant.recipe import DEFAULT_PRESET
 from duq.compiler.targets import Options
 from duq.compiler.targets.cuda import CudaOptions, cubins
-from duq.compiler.targets.cuda.lower import rule_of
-from duq.compiler.targets.cuda.program import ALIGNMENT, LIBRARY, MATMUL
+from duq.compiler.targets.cuda.launches import ALIGNMENT
+from duq.compiler.targets.fuse import check_covered
 from duq.plugins.errors import DuqError
-from duq.plugins.nvrtc import SOURCES, Cubin
+from duq.plugins.kernels import KERNELS
+from duq.plugins.kernels.library import MATMUL
+from duq.plugins.nvrtc import Cubin
 from duq.runtime.config import GemmaConfig, ModelConfig, VisionConfig
 from duq.runtime.executors.cpu import CpuExecutor
 from duq.runtime.inspect import main as inspect_main
@@ -247,7 +249,7 @@ def test_what_has_no_kernel(name, compiled, tmp_path):
 def test_a_node_that_nothing_covers_is_named():
     node = ir.node("Tanh", [ir.Value(name="x")], outputs=[ir.Value(name="y")])
     with pytest.raises(GraphError, match="no kernel for onnx::Tanh, computing y"):
-        rule_of(node)
+        check_covered(ir.Model(ir.Graph(node.inputs, node.outputs, nodes=[node]), ir_version=10), [])
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -265,7 +267,7 @@ def test_the_plan_has_all_that_its_schedules_name(preset, tiny_plans):
         named = {
             argument[1]
             for each in launches
-            for argument in each["args"]
+            for argument in each["args"].values()
             if isinstance(argument, list) and argument[0] == "w"
         }
         assert named <= set(schedule["weights"])
@@ -273,34 +275,39 @@ def test_the_plan_has_all_that_its_schedules_name(preset, tiny_plans):
         assert used == set(range(len(schedule["kernels"])))
 
 
-def parameters(source: str, kernel: str) -> list[str]:
-    """ "pointer", "int" or "float" for every parameter of a kernel."""
-    text = re.sub(r"//.*", "", (SOURCES / source).read_text())
-    (found,) = re.findall(rf"__global__ void[^;{{]*?\b{kernel}\(([^)]*)\)\s*{{", text)
-    return ["pointer" if "*" in each else each.split()[0] for each in found.split(",")]
-
-
-def kinds(arguments: list) -> list[str]:
-    """The same for a launch; null is a pointer."""
-    names = {"a": "pointer", "w": "pointer", "f": "float"}
-    return ["int" if isinstance(each, int) else "pointer" if each is None else names[each[0]] for each in arguments]
-
-
 @pytest.mark.parametrize(("preset", "float_images"), [*((preset, False) for preset in PRESETS), ("none", True)])
-def test_arguments_are_those_of_the_sources(preset, float_images, tiny_plans):
+def test_arguments_are_those_of_the_kernels(preset, float_images, tiny_plans):
+    """By name, in order, and of the kind of each parameter's type."""
     plan = Plan(tiny_plans("pi0", preset, "cuda", float_images).plan)
     checked = set()
     for sm in ARCHITECTURES:
         schedule = json.loads(bytes(plan.read(f"schedule/sm{sm}.json")))
         for launch in [*schedule["variants"][0]["prefix"], *schedule["variants"][0]["step"]]:
             if "call" in launch:
-                assert launch["call"] == LIBRARY and len(launch["args"]) == len(MATMUL)
-                continue
-            kernel = schedule["kernels"][launch["kernel"]]
-            source, name = kernel["cubin"].rpartition(".")[2] + ".cu", kernel["expression"].partition("<")[0]
-            assert kinds(launch["args"]) == parameters(source, name), launch["name"]
+                name, parameters = MATMUL.name, schedule["calls"][launch["call"]]
+            else:
+                kernel = schedule["kernels"][launch["kernel"]]
+                name, parameters = kernel["expression"].partition("<")[0], kernel["parameters"]
+            assert list(KERNELS[name].parameters) == list(launch["args"]) == [each for each, _ in parameters]
+            assert all(is_of(kind, launch["args"][each]) for each, kind in parameters), launch["name"]
             checked.add(name)
     assert {"float_patches" if float_images else "patches", "attention", "gemm_float"} <= checked
+
+
+def is_of(kind: str, argument: list | int | None) -> bool:
+    """Whether an argument of the schedule is one of a C++ type."""
+    if kind.endswith("*"):
+        return argument is None or (isinstance(argument, list) and argument[0] in ("a", "w"))
+    return isinstance(argument, int) if kind == "int" else isinstance(argument, list) and argument[0] == "f"
+
+
+@pytest.mark.parametrize(("sm", "overlaps"), [(86, False), (90, True)])
+def test_launches_overlap_only_where_the_gpu_and_both_kernels_can(sm, overlaps, tiny_plans):
+    plan = Plan(tiny_plans("pi0", DEFAULT_PRESET, "cuda").plan)
+    schedule = json.loads(bytes(plan.read(f"schedule/sm{sm}.json")))
+    launches = schedule["variants"][0]["step"]
+    assert any("overlap" in each for each in launches) == overlaps
+    assert not any("overlap" in each for each in launches if "call" in each)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -314,7 +321,7 @@ def test_caches_are_read_early_only_where_no_launch_writes_them(preset, tiny_pla
             if "kernel" in each
         ]
         attentions = [each for expression, each in kernels if expression.startswith("attention")]
-        assert attentions and all(each["args"][-2] == early for each in attentions)
+        assert attentions and all(each["args"]["cache_ready"] == early for each in attentions)
 
 
 def test_inspect_names_the_integer_kernels(tiny_plans, command_line):

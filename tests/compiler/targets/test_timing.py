@@ -15,18 +15,20 @@ from duq.compiler.checkpoint import load_checkpoint
 from duq.compiler.pipeline import TARGETS, compile_policy, quantize_checkpoint
 from duq.compiler.quant import load_recipe
 from duq.compiler.quant.recipe import DEFAULT_PRESET
-from duq.compiler.targets.cuda import cubins, operands, timing
-from duq.compiler.targets.cuda.problems import FloatGemm, Gemm
-from duq.plugins import bitblas
+from duq.compiler.targets.cuda import cubins, timing, timing_inputs
+from duq.compiler.targets.cuda.gemm import FloatGemm, Gemm
+from duq.plugins import bitblas as generator
 from duq.plugins import timing as clock
 from duq.plugins.errors import KernelError
+from duq.plugins.gpu import gpu_of
+from duq.plugins.kernels import bitblas
+from duq.plugins.kernels.reference import Launched, Memory, Pointer
 from duq.plugins.layout import unpack_bitblas
 from duq.plugins.nvrtc import Cubin
 from duq.runtime.executors.cpu import CpuExecutor
 from duq.runtime.plan import Plan
 from tests.compiler.test_pipeline import make_inputs, make_noise
-from tests.support import emulate, emulated_kernels
-from tests.support.emulated_kernels import KERNELS, Launch, Pointer
+from tests.support import emulate
 from tests.support.quant_policy import observation
 
 SILENT = Progress(disable=True)
@@ -55,7 +57,7 @@ class Gpu:
         self.sm, self.memories, self.milliseconds, self.launched, self.spoiled = sm, [], {}, [], ""
 
     def allocate(self, size: int) -> SimpleNamespace:
-        self.memories.append(emulated_kernels.Memory(np.full(size, 0xFF, np.uint8)))
+        self.memories.append(Memory(np.full(size, 0xFF, np.uint8)))
         return SimpleNamespace(address=len(self.memories) * SPACE)
 
     def bytes(self, address: int, size: int) -> np.ndarray:
@@ -86,10 +88,8 @@ class Gpu:
 
     def launch(self, expression: str, shape, arguments: list, stream: int, overlap: bool) -> None:
         self.launched.append(expression)
-        name, _, template = expression.rstrip(">").partition("<")
         assert overlap == (self.sm >= 90) and (self.sm >= 90 or shape.cluster == (1, 1, 1))
-        launch = Launch(name, template.split(", "), shape.grid, shape.threads, int(np.prod(shape.cluster)))
-        KERNELS[name](launch, *map(self._argument, arguments))
+        emulate.launch(expression, shape, list(map(self._argument, arguments)))
         if expression == self.spoiled:
             self.memories[0].data[0] ^= 1  # y is what is allocated first
 
@@ -116,17 +116,17 @@ def gpu(monkeypatch):
         monkeypatch.setattr(timing, "open_device", lambda: sm)
         monkeypatch.setattr(timing, "load", device.load)
         monkeypatch.setattr(timing, "milliseconds", device.time)
-        monkeypatch.setattr(operands, "Memory", device.allocate)
-        monkeypatch.setattr(operands, "Stream", device.stream)
+        monkeypatch.setattr(timing_inputs, "Memory", device.allocate)
+        monkeypatch.setattr(timing_inputs, "Stream", device.stream)
         monkeypatch.setattr(timing, "Stream", device.stream)
-        monkeypatch.setattr(operands, "copies_of", lambda weight_bytes: 2)
+        monkeypatch.setattr(timing_inputs, "copies_of", lambda weight_bytes: 2)
         return device
 
     monkeypatch.setattr(
         cubins, "compile_cubin", lambda source, sm, kernels, headers: Cubin(b"cubin", {each: each for each in kernels})
     )
-    monkeypatch.setattr(bitblas, "_installed", lambda: False)
-    monkeypatch.setattr(bitblas, "read_cached", lambda path: None)
+    monkeypatch.setattr(generator, "_installed", lambda: False)
+    monkeypatch.setattr(generator, "read_cached", lambda path: None)
     return machine
 
 
@@ -135,19 +135,19 @@ def installed_bitblas(gpu, monkeypatch):
     """BitBLAS, and its kernel in numpy for weights of so many bytes: a table to fill."""
     shapes: dict[int, tuple[int, int]] = {}
 
-    def kernel(launch: Launch, x_q: Pointer, weight: Pointer, sums: Pointer, m: int) -> None:
+    def reference(launch: Launched, x_q: Pointer, weight: Pointer, y: Pointer, tokens: int) -> None:
         n, k = shapes[len(weight.memory.data)]
         w = unpack_bitblas(weight.read("unsigned char", n * k // 2), (n, k))
-        sums.write("int", x_q.read("signed char", m, k).astype(np.int32) @ w.T.astype(np.int32))
+        y.write("int", x_q.read("signed char", tokens, k).astype(np.int32) @ w.T.astype(np.int32))
 
-    monkeypatch.setitem(KERNELS, bitblas.SYMBOL, kernel)
-    monkeypatch.setattr(bitblas, "_installed", lambda: True)
+    monkeypatch.setattr(bitblas.BITBLAS, "reference", reference)
+    monkeypatch.setattr(generator, "_installed", lambda: True)
     monkeypatch.setattr(bitblas, "sources", lambda problems, sm: [f"{problem} for {sm}" for problem in problems])
     return shapes
 
 
 def expression(problem, tactic) -> str:
-    return problem.launch(tactic).expression
+    return problem.instance(tactic).expression
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # SiLU of large integers
@@ -155,11 +155,11 @@ def expression(problem, tactic) -> str:
 @pytest.mark.parametrize("sm", [86, 90])
 def test_all_candidates_compute_the_same_and_the_fastest_wins(sm, problem, gpu):
     machine = gpu(sm)
-    last = problem.candidates(sm)[-1]
+    last = problem.candidates(gpu_of(sm))[-1]
     machine.milliseconds[expression(problem, last)] = 0.7
-    choose = timing.by_timing([problem], sm, SILENT)
+    choose = timing.by_timing([problem], gpu_of(sm), SILENT)
     assert expression(problem, choose(problem)) == expression(problem, last)
-    tactics = {expression(problem, each) for each in [problem.best(sm), *problem.candidates(sm)]}
+    tactics = {expression(problem, each) for each in [problem.best(gpu_of(sm)), *problem.candidates(gpu_of(sm))]}
     assert set(machine.launched) == tactics and len(machine.launched) >= 3 * len(tactics)
     y = np.concatenate([memory.data for memory in machine.memories[:1]])
     assert len(np.unique(y)) > 8  # not all zeros, or saturated
@@ -167,18 +167,18 @@ def test_all_candidates_compute_the_same_and_the_fastest_wins(sm, problem, gpu):
 
 @pytest.mark.parametrize(("problem", "sm", "ratio"), [(MANY, 90, 1.05), (MANY, 86, 1.05), (FEW, 90, 1.25), (FEW, 86, 1.05)])
 def test_the_tables_tactic_stays_unless_another_is_clearly_faster(problem, sm, ratio, gpu):
-    table = problem.best(sm)
-    other = next(each for each in problem.candidates(sm) if each != table)
+    table = problem.best(gpu_of(sm))
+    other = next(each for each in problem.candidates(gpu_of(sm)) if each != table)
     machine = gpu(sm)
     for milliseconds, winner in ((1.01 / ratio, table), (0.99 / ratio, other)):
         machine.milliseconds[expression(problem, other)] = milliseconds
-        assert timing.by_timing([problem], sm, SILENT)(problem) == winner
+        assert timing.by_timing([problem], gpu_of(sm), SILENT)(problem) == winner
 
 
 def test_a_product_that_shares_activations_takes_their_layout(gpu):
-    slabs = {each.slab_tokens for each in MANY.candidates(90)}
+    slabs = {each.slab_tokens for each in MANY.candidates(gpu_of(90))}
     gpu(90)
-    choose = timing.by_timing([MANY], 90, SILENT)
+    choose = timing.by_timing([MANY], gpu_of(90), SILENT)
     assert len(slabs) > 2 and all(choose(MANY, each).slab_tokens == each for each in slabs)
     with pytest.raises(KernelError, match="in slabs of 40 tokens"):
         choose(MANY, 40)
@@ -186,24 +186,27 @@ def test_a_product_that_shares_activations_takes_their_layout(gpu):
 
 def test_a_tactic_that_computes_something_else_is_named(gpu):
     machine = gpu(90)
-    wrong = FEW.candidates(90)[3]
+    wrong = FEW.candidates(gpu_of(90))[3]
     machine.spoiled = expression(FEW, wrong)
     with pytest.raises(KernelError) as error:
-        timing.by_timing([FEW], 90, SILENT)
+        timing.by_timing([FEW], gpu_of(90), SILENT)
     assert repr(wrong) in str(error.value) and str(FEW) in str(error.value)
 
 
 @pytest.mark.parametrize(("out", "finish"), [("float", "NONE"), ("Bf16", "GELU"), ("Bf16", "GEGLU"), ("int", "NONE")])
 def test_bitblas_kernels_compete_where_there_is_no_wgmma(out, finish, gpu, installed_bitblas):
     problem, eight_bits, few = (Gemm(m, 256, 512, bits, out, finish) for m, bits in ((300, 4), (300, 8), (50, 4)))
-    generated = [each for each in problem.candidates(86) if isinstance(each, bitblas.Generated)]
-    assert len(generated) == bitblas.OFFERED and generated[0].headers() != generated[1].headers()
+    generated = [each for each in problem.candidates(gpu_of(86)) if isinstance(each, bitblas.Generated)]
+    assert (
+        len(generated) == bitblas.OFFERED
+        and problem.instance(generated[0]).headers != problem.instance(generated[1]).headers
+    )
     for other, sm in ((problem, 90), (eight_bits, 86), (few, 86)):
-        assert not any(isinstance(each, bitblas.Generated) for each in other.candidates(sm))
+        assert not any(isinstance(each, bitblas.Generated) for each in other.candidates(gpu_of(sm)))
     machine = gpu(86)
     machine.milliseconds[bitblas.SYMBOL] = 0.5
     installed_bitblas[256 * 512] = 256, 512  # in two copies
-    assert timing.by_timing([problem], 86, SILENT)(problem) in generated
+    assert timing.by_timing([problem], gpu_of(86), SILENT)(problem) in generated
 
 
 def test_graphs_take_turns_and_the_least_time_counts(monkeypatch):
@@ -235,7 +238,7 @@ def plan(tiny_plans, tmp_path, gpu, monkeypatch):
     checkpoint = load_checkpoint(tiny_plans("pi0", "none").checkpoint)
     inputs = [observation(checkpoint.config, 0, cameras=2)]
     quantization = quantize_checkpoint(checkpoint, load_recipe(DEFAULT_PRESET, environment={}), inputs, SILENT)
-    monkeypatch.setattr(timing, "choose_algorithms", lambda launches, progress: None)
+    monkeypatch.setattr(timing, "with_timed_algorithms", lambda programs, progress: programs)
 
     def compile(target: str = "cuda", **settings) -> Plan:
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.plan"
@@ -256,7 +259,7 @@ def test_a_plan_follows_the_timing(sm, plan, gpu, installed_bitblas, monkeypatch
     on_cpu = plan("cpu")
     wanted = set()
 
-    def last_wins(problem, tactics, kernels, sm):
+    def last_wins(problem, tactics, kernels, gpu):
         wanted.add(expression(problem, tactics[-1]))
         if isinstance(tactics[-1], bitblas.Generated):
             installed_bitblas[problem.n * problem.k // 2] = problem.n, problem.k
@@ -308,4 +311,4 @@ def test_a_gpu_without_the_library_is_an_error(monkeypatch):
 
     monkeypatch.setattr(timing, "CublasLt", missing)
     with pytest.raises(KernelError, match="needs a wheel"):
-        timing.choose_algorithms([], SILENT)
+        timing.with_timed_algorithms([], SILENT)
