@@ -181,16 +181,14 @@ def sources(problems: Sequence[Problem], sm: int, cache: Path | None = None) -> 
     """
     _check_generates_for(sm)
     folder = cache or default_cache()
-    entries = {problem: folder / f"{_key(problem, sm)}.cu" for problem in problems}
-    kept = {problem: read_cached(entry) for problem, entry in entries.items()}
+    kept = {problem: read_cached(folder / f"{_key(problem, sm)}.cu") for problem in problems}
     missing = [problem for problem, body in kept.items() if body is None]
-    if missing:
-        for problem, generated in zip(missing, _generate(missing, sm)):
-            if generated["shared_bytes"] != problem[2].shared_bytes:
-                raise KernelError(f"BitBLAS uses {generated['shared_bytes']} bytes of shared memory for {problem[2]}")
-            kept[problem] = generated["source"].encode()
-            write_cached(entries[problem], kept[problem])
-    return [kept[problem].decode() for problem in problems]
+    for problem, generated in zip(missing, _generate(missing, sm) if missing else [], strict=True):
+        if generated["shared_bytes"] != problem[2].shared_bytes:
+            raise KernelError(f"BitBLAS uses {generated['shared_bytes']} bytes of shared memory for {problem[2]}")
+        kept[problem] = source = generated["source"].encode()
+        write_cached(folder / f"{_key(problem, sm)}.cu", source)
+    return [body.decode() for problem in problems if (body := kept[problem]) is not None]
 
 
 def check_installed() -> None:

@@ -114,7 +114,8 @@ class Kernel:
 
 
 def _parameter_sizes(function: object) -> list[int]:
-    driver, sizes = _driver(), []
+    driver = _driver()
+    sizes: list[int] = []
     while True:
         status, _, size = driver.cuFuncGetParamInfo(function, len(sizes))
         if status != driver.CUresult.CUDA_SUCCESS:  # past the last

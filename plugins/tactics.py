@@ -165,7 +165,7 @@ def best_float(m: int, n: int, k: int, gpu: Gpu) -> GemmFloat:
     if timed:
         return timed[0]
     blocks = {t: n // (16 * t.rows16) * t.split for t in candidates if t.rows16 == candidates[0].rows16}
-    return next((t for t in blocks if blocks[t] > MULTIPROCESSORS), max(blocks, key=blocks.get))
+    return next((t for t in blocks if blocks[t] > MULTIPROCESSORS), max(blocks, key=lambda tactic: blocks[tactic]))
 
 
 # What was timed for the policy's attentions, the best first (docs/performance.md); those with few rows and no cluster
@@ -180,8 +180,9 @@ MANY_QUERIES: list[Attention | WgmmaAttention] = [
     Attention(256, 8, 4, 2, 16, 4),
     Attention(256, 8, 4, 1, 32, 2),
 ]
+SUFFIX = WgmmaAttention(8, 1, 1, 112, 1, 8, alone=True)  # and with fewer keys, see for_suffix
 FEW_QUERIES: list[Attention | WgmmaAttention] = [
-    WgmmaAttention(8, 1, 1, 112, 1, 8, alone=True),  # and with fewer keys, see for_suffix
+    SUFFIX,
     WgmmaAttention(8, 1, 1, 80, 1, 8, alone=True),
     WgmmaAttention(8, 1, 1, 48, 1, 8, alone=True),
     WgmmaAttention(8, 1, 1, 64, 1, 16),
@@ -226,6 +227,6 @@ def for_suffix(cached: int, own: int) -> WgmmaAttention:
 
     Small tiles leave room for a second block, and a cluster's blocks would come in twos on half of the multiprocessors.
     """
-    share, most = -(-cached // 8) + -(-own // 8), FEW_QUERIES[0].keys
+    share, most = -(-cached // 8) + -(-own // 8), SUFFIX.keys
     tiles = -(-share // most) or 1
-    return replace(FEW_QUERIES[0], keys=max(-(-share // (16 * tiles)) * 16, 32))
+    return replace(SUFFIX, keys=max(-(-share // (16 * tiles)) * 16, 32))

@@ -1,8 +1,8 @@
 // The epilogue of a warpgroup that has all accumulators of its 64 rows x 8 TOKENS8 tokens, for y of 16-bit floats and no
 // residual.
 //
-// It works where the accumulators are: lane 4 g + t of warp w has, of every 8 tokens, tokens 2 t and 2 t + 1 of rows 16
-// w + g (d[0], d[1]) and 16 w + g + 8 (d[2], d[3]), with GEGLU of a gate and of the up that belongs to it. Nothing
+// It works where the accumulators are: lane 4 g + t of warp w has, of every 8 tokens, tokens 2 t and 2 t + 1 of rows
+// 16 w + g (d[0], d[1]) and 16 w + g + 8 (d[2], d[3]), with GEGLU of a gate and of the up that belongs to it. Nothing
 // waits for another lane until `stmatrix` has turned 8 channels x 8 tokens into 16 bytes of each token; then the group
 // stores whole rows of its tile, 64 or 128 bytes. (common.cuh, store_warp_tile, takes a turn through shared memory for
 // every 8 tokens.)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from duq.plugins.kernels.reference import Launched, Pointer, affine, geglu_of_16, gelu, leave_for_norm
+from duq.plugins.kernels.reference import ACTIVATIONS, Launched, Pointer, affine, leave_for_norm
 
 PARAMETERS = """const signed char* x_q, const float* x_scale?, const unsigned char* weight, const float* weight_scale?,
     const float* bias?, const Out* residual?, Out* y, int* workspace?, int tokens, int rows, int depth, Bf16* normed?,
@@ -61,7 +61,7 @@ def finish(
     assert x_scale is not None and weight_scale is not None
     v = (acc.astype(np.float32) * weight_scale.read("float", n)) * x_scale.read("float", m)[:, None]
     v = affine(v, None, bias)
-    v = {"NONE": np.asarray, "GELU": gelu, "GEGLU": geglu_of_16}[activation](v)
+    v = ACTIVATIONS[activation](v)
     v = v if residual is None else v + residual.read(out_type, m, n)
     y.write(out_type, v)
     leave_for_norm(v, normed, normed_gain, normed_squares)

@@ -9,16 +9,15 @@ import numpy as np
 from duq.plugins.kernel import Instance, Kernel, Shape
 from duq.plugins.kernels.gemm import staged_bytes
 from duq.plugins.kernels.reference import (
+    ACTIVATIONS,
     Launched,
     Pointer,
     affine,
     from_bf16,
-    geglu_of_16,
     leave_for_norm,
     padded,
     position_of,
     rotate_positions,
-    silu,
 )
 from duq.plugins.layout import unpack_float_fragments, unpack_int4_fragments
 
@@ -73,7 +72,7 @@ def reference(
         return
     if epilogue == "NONE" and residual is not None:
         acc = acc + residual.read("float", tokens, rows, stride=y_stride)
-    values = {"NONE": np.asarray, "SILU": silu, "GEGLU": geglu_of_16}[epilogue](acc)
+    values = ACTIVATIONS[epilogue](acc)
     y.write(out_type, values, y_stride)
     if (epilogue, out_type) == ("NONE", "float"):
         leave_for_norm(values, normed, normed_gain, normed_squares)

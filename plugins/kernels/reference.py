@@ -6,7 +6,7 @@ Integers are exact; floats are float32, rounded to bf16 where they are stored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -124,6 +124,15 @@ def geglu_of_16(v: np.ndarray) -> np.ndarray:
     """GeGLU of columns as plugins.layout.interleave_gate_up has them: of every 16, 8 are of the gate and 8 of up."""
     gate, up = v.reshape(len(v), -1, 2, 8).transpose(2, 0, 1, 3)
     return (gelu(gate) * up).reshape(len(v), -1)
+
+
+ACTIVATIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+    "NONE": lambda v: v,
+    "GELU": gelu,
+    "SILU": silu,
+    "GEGLU": geglu_of_16,
+}
+"""By the name of a GEMM's epilogue."""
 
 
 def rotate_positions(v: np.ndarray, cosine: Pointer, sine: Pointer, position: int) -> np.ndarray:

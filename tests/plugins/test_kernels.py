@@ -51,8 +51,7 @@ def declared_in(source: str, text: str) -> dict[str, Declared]:
 def _pairs(text: str) -> list[tuple[str, str]]:
     """ "const In* x, int depth" -> ("const In*", "x"), ("int", "depth")"""
     each = (" ".join(item.split()) for item in text.split(",") if item.strip())
-    pairs = (re.fullmatch(r"(.*[\s*])(\w+)", item) for item in each)
-    return [(pair[1].strip(), pair[2]) for pair in pairs]
+    return [(kind.strip(), name) for item in each for kind, name in re.findall(r"^(.*[\s*])(\w+)$", item)]
 
 
 DECLARED = {

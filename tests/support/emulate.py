@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -77,7 +78,7 @@ class Device:
             launch(self.kernels[data["kernel"]]["expression"], shape, arguments)
         self.arena.end_launch()
 
-    def _argument(self, value: list | int | None, step: int) -> Value:
+    def _argument(self, value: Any, step: int) -> Value:
         match value:
             case ["a", offset]:
                 return Pointer(self.arena, offset)
@@ -102,7 +103,8 @@ def others_last(prefix: list[dict], step: list[dict]) -> list[int]:
 def others_first(prefix: list[dict], step: list[dict]) -> list[int]:
     """The first step, and the branch, as early as what they wait for permits."""
     main, branch, first_step = _streams(prefix, step)
-    launches, done = [*prefix, *step], set()
+    launches = [*prefix, *step]
+    done: set[int] = set()
 
     def is_free(stream: list[int]) -> bool:
         return bool(stream) and set(launches[stream[0]].get("wait_for", ())) <= done

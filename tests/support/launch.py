@@ -299,7 +299,7 @@ def patches(images: torch.Tensor, y: torch.Tensor, patch: int, overlap: bool = F
     """One launch on images [cameras, size, size, 3], bytes or floats -> y [cameras (size / patch)^2, pitch]."""
     cameras, size, _, _ = images.shape
     pixel = "float" if images.dtype == torch.float32 else "unsigned char"
-    arguments = {"images": images, "y": y, "size": size, "pitch": y.shape[1]}
+    arguments: dict[str, Value] = {"images": images, "y": y, "size": size, "pitch": y.shape[1]}
     run(kernels.patches(cameras, size, patch, pixel), arguments, overlap)
 
 
@@ -337,7 +337,7 @@ def flow_step(
 ) -> None:
     """One launch on x [M, K] and weight [K, N], dense; adds to flow [M, N] in place."""
     m, k = x.shape
-    operands = {"x": x, "gain": gain, "shift": shift, "weight": weight, "bias": bias, "flow": flow}
+    operands: dict[str, Value] = {"x": x, "gain": gain, "shift": shift, "weight": weight, "bias": bias, "flow": flow}
     run(kernels.flow_step(m, weight.shape[1]), {**operands, "depth": k, "epsilon": epsilon}, overlap)
 
 
@@ -360,7 +360,7 @@ def epilogue(
     overlap: bool = False,
 ) -> None:
     """One launch on accumulators int32 [M, N] -> y [M, N] (GEGLU: [M, N / 2]), dense; `rotation` is [N/B, B, B]."""
-    arguments = {
+    arguments: dict[str, Value] = {
         "acc": acc,
         "x_scale": x_scale,
         "weight_scale": weight_scale,
@@ -373,13 +373,14 @@ def epilogue(
         "scale_stride": int(x_scale.numel() > 1),
         "block": rotation.shape[-1] if rotation is not None else 0,
     }
-    run(kernels.epilogue(*y.shape, TYPES[y.dtype], rotation is not None, activation), arguments, overlap)
+    m, columns = y.shape
+    run(kernels.epilogue(m, columns, TYPES[y.dtype], rotation is not None, activation), arguments, overlap)
 
 
 def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, y: torch.Tensor, overlap: bool = False) -> None:
     """One launch on a packed INT4 weight -> y bf16 [N, K], dense."""
     n, k = y.shape
-    arguments = {"weight": weight, "weight_scale": scale, "y": y, "rows": n, "depth": k}
+    arguments: dict[str, Value] = {"weight": weight, "weight_scale": scale, "y": y, "rows": n, "depth": k}
     run(kernels.dequantize_weight(n, k), arguments, overlap)
 
 
