@@ -7,11 +7,11 @@ import onnx_ir as ir
 
 from duq.compiler.graph.edit import is_weight, small_constant
 from duq.compiler.graph.edit import reader as reader_of
+from duq.compiler.graph.weights import record
 from duq.compiler.targets.cuda.builder import Builder, expect
 from duq.compiler.targets.cuda.patterns import Epilogue, other_input, past_views, readers_of, views_between
 from duq.compiler.targets.cuda.products import matmul
 from duq.compiler.targets.cuda.program import Float
-from duq.compiler.targets.cuda.weights import label
 from duq.plugins import pointwise
 
 
@@ -39,7 +39,7 @@ def patch_embedding(builder: Builder, node: ir.Node) -> None:
         return np.float32(position.const_value.numpy()) + np.float32(bias.const_value.numpy())
 
     addend = builder.weights.computed(f"{position.name}+{bias.name}.float32", tokens * n, offsets)
-    name = label(weight.name).removesuffix(".weight")
+    name = record(weight).label
     matmul(builder, name, x, builder.weights.matrix(weight, columns), y, addend=addend, batch=builder.cameras)
     builder.covered |= {added, *views_between(node.outputs[0], past_views(node.outputs[0]))}
     builder.values[added.outputs[0]] = y

@@ -12,10 +12,11 @@ import onnx_ir as ir
 
 from duq.compiler.graph.edit import reader as reader_of
 from duq.compiler.graph.edit import small_constant
+from duq.compiler.graph.weights import record
 from duq.compiler.targets.cuda.builder import Builder, Normed, Quantized, expect
 from duq.compiler.targets.cuda.patterns import integer_gemm, is_table_row, other_input, readers_of
 from duq.compiler.targets.cuda.program import Argument, Float, ForNorm, Matrix, Weight
-from duq.compiler.targets.cuda.weights import Weights, label
+from duq.compiler.targets.cuda.weights import Weights
 from duq.plugins import ops, pointwise
 from duq.plugins.tactics import FEW_TOKENS
 
@@ -60,7 +61,7 @@ def rotate_quantize(builder: Builder, node: ir.Node) -> None:
     """Activations to INT8, with the norm in front, in the layout of the products that read them."""
     x, kind, gain, shift, epsilon = _source(builder, node)
     readers = readers_of(node.outputs[0])
-    name = label(readers[0].inputs[2].name)
+    name = record(readers[0].inputs[2]).label
     largest = max((integer_gemm(reader, x.rows) for reader in readers), key=lambda gemm: gemm.n)
     slab_tokens = builder.tactic(name, largest).slab_tokens  # the other readers' tactics follow suit
     slabs = slab_tokens and -(-x.rows // slab_tokens) * slab_tokens
@@ -85,7 +86,7 @@ def rotate(builder: Builder, node: ir.Node) -> None:
     """The same without the quantizer: bf16, for products of floats."""
     x, kind, gain, shift, epsilon = _source(builder, node)
     turn, block, vectors = _rotation(builder.weights, node)
-    name = label(readers_of(node.outputs[0])[0].inputs[1].name)
+    name = record(readers_of(node.outputs[0])[0].inputs[1]).label
     y = builder.new(f"{name}.x", x.rows, x.columns, "Bf16")
     how = pointwise.rotate_quantize(x.rows, x.columns, x.type, kind, turn, out=y.type)
     arguments = [

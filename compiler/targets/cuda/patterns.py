@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from duq.compiler.graph.edit import depends_on, is_weight, small_constant
 from duq.compiler.graph.edit import reader as reader_of
+from duq.compiler.graph.weights import is_time_table
 from duq.compiler.targets.cuda.problems import Gemm
 from duq.plugins import ops
 from duq.plugins.tactics import FEW_TOKENS
@@ -156,7 +157,7 @@ def is_gelu(node: ir.Node) -> bool:
 def is_table_row(value: ir.Value | None) -> bool:
     """table[step], a table of the time."""
     node = value.producer() if value is not None else None
-    return node is not None and node.op_type == "Gather" and node.inputs[0].name.startswith("time_table.")
+    return node is not None and node.op_type == "Gather" and is_time_table(node.inputs[0])
 
 
 def readers_of(value: ir.Value) -> list[ir.Node]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from duq.compiler.errors import GraphError
+from duq.compiler.graph.weights import record
 from duq.compiler.targets.cuda import integer
 from duq.compiler.targets.cuda.attention import Rotation, bind_rotation, rotary, rotation_of
 from duq.compiler.targets.cuda.builder import Builder, Normed, Quantized, bytes_of, expect, pointer
@@ -12,7 +13,6 @@ from duq.compiler.targets.cuda.norms import in_memory, norm_ahead, offer_norm
 from duq.compiler.targets.cuda.patterns import Epilogue, epilogue_of, is_rotated
 from duq.compiler.targets.cuda.problems import FloatGemm
 from duq.compiler.targets.cuda.program import BYTES, LIBRARY, MATMUL, NO_NORM, Argument, Float, Launch, Matrix, Weight
-from duq.compiler.targets.cuda.weights import label
 from duq.plugins import ops, pointwise
 from duq.plugins.tactics import FEW_TOKENS
 
@@ -32,7 +32,7 @@ def linear(builder: Builder, node: ir.Node) -> None:
     """
     epilogue = epilogue_of(node)
     weight = node.inputs[2 if node.op_type.endswith("A8Linear") else 1]
-    name, x = label(weight.name), builder.value(node.inputs[0])
+    name, x = record(weight).label, builder.value(node.inputs[0])
     scale = _weight_scale(node, name, epilogue)
     rotation = None  # computed by the product's own launch
     if isinstance(x, Quantized):

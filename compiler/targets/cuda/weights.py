@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
+from duq.compiler.graph.weights import record
 from duq.compiler.targets.cuda.program import Weight
 from duq.plugins.bitblas import Generated
 from duq.plugins.layout import (
@@ -35,19 +35,19 @@ class Weights:
         return Weight(name)
 
     def packed(self, weight: ir.Value, shape: tuple[int, int], bits: int, layout: str, geglu: bool) -> Weight:
-        """Quantized weight [K, N] as tensor core fragments (or for BitBLAS) of `shape`, N' and K', which zeros fill up; with
+        """Quantized weight [N, K] as tensor core fragments (or for BitBLAS) of `shape`, N' and K', which zeros fill up; with
         GeGLU, gate and up interleaved."""
         n, k = shape
         order = "gate-up" if geglu else ""
 
         def compute() -> np.ndarray:
-            values = weight.const_value.integers().T
+            values = weight.const_value.integers()
             values = np.pad(values, ((0, 0), (0, k - values.shape[1])))
             values = _in_order(values, order, n)
             return pack_bitblas(values) if layout == Generated.layout else pack_fragments(values, bits, layout)
 
         size = _suffix("x".join(map(str, shape)) if shape != tuple(weight.shape.numpy()[::-1]) else "")
-        return self._add(f"{title(weight.name)}.int{bits}.{layout}{_suffix(order)}{size}", n * k * bits // 8, compute)
+        return self._add(f"{record(weight).title}.int{bits}.{layout}{_suffix(order)}{size}", n * k * bits // 8, compute)
 
     def matrix(self, weight: ir.Value, columns: int | None = None) -> Weight:
         """Float weight [K, N] (or a convolution's [N, ...]) as bf16 [N, columns], zeros beyond K."""
@@ -61,7 +61,7 @@ class Weights:
             rows = values.reshape(n, k) if convolution else values.T
             return to_bf16(rows if columns == k else np.pad(rows, ((0, 0), (0, columns - k))))
 
-        return self._add(f"{title(weight.name)}.bf16", 2 * n * columns, compute)
+        return self._add(f"{record(weight).title}.bf16", 2 * n * columns, compute)
 
     def float_fragments(self, weight: ir.Value, order: str) -> Weight:
         """Float weight [K, N] as bf16 tensor core fragments, its rows [N] in the order of an epilogue."""
@@ -70,17 +70,17 @@ class Weights:
         def compute() -> np.ndarray:
             return pack_float_fragments(to_bf16(_in_order(weight.const_value.numpy().T, order)))
 
-        return self._add(f"{title(weight.name)}.bf16.fragments{_suffix(order)}", 2 * n * k, compute)
+        return self._add(f"{record(weight).title}.bf16.fragments{_suffix(order)}", 2 * n * k, compute)
 
     def int4_fragments(self, weight: ir.Value, order: str) -> Weight:
-        """INT4 weight [K, N] of a product of floats as fragments, its rows [N] in the order of an epilogue."""
+        """INT4 weight [N, K] of a product of floats as fragments, its rows [N] in the order of an epilogue."""
         k, n = weight.shape.numpy()
 
         def compute() -> np.ndarray:
-            return pack_int4_fragments(_in_order(weight.const_value.integers().T, order))
+            return pack_int4_fragments(_in_order(weight.const_value.integers(), order))
 
         size = n * -(-k // CHUNK_K) * CHUNK_K // 2
-        return self._add(f"{title(weight.name)}.int4.fragments{_suffix(order)}", size, compute)
+        return self._add(f"{record(weight).title}.int4.fragments{_suffix(order)}", size, compute)
 
     def shift_product(self, shift: Weight, weight: ir.Value, order: str) -> Weight:
         """shift W for each step, float32 [steps, N]: what an adaptive norm's shift adds to the product behind it."""
@@ -90,14 +90,14 @@ class Weights:
         def compute() -> np.ndarray:
             return np.ascontiguousarray(_in_order((shifts() @ np.float32(weight.const_value.numpy())).T, order).T)
 
-        name = f"{shift.name}@{title(weight.name)}.float32{_suffix(order)}"
+        name = f"{shift.name}@{record(weight).title}.float32{_suffix(order)}"
         return Weight(self._add(name, 4 * steps * n, compute).name, step_bytes=4 * n)
 
     def float32(self, *values: ir.Value, order: str = "", padded: int = 0) -> Weight:
         """Scalars, vectors (joined) or a matrix as they are; a vector perhaps in the order of an epilogue, and with zeros
         that make it `padded` long."""
         count = sum(int(np.prod(value.shape.numpy())) for value in values)
-        name = title("+".join(value.name for value in values)) + ".float32" + _suffix(order)
+        name = "+".join(record(value).title for value in values) + ".float32" + _suffix(order)
         name += _suffix(str(padded) if padded > count else "")
 
         def compute() -> np.ndarray:
@@ -110,12 +110,12 @@ class Weights:
         """Vectors, joined, as bf16."""
         size = 2 * sum(int(np.prod(value.shape.numpy())) for value in values)
         compute = lambda: to_bf16(np.concatenate([np.float32(v.const_value.numpy()) for v in values]))  # noqa: E731
-        return self._add(title("+".join(value.name for value in values)) + ".bf16", size, compute)
+        return self._add("+".join(record(value).title for value in values) + ".bf16", size, compute)
 
     def table(self, table: ir.Value, factor: ir.Value | None = None) -> Weight:
         """A table of the time [steps, ..., C] as float32 [steps, C], times a vector of C if one is given."""
         steps, columns = table.shape[0], table.shape[-1]
-        name = f"{table.name}.float32" if factor is None else f"{title(factor.name)}*{table.name}.float32"
+        name = f"{table.name}.float32" if factor is None else f"{record(factor).title}*{table.name}.float32"
 
         def compute() -> np.ndarray:
             rows = np.float32(table.const_value.numpy()).reshape(steps, columns)
@@ -127,21 +127,6 @@ class Weights:
     def computed(self, name: str, columns: int, compute: Callable[[], np.ndarray]) -> Weight:
         """Whatever `compute` returns, `columns` elements of 4 bytes."""
         return self._add(name, 4 * columns, compute)
-
-
-def title(name: str) -> str:
-    """`llm.layers.0.mlp.gate_proj.weight_q+llm.layers.0.mlp.up_proj.weight_q` -> `llm.layers.0.mlp.gate_proj+up_proj`.
-
-    For a merged weight the module names, the common part once; for all others the name without its kind.
-    """
-    parts = [part.removesuffix(".weight_kn").removesuffix(".weight_q") for part in name.split("+")]
-    parent = parts[0].rpartition(".")[0]
-    return "+".join([parts[0], *(part.removeprefix(f"{parent}.") for part in parts[1:])])
-
-
-def label(name: str) -> str:
-    """What a weight's product is called in the schedule: its linears, without the gains that were folded in."""
-    return re.sub(r"[\w.]+\.gain\*", "", title(name))
 
 
 def to_bf16(values: np.ndarray) -> np.ndarray:
