@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from duq.compiler.errors import GraphError
 from duq.compiler.graph.export import Graphs
+from duq.compiler.graph.weights import check_records
 
 Rewrite = Callable[[Graphs], int]  # changes the graphs in place; returns how often its pattern matched
 Count = Callable[[Graphs], int]  # of the policy's config and quantization, never of the graphs themselves
@@ -40,6 +41,8 @@ class Pass:
         """Rewrites the graphs in place. GraphError names the pass if it does not match as often as it must."""
         try:
             found, expected = self.rewrite(graphs), self.matches(graphs)
+            for _, model in graphs.items():
+                check_records(model)
         except GraphError as error:
             raise GraphError(f"pass {self.name} ({self.why}): {error}") from error
         if found != expected:

@@ -11,21 +11,30 @@ from onnx.reference import ReferenceEvaluator
 from onnxscript import optimizer
 
 from duq.compiler.errors import GraphError
+from duq.compiler.graph.weights import Weight, mark, weight_of
 
 
 def simplify(model: ir.Model) -> None:
     """Folds shape arithmetic, merges equal nodes and drops what no output needs. Weights are left to the passes."""
-    optimizer.fold_constants(model, should_fold=lambda node: False if any(map(has_weight_name, node.inputs)) else None)
+    optimizer.fold_constants(model, should_fold=lambda node: False if any(map(weight_of, node.inputs)) else None)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    common.DeduplicateInitializersPass(size_limit=256)(model)
+    _merge_equal_constants(model.graph)
     common.CommonSubexpressionEliminationPass()(model)
     common.IdentityEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
 
 
-def has_weight_name(value: ir.Value | None) -> bool:
-    """Weights have dotted names, PyTorch's; the constants of a graph do not."""
-    return value is not None and value.is_initializer() and "." in value.name
+def _merge_equal_constants(graph: ir.Graph, limit: int = 256) -> None:
+    """Small constants of one content become one, so that nodes which read them are equal. Weights stay apart."""
+    kept: dict[tuple, ir.Value] = {}
+    for value in list(graph.initializers.values()):
+        array = None if weight_of(value) else small_constant(value, limit)
+        if array is None or value.is_graph_output():
+            continue
+        first = kept.setdefault((value.const_value.dtype, array.shape, array.tobytes()), value)
+        if first is not value:
+            value.replace_all_uses_with(first)
+            del graph.initializers[value.name]
 
 
 def small_constant(value: ir.Value | None, limit: int = 4096) -> np.ndarray | None:
@@ -45,19 +54,28 @@ def is_weight(value: ir.Value | None, rank: int | None = None) -> bool:
     )
 
 
-def initializer(graph: ir.Graph, name: str, array: np.ndarray | ir.TensorProtocol) -> ir.Value:
-    """Adds an initializer, or returns the one of this name: a pass gives equal names only to equal contents."""
+def initializer(graph: ir.Graph, what: Weight | str, array: np.ndarray | ir.TensorProtocol) -> ir.Value:
+    """Adds a weight by its record, or a constant by its name, or returns the one that is there under this name: a pass
+    gives equal names only to equal contents."""
+    name = what if isinstance(what, str) else what.name
     if name in graph.initializers:
         return graph.initializers[name]
     tensor = ir.tensor(array, name=name) if isinstance(array, np.ndarray) else array
     value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+    if isinstance(what, Weight):
+        mark(value, what)
     graph.register_initializer(value)
     return value
 
 
+def adopt(graph: ir.Graph, value: ir.Value, prefix: str) -> ir.Value:
+    """Another graph's initializer in this one: a weight as itself, a constant under a name of its own."""
+    return initializer(graph, weight_of(value) or f"{prefix}.{value.name}", value.const_value)
+
+
 def lazy(
     graph: ir.Graph,
-    name: str,
+    what: Weight | str,
     sources: Sequence[ir.Value],
     shape: Sequence[int],
     compute: Callable[..., np.ndarray],
@@ -66,6 +84,7 @@ def lazy(
     """An initializer computed from others only when it is written out: the policy's weights never lie in memory
     together. `compute` gets the sources as numpy arrays, and may return a view: a weight that is transposed twice is
     never copied."""
+    name = what if isinstance(what, str) else what.name
     tensors = [source.const_value for source in sources]
     tensor = ir.LazyTensor(
         lambda: ir.Tensor(compute(*(t.numpy() for t in tensors)), dtype=dtype, name=name),
@@ -73,7 +92,7 @@ def lazy(
         shape=ir.Shape(shape),
         name=name,
     )
-    return initializer(graph, name, tensor)
+    return initializer(graph, what, tensor)
 
 
 def insert_before(

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from duq.compiler.graph.weights import Weight, mark, of_module
 from duq.compiler.model.pi0 import Pi0
 from duq.compiler.quant.pack import LinearPack
 from duq.runtime.config import ModelConfig
@@ -91,9 +92,11 @@ def export(
 ) -> Graphs:
     """Traces the model and binds `weights` (canonical names, any float dtype, on disk) to the graphs' initializers."""
     graphs = replace(trace(config, num_steps), weights=weights, packs=packs or {})
+    records = _records(config)
     for _, model in graphs.items():
         for name, value in model.graph.initializers.items():
             value.const_value = _lazy_float32(name, weights[name])
+            mark(value, records[name])
     return graphs
 
 
@@ -151,6 +154,17 @@ def _to_onnx(module: nn.Module, inputs: dict, outputs: list[str], dynamic: tuple
         value.const_value = None
     model.graph.name = type(module).__name__.lower()
     return model
+
+
+def _records(config: ModelConfig) -> dict[str, Weight]:
+    """By the canonical name of each parameter of the model, what it is."""
+    with torch.device("meta"):
+        model = Pi0(config)
+    return {
+        f"{name}.{attribute}": of_module(name, "embedding" if isinstance(module, nn.Embedding) else attribute)
+        for name, module in model.named_modules()
+        for attribute, _ in module.named_parameters(recurse=False)
+    }
 
 
 def _lazy_float32(name: str, weight: Tensor) -> ir.LazyTensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from duq.compiler.graph.edit import depends_on, is_weight, small_constant
 from duq.compiler.graph.edit import reader as reader_of
-from duq.compiler.targets.names import label_of
+from duq.compiler.graph.weights import is_time_table, record
 from duq.plugins import ops
 
 VIEWS = ("Reshape", "Unsqueeze", "Squeeze", "Transpose")
@@ -56,7 +57,7 @@ def is_gelu(node: ir.Node) -> bool:
 def is_table_row(value: ir.Value | None) -> bool:
     """table[step], a table of the time."""
     node = value.producer() if value is not None else None
-    return node is not None and node.op_type == "Gather" and node.inputs[0].name.startswith("time_table.")
+    return node is not None and node.op_type == "Gather" and is_time_table(node.inputs[0])
 
 
 def table_of(row: ir.Value) -> ir.Value:
@@ -66,7 +67,19 @@ def table_of(row: ir.Value) -> ir.Value:
 
 def label(weight: ir.Value) -> str:
     """What a weight's linear is called: its modules' names, without the gains that were folded in."""
-    return label_of(weight.name)
+    return record(weight).label
+
+
+def shape_of(value: ir.Value) -> tuple[int, ...]:
+    """The shape of a weight."""
+    assert value.shape is not None, value.name
+    return tuple(int(size) for size in value.shape.numpy())
+
+
+def array_of(value: ir.Value) -> np.ndarray:
+    """A weight or a constant as numpy: computed, or read, now."""
+    assert value.const_value is not None, value.name
+    return np.asarray(value.const_value.numpy())
 
 
 def readers_of(value: ir.Value) -> list[ir.Node]:

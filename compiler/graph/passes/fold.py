@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx_ir as ir
 
 from duq.compiler.graph.edit import initializer, insert_before, is_weight, lazy, reader, replace, simplify, small_constant
 from duq.compiler.graph.export import Graphs
+from duq.compiler.graph.weights import is_time_table, of_module, record
 from duq.plugins import ops
 
 
@@ -27,9 +30,10 @@ def fold_linear_chains(graphs: Graphs) -> int:
             if reader(first.outputs[0]) is not bias or reader(bias.outputs[0]) is not second:
                 continue
             (k, _), (_, n) = first.inputs[1].shape.numpy(), second.inputs[1].shape.numpy()
-            name = f"{_stem(first)}+{_stem(second)}"
-            weight = lazy(model.graph, f"{name}.weight_kn", [first.inputs[1], second.inputs[1]], (k, n), _product)
-            offset = lazy(model.graph, f"{name}.bias", [bias.inputs[1], second.inputs[1]], (n,), _product)
+            whole = record(second.inputs[1]).behind(record(first.inputs[1]))
+            weight = lazy(model.graph, whole, [first.inputs[1], second.inputs[1]], (k, n), _product)
+            of_bias = dataclasses.replace(whole, part="bias", form="")
+            offset = lazy(model.graph, of_bias, [bias.inputs[1], second.inputs[1]], (n,), _product)
             (y,) = insert_before(second, "MatMul", [first.inputs[0], weight])
             if following is not None and following.op_type == "Add":
                 index = 1 - list(following.inputs).index(second.outputs[0])
@@ -53,16 +57,11 @@ def fold_output_scales(graphs: Graphs) -> int:
             linear = bias.inputs[0].producer() if bias is not None and bias.op_type == "Add" else None
             if linear is None or not _is_linear(linear) or reader(bias.outputs[0]) is not node:
                 continue
-            name, factor = f"{_stem(linear)}*{scale.item():.9g}", scale.reshape(())
-            weight, offset = linear.inputs[1], bias.inputs[1]
-            new_weight = lazy(
-                model.graph, f"{name}.weight_kn", [weight], weight.shape.numpy(), lambda w, factor=factor: w * factor
+            weight, offset = (
+                _scaled(model.graph, value, scale.reshape(())) for value in (linear.inputs[1], bias.inputs[1])
             )
-            new_offset = lazy(
-                model.graph, f"{name}.bias", [offset], offset.shape.numpy(), lambda b, factor=factor: b * factor
-            )
-            (product,) = insert_before(node, "MatMul", [linear.inputs[0], new_weight])
-            (y,) = insert_before(node, "Add", [product, new_offset])
+            (product,) = insert_before(node, "MatMul", [linear.inputs[0], weight])
+            (y,) = insert_before(node, "Add", [product, offset])
             replace(node.outputs[0], y)
             matches += 1
         simplify(model)
@@ -98,9 +97,9 @@ def _fold_gain_into_readers(graph: ir.Graph, norm: ir.Node) -> bool:
         return False
     for node in readers:
         weight = node.inputs[1]
-        name = f"{gain.name}*{weight.name}"
-        node.replace_input_with(1, lazy(graph, name, [gain, weight], weight.shape.numpy(), lambda g, w: g[:, None] * w))
-    ones = initializer(graph, f"ones.{gain.shape[0]}", np.ones(gain.shape.numpy(), np.float32))
+        scaled = record(weight).times(record(gain).name)
+        node.replace_input_with(1, lazy(graph, scaled, [gain, weight], weight.shape.numpy(), lambda g, w: g[:, None] * w))
+    ones = initializer(graph, of_module(f"ones.{gain.shape[0]}", "gain"), np.ones(gain.shape.numpy(), np.float32))
     norm.replace_input_with(1, ones)
     return True
 
@@ -117,9 +116,7 @@ def _adaptive_tables(node: ir.Node) -> list[tuple[ir.Node, int]]:
     if scaled.op_type != "Mul" or shift.op_type != "Gather":
         return []
     gathers = [shift, *(operand.producer() for operand in scaled.inputs if operand.producer() is not None)]
-    gathers = [
-        gather for gather in gathers if gather.op_type == "Gather" and gather.inputs[0].name.startswith("time_table.")
-    ]
+    gathers = [gather for gather in gathers if gather.op_type == "Gather" and is_time_table(gather.inputs[0])]
     return [(gather, 0) for gather in gathers] if len(gathers) == 2 else []
 
 
@@ -127,13 +124,13 @@ def _merge_prologue_scale(graph: ir.Graph, output: ir.Value, vectors: list[tuple
     """Multiplies the vectors that produce `output` by its readers' common input_scale, and removes it from them."""
     readers = [use.node for use in output.uses()]
     prologues = [n for n in readers if n.domain == ops.DOMAIN and ops.stages(n.overload)[:1] == ["scale"]]
-    if not prologues or len(prologues) != len(readers) or len({node.inputs[1].name for node in prologues}) != 1:
+    if not prologues or len(prologues) != len(readers) or len({node.inputs[1] for node in prologues}) != 1:
         return False
     scale = prologues[0].inputs[1]
     for node, index in vectors:
         vector = node.inputs[index]
-        name = f"{vector.name}*{scale.name}"
-        node.replace_input_with(index, lazy(graph, name, [vector, scale], vector.shape.numpy(), np.multiply))
+        scaled = record(vector).times(record(scale).name)
+        node.replace_input_with(index, lazy(graph, scaled, [vector, scale], vector.shape.numpy(), np.multiply))
     for node in prologues:
         inputs = [operand for index, operand in enumerate(node.inputs) if index != 1]
         overload = ops.overload_name(ops.stages(node.overload)[1:])
@@ -147,8 +144,9 @@ def _is_linear(node: ir.Node | None) -> bool:
     return node is not None and node.op_type == "MatMul" and is_weight(node.inputs[1], rank=2)
 
 
-def _stem(linear: ir.Node) -> str:
-    return linear.inputs[1].name.removesuffix(".weight_kn")
+def _scaled(graph: ir.Graph, value: ir.Value, factor: np.ndarray) -> ir.Value:
+    scaled = record(value).times(f"{factor.item():.9g}")
+    return lazy(graph, scaled, [value], value.shape.numpy(), lambda array: array * factor)
 
 
 def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx_ir as ir
 import torch
 
-from duq.compiler.graph.edit import initializer, insert_before, is_weight, lazy, replace, simplify
+from duq.compiler.graph.edit import expect, initializer, insert_before, is_weight, lazy, replace, simplify
 from duq.compiler.graph.export import Graphs
+from duq.compiler.graph.weights import is_embedding, record
 
 
 def weights_as_matmul_reads_them(graphs: Graphs) -> int:
@@ -30,10 +33,8 @@ def weights_as_matmul_reads_them(graphs: Graphs) -> int:
                 matches += 1
             elif node.op_type == "RMSNormalization" and node.inputs[1].producer() is not None:
                 weight, one = node.inputs[1].producer().inputs
-                name = (
-                    f"{weight.name.removesuffix('.weight')}.gain"  # of equal weights the exporter keeps one, a bias perhaps
-                )
-                gain = lazy(model.graph, name, [weight, one], weight.shape, np.add)
+                of_gain = dataclasses.replace(record(weight), part="gain")
+                gain = lazy(model.graph, of_gain, [weight, one], weight.shape, np.add)
                 node.replace_input_with(1, gain)
                 matches += 1
         simplify(model)
@@ -46,14 +47,16 @@ def keep_embedding_dtype(graphs: Graphs) -> int:
     if table.dtype != torch.bfloat16:
         return 0
     graph = graphs.prefix.graph
-    (node,) = [n for n in graph if n.op_type == "Gather" and n.inputs[0].name == "llm.embed_tokens.weight"]
+    found = [node for node in graph if node.op_type == "Gather" and is_embedding(node.inputs[0])]
+    expect(len(found) == 1, "one Gather reads the token table")
+    node, narrow = found[0], record(found[0].inputs[0]).in_form("bfloat16")
     tensor = ir.LazyTensor(
-        lambda: ir.tensor_adapters.TorchTensor(table, name="llm.embed_tokens.bfloat16"),
+        lambda: ir.tensor_adapters.TorchTensor(table, name=narrow.name),
         dtype=ir.DataType.BFLOAT16,
         shape=ir.Shape(table.shape),
-        name="llm.embed_tokens.bfloat16",
+        name=narrow.name,
     )
-    (rows,) = insert_before(node, "Gather", [initializer(graph, tensor.name, tensor), node.inputs[1]])
+    (rows,) = insert_before(node, "Gather", [initializer(graph, narrow, tensor), node.inputs[1]])
     (wide,) = insert_before(node, "Cast", [rows], to=ir.DataType.FLOAT)
     replace(node.outputs[0], wide)
     simplify(graphs.prefix)
@@ -61,5 +64,4 @@ def keep_embedding_dtype(graphs: Graphs) -> int:
 
 
 def _transposed(graph: ir.Graph, weight: ir.Value) -> ir.Value:
-    name = f"{weight.name.removesuffix('.weight')}.weight_kn"
-    return lazy(graph, name, [weight], reversed(weight.shape.numpy()), lambda w: w.T)
+    return lazy(graph, record(weight).in_form("kn"), [weight], weight.shape.numpy()[::-1], lambda w: w.T)

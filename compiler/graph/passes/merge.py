@@ -11,6 +11,7 @@ import onnx_ir as ir
 from duq.compiler.graph.edit import initializer, insert_before, is_weight, lazy, replace, simplify
 from duq.compiler.graph.export import Graphs
 from duq.compiler.graph.passes.quantize import QuantizedTensor
+from duq.compiler.graph.weights import merged, record
 from duq.plugins import ops
 
 
@@ -69,14 +70,14 @@ def _merge(graph: ir.Graph, nodes: list[ir.Node]) -> None:
 
 
 def _concatenate(graph: ir.Graph, values: list[ir.Value]) -> ir.Value:
-    name = "+".join(value.name for value in values)
+    whole = merged([record(value) for value in values])
     axis = 0 if len(values[0].shape) == 3 else -1  # of an output rotation the blocks, of all else the channels
     shape = list(values[0].shape.numpy())
     shape[axis] = sum(value.shape[axis] for value in values)
     dtype = values[0].dtype
     if dtype.is_floating_point():
-        return lazy(graph, name, values, shape, lambda *arrays: np.concatenate(arrays, axis=axis))
+        return lazy(graph, whole, values, shape, lambda *arrays: np.concatenate(arrays, axis=axis))
     tensors = [value.const_value for value in values]
     bits = 4 if dtype == ir.DataType.INT4 else 8
-    merged = lambda: np.concatenate([t.integers() for t in tensors], axis=-1)  # noqa: E731
-    return initializer(graph, name, QuantizedTensor(name, merged, shape, bits))
+    integers = lambda: np.concatenate([tensor.integers() for tensor in tensors])  # noqa: E731
+    return initializer(graph, whole, QuantizedTensor(whole.name, integers, (shape[1], shape[0]), bits))

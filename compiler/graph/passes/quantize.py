@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
@@ -11,6 +10,7 @@ import onnx_ir as ir
 from duq.compiler.errors import GraphError
 from duq.compiler.graph.edit import initializer, insert_before, is_weight, reader, replace, simplify
 from duq.compiler.graph.export import Graphs
+from duq.compiler.graph.weights import Part, by_content, of_module, weight_of
 from duq.compiler.quant.pack import LinearPack
 from duq.compiler.quant.transforms import hadamard
 from duq.plugins import ops
@@ -28,11 +28,11 @@ def lower_quantized_linears(graphs: Graphs) -> int:
     missing = set(packs)
     for _, model in graphs.items():
         for node in list(model.graph):
-            weight = node.inputs[1].name if node.op_type == "MatMul" and is_weight(node.inputs[1], rank=2) else ""
-            name = weight.removesuffix(".weight_kn")
-            if name in packs:
-                _lower(model.graph, node, packs[name])
-                missing.discard(name)
+            weight = weight_of(node.inputs[1]) if node.op_type == "MatMul" else None
+            pack = packs.get(weight.linears[0]) if weight is not None else None
+            if pack is not None and weight == of_module(pack.name, "weight", "kn"):
+                _lower(model.graph, node, pack)
+                missing.discard(pack.name)
                 matches += 1
         simplify(model)
         ops.add_functions(model)
@@ -54,7 +54,7 @@ def _lower(graph: ir.Graph, node: ir.Node, pack: LinearPack) -> None:
         stage_values["per_token"] = []
     elif integer:
         scale = np.array(pack.activation_scale, np.float32)
-        stage_values["per_tensor"] = [initializer(graph, f"{pack.name}.activation_scale", scale)]
+        stage_values["per_tensor"] = [_by_content(graph, "activation_scale", scale)]
     activations = [node.inputs[0]]
     if integer or stage_values:
         operands = [operand for operands in stage_values.values() for operand in operands]
@@ -68,19 +68,17 @@ def _lower(graph: ir.Graph, node: ir.Node, pack: LinearPack) -> None:
         )
 
     k, n = node.inputs[1].shape.numpy()
-    weight_name = f"{pack.name}.weight_q"
-    weight = initializer(
-        graph, weight_name, QuantizedTensor(weight_name, lambda: pack.weight().T, (k, n), pack.weight_bits)
-    )
+    integers = of_module(pack.name, "weight", "q")
     inputs = [
         *activations,
-        weight,
-        initializer(graph, f"{pack.name}.weight_scale", np.asarray(pack.weight_scale, np.float32)),
+        initializer(graph, integers, QuantizedTensor(integers.name, pack.weight, (n, k), pack.weight_bits)),
+        initializer(graph, of_module(pack.name, "weight_scale"), np.asarray(pack.weight_scale, np.float32)),
     ]
     overload = []
     if pack.output_rotation is not None:
         overload.append("output_rotation")
-        inputs.append(initializer(graph, f"{pack.name}.output_rotation", np.asarray(pack.output_rotation, np.float32)))
+        rotation = np.asarray(pack.output_rotation, np.float32)
+        inputs.append(initializer(graph, of_module(pack.name, "output_rotation"), rotation))
     if has_bias:
         overload.append("bias")
         inputs.append(bias.inputs[1])
@@ -103,31 +101,31 @@ def _prologue(graph: ir.Graph, pack: LinearPack) -> dict[str, list[ir.Value]]:
     if pack.permutation is not None:
         found["permute"] = [_by_content(graph, "permutation", np.asarray(pack.permutation, np.int64))]
     if isinstance(pack.rotation, str):
-        found["hadamard"] = [_by_content(graph, f"hadamard_{pack.block_size}", hadamard(pack.block_size).numpy())]
+        found["hadamard"] = [_by_content(graph, "hadamard", hadamard(pack.block_size).numpy())]
     elif pack.rotation is not None:
         found["rotation"] = [_by_content(graph, "rotation", np.asarray(pack.rotation, np.float32))]
     return found
 
 
-def _by_content(graph: ir.Graph, kind: str, array: np.ndarray) -> ir.Value:
-    digest = hashlib.sha256(np.ascontiguousarray(array)).hexdigest()[:16]
-    return initializer(graph, f"{kind}.{digest}", array)
+def _by_content(graph: ir.Graph, part: Part, array: np.ndarray) -> ir.Value:
+    return initializer(graph, by_content(part, array), array)
 
 
 class QuantizedTensor(ir.LazyTensor):
-    """An INT4 (two a byte) or INT8 tensor, made when it is written out from `integers()`, int8 of the given shape.
+    """The weight of a quantized linear: to ONNX [K, N], INT4 (two a byte) or INT8, made when it is written out.
 
-    Whoever has another form for them starts from the integers, in whatever memory order they are.
+    Whoever has another form for it starts from `integers()`, int8 [N, K], as packs and kernels have them.
     """
 
-    def __init__(self, name: str, integers: Callable[[], np.ndarray], shape: Sequence[int], bits: int):
+    def __init__(self, name: str, integers: Callable[[], np.ndarray], shape: tuple[int, int], bits: int):
+        """shape: (N, K) of the integers."""
         self.integers = integers
-        dtype = ir.DataType.INT4 if bits == 4 else ir.DataType.INT8
+        dtype, in_onnx = ir.DataType.INT4 if bits == 4 else ir.DataType.INT8, ir.Shape(shape[::-1])
 
         def load() -> ir.TensorProtocol:
-            values = np.ascontiguousarray(integers())
+            values = np.ascontiguousarray(integers().T)
             if bits == 8:
                 return ir.Tensor(values, name=name)
-            return ir.PackedTensor(pack_int4(values.reshape(-1)), dtype, shape=ir.Shape(shape), name=name)
+            return ir.PackedTensor(pack_int4(values.reshape(-1)), dtype, shape=in_onnx, name=name)
 
-        super().__init__(load, dtype=dtype, shape=ir.Shape(shape), name=name)
+        super().__init__(load, dtype=dtype, shape=in_onnx, name=name)

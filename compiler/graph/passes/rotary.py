@@ -7,6 +7,7 @@ import onnx_ir as ir
 
 from duq.compiler.graph.edit import initializer, insert_before, replace, simplify
 from duq.compiler.graph.export import Graphs
+from duq.compiler.graph.weights import of_module
 from duq.runtime.config import IMAGE_SLOTS
 
 
@@ -27,7 +28,7 @@ def tabulate_rotary_embeddings(graphs: Graphs) -> int:
             angles = np.arange(positions, dtype=np.float32)[:, None] * frequency.const_value.numpy()
             function = np.cos if node.op_type == "Cos" else np.sin
             table = function(angles.astype(np.float64)).astype(np.float32)
-            table = initializer(model.graph, f"rotary.{node.op_type.lower()}", table)
+            table = initializer(model.graph, of_module(node.op_type.lower(), "rotary"), table)
             (index,) = insert_before(node, "Squeeze", [position, initializer(model.graph, "last_axis", np.array([-1]))])
             (rows,) = insert_before(node, "Gather", [table, index])
             replace(node.outputs[0], rows)

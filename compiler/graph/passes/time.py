@@ -18,6 +18,7 @@ from duq.compiler.graph.edit import (
     simplify,
 )
 from duq.compiler.graph.export import Graphs
+from duq.compiler.graph.weights import of_module, record
 from duq.compiler.model.pi0 import timesteps
 
 
@@ -48,8 +49,7 @@ def split_time_from_actions(graphs: Graphs) -> int:
 
 
 def _rows(graph: ir.Graph, weight: ir.Value, part: str, start: int, stop: int, columns: int) -> ir.Value:
-    name = f"{weight.name.removesuffix('.weight_kn')}.{part}.weight_kn"
-    return lazy(graph, name, [weight], (stop - start, columns), lambda w: w[start:stop])
+    return lazy(graph, record(weight).of_rows(part), [weight], (stop - start, columns), lambda w: w[start:stop])
 
 
 def tabulate_time(graphs: Graphs) -> int:
@@ -74,7 +74,7 @@ def tabulate_time(graphs: Graphs) -> int:
     graph.inputs.append(step)
     first = next(iter(graph))
     for value, column in zip(frontier, columns):
-        table = initializer(graph, f"time_table.{value.name}", np.stack(column))
+        table = initializer(graph, of_module(value.name, "time_table"), np.stack(column))
         (row,) = insert_before(first, "Gather", [table, step], axis=0)
         replace(value, row)
     simplify(graphs.step)

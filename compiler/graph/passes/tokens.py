@@ -7,11 +7,11 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from duq.compiler.graph.edit import (
+    adopt,
     depends_on,
     evaluate,
     expect,
     graph_input,
-    has_weight_name,
     initializer,
     insert_before,
     replace,
@@ -193,8 +193,7 @@ def _append(graph: ir.Graph, tail: ir.Graph, names: list[str]) -> None:
             tail.inputs.remove(value)
             graph.inputs.append(value)
     for value in list(tail.initializers.values()):
-        name = value.name if has_weight_name(value) else f"state.{value.name}"
-        value.replace_all_uses_with(initializer(graph, name, value.const_value))
+        value.replace_all_uses_with(adopt(graph, value, "state"))
     nodes = list(tail)
     tail.outputs.clear()
     tail.remove(nodes)

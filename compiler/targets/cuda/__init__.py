@@ -39,6 +39,7 @@ from duq.compiler.targets.cuda.specialize import Size, specialize
 from duq.compiler.targets.cuda.weights import Weights, to_bf16
 from duq.compiler.targets.fuse import Prompt, check_covered, fuse
 from duq.compiler.targets.gpu import GPU_PHASES
+from duq.compiler.targets.patterns import array_of
 from duq.plugins.gpu import GPUS, Gpu, gpu_of
 from duq.runtime.plan import PlanWriter
 
@@ -72,7 +73,7 @@ def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options: CudaOp
         sections[f"sm{sm}"] = _summary(planned, schedules[sm], timed)
     offsets = _write_weights(weights, writer, progress)
     (table,) = [op.table for op in ops["prefix"] if isinstance(op, Prompt)]
-    writer.write("embedding", to_bf16(table.const_value.numpy()))
+    writer.write("embedding", to_bf16(array_of(table)))
     for sm, data in schedules.items():
         writer.write(f"schedule/sm{sm}.json", json.dumps(data | {"weights": offsets}).encode())
     return sections

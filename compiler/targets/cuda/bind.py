@@ -17,7 +17,7 @@ from duq.compiler.targets.cuda.bind_linears import linear, matmul
 from duq.compiler.targets.cuda.binder import Binder, Quantized
 from duq.compiler.targets.cuda.choose import Chosen
 from duq.compiler.targets.cuda.gemm import Gemm
-from duq.compiler.targets.cuda.launches import Argument, Launch, Matrix, Program, Weight
+from duq.compiler.targets.cuda.launches import Arguments, Argument, Launch, Matrix, Program, Weight
 from duq.compiler.targets.cuda.specialize import Size, Sized
 from duq.compiler.targets.cuda.weights import Weights
 from duq.compiler.targets.fuse import (
@@ -33,7 +33,7 @@ from duq.compiler.targets.fuse import (
     Rotate,
     expect,
 )
-from duq.compiler.targets.patterns import source_of
+from duq.compiler.targets.patterns import array_of, shape_of, source_of
 from duq.plugins import kernels
 from duq.plugins.gpu import Gpu
 from duq.plugins.tactics import SMALL_M
@@ -88,21 +88,20 @@ def patches(binder: Binder, op: Patches) -> None:
     quarter, and the kernel that makes patches computes the same float32 values before it rounds them to bf16. Images that are
     resized in floating point are uploaded as they are.
     """
-    n, _, patch, _ = op.weight.shape.numpy()
+    n, _, patch, _ = shape_of(op.weight)
     size, tokens, cameras = binder.config.vision.image_size, binder.config.vision.tokens, binder.size.cameras
     columns = -(-3 * patch * patch // 8) * 8  # whole 16 bytes
     x = binder.new("patches", cameras * tokens, columns, "Bf16")
     instance = kernels.patches(cameras, size, patch, binder.images.type)
-    arguments = dict(images=binder.images, y=x, size=size, pitch=columns)
+    arguments: Arguments = dict(images=binder.images, y=x, size=size, pitch=columns)
     binder.launch(op, "patches", instance, arguments, [binder.images], [x])
     y = binder.new_output(op.epilogue, x.rows, n)
 
     def offsets() -> np.ndarray:
-        return np.float32(op.position.const_value.numpy()) + np.float32(op.bias.const_value.numpy())
+        return np.float32(array_of(op.position)) + np.float32(array_of(op.bias))
 
     addend = binder.weights.computed(f"{op.position.name}+{op.bias.name}.float32", tokens * n, "float", offsets)
-    name = op.name.removesuffix(".weight")
-    matmul(binder, op, name, x, binder.weights.matrix(op.weight, columns), y, addend=addend, batch=cameras)
+        matmul(binder, op, op.name, x, binder.weights.matrix(op.weight, columns), y, addend=addend, batch=cameras)
     binder.values |= dict.fromkeys(op.writes, y)
 
 
@@ -110,7 +109,7 @@ def prompt(binder: Binder, op: Prompt) -> None:
     """The host looks the tokens' rows up; here they become float32, scaled."""
     x = binder.embeddings
     y = binder.new_output(op.epilogue, x.rows, x.columns)
-    arguments = dict(rows=x, y=y, depth=y.columns, y_stride=y.stride, scale=op.scale)
+    arguments: Arguments = dict(rows=x, y=y, depth=y.columns, y_stride=y.stride, scale=op.scale)
     binder.launch(op, "prompt", kernels.tokens(x.rows, x.columns), arguments, [x], [y])
     binder.values |= dict.fromkeys(op.writes, y)
 
@@ -140,7 +139,7 @@ def quantize(binder: Binder, op: Quantize) -> None:
     alone = kind == "PLAIN" and x.type == "Bf16" and turn == 64 and not any(vectors.values()) and padded == x.columns
     if alone and x.rows > SMALL_M and x.columns in kernels.HADAMARD_DEPTHS:
         instance = kernels.hadamard_quantize(x.rows, x.columns)
-        arguments: dict[str, Any] = dict(tokens=x.rows, depth=x.columns)
+        arguments: Arguments = dict(tokens=x.rows, depth=x.columns)
     else:
         instance = kernels.rotate_quantize(x.rows, x.columns, x.type, kind, turn, padded)
         arguments = dict(vectors, depth=x.columns, padded_depth=padded, block=block, epsilon=_epsilon(op.norm))
@@ -155,7 +154,7 @@ def rotate(binder: Binder, op: Rotate) -> None:
     kind, turn, block, vectors = _transforms(binder, op.norm, op.operands)
     y = binder.new(f"{op.name}.x", x.rows, x.columns, "Bf16")
     instance = kernels.rotate_quantize(x.rows, x.columns, x.type, kind, turn, out=y.type)
-    arguments = dict(vectors, x=x, x_q=y, depth=x.columns, padded_depth=x.columns, row_stride=x.stride, block=block,
+    arguments: Arguments = dict(vectors, x=x, x_q=y, depth=x.columns, padded_depth=x.columns, row_stride=x.stride, block=block,
                      slab_tokens=0, epsilon=_epsilon(op.norm))  # fmt: skip
     binder.launch(op, f"{op.name} (rotate)", instance, arguments, [x], [y])
     binder.values[op.out] = y
@@ -172,15 +171,15 @@ def _transforms(
     found |= {name: binder.weights.float32(operands[name]) if name in operands else None for name in names}
     found["permutation"] = _permutation(binder, operands.get("permutation"))
     if "rotation" in operands:
-        return kind, "DENSE", operands["rotation"].shape[-1], found
-    return kind, operands["hadamard"].shape[0] if "hadamard" in operands else "NONE", 0, found
+        return kind, "DENSE", shape_of(operands["rotation"])[-1], found
+    return kind, shape_of(operands["hadamard"])[0] if "hadamard" in operands else "NONE", 0, found
 
 
 def _permutation(binder: Binder, value: ir.Value | None) -> Weight | None:
     if value is None:
         return None
     return binder.weights.computed(
-        f"{value.name}.int32", value.shape[0], "int", lambda: value.const_value.numpy().astype(np.int32)
+        f"{value.name}.int32", shape_of(value)[0], "int", lambda: array_of(value).astype(np.int32)
     )
 
 
@@ -205,7 +204,7 @@ def attention(binder: Binder, op: Attention) -> None:
 
     tactic = binder.chosen.attention[op]
     instance = _with_heads(tactic, op).instance(rows, op.kv_heads, images)
-    arguments = dict(
+    arguments: Arguments = dict(
         q=q, k=k, v=v, own_k=own_k, own_v=own_v, out=out, past=past, tokens=rows, keys=keys, own_keys=own_rows,
         q_stride=q.stride, kv_stride=k.stride, own_stride=own_k.stride if own_k else 0, out_stride=out.stride,
         cache_ready=int(in_cache and binder.caches_complete),  # may be read before the launch ahead has ended

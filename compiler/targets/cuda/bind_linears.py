@@ -17,9 +17,10 @@ import numpy as np
 
 from duq.compiler.targets.cuda.binder import Binder
 from duq.compiler.targets.cuda.gemm import FloatGemm, Gemm
-from duq.compiler.targets.cuda.launches import BYTES, Argument, Matrix, Weight
+from duq.compiler.targets.cuda.launches import BYTES, Argument, Arguments, Matrix, Weight
 from duq.compiler.targets.cuda.specialize import float_weight_bits
 from duq.compiler.targets.fuse import Linear, Op, Rotation, expect
+from duq.compiler.targets.patterns import shape_of
 from duq.plugins import kernels
 
 
@@ -31,7 +32,7 @@ def linear(binder: Binder, op: Linear) -> None:
             _rotary(binder, op, epilogue.rotation, y)
         _place_rotated(binder, epilogue.rotation, y)
     elif epilogue.parts:
-        widths = [part.shape[-1] for part in epilogue.parts]
+        widths = [shape_of(part)[-1] for part in epilogue.parts]
         binder.values |= dict(zip(epilogue.results, y.split(widths), strict=True))
     else:
         binder.values |= dict.fromkeys(epilogue.results, y)
@@ -52,7 +53,7 @@ def _integer(binder: Binder, op: Linear) -> Matrix:
     after = epilogue.activation.upper() or "NONE"
     expect(after in ("NONE", "GELU", "GEGLU") and (after == "NONE" or epilogue.residual is None), op.name)
     expect(not (epilogue.bias and epilogue.gate) and epilogue.bias_table is None, op.name)
-    n, parts = op.weight.shape[-1], 2 if after == "GEGLU" else 1
+    n, parts = shape_of(op.weight)[-1], 2 if after == "GEGLU" else 1
     if gemm.n == n:
         y = binder.new_output(epilogue, gemm.m, n // parts)
     else:
@@ -90,7 +91,7 @@ def _integer_gemm(
     weight = binder.weights.packed(op.weight, (gemm.n, gemm.k), gemm.bits, tactic.layout, geglu=in_pairs)
     workspace = binder.workspace(gemm, tactic, op.branch)
     normed = _for_norm(binder, op, y) if gemm.out != "int" and y.type != "int" else {}
-    arguments: dict[str, Matrix | Argument] = dict(x_q=x.x, weight=weight, y=y, tokens=gemm.m)
+    arguments: Arguments = dict(x_q=x.x, weight=weight, y=y, tokens=gemm.m)
     if not isinstance(tactic, kernels.Generated):
         arguments |= dict(x_scale=x.scale, weight_scale=scale, bias=bias, residual=residual, workspace=workspace)
         arguments |= dict(rows=gemm.n, depth=gemm.k, **normed)
@@ -108,12 +109,12 @@ def _epilogue(binder: Binder, op: Linear, acc: Matrix, after: str, y: Matrix) ->
     residual = _residual(binder, op, y)
     columns = acc.columns // (2 if after == "GEGLU" else 1)
     instance = kernels.epilogue(y.rows, columns, y.type, rotation is not None, after)
-    arguments = dict(
+    arguments: Arguments = dict(
         acc=acc, x_scale=x.scale, weight_scale=weights.float32(op.operands["weight_scale"], padded=acc.columns),
         rotation=None if rotation is None else weights.float32(rotation),
         bias=weights.float32(*epilogue.bias, padded=acc.columns) if epilogue.bias else None,
         gate=None if epilogue.gate is None else weights.table(epilogue.gate), residual=residual, y=y, rows=acc.columns,
-        scale_stride=1, block=rotation.shape[-1] if rotation is not None else 0,
+        scale_stride=1, block=shape_of(rotation)[-1] if rotation is not None else 0,
     )  # fmt: skip
     reads = [acc, x.scale, *([residual] if residual else [])]
     binder.launch(op, f"{op.name} (epilogue)", instance, arguments, reads, [y])
@@ -146,7 +147,7 @@ def _small_m(binder: Binder, op: Linear) -> Matrix:
     pack = binder.weights.float_fragments if gemm.bits == 16 else binder.weights.int4_fragments
     turned, cached, past = _rotary_arguments(binder, op, rotation, y)
     normed = _for_norm(binder, op, y)
-    arguments = dict(
+    arguments: Arguments = dict(
         x=source, squares=squares, weight=pack(op.weight, order), channel_scale=factor, bias=bias, residual=residual, y=y,
         tokens=m, rows=n, depth=k, y_stride=y.stride, epsilon=norm.epsilon if norm else 0.0, **turned, **normed,
     )  # fmt: skip
@@ -159,7 +160,7 @@ def _small_m(binder: Binder, op: Linear) -> Matrix:
 
 def _rotary_arguments(
     binder: Binder, op: Linear, rotation: Rotation | None, y: Matrix
-) -> tuple[dict[str, Matrix | Argument], list[Matrix], Matrix | None]:
+) -> tuple[Arguments, list[Matrix], Matrix | None]:
     """Of the epilogue that turns q and k; the caches that it writes; and where the real tokens' number is read from."""
     if rotation is None:
         return dict(kv_stride=0, first_position=0, to_cache=0), [], None
@@ -167,7 +168,7 @@ def _rotary_arguments(
     cached = _caches(binder, rotation)
     key, value = cached or y.split(rotation.columns)[1:]  # the suffix's own, beside its queries
     cosine, sine = map(binder.weights.float32, rotation.tables)
-    turned: dict[str, Matrix | Argument] = dict(k=key, v=value, cosine=cosine, sine=sine, past=past)
+    turned: Arguments = dict(k=key, v=value, cosine=cosine, sine=sine, past=past)
     turned |= dict(kv_stride=key.stride, first_position=first, to_cache=int(bool(cached)))
     return turned, cached, past
 
@@ -196,7 +197,7 @@ def _factor_and_bias(binder: Binder, op: Linear, shift: Argument, order: str) ->
 
 def _library(binder: Binder, op: Linear) -> Matrix:
     """cuBLASLt, which knows no GeGLU and no INT4."""
-    epilogue, n = op.epilogue, op.weight.shape[-1]
+    epilogue, n = op.epilogue, shape_of(op.weight)[-1]
     expect(epilogue.bias_table is None and epilogue.activation in ("", "geglu", "gelu"), op.name)
     expect(epilogue.gate is None, op.name)
     x = binder.in_memory(op, op.x, op.norm)
@@ -211,17 +212,17 @@ def _library(binder: Binder, op: Linear) -> Matrix:
     if not geglu:
         return y
     gated = binder.new_output(epilogue, x.rows, n // 2)
-    arguments = dict(x=y, y=gated, width=n // 2)
+    arguments: Arguments = dict(x=y, y=gated, width=n // 2)
     binder.launch(op, f"{op.name} (GeGLU)", kernels.geglu(x.rows, n // 2), arguments, [y], [gated])
     return gated
 
 
 def _dequantized(binder: Binder, op: Linear) -> Matrix:
     """An INT4 weight as bf16 [N, K], until the GEMM has read it."""
-    k, n = op.weight.shape.numpy()
+    k, n = shape_of(op.weight)
     y = binder.new(f"{op.name}.weight", n, k, "Bf16")
     weight, scale = binder.weights.int4_fragments(op.weight, ""), binder.weights.float32(op.operands["weight_scale"])
-    arguments = dict(weight=weight, weight_scale=scale, y=y, rows=n, depth=k)
+    arguments: Arguments = dict(weight=weight, weight_scale=scale, y=y, rows=n, depth=k)
     instance = kernels.dequantize_weight(n, k)
     binder.launch(op, f"{op.name} (dequantize)", instance, arguments, [], [y], weight_bytes=n * k // 2)
     return y
@@ -243,7 +244,7 @@ def matmul(
     n, k = y.columns, x.columns
     reads = [x, *(each for each in (addend, weight) if isinstance(each, Matrix))]
     expect(not isinstance(addend, Matrix) or addend.stride == y.stride, name)
-    arguments = dict(
+    arguments: Arguments = dict(
         weight=weight, x=x, bias=bias, addend=addend, y=y, algorithm=0, n=n, m=x.rows // batch, k=k, x_stride=x.stride,
         y_stride=y.stride, batch=batch, addend_batch_stride=0, y_type=BYTES[y.type], gelu=int(gelu),
     )  # fmt: skip
@@ -253,7 +254,7 @@ def matmul(
 
 def _narrow(binder: Binder, op: Linear) -> Matrix:
     """From few channels, in float32: what goes in from the robot, its state and the actions under way."""
-    x, epilogue, (k, n) = binder.values[op.x], op.epilogue, op.weight.shape.numpy()
+    x, epilogue, (k, n) = binder.values[op.x], op.epilogue, shape_of(op.weight)
     expect(k % 4 == 0 and n % 16 == 0, op.name)
     expect(epilogue.activation in ("", "silu") and epilogue.gate is None and epilogue.residual is None, op.name)
     y = binder.new_output(epilogue, x.rows, n)
@@ -263,21 +264,23 @@ def _narrow(binder: Binder, op: Linear) -> Matrix:
         bias = binder.weights.table(epilogue.bias_table)
     normed = _for_norm(binder, op, y)
     instance = kernels.linear_narrow(x.rows, n, epilogue.activation.upper() or "NONE", y.type)
-    arguments = dict(x=x, weight=binder.weights.float32(op.weight), bias=bias, y=y, depth=k, columns=n, **normed)
+    arguments: Arguments = dict(x=x, weight=binder.weights.float32(op.weight), bias=bias, y=y, depth=k, columns=n, **normed)
     binder.launch(op, op.name, instance, arguments, [x], [y, *_written(normed)], 2.0 * x.rows * n * k, 4 * n * k)
     return y
 
 
 def _flow_step(binder: Binder, op: Linear) -> Matrix:
     """x + (norm(h) W + b): the last layer's output becomes the next state of the flow, in place."""
-    epilogue, norm, (k, n) = op.epilogue, op.norm, op.weight.shape.numpy()
+    epilogue, norm, (k, n) = op.epilogue, op.norm, shape_of(op.weight)
     expect(epilogue.out.is_graph_output() and not epilogue.activation and epilogue.gate is None, op.name)
     expect(bool(epilogue.bias) and n % 16 == 0 and norm is not None, op.name)
     assert norm is not None
     flow, h = binder.flow, binder.values[norm.x]
     gain, shift = binder.vectors(norm)
     weight, bias = binder.weights.float32(op.weight), binder.weights.float32(*epilogue.bias)
-    arguments = dict(x=h, gain=gain, shift=shift, weight=weight, bias=bias, flow=flow, depth=k, epsilon=norm.epsilon)
+    arguments: Arguments = dict(
+        x=h, gain=gain, shift=shift, weight=weight, bias=bias, flow=flow, depth=k, epsilon=norm.epsilon
+    )
     work = 2.0 * h.rows * n * k
     binder.launch(op, op.name, kernels.flow_step(h.rows, n), arguments, [h, flow], [flow], work, 4 * n * k)
     return flow
@@ -304,7 +307,7 @@ def _residual(binder: Binder, op: Linear, y: Matrix) -> Matrix | None:
     return residual
 
 
-def _for_norm(binder: Binder, op: Linear, y: Matrix) -> dict[str, Matrix | Argument]:
+def _for_norm(binder: Binder, op: Linear, y: Matrix) -> Arguments:
     """What the launch leaves for the norm that reads y: y * gain in bf16, and of every 16 channels the sum of y^2."""
     norm = binder.sized.linears[op].leaves
     if norm is None:
@@ -343,7 +346,7 @@ def _rotary(binder: Binder, op: Linear, rotation: Rotation, y: Matrix) -> None:
     key, value = cached or (None, None)
     heads = (sum(rotation.columns) - 2 * rotation.dims) // rotation.dims
     cosine, sine = map(binder.weights.float32, rotation.tables)
-    arguments = dict(qkv=y, cosine=cosine, sine=sine, k_cache=key, v_cache=value, past=past, first_position=first,
+    arguments: Arguments = dict(qkv=y, cosine=cosine, sine=sine, k_cache=key, v_cache=value, past=past, first_position=first,
                      stride=y.stride, cache_stride=key.stride if key else 0)  # fmt: skip
     reads, writes = [y, *([past] if past else [])], [y, *cached]
     instance = kernels.rotary(y.rows, heads, rotation.dims)

@@ -13,6 +13,7 @@ from duq.compiler.targets.cuda.integers import Integers
 from duq.compiler.targets.cuda.launches import (
     BYTES,
     Argument,
+    Arguments,
     Buffer,
     Launch,
     Matrix,
@@ -140,7 +141,7 @@ class Binder:
             y = self.new(str(norm.out.name), source.rows, source.columns, "Bf16")
             gain, shift = self.vectors(norm)
             instance = kernels.normalize(source.rows, source.columns, source.type, "Bf16", norm.center)
-            arguments = dict(x=source, gain=gain, shift=shift, y=y, depth=source.columns, x_stride=source.stride,
+            arguments: Arguments = dict(x=source, gain=gain, shift=shift, y=y, depth=source.columns, x_stride=source.stride,
                              y_stride=y.stride, epsilon=norm.epsilon)  # fmt: skip
             self.launch(op, "norm", instance, arguments, [source], [y])
             self._written_norms[norm] = y

@@ -33,6 +33,7 @@ class Integers:
         return self._known[value]
 
     def _shape(self, value: ir.Value) -> tuple[int, ...]:
-        if value.name in self._shapes:
+        if value.name is not None and value.name in self._shapes:
             return self._shapes[value.name]
-        return tuple(dim if isinstance(dim, int) else int(dim.evaluate(self._sizes)) for dim in value.shape or ())
+        dimensions = (each if isinstance(each, int) else each.evaluate(self._sizes) for each in value.shape or ())
+        return tuple(int(str(size)) for size in dimensions)

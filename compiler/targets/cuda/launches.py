@@ -77,6 +77,9 @@ class Matrix:
         return Matrix(self.buffer, stop - start, self.columns, self.type, self.stride, self.offset + start * self.stride)
 
 
+Arguments = dict[str, Matrix | Argument]  # of a launch, by name, before matrices become their addresses
+
+
 @dataclass(frozen=True, eq=False)
 class Launch:
     """One kernel, or one call of a library, on a stream.

@@ -25,6 +25,7 @@ from duq.compiler.targets.fuse import (
     Quantize,
     Rotate,
 )
+from duq.compiler.targets.patterns import shape_of
 from duq.plugins import ops as duq_ops
 from duq.plugins.tactics import SMALL_M
 from duq.runtime.config import ModelConfig
@@ -120,7 +121,7 @@ def _linear(op: Linear, sized: Sized, writers: Mapping[ir.Value, Linear]) -> Siz
     if rows > SMALL_M or epilogue.activation == "gelu":
         return SizedLinear(rows, "library")
     ahead = _norm_ahead(op, sized, writers)
-    n, k = op.weight.shape[1], op.weight.shape[0]
+    n, k = shape_of(op.weight)[1], shape_of(op.weight)[0]
     out, after = epilogue.type, epilogue.activation.upper() or "NONE"
     if epilogue.rotation is not None and len(epilogue.parts) == 3:
         out, after = "Bf16", "ROTARY"
@@ -147,7 +148,7 @@ def integer_gemm(op: Linear, rows: int) -> Gemm:
     nobody reads. K is padded always; N where it is worth it (with small M any 16 will do) and the readers of y take rows of any
     stride.
     """
-    epilogue, (k, n) = op.epilogue, op.weight.shape.numpy()
+    epilogue, (k, n) = op.epilogue, shape_of(op.weight)
     bits, large = duq_ops.QUANTIZED_LINEARS[op.node.op_type][0], rows > SMALL_M
     k = padded(k, 128 if large else 64)
     if "output_rotation" in op.operands:
@@ -180,7 +181,7 @@ def _norm_ahead(op: Linear, sized: Sized, writers: Mapping[ir.Value, Linear]) ->
 
 def _can_leave(op: Linear, linear: SizedLinear) -> bool:
     """Whether the launch computes whole rows of the residual stream in an epilogue that sums squares."""
-    epilogue, columns = op.epilogue, op.weight.shape[-1]
+    epilogue, columns = op.epilogue, shape_of(op.weight)[-1]
     if epilogue.parts or epilogue.type != "float" or columns % NORM_COLUMNS:
         return False
     if linear.kernel == "integer":

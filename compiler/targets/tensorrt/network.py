@@ -14,11 +14,12 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from duq.compiler.errors import GraphError
-from duq.compiler.graph.edit import expect, initializer, insert_before, is_weight, lazy, reader, replace
+from duq.compiler.graph.edit import adopt, expect, initializer, insert_before, is_weight, lazy, reader, replace
 from duq.compiler.graph.export import Graphs
+from duq.compiler.graph.weights import is_embedding, record, weight_of
 from duq.plugins import bitblas, ops
 from duq.plugins.gpu import gpu_of
-from duq.plugins.layout import pack_bitblas, unpack_int4
+from duq.plugins.layout import pack_bitblas
 from duq.plugins.nodes import EPSILON, NODES, KernelName, Node, RotateQuantize, Tensor, W4A8Linear
 from duq.plugins.trt import attributes
 
@@ -61,7 +62,7 @@ def take_embeddings(model: ir.Model) -> ir.Value:
     """
     graph = model.graph
     (tokens,) = [value for value in graph.inputs if value.name == "tokens"]
-    (gather,) = [node for node in graph if node.op_type == "Gather" and node.inputs[0].name.startswith("llm.embed_tokens")]
+    (gather,) = [node for node in graph if node.op_type == "Gather" and is_embedding(node.inputs[0])]
     table, width = gather.inputs[0], gather.inputs[0].shape[-1]
     embeddings = ir.Value(
         name="embeddings", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([tokens.shape[0], width])
@@ -116,9 +117,9 @@ def to_float_type(model: ir.Model, float_type: str) -> None:
         readers = {node.domain for node in value.consumers()}
         if value.dtype == ir.DataType.FLOAT and readers - {ops.DOMAIN}:
             cast = lambda array: array.astype(numpy_type)  # noqa: E731
-            replace_initializer(
-                value, lazy(graph, f"{value.name}.{float_type}", [value], value.shape.numpy(), cast, onnx_type)
-            )
+            weight = weight_of(value)
+            narrow = f"{value.name}.{float_type}" if weight is None else weight.in_form(float_type)
+            replace_initializer(value, lazy(graph, narrow, [value], value.shape.numpy(), cast, onnx_type))
     for node in graph:
         target = node.attributes.get("to")
         if node.op_type == "Cast" and target is not None and target.value == ir.DataType.FLOAT:
@@ -190,7 +191,9 @@ def _prologue(graph: ir.Graph, node: ir.Node, float_type: str, prefix_tokens: in
     if "permutation" in operands:
         wide = operands["permutation"]
         narrow = lambda array: array.astype(np.int32)  # noqa: E731
-        operands["permutation"] = lazy(graph, f"{wide.name}.int32", [wide], wide.shape.numpy(), narrow, ir.DataType.INT32)
+        operands["permutation"] = lazy(
+            graph, record(wide).in_form("int32"), [wide], wide.shape.numpy(), narrow, ir.DataType.INT32
+        )
     options = {"domain": ops.DOMAIN, "name": node.name}
     outputs = insert_before(node, node.op_type, list(operands.values()), len(node.outputs), **options)
     for old, new in zip(node.outputs, outputs):
@@ -229,7 +232,7 @@ def _linear(graph: ir.Graph, node: ir.Node, float_type: str, sm: int, prefix_tok
     if residual is not None:
         stages, inputs = [*stages, "residual"], [*inputs, residual]
     plugin = W4A8Linear(ops.overload_name(stages), tile, float_type)
-    options = {"domain": ops.DOMAIN, "name": weight.name.replace(".weight_q", "")}
+    options = {"domain": ops.DOMAIN, "name": "+".join(record(weight).linears)}
     (y,) = insert_before(last, node.op_type, inputs, **options)
     replace(last.outputs[0], y)
     operands = [Tensor((rows, k), "int8"), Tensor((rows, 1), "float"), Tensor((n, k // 2), "int8"), Tensor((n,), "float")]
@@ -254,20 +257,20 @@ def _attribute(name: str, value) -> ir.Attr:
 def _packed(graph: ir.Graph, weight: ir.Value) -> ir.Value:
     """INT4 [K, N] -> the kernels' int8 [N, K / 2], when it is written."""
     tensor, (k, n) = weight.const_value, weight.shape.numpy()
-    name = f"{weight.name}.bitblas"
+    packed = record(weight).in_form("bitblas")
 
     def pack() -> ir.TensorProtocol:
-        values = unpack_int4(np.frombuffer(tensor.tobytes(), np.uint8), (k, n))
-        return ir.Tensor(pack_bitblas(np.ascontiguousarray(values.T)).view(np.int8), name=name)
+        return ir.Tensor(pack_bitblas(np.ascontiguousarray(tensor.integers())).view(np.int8), name=packed.name)
 
-    return initializer(graph, name, ir.LazyTensor(pack, dtype=ir.DataType.INT8, shape=ir.Shape((n, k // 2)), name=name))
+    lazy_tensor = ir.LazyTensor(pack, dtype=ir.DataType.INT8, shape=ir.Shape((n, k // 2)), name=packed.name)
+    return initializer(graph, packed, lazy_tensor)
 
 
 def unroll(graphs: Graphs) -> ir.Model:
     """Prefix and all denoising steps as one model: images, embeddings, (state,) x -> x_next. `graphs` are used up."""
     model, step = graphs.prefix, graphs.step
     graph, key_values = model.graph, {output.name: output for output in model.graph.outputs}
-    shared = {value: _adopt(graph, value) for value in step.graph.initializers.values()}
+    shared = {value: adopt(graph, value, "step") for value in step.graph.initializers.values()}
     (x,) = [value for value in step.graph.inputs if value.name == "x"]
     flow = ir.Value(name="x", type=x.type, shape=x.shape)
     graph.inputs.append(flow)
@@ -282,12 +285,6 @@ def unroll(graphs: Graphs) -> ir.Model:
     common.RemoveUnusedNodesPass()(model)
     model.opset_imports[ops.DOMAIN] = ops.VERSION
     return model
-
-
-def _adopt(graph: ir.Graph, value: ir.Value) -> ir.Value:
-    """The step's initializer in the prefix's graph. Weights have dotted names, unique to their contents."""
-    name = value.name if "." in value.name else f"step.{value.name}"
-    return initializer(graph, name, value.const_value)
 
 
 def _append(graph: ir.Graph, step: ir.Graph, values: dict[ir.Value, ir.Value], prefix: str) -> ir.Value:
