@@ -17,7 +17,7 @@ from duq.compiler.targets.cuda.bind_linears import linear, matmul
 from duq.compiler.targets.cuda.binder import Binder, Quantized
 from duq.compiler.targets.cuda.choose import Chosen
 from duq.compiler.targets.cuda.gemm import Gemm
-from duq.compiler.targets.cuda.launches import Arguments, Argument, Launch, Matrix, Program, Weight
+from duq.compiler.targets.cuda.launches import Argument, Arguments, Launch, Matrix, Program, Weight
 from duq.compiler.targets.cuda.specialize import Size, Sized
 from duq.compiler.targets.cuda.weights import Weights
 from duq.compiler.targets.fuse import (
@@ -101,7 +101,7 @@ def patches(binder: Binder, op: Patches) -> None:
         return np.float32(array_of(op.position)) + np.float32(array_of(op.bias))
 
     addend = binder.weights.computed(f"{op.position.name}+{op.bias.name}.float32", tokens * n, "float", offsets)
-        matmul(binder, op, op.name, x, binder.weights.matrix(op.weight, columns), y, addend=addend, batch=cameras)
+    matmul(binder, op, op.name, x, binder.weights.matrix(op.weight, columns), y, addend=addend, batch=cameras)
     binder.values |= dict.fromkeys(op.writes, y)
 
 
