@@ -98,7 +98,7 @@ def patches(binder: Binder, op: Patches) -> None:
     y = binder.new_output(op.epilogue, x.rows, n)
 
     def offsets() -> np.ndarray:
-        return np.float32(array_of(op.position)) + np.float32(array_of(op.bias))
+        return np.asarray(array_of(op.position), np.float32) + np.asarray(array_of(op.bias), np.float32)
 
     addend = binder.weights.computed(f"{op.position.name}+{op.bias.name}.float32", tokens * n, "float", offsets)
     matmul(binder, op, op.name, x, binder.weights.matrix(op.weight, columns), y, addend=addend, batch=cameras)

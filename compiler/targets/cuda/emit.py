@@ -55,7 +55,7 @@ def _write_cubins(
     wanted = {each.instance.code: each.instance for each in launches if not each.instance.kernel.is_library}
     cubins = compile_each(wanted, gpu)
     description = f"Compiling the kernels for SM {gpu.sm}"
-    kernels = {}
+    kernels: dict[Code, dict[str, Any]] = {}
     for code, cubin in progress.track(cubins, total=len(wanted), description=description):
         entry = f"cubin/sm{gpu.sm}/{len(kernels)}.{code.source.removesuffix('.cu')}"
         writer.write(entry, cubin.image)

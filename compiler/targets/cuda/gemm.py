@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from duq.plugins import bitblas, kernels, tactics
+from duq.plugins import kernels, tactics
 from duq.plugins.gpu import Gpu
 from duq.plugins.kernel import Instance
+from duq.plugins.kernels import bitblas
 
 IntegerTactic = tactics.Tactic | kernels.Generated
 Tactic = IntegerTactic | kernels.GemmFloat
@@ -40,8 +41,9 @@ class Gemm:
     def instance(self, tactic: IntegerTactic) -> Instance:
         return tactic.instance(self.m, self.n, self.bits, self.out, self.epilogue)
 
-    def instances(self, tactic: IntegerTactic) -> list[Instance]:
+    def instances(self, tactic: Tactic) -> list[Instance]:
         """That one, and the epilogue's where the tactic leaves accumulators."""
+        assert not isinstance(tactic, kernels.GemmFloat)
         if not self.leaves_accumulators(tactic):
             return [self.instance(tactic)]
         columns = self.n // 2 if self.epilogue == "GEGLU" else self.n
@@ -78,7 +80,8 @@ class FloatGemm:
     def instance(self, tactic: kernels.GemmFloat) -> Instance:
         return tactic.instance(self.m, self.n, self.out, self.norm, self.epilogue, self.bits)
 
-    def instances(self, tactic: kernels.GemmFloat) -> list[Instance]:
+    def instances(self, tactic: Tactic) -> list[Instance]:
+        assert isinstance(tactic, kernels.GemmFloat)
         return [self.instance(tactic)]
 
 
@@ -89,4 +92,8 @@ Tuner = Callable[[AnyGemm, int | None], Tactic]
 
 def from_table(gpu: Gpu) -> Tuner:
     """The choice where nothing is timed. It raises KernelError when no tactic fits."""
-    return lambda gemm, slab_tokens=None: gemm.best(gpu, slab_tokens)
+
+    def choose(gemm: AnyGemm, slab_tokens: int | None = None) -> Tactic:
+        return gemm.best(gpu, slab_tokens)
+
+    return choose

@@ -106,7 +106,7 @@ class FloatInputs(_Inputs):
 
     def arguments(self, tactic: Any, copy: int) -> list[Arguments]:
         g = self.gemm
-        x = self._address("x", lambda: to_bf16(np.float32(_integers(g.m, g.k, INT4))))
+        x = self._address("x", lambda: to_bf16(_integers(g.m, g.k, INT4)))
         squares = None
         if g.norm:
             squares = self._address("squares", partial(np.full, (g.m, g.k // 16), 16, np.float32))
@@ -150,4 +150,4 @@ def _weight(n: int, k: int, bits: int, layout: str, in_pairs: bool) -> np.ndarra
 @functools.lru_cache(maxsize=1)
 def _float_fragments(n: int, k: int, bits: int) -> np.ndarray:
     values = _integers(n, k, INT4)
-    return pack_int4_fragments(values) if bits == 4 else pack_float_fragments(to_bf16(np.float32(values)))
+    return pack_int4_fragments(values) if bits == 4 else pack_float_fragments(to_bf16(values))

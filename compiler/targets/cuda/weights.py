@@ -28,7 +28,7 @@ from duq.plugins.layout import (
 class Weights:
     """Collects what the launches of all variants and architectures ask for; equal requests are one weight."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.sources: dict[str, Callable[[], np.ndarray]] = {}
         self.bytes: dict[str, int] = {}
 
