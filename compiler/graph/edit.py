@@ -168,4 +168,4 @@ def evaluate(model: ir.Model, values: Sequence[ir.Value], feeds: Iterable[dict[s
 
 def expect(condition: bool, what: str) -> None:
     if not condition:
-        raise GraphError(f"the exported graph is not of the form this pass knows: {what}. Was compiler/model changed?")
+        raise GraphError(f"the graph is not of the form that is known: {what}; was PyTorch or compiler/model changed?")

@@ -13,8 +13,9 @@ from duq.compiler.checkpoint import load_checkpoint
 from duq.compiler.graph.export import export
 from duq.compiler.graph.passes.merge import merge_quantized_linears
 from duq.compiler.model import build_model, timesteps
-from duq.compiler.pipeline import TARGETS, passes, quantize_checkpoint
-from duq.compiler.quant import Quantization, load_recipe
+from duq.compiler.phases import passes_of, rewrite
+from duq.compiler.pipeline import PHASES, TARGETS, quantize_checkpoint
+from duq.compiler.quant import load_recipe
 from duq.plugins import ops
 from duq.runtime.executors.cpu import CpuExecutor
 from duq.runtime.plan import Plan
@@ -80,11 +81,9 @@ def test_every_rewrite_is_exact(policy, tiny_plans):
     expected = reference(build_model(checkpoint), inputs, noise, num_steps=4)
     graphs = export(checkpoint.config, checkpoint.weights, num_steps=4)
     np.testing.assert_allclose(run_graphs(graphs, inputs, noise), expected, atol=1e-5)
-    common = passes(Quantization(load_recipe("none", environment={})), checkpoint.weights)
-    for rewrite in [*common, *TARGETS["cuda"].passes]:
-        graphs = rewrite(graphs)
-        name = getattr(rewrite, "func", rewrite).__name__
-        np.testing.assert_allclose(run_graphs(graphs, inputs, noise), expected, atol=1e-5, err_msg=name)
+    for each in passes_of((*PHASES, *TARGETS["cuda"].phases)):
+        each.run(graphs)
+        np.testing.assert_allclose(run_graphs(graphs, inputs, noise), expected, atol=1e-5, err_msg=each.name)
     # What the rewrites are for: no masks, no state and no time in the loop.
     assert {value.name for value in graphs.prefix.graph.inputs} <= {"images", "tokens", "state"}
     step_inputs = {value.name for value in graphs.step.graph.inputs if not value.name.startswith(("key.", "value."))}
@@ -103,13 +102,13 @@ def test_merging_quantized_linears_changes_no_bit(policy, tiny_plans):
     inputs, noise = make_inputs(checkpoint.config), make_noise(checkpoint.config)
     with Progress(disable=True) as progress:
         quantization = quantize_checkpoint(checkpoint, load_recipe("llm+expert-mlp", environment={}), [inputs], progress)
-    graphs = export(checkpoint.config, checkpoint.weights | quantization.float_weights, num_steps=4)
-    for rewrite in passes(quantization, checkpoint.weights):
-        graphs = rewrite(graphs)
+    weights = checkpoint.weights | quantization.float_weights
+    graphs = export(checkpoint.config, weights, num_steps=4, packs=quantization.packs)
+    rewrite(graphs, PHASES)
     expected, linears = run_graphs(graphs, inputs, noise), count_linears(graphs)
-    merged = merge_quantized_linears(graphs)
-    np.testing.assert_array_equal(run_graphs(merged, inputs, noise), expected)
-    assert 0 < count_linears(merged) < linears
+    assert merge_quantized_linears(graphs) > 0
+    np.testing.assert_array_equal(run_graphs(graphs, inputs, noise), expected)
+    assert 0 < count_linears(graphs) < linears
 
 
 def count_linears(graphs) -> int:

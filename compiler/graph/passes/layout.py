@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from duq.compiler.graph.edit import expect, initializer, insert_before, is_weight, lazy, replace, simplify
+from duq.compiler.graph.edit import initializer, insert_before, is_weight, lazy, replace, simplify
 from duq.compiler.graph.export import Graphs
 from duq.compiler.graph.weights import is_embedding, record
 
@@ -47,8 +47,9 @@ def keep_embedding_dtype(graphs: Graphs) -> int:
     if table.dtype != torch.bfloat16:
         return 0
     graph = graphs.prefix.graph
-    found = [node for node in graph if node.op_type == "Gather" and is_embedding(node.inputs[0])]
-    expect(len(found) == 1, "one Gather reads the token table")
+    found = [node for node in graph if node.op_type == "Gather" and _is_wide_embedding(node.inputs[0])]
+    if not found:
+        return 0
     node, narrow = found[0], record(found[0].inputs[0]).in_form("bfloat16")
     tensor = ir.LazyTensor(
         lambda: ir.tensor_adapters.TorchTensor(table, name=narrow.name),
@@ -60,7 +61,11 @@ def keep_embedding_dtype(graphs: Graphs) -> int:
     (wide,) = insert_before(node, "Cast", [rows], to=ir.DataType.FLOAT)
     replace(node.outputs[0], wide)
     simplify(graphs.prefix)
-    return 1
+    return len(found)
+
+
+def _is_wide_embedding(value: ir.Value) -> bool:
+    return is_embedding(value) and value.dtype == ir.DataType.FLOAT
 
 
 def _transposed(graph: ir.Graph, weight: ir.Value) -> ir.Value:
