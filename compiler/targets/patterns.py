@@ -76,6 +76,12 @@ def shape_of(value: ir.Value) -> tuple[int, ...]:
     return tuple(int(size) for size in value.shape.numpy())
 
 
+def columns_of(value: ir.Value) -> int:
+    """The last dimension of activations, whose others may be symbolic."""
+    assert value.shape is not None and isinstance(value.shape[-1], int), value.name
+    return value.shape[-1]
+
+
 def array_of(value: ir.Value) -> np.ndarray:
     """A weight or a constant as numpy: computed, or read, now."""
     assert value.const_value is not None, value.name

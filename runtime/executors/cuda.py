@@ -47,7 +47,7 @@ class CudaExecutor:
         self._image_tokens = (config["vision"]["image_size"] // config["vision"]["patch_size"]) ** 2
         sm = driver.open_device()
         schedule = _schedule(plan, sm)
-        self._pixel = np.dtype(_TYPES[schedule.get("pixel", "unsigned char")])
+        self._pixel = np.dtype(_TYPES[schedule["pixel"]])
         self._variants = {(each["cameras"], each["prompt"]): each for each in schedule["variants"]}
         self._table = np.frombuffer(plan.read("embedding"), np.uint16).reshape(config["vocab_size"], -1)
 

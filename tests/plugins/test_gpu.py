@@ -15,8 +15,8 @@ from duq.plugins.errors import KernelError
 from duq.plugins.gpu import GPUS, gpu_of
 from duq.runtime.executors.cpu import CpuExecutor
 from duq.runtime.plan import Plan
-from tests.compiler.test_pipeline import make_inputs, make_noise
 from tests.support import emulate
+from tests.support.inputs import make_inputs, make_noise
 from tests.support.quant_policy import observation
 
 SILENT = Progress(disable=True)

@@ -48,7 +48,7 @@ class Device:
         schedule = json.loads(bytes(plan.read(f"schedule/sm{sm}.json")))
         fitting = [each for each in schedule["variants"] if each["cameras"] == cameras and each["prompt"] >= prompt]
         self.variant = min(fitting, key=lambda each: each["prompt"])
-        self.gpu, self.kernels, self.pixel = gpu_of(sm), schedule["kernels"], schedule.get("pixel", "unsigned char")
+        self.gpu, self.kernels, self.pixel = gpu_of(sm), schedule["kernels"], schedule["pixel"]
         self.arena = Memory(np.full(schedule["arena_bytes"], 0xFF, np.uint8))
         self.weights = {name: Memory(np.frombuffer(plan.read(f"weights/{name}"), np.uint8)) for name in schedule["weights"]}
         for offset, size in self.variant["zeroed"]:

@@ -20,7 +20,7 @@ from duq.compiler.targets.cuda.gemm import FloatGemm, Gemm
 from duq.compiler.targets.cuda.launches import BYTES, Argument, Arguments, Matrix, Weight
 from duq.compiler.targets.cuda.specialize import float_weight_bits
 from duq.compiler.targets.fuse import Linear, Op, Rotation, expect
-from duq.compiler.targets.patterns import shape_of
+from duq.compiler.targets.patterns import columns_of, shape_of
 from duq.plugins import kernels
 
 
@@ -32,7 +32,7 @@ def linear(binder: Binder, op: Linear) -> None:
             _rotary(binder, op, epilogue.rotation, y)
         _place_rotated(binder, epilogue.rotation, y)
     elif epilogue.parts:
-        widths = [shape_of(part)[-1] for part in epilogue.parts]
+        widths = [columns_of(part) for part in epilogue.parts]
         binder.values |= dict(zip(epilogue.results, y.split(widths), strict=True))
     else:
         binder.values |= dict.fromkeys(epilogue.results, y)

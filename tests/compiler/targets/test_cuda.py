@@ -30,8 +30,8 @@ from duq.runtime.executors.cpu import CpuExecutor
 from duq.runtime.inspect import main as inspect_main
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import ModelInputs
-from tests.compiler.test_pipeline import make_inputs, make_noise
 from tests.support import emulate
+from tests.support.inputs import make_inputs, make_noise
 from tests.support.quant_policy import observation
 
 POLICIES = ["pi0", "pi05"]

@@ -27,8 +27,8 @@ from duq.plugins.layout import unpack_bitblas
 from duq.plugins.nvrtc import Cubin
 from duq.runtime.executors.cpu import CpuExecutor
 from duq.runtime.plan import Plan
-from tests.compiler.test_pipeline import make_inputs, make_noise
 from tests.support import emulate
+from tests.support.inputs import make_inputs, make_noise
 from tests.support.quant_policy import observation
 
 SILENT = Progress(disable=True)

@@ -18,9 +18,9 @@ from duq.runtime.errors import PlanError
 from duq.runtime.executors import cuda as executor
 from duq.runtime.plan import Plan
 from tests.compiler.targets.test_cuda import cosine, with_float_images
-from tests.compiler.test_pipeline import make_inputs, make_noise
 from tests.runtime.executors.test_tensorrt_executor import Event, Stream
 from tests.support import emulate, recording
+from tests.support.inputs import make_inputs, make_noise
 from tests.support.same_integers import run_given
 
 CALLS = [((True, False, True), 37), ((False, True, False), 1)]  # the second finds the first one's rows as padding
