@@ -2,17 +2,18 @@
 
     python -m benchmarks.full_size [--pi05] [--quant llm+expert-mlp] [--calls 10000] [--only-calls] [--directory DIR]
 
-The CPU engine computes the same INT8 x INT4 products exactly and everything else in float32. Prints the cosine of what
+The CPU engine computes the same INT8 x INT4 accumulators exactly and everything else in float32. Prints the cosine of what
 every stage of a call produces, three times:
 
-    same integers   the CPU engine multiplies the INT8 activations that the cuda engine has made (tests/support/same_integers.py)
+    same integers   the CPU engine multiplies the INT8 activations that the cuda engine has made
+                    (tests/support/same_integers.py)
     on its own      each engine rounds for itself
     CPU, moved      the CPU engine on its own, its pixels moved by a millionth, against itself: how far roundings that turn
                     the other way carry any two computations of this policy apart
 
-and of the many calls the median and the 99th percentile, the median of the first and the last tenth, and what memory grew by.
-Exits with 1 if a stage with the same integers is below BOUND, an integer is further than STEPS from the CPU engine's own, or
-memory grew.
+and, for the many calls, the median and the 99th percentile, the median of the first and the last tenth, and what memory
+grew by. Exits with 1 if a stage with the same integers is below BOUND, an integer is further than STEPS from the CPU
+engine's own, or memory grew.
 """
 
 from __future__ import annotations

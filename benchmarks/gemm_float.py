@@ -2,8 +2,8 @@
 
     python -m benchmarks.gemm_float [--json FILE]
 
-Weights rotate through more memory than L2 holds and launches are replayed from a CUDA graph. Every tactic's sums are
-checked. "overlap" is with programmatic dependent launch, which is how the policy runs them.
+Weights rotate through more memory than L2 holds and launches are replayed from a CUDA graph. Every tactic's accumulators
+are checked. "overlap" is with programmatic dependent launch, which is how the policy runs them.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Operands:
         launch.gemm_float(tactic, self.plain.x if x is None else x, weight, self.y, **settings)
 
     def error(self, tactic: GemmFloat) -> float:
-        """Of the sums, which come out as they are with no epilogue, relative to exact ones."""
+        """Of the accumulators, which come out as they are without an epilogue, relative to exact ones."""
         linear, x = self.linear, self.plain.x.double()
         squares = self.plain.squares if linear.norm else None
         x = x if squares is None else x * torch.rsqrt(squares.double().sum(-1, keepdim=True) / linear.k + 1e-6)
@@ -91,7 +91,8 @@ def torch_us(linear: Linear) -> tuple[float, float]:
     x = torch.randn(linear.m, linear.k, device="cuda")
     weights = copies_of(torch.randn(linear.n, linear.k, device="cuda").bfloat16())
     functional = torch.nn.functional
-    gemm = time_us(lambda w, x=x.bfloat16(): functional.linear(x, w), weights)
+    rounded = x.bfloat16()
+    gemm = time_us(lambda w: functional.linear(rounded, w), weights)
     both = time_us(lambda w: functional.linear(functional.rms_norm(x, (linear.k,)).bfloat16(), w), weights)
     return gemm, both
 

@@ -3,7 +3,7 @@
     python -m benchmarks.gemm_integer [--only expert|prefix] [--bits 4 8] [--json FILE] [--table FILE]
 
 Weights are rotated through more memory than L2 holds and launches are replayed from a CUDA graph. Every tactic's bf16
-output is compared bit for bit with the definition; the best one's int32 output with the exact sums.
+output is compared bit for bit with the definition; the best one's int32 output with the exact accumulators.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class Operands:
         self.x_q[0], self.weight[0] = -128, low
         self.x_scale = torch.rand(m, device="cuda", generator=generator) * 1e-2
         self.weight_scale = torch.rand(n, device="cuda", generator=generator) * 1e-2
-        self.sums = self.x_q.double() @ self.weight.double().T  # below 2^53, hence exact
-        self.y = ((self.sums.float() * self.weight_scale) * self.x_scale[:, None]).bfloat16()
+        self.acc = self.x_q.double() @ self.weight.double().T  # below 2^53, hence exact
+        self.y = ((self.acc.float() * self.weight_scale) * self.x_scale[:, None]).bfloat16()
 
     def launch(self, tactic: Tactic, x, packed, y, overlap: bool = False) -> None:
         scales = self.x_scale, packed, self.weight_scale
@@ -81,7 +81,7 @@ class Operands:
 
 
 def time_tactics(m: int, n: int, k: int, bits: int) -> tuple[list[tuple[float, Tactic]], float, bool]:
-    """Times and tactics, the fastest first; the fastest's time with overlapped launches; whether its sums are exact."""
+    """Times and tactics, the fastest first; the fastest's time with overlapped launches; whether it is exact."""
     operands = Operands(m, n, k, bits)
     packed, timed = {}, []
     for tactic in candidates(m, n, k, bits, launch.gpu()):
@@ -96,9 +96,9 @@ def time_tactics(m: int, n: int, k: int, bits: int) -> tuple[list[tuple[float, T
     tactic = timed[0][1]
     x = launch.arrange_activations(operands.x_q, tactic)
     overlapped = time_us(lambda w: operands.launch(tactic, x, w, y, overlap=True), packed[tactic.layout])
-    sums = torch.full((m, n), 0x7FFFFFFF, dtype=torch.int32, device="cuda")
-    operands.launch(tactic, x, packed[tactic.layout][0], sums)
-    return timed, overlapped, torch.equal(sums.double(), operands.sums)
+    acc = torch.full((m, n), 0x7FFFFFFF, dtype=torch.int32, device="cuda")
+    operands.launch(tactic, x, packed[tactic.layout][0], acc)
+    return timed, overlapped, torch.equal(acc.double(), operands.acc)
 
 
 def bench(name: str, m: int, n: int, k: int, bits: int) -> dict:

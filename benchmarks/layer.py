@@ -3,7 +3,7 @@
     python -m benchmarks.layer
 
 In a chain a kernel's weights load under the kernel ahead, if there is room for both: what is fastest alone need not be
-fastest here. So the tactics for small M are chosen by this, one product after the other while the rest stay: the
+fastest here. So the tactics for small M are chosen by this, one GEMM after the other while the rest stay: the
 entries of plugins/tactics_sm90.json for M = 50 and of _FLOAT_TIMED in plugins/tactics.py.
 """
 
@@ -70,7 +70,9 @@ class Layer:
                 ATTENTION, s["q"], self.cache[:, k], self.cache[:, v], s["mixed"], s["own"][:, k], s["own"][:, v],
                 past=s["past"], cache_ready=True, overlap=True,
             ),
-            "o": lambda: launch.gemm_float(tactics["o"], s["mixed"], self.o, s["x"], n=WIDTH, residual=s["x"], overlap=True),
+            "o": lambda: launch.gemm_float(
+                tactics["o"], s["mixed"], self.o, s["x"], n=WIDTH, residual=s["x"], overlap=True
+            ),
             "quantizer": lambda: launch.rotate_quantize(
                 s["x"], s["x_q"], s["x_scale"], source="RMS_NORM", hadamard=GROUP, slab_tokens=SMALL_M, overlap=True
             ),
@@ -100,7 +102,8 @@ def buffers(random: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:
         "own": empty(TOKENS, 2 * DIMS, dtype=torch.bfloat16), "h": empty(TOKENS, MLP, dtype=torch.bfloat16),
         "x_q": empty(SMALL_M * WIDTH, dtype=torch.int8), "h_q": empty(SMALL_M * MLP, dtype=torch.int8),
         "x_scale": empty(TOKENS), "h_scale": empty(TOKENS), "past": torch.tensor([PAST], dtype=torch.int32, device="cuda"),
-        "gate_up_scale": torch.full((2 * MLP,), 1e-3, device="cuda"), "down_scale": torch.full((WIDTH,), 2e-4, device="cuda"),
+        "gate_up_scale": torch.full((2 * MLP,), 1e-3, device="cuda"),
+        "down_scale": torch.full((WIDTH,), 2e-4, device="cuda"),
     }  # fmt: skip
 
 

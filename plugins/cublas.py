@@ -1,4 +1,4 @@
-"""cuBLASLt from its pip wheel, for the products that are not quantized: y = gelu?(x W^T + bias) + addend, bf16 operands.
+"""cuBLASLt from its pip wheel, for float GEMMs of large M: y = gelu?(x W^T + bias) + addend, bf16 operands.
 
 Thin ctypes over the C API (cublasLt.h). The library sees columns first, so that row-major y [M, N] is its y^T [N, M]:
 A = W [N, K] transposed, B = x [M, K] not, C = addend, D = y.
@@ -38,7 +38,7 @@ class _Heuristic(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes and types of one product; strides in elements. `y_bytes` is 4 for float32 y, bias and addend, 2 for bf16."""
+    """Sizes and types of one GEMM; strides in elements. `y_bytes` is 4 for float32 y, bias and addend, 2 for bf16."""
 
     n: int
     m: int
@@ -70,15 +70,16 @@ class CublasLt:
         self._prepared: dict[tuple[Problem, int], tuple] = {}
 
     def matmul(self, problem: Problem, algorithm: int, weight, x, bias, addend, y, workspace: int, stream: int) -> None:
-        """Enqueues one product. Operands are device addresses (bias, addend: 0 where the problem has none)."""
+        """Enqueues one GEMM. Operands are device addresses (bias, addend: 0 where the problem has none)."""
         descriptor, (a, b, c, d), heuristic = self.prepare(problem, algorithm)
         if problem.has_bias:
             self._set("cublasLtMatmulDescSetAttribute", descriptor, _BIAS_POINTER, ctypes.c_void_p(bias))
         one, beta = ctypes.c_float(1), ctypes.c_float(1 if problem.has_addend else 0)
         self._call(
-            "cublasLtMatmul", self._handle, descriptor, ctypes.byref(one), ctypes.c_void_p(weight), a, ctypes.c_void_p(x), b,
-            ctypes.byref(beta), ctypes.c_void_p(addend or y), c, ctypes.c_void_p(y), d, ctypes.byref(heuristic.algorithm),
-            ctypes.c_void_p(workspace), ctypes.c_size_t(WORKSPACE_BYTES), ctypes.c_void_p(stream),
+            "cublasLtMatmul", self._handle, descriptor, ctypes.byref(one), ctypes.c_void_p(weight), a, ctypes.c_void_p(x),
+            b, ctypes.byref(beta), ctypes.c_void_p(addend or y), c, ctypes.c_void_p(y), d,
+            ctypes.byref(heuristic.algorithm), ctypes.c_void_p(workspace), ctypes.c_size_t(WORKSPACE_BYTES),
+            ctypes.c_void_p(stream),
         )  # fmt: skip
 
     def prepare(self, problem: Problem, algorithm: int) -> tuple:

@@ -184,12 +184,12 @@ def _check_float_fragments(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def pack_int4_fragments(values: np.ndarray) -> np.ndarray:
-    """Packs a weight int8 [N, K] with values in -8..7 as tensor core fragments of a product of floats (int4.cuh).
+    """Packs a weight int8 [N, K] with values in -8..7 as tensor core fragments of a float GEMM (int4.cuh).
 
     Tiles and lanes are those of :func:`pack_float_fragments`; a lane's 8 values of a tile are one word, value i of register
     a[r] plus 8 in nibble r + 4 i, and the words of four tiles, K = 64, are side by side. K is filled up with zeros to whole
-    chunks of 64. Returns uint8 [N/16 x K/64 chunks, 512]. Raises LayoutError for another type, a value that does not fit, or
-    a shape that does not divide by 16.
+    chunks of 64. Returns uint8 [N/16 x K/64 chunks, 512]. Raises LayoutError for another type, a value that does not fit,
+    or a shape that does not divide by 16.
     """
     n, k = _check_float_fragments(values.shape)
     if values.dtype != np.int8 or (values.size and (values.min() < -8 or values.max() > 7)):

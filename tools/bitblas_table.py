@@ -16,8 +16,10 @@ from pathlib import Path
 if __name__ == "__main__":  # import from the repository: in tools/, profile.py would pass for the standard library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from duq.plugins.bitblas import TABLE, estimate, ranked
+from duq.plugins.bitblas import TABLE, TABLE_SM, estimate, ranked
+from duq.plugins.gpu import gpu_of
 
+A40 = gpu_of(TABLE_SM)
 LLM_TOKENS = (306, 562, 816, 818, 1024)
 EXPERT_TOKENS = (50, 51)
 LLM = {"qkv": (2560, 2048), "o": (2048, 2048), "gate_up": (32768, 2048), "down": (2048, 16384)}
@@ -29,8 +31,8 @@ def rows() -> list[dict]:
     for model, linears, tokens in (("llm", LLM, LLM_TOKENS), ("expert", EXPERT, EXPERT_TOKENS)):
         for name, (n, k) in linears.items():
             for m in tokens:
-                tile = ranked(m, n, k, 86)[0]
-                microseconds = round(1e6 * estimate(tile, m, n, k, 86), 1)
+                tile = ranked(m, n, k, A40)[0]
+                microseconds = round(1e6 * estimate(tile, m, n, k, A40), 1)
                 table.append({"linear": f"{model} {name}", "m": m, "n": n, "k": k, "tile": list(astuple(tile)),
                               "estimated_us": microseconds})  # fmt: skip
     return table

@@ -6,35 +6,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from duq.plugins.kernel import Instance, Kernel, Shape
-from duq.plugins.kernels.gemm import PARAMETERS, finish, multiply, warp_staging_bytes
+from duq.plugins.kernels.gemm import PARAMETERS, make_reference, warp_staging_bytes
 from duq.plugins.kernels.reference import Launched, Pointer
-from duq.plugins.layout import unpack_fragments
 
 
-def reference(
-    launch: Launched,
-    x_q: Pointer,
-    x_scale: Pointer | None,
-    weight: Pointer,
-    weight_scale: Pointer | None,
-    bias: Pointer | None,
-    residual: Pointer | None,
-    y: Pointer,
-    workspace: Pointer | None,
-    tokens: int,
-    rows: int,
-    depth: int,
-    normed: Pointer | None,
-    normed_gain: Pointer | None,
-    normed_squares: Pointer | None,
-) -> None:
-    bits = launch.number("BITS")
+def _check(launch: Launched, tokens: int, rows: int, workspace: Pointer | None) -> None:
     tile_rows = 16 * launch.number("ROWS16") * launch.number("WARPS_N")
     tile_tokens = 8 * launch.number("TOKENS8") * launch.number("WARPS_M")
     assert rows % tile_rows == 0 and launch.grid == (-(-tokens // tile_tokens), rows // tile_rows, 1)
-    w = unpack_fragments(weight.read("unsigned char", rows * depth * bits // 8), (rows, depth), bits, Large.layout)
-    x = x_q.read("signed char", tokens, depth)
-    finish(launch, multiply(x, w), x_scale, weight_scale, bias, residual, y, normed, normed_gain, normed_squares)
 
 
 GEMM_LARGE = Kernel(
@@ -42,7 +21,7 @@ GEMM_LARGE = Kernel(
     "gemm_large",
     "int BITS, int ROWS16, int TOKENS8, int WARPS_N, int WARPS_M, int STAGES, int EPILOGUE, class Out",
     PARAMETERS,
-    reference,
+    make_reference("direct", _check),
 )
 
 

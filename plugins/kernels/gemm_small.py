@@ -6,37 +6,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from duq.plugins.kernel import Instance, Kernel, Shape
-from duq.plugins.kernels.gemm import PARAMETERS, finish, multiply, staged_bytes
+from duq.plugins.kernels.gemm import PARAMETERS, make_reference, staged_bytes
 from duq.plugins.kernels.reference import Launched, Pointer, padded
-from duq.plugins.layout import unpack_fragments
 
 
-def reference(
-    launch: Launched,
-    x_q: Pointer,
-    x_scale: Pointer | None,
-    weight: Pointer,
-    weight_scale: Pointer | None,
-    bias: Pointer | None,
-    residual: Pointer | None,
-    y: Pointer,
-    workspace: Pointer | None,
-    tokens: int,
-    rows: int,
-    depth: int,
-    normed: Pointer | None,
-    normed_gain: Pointer | None,
-    normed_squares: Pointer | None,
-) -> None:
-    bits, tile_rows, tile_tokens = launch.number("BITS"), 16 * launch.number("ROWS16"), 8 * launch.number("TOKENS8")
+def _check(launch: Launched, tokens: int, rows: int, workspace: Pointer | None) -> None:
+    tile_rows, tile_tokens = 16 * launch.number("ROWS16"), 8 * launch.number("TOKENS8")
     assert rows % tile_rows == 0 and launch.grid[::2] == (rows // tile_rows, -(-tokens // tile_tokens))
     if launch.grid[1] > launch.split:  # no cluster: accumulators pass through the workspace
         assert workspace is not None
         words = padded(tokens, tile_tokens) * rows + launch.grid[0] * launch.grid[2]
         assert not workspace.read("int", words).any(), "the workspace is zero ahead of a launch"
-    w = unpack_fragments(weight.read("unsigned char", rows * depth * bits // 8), (rows, depth), bits, Small.layout)
-    x = x_q.read("signed char", tokens, depth)
-    finish(launch, multiply(x, w), x_scale, weight_scale, bias, residual, y, normed, normed_gain, normed_squares)
 
 
 GEMM_SMALL = Kernel(
@@ -44,7 +24,7 @@ GEMM_SMALL = Kernel(
     "gemm_small",
     "int BITS, int ROWS16, int TOKENS8, int WARPS, int STAGES, int EPILOGUE, class Out",
     PARAMETERS,
-    reference,
+    make_reference("direct", _check),
 )
 
 

@@ -8,37 +8,17 @@ from typing import ClassVar
 
 from duq.plugins.gpu import MULTIPROCESSORS
 from duq.plugins.kernel import Instance, Kernel, Shape
-from duq.plugins.kernels.gemm import PARAMETERS, finish, multiply, read_slabs, staged_bytes, warp_staging_bytes
-from duq.plugins.kernels.reference import Launched, Pointer, padded
-from duq.plugins.layout import unpack_fragments
+from duq.plugins.kernels.gemm import PARAMETERS, make_reference, staged_bytes, warp_staging_bytes
+from duq.plugins.kernels.reference import Launched, Pointer
 
 LAYOUT = "wgmma"  # of the weight
 
 
-def reference(
-    launch: Launched,
-    x_q: Pointer,
-    x_scale: Pointer | None,
-    weight: Pointer,
-    weight_scale: Pointer | None,
-    bias: Pointer | None,
-    residual: Pointer | None,
-    y: Pointer,
-    workspace: Pointer | None,
-    tokens: int,
-    rows: int,
-    depth: int,
-    normed: Pointer | None,
-    normed_gain: Pointer | None,
-    normed_squares: Pointer | None,
-) -> None:
-    bits, tile_rows, tile_tokens = launch.number("BITS"), 64 * launch.number("GROUPS"), 8 * launch.number("TOKENS8")
-    split, tiles = launch.number("SPLIT"), rows // tile_rows * -(-tokens // tile_tokens)
+def _check(launch: Launched, tokens: int, rows: int, workspace: Pointer | None) -> None:
+    tile_rows, tile_tokens, split = 64 * launch.number("GROUPS"), 8 * launch.number("TOKENS8"), launch.number("SPLIT")
     assert rows % tile_rows == 0 and launch.split == split
-    assert split == 1 or launch.grid[0] == tiles * split  # without a split, persistent
-    w = unpack_fragments(weight.read("unsigned char", rows * depth * bits // 8), (rows, depth), bits, LAYOUT)
-    x = read_slabs(x_q, tokens, padded(tokens, tile_tokens), depth)
-    finish(launch, multiply(x, w), x_scale, weight_scale, bias, residual, y, normed, normed_gain, normed_squares)
+    if split > 1:  # without a split, blocks are persistent
+        assert launch.grid[0] == rows // tile_rows * -(-tokens // tile_tokens) * split
 
 
 GEMM_WGMMA = Kernel(
@@ -46,7 +26,7 @@ GEMM_WGMMA = Kernel(
     "gemm_wgmma",
     "int BITS, int GROUPS, int TOKENS8, int STAGES, int SPLIT, int EPILOGUE, class Out",
     PARAMETERS,
-    reference,
+    make_reference(LAYOUT, _check),
 )
 
 

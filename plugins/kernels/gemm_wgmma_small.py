@@ -6,35 +6,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from duq.plugins.kernel import Instance, Kernel, Shape
-from duq.plugins.kernels.gemm import PARAMETERS, finish, multiply, read_slabs, staged_bytes
+from duq.plugins.kernels.gemm import PARAMETERS, make_reference, staged_bytes
 from duq.plugins.kernels.gemm_wgmma import LAYOUT, wgmma_header
-from duq.plugins.kernels.reference import Launched, Pointer, padded
-from duq.plugins.layout import unpack_fragments
+from duq.plugins.kernels.reference import Launched, Pointer
 
 
-def reference(
-    launch: Launched,
-    x_q: Pointer,
-    x_scale: Pointer | None,
-    weight: Pointer,
-    weight_scale: Pointer | None,
-    bias: Pointer | None,
-    residual: Pointer | None,
-    y: Pointer,
-    workspace: Pointer | None,
-    tokens: int,
-    rows: int,
-    depth: int,
-    normed: Pointer | None,
-    normed_gain: Pointer | None,
-    normed_squares: Pointer | None,
-) -> None:
-    bits, split, tile_tokens = launch.number("BITS"), launch.number("SPLIT"), 8 * launch.number("TOKENS8")
+def _check(launch: Launched, tokens: int, rows: int, workspace: Pointer | None) -> None:
+    tile_tokens, split = 8 * launch.number("TOKENS8"), launch.number("SPLIT")
     assert rows % 64 == 0 and launch.split == split
     assert launch.grid == (rows // 64 * split, -(-tokens // tile_tokens), 1)
-    w = unpack_fragments(weight.read("unsigned char", rows * depth * bits // 8), (rows, depth), bits, LAYOUT)
-    x = read_slabs(x_q, tokens, padded(tokens, tile_tokens), depth)
-    finish(launch, multiply(x, w), x_scale, weight_scale, bias, residual, y, normed, normed_gain, normed_squares)
 
 
 GEMM_WGMMA_SMALL = Kernel(
@@ -42,7 +22,7 @@ GEMM_WGMMA_SMALL = Kernel(
     "gemm_wgmma_small",
     "int BITS, int TOKENS8, int STAGES, int GROUPS, int SPLIT, int EPILOGUE, class Out",
     PARAMETERS,
-    reference,
+    make_reference(LAYOUT, _check),
 )
 
 

@@ -1,4 +1,4 @@
-"""The kernels that BitBLAS generates for SM 86, compiled for the GPU at hand, against exact integer sums.
+"""The kernels that BitBLAS generates for SM 86, compiled for the GPU at hand, against exact accumulators.
 
 python -m pytest -s tests/gpu/test_bitblas_kernels.py        also prints a table: shape, tile, time, rate, exact
 """
@@ -28,11 +28,11 @@ def kernel(n: int, k: int, tile: Tile) -> driver.Kernel:
 
 
 def operands(m: int, n: int, k: int):
-    """Values over the whole range, the extremes included, and the exact sums."""
+    """Values over the whole range, the extremes included, and the exact accumulators."""
     generator = torch.Generator("cuda").manual_seed(m * n + k)
     x_q = torch.randint(-128, 128, (m, k), dtype=torch.int8, device="cuda", generator=generator)
     weight = torch.randint(-8, 8, (n, k), dtype=torch.int8, device="cuda", generator=generator)
-    x_q[0], weight[0], weight[1] = -128, -8, 7  # the largest sums
+    x_q[0], weight[0], weight[1] = -128, -8, 7  # the largest accumulators
     exact = x_q.double() @ weight.double().T  # below 2^53, hence exact
     return x_q, weight, exact
 

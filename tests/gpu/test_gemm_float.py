@@ -1,4 +1,4 @@
-"""The float GEMM of few tokens, with the norm before it and every epilogue, against float64."""
+"""The float GEMM for small M, with the norm before it and every epilogue, against float64."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 def operands(m: int, n: int, k: int, seed: int = 0) -> SimpleNamespace:
     """All that a GEMM may be given. x [m, k] and the squares are made from a `stream`, rows of all sizes in front of rows
-    of NaN, as its writer would; products are O(1)."""
+    of NaN, as its writer would; accumulators are O(1)."""
     generator = torch.Generator("cuda").manual_seed(seed)
     randn = lambda *shape: torch.randn(shape, device="cuda", generator=generator)  # noqa: E731
     stream, gain = poisoned(m + GUARD, k, dtype=torch.float32), 1 + 0.3 * randn(k)
@@ -236,8 +236,8 @@ def test_rotary(m, past, to_cache):
         q = poisoned(m + GUARD, HEADS * DIMS + 8, dtype=torch.bfloat16)
         cache = poisoned(128, 2 * DIMS, dtype=torch.bfloat16)
         launch.gemm_float(
-            tactic, o.x, packed, q, cache[:, :DIMS], cache[:, DIMS:], n=n, squares=o.squares, epilogue="ROTARY", bias=o.bias,
-            tables=tables, past=past_tokens, first_position=first_position, to_cache=to_cache,
+            tactic, o.x, packed, q, cache[:, :DIMS], cache[:, DIMS:], n=n, squares=o.squares, epilogue="ROTARY",
+            bias=o.bias, tables=tables, past=past_tokens, first_position=first_position, to_cache=to_cache,
         )  # fmt: skip
         check(q[:m, : HEADS * DIMS], expected_q)
         assert q[m:].isnan().all() and q[:, HEADS * DIMS :].isnan().all()

@@ -39,12 +39,12 @@ GUARD = 8  # rows of y past the last token, which must stay as they are
 
 
 def operands(m: int, n: int, k: int, bits: int):
-    """Values over the whole range, the extremes included, and the exact sums."""
+    """Values over the whole range, the extremes included, and the exact accumulators."""
     generator = torch.Generator("cuda").manual_seed(m * n + k + bits)
     low = -(2 ** (bits - 1))
     x_q = torch.randint(-128, 128, (m, k), dtype=torch.int8, device="cuda", generator=generator)
     weight = torch.randint(low, -low, (n, k), dtype=torch.int8, device="cuda", generator=generator)
-    x_q[0], weight[0], weight[1] = -128, low, -low - 1  # the largest sums
+    x_q[0], weight[0], weight[1] = -128, low, -low - 1  # the largest accumulators
     exact = x_q.double() @ weight.double().T  # below 2^53, hence exact
     return x_q, weight, exact
 

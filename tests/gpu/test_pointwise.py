@@ -171,7 +171,7 @@ def test_geglu(tokens, width):
 
 
 def dequantized(acc, x_scale, weight_scale, rotation, bias, gate, residual, activation: str) -> torch.Tensor:
-    """The definition in float64, behind the products that are float32."""
+    """The definition in float64, after the multiplications that are float32."""
     v = ((acc.float() * weight_scale) * x_scale[:, None]).double()
     if rotation is not None:
         v = torch.einsum("mbi,bij->mbj", v.unflatten(-1, rotation.shape[:2]), rotation.double()).flatten(-2)

@@ -1,4 +1,4 @@
-"""Tactics timed on the GPU at hand, whose results have to agree in every bit: ours, and BitBLAS's with what finishes them."""
+"""Tactics timed on the GPU at hand, whose results have to agree in every bit: ours, and BitBLAS's with epilogue.cu."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 It makes each plugin from its stored fields, asks it for types, shapes and workspace, and enqueues it while a CUDA graph
 records, with bare addresses; the buffers have guards on both sides. Results are compared with the operators' definitions:
-integers and dequantized sums bit for bit. Kernels are those that a plan for SM 86 holds, compiled for the GPU at hand.
+integers and dequantized accumulators bit for bit. Kernels are those that a plan for SM 86 holds, compiled for the GPU at
+hand.
 """
 
 from __future__ import annotations
@@ -145,8 +146,9 @@ def test_prologue_is_the_definition(stages, rotate, scale, float_type):
     operands_of = [named[stage] for stage in overload.split("+") if stage in named]
     x_q, x_scale = host("RotateQuantize", RotateQuantize(overload), [x.view(1, m, k), *operands_of])
     x_q, given = x_q[0], {stage: named[stage] for stage in overload.split("+") if stage in named}
-    expected = definition(x, "PLAIN", block if rotate == "hadamard" else 0, None, None, given.get("scale"), given.get("permute"),
-                          given.get("rotation"))  # fmt: skip
+    hadamard = block if rotate == "hadamard" else 0
+    stages = given.get("scale"), given.get("permute"), given.get("rotation")
+    expected = definition(x, "PLAIN", hadamard, None, None, *stages)
     if scale == "per_tensor":
         assert x_scale.shape == () and torch.equal(x_scale, named["per_tensor"])
     else:

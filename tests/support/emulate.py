@@ -75,7 +75,10 @@ class Device:
             shape = Shape(tuple(data["grid"]), data["threads"], data["shared"], tuple(data.get("cluster", (1, 1, 1))))
             assert shape.cluster == (1, 1, 1) or self.gpu.has_clusters, "this GPU has no clusters"
             assert shape.shared_bytes <= self.gpu.block_shared_bytes, "more shared memory than a thread block can have"
-            launch(self.kernels[data["kernel"]]["expression"], shape, arguments)
+            kernel = self.kernels[data["kernel"]]
+            declared = KERNELS[kernel["expression"].partition("<")[0]].parameters
+            assert [name for name, _ in kernel.get("parameters", ())] in ([], list(declared))
+            launch(kernel["expression"], shape, arguments)
         self.arena.end_launch()
 
     def _argument(self, value: Any, step: int) -> Value:

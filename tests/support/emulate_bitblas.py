@@ -12,7 +12,7 @@ import numpy as np
 
 _STATEMENTS = [  # pattern of a line -> Python
     (r"for \(int (\w+) = 0; \w+ < (\d+); \+\+\w+\) \{", r"for \1 in range(\2):"),
-    (r"\*\(int4\*\)\(C_frag.*", "pass"),  # the sums start at zero
+    (r"\*\(int4\*\)\(C_frag.*", "pass"),  # the accumulators start at zero
     (r"tl::cp_async_gs<16>\(buf_dyn_shmem\+\((.*)\), B\+\((.*)\)\);", r"copy(\1, b, \2, True)"),
     (r"tl::cp_async_gs_conditional<16>\(buf_dyn_shmem\+\((.*)\), A\+\((.*)\), \((.*)\)\);", r"copy(\1, a, \2, \3)"),
     (r"\*\(int2\*\)\(B_local \+ 0\) = \*\(int2\*\)\(\(\(signed char\*\)buf_dyn_shmem\) \+ (.*)\);", r"load(\1)"),
@@ -25,7 +25,6 @@ _STATEMENTS = [  # pattern of a line -> Python
     (r"mma \[(.*)\] \[(.*)\] \[(.*)\]", r"mma(\1, \2, \3)"),
     (r"if \((.*) < m\) \{", r"for valid in [(\1) < m]:"),
     (r"\*\(int2\*\)\(C \+ (.*)\) = \*\(int2\*\)\(C_frag \+ (.*)\);", r"write(\1, \2, valid)"),
-    (r"\}", ""),
 ]
 _IGNORED = r"#pragma.*|tl::cp_async_(commit|wait).*|__syncthreads\(\);|const dim3 blockIdx.*|(int|signed char) \w+\[\d+\];|"
 _LDMATRIX = re.compile(
@@ -50,17 +49,19 @@ def to_python(source: str) -> str:
         line = line.strip()
         if re.fullmatch(_IGNORED, line):
             continue
-        for pattern, python in _STATEMENTS:
-            if re.fullmatch(pattern, line):
-                break
-        else:
-            raise ValueError(f"a statement of another form: {line[:120]}")
         if line == "}":
             depth -= 1
             continue
-        lines.append("    " * depth + _expressions(re.fullmatch(pattern, line).expand(python)))
+        lines.append("    " * depth + _expressions(_to_statement(line)))
         depth += line.endswith("{")
     return "\n".join(lines)
+
+
+def _to_statement(line: str) -> str:
+    for pattern, python in _STATEMENTS:
+        if match := re.fullmatch(pattern, line):
+            return match.expand(python)
+    raise ValueError(f"a statement of another form: {line[:120]}")
 
 
 def _expressions(text: str) -> str:
@@ -78,7 +79,7 @@ class Block:
         self.threads, self.lane = threads, np.arange(threads) % 32
         self.local, self.widened = np.zeros((threads, 8), np.uint8), np.zeros((threads, 16), np.int8)
         self.frag = {name: np.zeros((threads, 4096), np.uint8) for name in "AB"}
-        self.sums = np.zeros((threads, 1024), np.int32)
+        self.acc = np.zeros((threads, 1024), np.int32)
 
     def run(self, code: str, bx: int, by: int) -> None:
         names = {
@@ -116,13 +117,15 @@ class Block:
 
     def mma(self, c: int, a: int, b: int) -> None:
         """m16n8k32: lane 4 g + q holds k = 4 q + i and 16 + 4 q + i of rows g, g + 8 of A, of column g of B."""
-        a = self.frag["A"][:, a : a + 16].view(np.int8).reshape(-1, 8, 4, 2, 2, 4)  # [warp, g, q, k half, row half, i]
-        b = self.frag["B"][:, b : b + 8].view(np.int8).reshape(-1, 8, 4, 2, 4)  # [warp, column, q, k half, i]
-        product = np.einsum("wgqhri,wcqhi->wrgc", a.astype(np.int64), b.astype(np.int64))  # [warp, row half, g, column]
-        pairs = product.reshape(-1, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4)  # lane 4 g + q: columns 2 q, 2 q + 1 of both rows
-        self.sums[:, c : c + 4] += pairs.reshape(self.threads, 4).astype(np.int32)
+        rows = self.frag["A"][:, a : a + 16].view(np.int8).reshape(-1, 8, 4, 2, 2, 4)  # [warp, g, q, k half, row half, i]
+        columns = self.frag["B"][:, b : b + 8].view(np.int8).reshape(-1, 8, 4, 2, 4)  # [warp, column, q, k half, i]
+        sums = np.einsum(
+            "wgqhri,wcqhi->wrgc", rows.astype(np.int64), columns.astype(np.int64)
+        )  # [warp, row half, g, column]
+        pairs = sums.reshape(-1, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4)  # lane 4 g + q: columns 2 q, 2 q + 1 of both rows
+        self.acc[:, c : c + 4] += pairs.reshape(self.threads, 4).astype(np.int32)
 
     def write(self, offset, register: int, valid) -> None:
         valid = np.broadcast_to(valid, self.threads)
         at = self._bytes(offset, 2)[valid]
-        self.c.reshape(-1)[at] = self.sums[valid, register : register + 2]
+        self.c.reshape(-1)[at] = self.acc[valid, register : register + 2]

@@ -53,6 +53,9 @@ class ForNorm(NamedTuple):
         return {"normed": self.x, "normed_gain": self.gain, "normed_squares": self.squares}
 
 
+NO_NORM = ForNorm()
+
+
 @functools.cache
 def compute_capability() -> int:
     torch.cuda.init()
@@ -121,7 +124,7 @@ def gemm(
     n: int,
     k: int,
     epilogue: str = "NONE",
-    for_norm: ForNorm = ForNorm(),
+    for_norm: ForNorm = NO_NORM,
     options: tuple[str, ...] = (),
     overlap: bool = False,
 ) -> None:
@@ -315,7 +318,7 @@ def linear_narrow(
     bias: torch.Tensor | None,
     y: torch.Tensor,
     activation: str = "NONE",
-    for_norm: ForNorm = ForNorm(),
+    for_norm: ForNorm = NO_NORM,
     overlap: bool = False,
 ) -> None:
     """One launch on x [M, K] and weight [K, N] -> y [M, N], all dense."""
@@ -404,11 +407,11 @@ def gemm_float(
     first_position: int = 0,
     to_cache: bool = False,
     epsilon: float = 1e-6,
-    for_norm: ForNorm = ForNorm(),
+    for_norm: ForNorm = NO_NORM,
     overlap: bool = False,
 ) -> None:
-    """One launch on x [M, K], dense, and a packed weight [n, K] of `bits`; with `squares` [M, K / 16] the norm ahead; `k` and
-    `v` are for ROTARY."""
+    """One launch on x [M, K], dense, and a packed weight [n, K] of `bits`; with `squares` [M, K / 16] the norm ahead; `k`
+    and `v` are for ROTARY."""
     m, depth = x.shape
     arguments = {
         "x": x,

@@ -3,7 +3,7 @@
 import dataclasses
 
 from duq.compiler.checkpoint.synthetic import make_config
-from duq.plugins import bitblas
+from duq.plugins.gpu import gpu_of
 from duq.tools import estimate, profile
 
 CONFIG = make_config("full", pi05=False)
@@ -31,12 +31,12 @@ def test_operations_of_the_integer_products():
 
 
 def test_nothing_is_faster_than_the_gpu():
-    device = bitblas.DEVICES[86]
-    int8 = 2 * device.products * device.multiprocessors * device.clock
+    gpu = gpu_of(86)
+    int8 = 2 * gpu.int8_rate * gpu.multiprocessors * gpu.clock
     assert 280e12 < int8 < 320e12  # the A40's data sheet: 299
     for kernel in work():
         rate = int8 if kernel.kind == "integer products" else int8 / 2
-        assert kernel.seconds >= kernel.operations / rate and kernel.seconds >= kernel.bytes / device.memory_bytes
+        assert kernel.seconds >= kernel.operations / rate and kernel.seconds >= kernel.bytes / gpu.memory_bandwidth
 
 
 def test_fewer_actions_take_less():
