@@ -27,7 +27,7 @@ from examples.metaworld_data import Demonstrations, encode, observations, save
 try:
     from examples.metaworld_env import ACTION_DIM, PROMPTS, MetaworldEnv
 except ModuleNotFoundError as error:
-    raise SystemExit(f"collect_metaworld needs {error.name}: pip install 'duq[examples]'") from error
+    raise SystemExit(f"collect_metaworld needs {error.name}: pip install 'duq-vla[examples]'") from error
 
 # Tasks that forgive a centimeter, which is what a small policy sees at this image size.
 TASKS = ("button-press-topdown", "coffee-button", "drawer-close", "handle-press", "window-open")

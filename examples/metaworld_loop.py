@@ -25,7 +25,7 @@ from duq.runtime.realtime import ChunkStream, Report, control_loop
 try:
     from examples.metaworld_env import ACTION_DIM, PROMPTS, MetaworldEnv
 except ModuleNotFoundError as error:
-    raise SystemExit(f"metaworld_loop needs {error.name}: pip install 'duq[examples]'") from error
+    raise SystemExit(f"metaworld_loop needs {error.name}: pip install 'duq-vla[examples]'") from error
 
 THUMBNAIL, COLUMNS = 112, 10  # of the contact sheet: pixels, moments
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)

@@ -91,6 +91,10 @@ def _scalar(fields: dict) -> np.generic:
     dtype, value = _dtype(fields), fields.get(b"data")
     if not isinstance(value, (bool, int, float, str)):
         raise MessageError(f"scalar: is a {type(value).__name__}, expected a number or text")
+    if dtype.kind in "iu" and not isinstance(value, str):
+        limits = np.iinfo(dtype)
+        if not limits.min <= value <= limits.max:  # numpy 1 wraps around
+            raise MessageError(f"scalar: {value!r:.100} is no {dtype}")
     try:
         return dtype.type(value)
     except (ValueError, OverflowError) as error:

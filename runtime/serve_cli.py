@@ -56,7 +56,7 @@ def _serve(
     try:
         from duq.runtime.server import PolicyServer
     except ModuleNotFoundError as error:
-        raise DuqError(f"duq-serve needs {error.name}: pip install 'duq[server]'") from error
+        raise DuqError(f"duq-serve needs {error.name}: pip install 'duq-vla[server]'") from error
     key = _api_key(api_key, api_key_file)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("websockets.server").setLevel(logging.WARNING)

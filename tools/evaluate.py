@@ -41,7 +41,7 @@ try:
     from examples.collect_metaworld import TASKS
     from examples.metaworld_env import PROMPTS
 except ModuleNotFoundError as missing:
-    raise SystemExit(f"error: {missing}; pip install 'duq[compile,examples]'") from None
+    raise SystemExit(f"error: {missing}; pip install 'duq-vla[compile,examples]'") from None
 
 CALIBRATION_SEED, OBSERVATION_SEED = 2_000_000, 3_000_000  # starts that are neither trained nor evaluated on
 CALIBRATION, OBSERVATIONS = 32, 50
