@@ -10,24 +10,23 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
-if __name__ in ("__main__", "__mp_main__"):  # import from the repository
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout
+    from duq.commands import command
+
+    command("collect_metaworld.py", "duq.examples.collect_metaworld:main", "examples")()
 
 import numpy as np
 import typer
 from rich.console import Console
 
 from duq.compiler.quantize_cli import progress_bar
+from duq.examples.metaworld_data import Demonstrations, encode, observations, save
+from duq.examples.metaworld_env import ACTION_DIM, PROMPTS, MetaworldEnv
 from duq.plugins.errors import DuqError
 from duq.runtime.cli_errors import check_output_file, one_line_errors
 from duq.runtime.images import resize_with_pad
 from duq.runtime.observations import save_observations
-from examples.metaworld_data import Demonstrations, encode, observations, save
-
-try:
-    from examples.metaworld_env import ACTION_DIM, PROMPTS, MetaworldEnv
-except ModuleNotFoundError as error:
-    raise SystemExit(f"collect_metaworld needs {error.name}: pip install 'duq-vla[examples]'") from error
 
 # Tasks that forgive a centimeter, which is what a small policy sees at this image size.
 TASKS = ("button-press-topdown", "coffee-button", "drawer-close", "handle-press", "window-open")
@@ -143,7 +142,3 @@ def _collect(
 def main() -> None:
     with one_line_errors():
         app()
-
-
-if __name__ == "__main__":
-    main()

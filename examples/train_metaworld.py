@@ -16,8 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-if __name__ == "__main__":  # import from the repository
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout
+    from duq.commands import command
+
+    command("train_metaworld.py", "duq.examples.train_metaworld:main", "compile")()
 
 import numpy as np
 import torch
@@ -30,11 +33,11 @@ from torch import Tensor, nn
 from duq.compiler.checkpoint.names import openpi_name
 from duq.compiler.checkpoint.synthetic.files import TOKENIZER_SIZE, dimensions, openpi_settings, train_tokenizer, write_json
 from duq.compiler.model import Pi0
+from duq.examples import metaworld_data
 from duq.plugins.errors import DuqError
 from duq.runtime.cli_errors import check_output_directory, one_line_errors
 from duq.runtime.config import GemmaConfig, ModelConfig, VisionConfig
 from duq.runtime.tokenizer import Tokenizer
-from examples import metaworld_data
 
 POLICY = ModelConfig(  # 8.7 M weights; heads of 72 and 256, as every pi0 has
     pi05=False,
@@ -271,7 +274,3 @@ def _train(
 def main() -> None:
     with one_line_errors():
         app()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""How fast the engines are, against PyTorch on the same machine with the same inputs: `python tools/bench.py --help`."""
+"""How fast the engines are, against PyTorch on the same machine with the same inputs: `duq-bench --help`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-if __name__ == "__main__":  # import from the repository: in tools/, profile.py would pass for the standard library's
+if __name__ == "__main__":  # in a checkout; in tools/, profile.py would pass for the standard library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from duq import commands
+
+    commands.bench()
 
 import numpy as np
 import onnxruntime
@@ -74,11 +77,11 @@ def _bench(
 
     [bold]Examples[/bold]
 
-      python tools/bench.py
+      duq-bench
 
-      python tools/bench.py --checkpoint checkpoints/pi0 --quant llm+expert-mlp --no-torch-compile --rounds 5
+      duq-bench --checkpoint checkpoints/pi0 --quant llm+expert-mlp --no-torch-compile --rounds 5
 
-      python tools/bench.py --suite gpu --quant none --quant llm+expert-mlp --out results
+      duq-bench --suite gpu --quant none --quant llm+expert-mlp --out results
     """
     if suite not in ("cpu", "gpu"):
         raise DuqError(f"--suite {suite}: unknown, cpu or gpu")
@@ -186,7 +189,3 @@ def _table(result: dict) -> Table:
 def main() -> None:
     with one_line_errors():
         app()
-
-
-if __name__ == "__main__":
-    main()

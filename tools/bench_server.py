@@ -1,4 +1,4 @@
-"""What the server adds to a policy's own time, and whether it endures: `python tools/bench_server.py --help`."""
+"""What the server adds to a policy's own time, and whether it endures: `duq-bench-server --help`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-if __name__ == "__main__":  # import from the repository: in tools/, profile.py would pass for the standard library's
+if __name__ == "__main__":  # in a checkout; in tools/, profile.py would pass for the standard library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from duq import commands
+
+    commands.bench_server()
 
 import numpy as np
 import typer
@@ -192,7 +195,3 @@ def _print_table(title: str, row: dict[str, float]) -> None:
 def main() -> None:
     with one_line_errors():
         app()
-
-
-if __name__ == "__main__":
-    main()

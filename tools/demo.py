@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-if __name__ == "__main__":  # import from the repository: in tools/, profile.py would pass for the standard library's
+if __name__ == "__main__":  # in a checkout; in tools/, profile.py would pass for the standard library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from duq import commands
+
+    commands.demo()
 
 import numpy as np
 import skimage.data
@@ -65,7 +68,3 @@ def run(plan: Path, data: Annotated[Path, typer.Argument(help="Observations, as 
 def main() -> None:
     with one_line_errors():
         app()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What quantization costs a policy in success: `python tools/evaluate.py --help`."""
+"""What quantization costs a policy in success: `duq-evaluate --help`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
-if __name__ in (
-    "__main__",
-    "__mp_main__",
-):  # import from the repository, as a worker too: in tools/ there is another profile.py
+if __name__ == "__main__":  # in a checkout; in tools/, profile.py would pass for the standard library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from duq import commands
+
+    commands.evaluate()
 
 import numpy as np
 import typer
@@ -32,16 +32,12 @@ from duq.compiler.checkpoint import Checkpoint, load_checkpoint
 from duq.compiler.pipeline import Options, compile_policy, quantize_checkpoint
 from duq.compiler.quant import load_recipe
 from duq.compiler.quantize_cli import progress_bar
+from duq.examples.collect_metaworld import TASKS
+from duq.examples.metaworld_env import PROMPTS
 from duq.plugins.errors import DuqError
 from duq.runtime.cli_errors import check_output_file, one_line_errors
 from duq.runtime.preprocess import Preprocessor
-
-try:
-    from duq.tools import rollout
-    from examples.collect_metaworld import TASKS
-    from examples.metaworld_env import PROMPTS
-except ModuleNotFoundError as missing:
-    raise SystemExit(f"error: {missing}; pip install 'duq-vla[compile,examples]'") from None
+from duq.tools import rollout
 
 CALIBRATION_SEED, OBSERVATION_SEED = 2_000_000, 3_000_000  # starts that are neither trained nor evaluated on
 CALIBRATION, OBSERVATIONS = 32, 50
@@ -135,9 +131,9 @@ def _evaluate(
 
     [bold]Examples[/bold]
 
-      python tools/evaluate.py --episodes 20 --scheme fp32 --scheme w4a8
+      duq-evaluate --episodes 20 --scheme fp32 --scheme w4a8
 
-      python tools/evaluate.py --plot docs/success.svg --markdown success.md --json > success.json
+      duq-evaluate --plot docs/success.svg --markdown success.md --json > success.json
     """
     chosen, tasks = scheme or list(SCHEMES), task or list(TASKS)
     _check_choice("--scheme", chosen, SCHEMES)
@@ -283,7 +279,3 @@ def draw(found: dict[str, Outcome], file: Path) -> None:
 def main() -> None:
     with one_line_errors():
         app()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Writes a pi0 or pi0.5 checkpoint of any size from a seed: `python tools/make_checkpoint.py --help`."""
+"""Writes a pi0 or pi0.5 checkpoint of any size from a seed: `duq-make-checkpoint --help`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-if __name__ == "__main__":  # import from the repository: in tools/, profile.py would pass for the standard library's
+if __name__ == "__main__":  # in a checkout; in tools/, profile.py would pass for the standard library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from duq import commands
+
+    commands.make_checkpoint()
 
 import typer
 from rich.console import Console
@@ -60,11 +63,11 @@ def _make(
 
     [bold]Examples[/bold]
 
-      python tools/make_checkpoint.py --out /tmp/pi0
+      duq-make-checkpoint --out /tmp/pi0
 
-      python tools/make_checkpoint.py --out /tmp/pi05 --variant small --pi05 --layout lerobot --robot libero
+      duq-make-checkpoint --out /tmp/pi05 --variant small --pi05 --layout lerobot --robot libero
 
-      python tools/make_checkpoint.py --out /tmp/full --variant full --depth 4 --vocab-size 8192
+      duq-make-checkpoint --out /tmp/full --variant full --depth 4 --vocab-size 8192
     """
     check_output_directory("--out", out)
     sizes = dict(action_horizon=action_horizon, depth=depth, vision_depth=vision_depth, vocab_size=vocab_size)
@@ -90,7 +93,3 @@ def _make(
 def main() -> None:
     with one_line_errors():
         app()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Where a cuda plan's time goes on this machine's GPU, kernel by kernel: `python tools/profile.py --help`."""
+"""Where a cuda plan's time goes on this machine's GPU, kernel by kernel: `duq-profile --help`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-if __name__ == "__main__":  # import from the repository: in tools/, this file would pass for the standard library's profile
+if __name__ == "__main__":  # in a checkout; in tools/, profile.py would pass for the standard library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from duq import commands
+
+    commands.profile()
 
 import numpy as np
 import typer
@@ -48,9 +51,9 @@ def _profile(
 
     [bold]Example[/bold]
 
-      python tools/profile.py engine.plan --cameras 3
+      duq-profile engine.plan --cameras 3
 
-      python tools/profile.py engine.plan --sm 86
+      duq-profile engine.plan --sm 86
     """
     if sm is not None:
         Console(width=110).print(estimate(plan, sm, cameras, prompt_tokens))
@@ -116,7 +119,3 @@ def _table(program: str, launches: list[tuple[dict, float]], executor: CudaExecu
 def main() -> None:
     with one_line_errors():
         app()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Episodes of a policy in Meta-World, in worker processes of `tools/evaluate.py`."""
+"""Episodes of a policy in Meta-World, in worker processes of duq-evaluate."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from duq.compiler.accuracy.reference import tensors
 from duq.compiler.checkpoint import load_checkpoint
 from duq.compiler.model import build_model
 from duq.compiler.quant import Quantization, fake_quantize
+from duq.examples.collect_metaworld import disturbances
+from duq.examples.metaworld_env import ACTION_DIM, MetaworldEnv
 from duq.runtime import Policy
 from duq.runtime.preprocess import Preprocessor
-from examples.collect_metaworld import disturbances
-from examples.metaworld_env import ACTION_DIM, MetaworldEnv
 
 CAMERAS = 2
 Infer = Callable[[dict, np.ndarray], np.ndarray]  # (observation, noise [H, A]) -> actions [H, ACTION_DIM]

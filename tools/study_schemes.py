@@ -1,4 +1,4 @@
-"""All quantization schemes on real weights: `python tools/study_schemes.py --help`."""
+"""All quantization schemes on real weights: `duq-study-schemes --help`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
 
-if __name__ == "__main__":  # import from the repository: in tools/, profile.py would pass for the standard library's
+if __name__ == "__main__":  # in a checkout; in tools/, profile.py would pass for the standard library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from duq import commands
+
+    commands.study_schemes()
 
 import torch
 import torch.nn.functional as F
@@ -35,11 +38,7 @@ from duq.compiler.quant.quantize import quantize_weights
 from duq.compiler.quantize_cli import progress_bar
 from duq.plugins.errors import DuqError
 from duq.runtime.cli_errors import check_output_file, one_line_errors
-
-try:
-    from duq.tools import gemma3
-except ModuleNotFoundError as missing:
-    raise SystemExit(f"error: {missing}; `pip install -e '.[study]'` brings what this study needs") from None
+from duq.tools import gemma3
 
 Packs = dict[str, LinearPack]
 Transforms = dict[str, LinearTransform]
@@ -233,9 +232,9 @@ def _study(
 
     [bold]Examples[/bold]
 
-      python tools/study_schemes.py
+      duq-study-schemes
 
-      python tools/study_schemes.py balanced balanced-compensated --evaluation-tokens 2048 --json
+      duq-study-schemes balanced balanced-compensated --evaluation-tokens 2048 --json
     """
     chosen = schemes or list(SCHEMES)
     for key in chosen:
@@ -306,7 +305,3 @@ def draw(found: dict[str, Quality], file: Path) -> None:
 def main() -> None:
     with one_line_errors():
         app()
-
-
-if __name__ == "__main__":
-    main()

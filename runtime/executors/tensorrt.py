@@ -14,8 +14,8 @@ from typing import Protocol
 import numpy as np
 
 from duq.plugins import driver, trt
-from duq.plugins.nvrtc import Cubin
 from duq.plugins.nodes import KernelName, Kernels
+from duq.plugins.nvrtc import Cubin
 from duq.runtime.errors import PlanError
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import ModelInputs
