@@ -54,7 +54,7 @@ class Problem:
 class CublasLt:
     """A handle of the library. Raises KernelError where it is not installed."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._library = _load()
         self._handle = ctypes.c_void_p()
         self._call("cublasLtCreate", ctypes.byref(self._handle))

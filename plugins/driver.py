@@ -188,7 +188,7 @@ def free_memory() -> tuple[int, int]:
 class Stream:
     """An order of work on the device."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.handle = int(_call("cuStreamCreate", _driver().CUstream_flags.CU_STREAM_NON_BLOCKING))
         _release_with(self, "cuStreamDestroy", self.handle)
 
@@ -220,7 +220,7 @@ class Stream:
 class Event:
     """A point in a stream, to wait for on another or to measure time between."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._event = _call("cuEventCreate", 0)
         _release_with(self, "cuEventDestroy", self._event)
 
