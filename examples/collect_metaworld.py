@@ -54,8 +54,8 @@ def disturbances(rng: np.random.Generator, steps: int, horizon: int, strength: f
 
 
 def demonstrate(env: MetaworldEnv, seed: int, horizon: int, every: int) -> Demonstrations | None:
-    """An episode of the expert, disturbed now and then: the moments, one of `every` steps, that `horizon` undisturbed actions
-    follow. None if it did not succeed."""
+    """An episode of the expert, disturbed now and then: the moments, one of `every` steps, that `horizon` undisturbed
+    actions follow. None if it did not succeed."""
     pushes = disturbances(np.random.default_rng(seed), LIMIT + horizon, horizon)
     env.reset(seed)
     actions, moments = [], []
@@ -72,7 +72,7 @@ def demonstrate(env: MetaworldEnv, seed: int, horizon: int, every: int) -> Demon
         env.step(actions[-1])
     if not moments:
         return None
-    steps, observations = zip(*moments)
+    steps, observations = zip(*moments, strict=True)
     return Demonstrations(
         images=[
             [encode(resize_with_pad(image, IMAGE_SIZE, IMAGE_SIZE)) for image in observation["image"].values()]
@@ -99,7 +99,7 @@ def _demonstrate(start: tuple[str, int], horizon: int, every: int) -> Demonstrat
 @app.command()
 def _collect(
     out: Annotated[Path, typer.Argument(help="The .npz file to write.")],
-    task: Annotated[list[str], typer.Option(help="Repeatable.")] = list(TASKS),
+    task: Annotated[list[str], typer.Option(help="Repeatable.")] = list(TASKS),  # noqa: B006
     episodes: Annotated[int, typer.Option(min=1, help="Of each task.")] = 300,
     horizon: Annotated[int, typer.Option(min=1, help="Actions recorded from each moment on.")] = 16,
     every: Annotated[int, typer.Option(min=1, help="Steps from one recorded moment to the next.")] = 2,

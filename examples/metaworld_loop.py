@@ -28,7 +28,7 @@ from duq.runtime.realtime import ChunkStream, Report, control_loop
 
 THUMBNAIL, COLUMNS = 112, 10  # of the contact sheet: pixels, moments
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-Task = Enum("Task", {name: name for name in PROMPTS}, type=str)
+Task = Enum("Task", {name: name for name in PROMPTS}, type=str)  # type: ignore[misc]
 
 
 class EpisodeOver(Exception):
@@ -101,7 +101,7 @@ def _strip(episode: Episode) -> Image.Image:
 
 @app.command()
 def _run(
-    task: Annotated[Task, typer.Option(help="What the arm is told to do.")] = Task("button-press-topdown"),
+    task: Annotated[Task, typer.Option(help="What the arm is told to do.")] = Task["button-press-topdown"],
     plan: Annotated[Path | None, typer.Option(help="An engine.plan, run in this process.")] = None,
     server: Annotated[str | None, typer.Option(help="A policy server, ws://HOST:PORT.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="DUQ_API_KEY", help="What --server asks for, if it does.")] = None,

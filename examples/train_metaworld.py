@@ -120,7 +120,7 @@ def flow_matching_loss(model: Pi0, batch: Batches, noise: Tensor, times: Tensor)
 
 
 def draw_noise(batch: Batches, draws: int) -> tuple[Tensor, Tensor]:
-    """Noise, and times from pi0's Beta(1.5, 1) scaled to 0.001..1, which prefers the noisy end: u^(1 / 1.5) has that law."""
+    """Noise, and times from pi0's Beta(1.5, 1) scaled to 0.001..1, more often noisy: u^(1 / 1.5) has that law."""
     noise = torch.randn(len(batch), draws, *batch.actions.shape[1:], device=batch.actions.device)
     uniform = torch.rand(len(batch), draws, device=batch.actions.device)
     return noise, uniform ** (1 / 1.5) * 0.999 + 0.001
@@ -163,7 +163,8 @@ def train(
     torch.set_float32_matmul_precision("high")  # TF32, on GPUs
     model = initialize(Pi0(config)).to(data.states.device)
     average = copy.deepcopy(model).requires_grad_(False)
-    weights, averages = list(model.parameters()), list(average.parameters())
+    weights: list[Tensor] = list(model.parameters())
+    averages: list[Tensor] = list(average.parameters())
     optimizer = make_optimizer(weights)
     started, progress, step, recent = time.perf_counter(), 0.0, 0, []
     while progress < 1:

@@ -227,7 +227,7 @@ def _load() -> ctypes.CDLL | None:
     except (OSError, ValueError):  # for another machine; without a version
         return None
     images, axes, rows = [ctypes.POINTER(_CImage)], 2 * [ctypes.POINTER(_CAxis)], 2 * [ctypes.c_int64]
-    out = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+    out: list[type[ctypes.c_void_p | ctypes.c_int64]] = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
     library.resize_bytes.argtypes = [*images, *axes, *rows, *out]
     library.resize_floats.argtypes = [*images, ctypes.c_int, *axes, *rows, ctypes.c_float, ctypes.c_float, *out]
     library.resize_bytes.restype = library.resize_floats.restype = None

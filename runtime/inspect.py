@@ -70,10 +70,8 @@ def settings_table(manifest: dict[str, Any]) -> Table:
     row("robot", f"{robot['name']}: state {len(_state_names(robot))}, actions {len(robot['action_names'])}" if robot
         else "none: bare model inputs; norm stats are not applied")  # fmt: skip
     if robot:
-        row(
-            "cameras",
-            ", ".join(f"{slot} = {'.'.join(camera['key'])}" for slot, camera in zip(IMAGE_SLOTS, robot["cameras"], strict=False)),
-        )
+        cameras = zip(IMAGE_SLOTS, robot["cameras"], strict=False)
+        row("cameras", ", ".join(f"{slot} = {'.'.join(camera['key'])}" for slot, camera in cameras))
         row("normalization", "; ".join(f"{key}: {_normalization(stats, key, pi05)}" for key in ("state", "actions")))
         row("deltas", _deltas(robot, transforms), "delta_actions")
         row("conversions", _conversions(robot, transforms), "adapt_to_pi")

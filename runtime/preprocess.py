@@ -271,7 +271,7 @@ class Preprocessor:
         return robot.state_to_model(robot.read_state(observation), self.transforms["adapt_to_pi"])
 
     def _robot_cameras(self, observation: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """The images of the cameras that are there, by slot: uint8, or float32 in [0, 1] for a policy that resizes in float."""
+        """The images that are there, by slot: uint8, or float32 in [0, 1] for a policy that resizes in float."""
         keep = self.transforms["resize"] != "openpi"
         found = self._described.images(observation)
         return {slot: checks.image(value, camera.key[-1], camera.layout, keep) for slot, (value, camera) in found.items()}

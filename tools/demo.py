@@ -20,7 +20,11 @@ from duq.runtime import Policy
 from duq.runtime.cli_errors import one_line_errors
 from duq.runtime.observations import load_observations, save_observations
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Make observations from photographs, and drive a policy with them as a robot's loop would.",
+)
 PHOTOGRAPHS = (skimage.data.astronaut, skimage.data.chelsea, skimage.data.coffee)
 PROMPTS = ("pick up the cup", "open the drawer", "push the button")
 

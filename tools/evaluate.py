@@ -36,7 +36,6 @@ from duq.examples.collect_metaworld import TASKS
 from duq.examples.metaworld_env import PROMPTS
 from duq.plugins.errors import DuqError
 from duq.runtime.cli_errors import check_output_file, one_line_errors
-from duq.runtime.preprocess import Preprocessor
 from duq.tools import rollout
 
 CALIBRATION_SEED, OBSERVATION_SEED = 2_000_000, 3_000_000  # starts that are neither trained nor evaluated on
@@ -76,7 +75,9 @@ class Outcome:
 
     success: dict[str, list[bool]]  # by task, an episode each, in the order of their starts
     action_error: float  # root mean square of the difference from fp32, on recorded observations
-    jerk: float  # mean squared third difference along the chunks for these observations
+    jerk: (
+        float | None
+    )  # None: chunks of fewer than four actions; mean squared third difference along the chunks for these observations
     sqnr_db: float | None  # mean over the quantized linears
     steps: float | None  # mean over the episodes that succeed
 
@@ -178,7 +179,7 @@ def spread(tasks: list[str], first_seed: int, count: int) -> list[dict]:
 
 
 def calibration(checkpoint: Checkpoint, tasks: list[str]) -> list:
-    preprocessor = Preprocessor(checkpoint.config, tokenizer=checkpoint.tokenizer.read_bytes(), cameras=rollout.CAMERAS)
+    preprocessor = rollout.preprocessor(checkpoint)
     return [preprocessor.model_inputs(observation) for observation in spread(tasks, CALIBRATION_SEED, CALIBRATION)]
 
 
@@ -192,7 +193,7 @@ def measure(sources, tasks, episodes, conditions, jobs, config, progress: Progre
         chunks = {name: pool.submit(rollout.run_chunks, name, observations, noise) for name in sources}
         run = partial(rollout.run_episode, noise_shape=noise_shape, conditions=conditions)
         results = progress.track(pool.map(run, work, chunksize=5), len(work), description="Episodes")
-        lengths = dict(zip(work, results))
+        lengths = dict(zip(work, results, strict=True))
         actions = {name: chunk.result() for name, chunk in chunks.items()}
     return {name: outcome(name, sources[name], tasks, episodes, lengths, actions) for name in sources}
 
@@ -221,7 +222,7 @@ def measures(found: dict[str, Outcome]) -> Rows:
             "" if name == "fp32" else f"{100 * difference:+.1f} ({100 * lower:+.1f} to {100 * upper:+.1f})",
             "" if o.steps is None else f"{o.steps:.1f}",
             f"{o.action_error:.4f}",
-            f"{o.jerk:.4f}",
+            "" if o.jerk is None else f"{o.jerk:.4f}",
             "" if o.sqnr_db is None else f"{o.sqnr_db:.1f}",
         ]
     return shown

@@ -45,9 +45,9 @@ def _profile(
 ) -> None:
     """Time every launch of a call and print a table: kernel, launches, microseconds, bytes, share of the ceiling.
 
-    Launches follow each other on one stream. Times include an event each, 3 to 4 microseconds on an H100, and launches do not
-    overlap, so their sum exceeds the graph's time, which is printed too; there the state token and the first step run beside the
-    prefix. The ceiling is the larger of bytes over bandwidth and operations over the tensor cores' rate (H100).
+    Launches follow each other on one stream. Times include an event each, 3 to 4 microseconds on an H100, and launches
+    do not overlap, so their sum exceeds the graph's time, which is printed too; there the state token and the first
+    step run beside the prefix. The ceiling is the larger of bytes over bandwidth and operations over the tensor cores' rate (H100).
 
     [bold]Example[/bold]
 
@@ -66,7 +66,7 @@ def _profile(
     calls = [executor.run(inputs, noise)[1] for _ in range(100)][20:]
     whole = {key: float(np.median([call[key] for call in calls])) for key in ("prefix_ms", "denoise_ms")}
     executor.stage(inputs, noise)
-    in_turn = dict(zip(("prefix_ms", "denoise_ms"), executor.milliseconds_in_turn(size)))
+    in_turn = dict(zip(("prefix_ms", "denoise_ms"), executor.milliseconds_in_turn(size), strict=True))
     launches = executor.launch_times(size)
     if as_json:
         keys = ("name", "work", "moved")

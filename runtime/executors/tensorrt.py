@@ -79,10 +79,11 @@ def section_of(plan: Plan, sm: int) -> dict[str, Any]:
 
 
 def check_plugins(plan: Plan, section: dict[str, Any]) -> None:
-    """The plan's kernels take the arguments of the plugins they were compiled with, which a launch would only find out."""
+    """The plan's kernels take this runtime's arguments, as only a launch would find out."""
     if (version := section.get("plugins_version", 1)) != PLUGINS_VERSION:
         raise PlanError(
-            f"{plan.path}: its plugins are of version {version}, this runtime's of version {PLUGINS_VERSION}; compile it again"
+            f"{plan.path}: its plugins are of version {version}, this runtime's of version {PLUGINS_VERSION}; "
+            "compile it again"
         )
 
 
