@@ -163,8 +163,7 @@ def train(
     torch.set_float32_matmul_precision("high")  # TF32, on GPUs
     model = initialize(Pi0(config)).to(data.states.device)
     average = copy.deepcopy(model).requires_grad_(False)
-    weights: list[Tensor] = list(model.parameters())
-    averages: list[Tensor] = list(average.parameters())
+    weights, averages = list(model.parameters()), list(average.parameters())
     optimizer = make_optimizer(weights)
     started, progress, step, recent = time.perf_counter(), 0.0, 0, []
     while progress < 1:
@@ -179,7 +178,7 @@ def train(
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        torch._foreach_lerp_(averages, weights, 1 - min(EMA_DECAY, (step + 1) / (step + 10)))
+        torch._foreach_lerp_(tuple(averages), tuple(weights), 1 - min(EMA_DECAY, (step + 1) / (step + 10)))
         recent.append(loss.detach())
         step, seconds = step + 1, time.perf_counter() - started
         progress = max(step / schedule.steps, seconds / 60 / schedule.minutes)

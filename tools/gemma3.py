@@ -81,6 +81,7 @@ class Gemma3(nn.Module):
         """Takes over the weights of transformers' model, without copying them."""
         super().__init__()
         self.config = gemma_config(peer.config)
+        assert peer.config.sliding_window is not None
         self.context = peer.config.sliding_window
         rope, kinds = peer.config.rope_parameters or {}, peer.config.layer_types or []
         with torch.device("meta"):

@@ -47,7 +47,8 @@ def _profile(
 
     Launches follow each other on one stream. Times include an event each, 3 to 4 microseconds on an H100, and launches
     do not overlap, so their sum exceeds the graph's time, which is printed too; there the state token and the first
-    step run beside the prefix. The ceiling is the larger of bytes over bandwidth and operations over the tensor cores' rate (H100).
+    step run beside the prefix. The ceiling is the larger of bytes over bandwidth and operations over the tensor cores'
+    rate (H100).
 
     [bold]Example[/bold]
 

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from duq.compiler.accuracy.reference import tensors
 from duq.compiler.checkpoint import Checkpoint, load_checkpoint
@@ -48,12 +50,12 @@ class Source:
         torch.set_num_threads(1)
         checkpoint = load_checkpoint(self.checkpoint)
         model = fake_quantize(build_model(checkpoint).float(), self.quantization)
-        inputs_of = preprocessor(checkpoint).model_inputs
+        inputs_of, sample = preprocessor(checkpoint).model_inputs, cast(Callable[..., Tensor], model.sample_actions)
 
         def infer(observation: dict, noise: np.ndarray) -> np.ndarray:
             images, mask, *others = tensors(inputs_of(observation))
             inputs = images[:, :CAMERAS], mask[:, :CAMERAS], *others
-            return model.sample_actions(*inputs, torch.from_numpy(noise)[None])[0, :, :ACTION_DIM].numpy()
+            return sample(*inputs, torch.from_numpy(noise)[None])[0, :, :ACTION_DIM].numpy()
 
         return infer
 
