@@ -1,6 +1,10 @@
-# make demo   the whole path on a small policy and real photographs
-# make test   the tests
-# Both first make a virtual environment in .venv from pyproject.toml's pins.
+# make demo           the whole path on a small policy and real photographs
+# make test           the tests
+# make lint           ruff and mypy
+# make test-install   the wheel, installed as a user does, every command of it
+# make test-resolve   what users install resolves, on every Python
+# make test-peers     against LeRobot's own code
+# They make a virtual environment in .venv, with the versions of constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
 WORK ?= build/demo
@@ -8,22 +12,42 @@ WORK ?= build/demo
 .PHONY: demo test
 demo: .venv/installed
 	rm -rf $(WORK)/checkpoint && mkdir -p $(WORK)
-	$(BIN)/python tools/make_checkpoint.py --variant tiny --robot libero --out $(WORK)/checkpoint
-	$(BIN)/python tools/demo.py observations $(WORK)/calibration.npz --count 8 --seed 0
-	$(BIN)/python tools/demo.py observations $(WORK)/observations.npz --count 4 --seed 1
+	$(BIN)/duq-make-checkpoint --variant tiny --robot libero --out $(WORK)/checkpoint
+	$(BIN)/duq-demo observations $(WORK)/calibration.npz --count 8 --seed 0
+	$(BIN)/duq-demo observations $(WORK)/observations.npz --count 4 --seed 1
 	$(BIN)/duq-compile $(WORK)/checkpoint --robot libero --calibration $(WORK)/calibration.npz --out $(WORK)/engine.plan
 	$(BIN)/duq-inspect $(WORK)/engine.plan
-	$(BIN)/python tools/demo.py run $(WORK)/engine.plan $(WORK)/observations.npz
-	$(BIN)/python tools/compare.py $(WORK)/checkpoint $(WORK)/engine.plan --observations $(WORK)/observations.npz --report $(WORK)/report.html
+	$(BIN)/duq-demo run $(WORK)/engine.plan $(WORK)/observations.npz
+	$(BIN)/duq-compare $(WORK)/checkpoint $(WORK)/engine.plan --observations $(WORK)/observations.npz --report $(WORK)/report.html
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-.venv/installed: pyproject.toml
+# mypy takes the folders of the checkout for duq's where they stand under duq/, as they do when installed: links do.
+TYPES := build/types/duq
+.PHONY: lint types test-install test-resolve
+lint: .venv/installed types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/installed
+	rm -rf $(TYPES) && mkdir -p $(TYPES)
+	ln -s $(addprefix $(CURDIR)/,$(wildcard duq/*.py) compiler examples plugins runtime tools) $(TYPES)
+	cd $(dir $(TYPES)) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml
+
+test-install:
+	$(PYTHON) tests/install/run.py
+
+test-resolve: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check uv
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python tests/install/resolve.py
+
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+.venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps openpi-client==0.1.2
+	$(PIP) torch
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps openpi-client==0.1.2
 	touch $@
 
 # Runs LeRobot's published pi0 and pi0.5 (Python 3.12, about 5 GB) and renews tests/data/lerobot_actions.npz; compares duq's
@@ -38,6 +62,6 @@ test-peers: .venv/installed
 	build/peers/bin/python tests/peers/lerobot_dataset.py
 	$(BIN)/python -m pytest tests/compiler/model/test_model_lerobot.py
 	rm -rf $(CASES)
-	$(BIN)/python tools/make_checkpoint.py --variant tiny --depth 1 --vision-depth 1 --out $(CASES)/tiny
+	$(BIN)/duq-make-checkpoint --variant tiny --depth 1 --vision-depth 1 --out $(CASES)/tiny
 	HF_HUB_OFFLINE=1 build/peers/bin/python tests/peers/lerobot_policies.py $(CASES)/tiny/tokenizer.model $(CASES)/policies
 	$(BIN)/python tests/peers/check_policies.py $(CASES)/policies

@@ -19,27 +19,36 @@ def _option(kind: Any, flag: str, description: str, **limits: Any) -> Any:
 
 
 POLICY_OPTIONS = {
-    "config": _option(str, "--config", "A published openpi training config, such as pi05_libero: all of the below at once."),
+    "config": _option(
+        str, "--config", "A published openpi training config, such as pi05_libero: all of the below at once."
+    ),
     "robot": _option(
         str, "--robot",
-        "The form of the observations: aloha, droid, libero, a TOML file of your own, none (bare model inputs), or lerobot (the "
-        "features of a LeRobot checkpoint, its default).",
+        "The form of the observations: aloha, droid, libero, a TOML file of your own, none (bare model inputs), or lerobot "
+        "(the features of a LeRobot checkpoint, its default).",
     ),
     "num_steps": _option(int, "--num-steps", "Denoising steps; by default the checkpoint's, or 10.", min=1, max=1000),
     "action_horizon": _option(int, "--action-horizon", "Actions in a chunk, as in training.", min=1, max=1000),
     "max_prompt_tokens": _option(
         int, "--max-prompt-tokens", "Prompt slots, as in training; longer prompts are cut off.", min=1, max=4096
     ),
-    "delta_actions": _option(bool, "--delta-actions/--no-delta-actions", "Whether joint actions are relative to the state."),
+    "delta_actions": _option(
+        bool, "--delta-actions/--no-delta-actions", "Whether joint actions are relative to the state."
+    ),
     "adapt_to_pi": _option(
         bool, "--adapt-to-pi/--no-adapt-to-pi", "ALOHA: convert to the joint space in which the base models were trained."
     ),
-    "state_in_prompt": _option(bool, "--state-in-prompt/--no-state-in-prompt", "pi0.5: whether the prompt holds the state."),
+    "state_in_prompt": _option(
+        bool, "--state-in-prompt/--no-state-in-prompt", "pi0.5: whether the prompt holds the state."
+    ),
     "default_prompt": _option(str, "--default-prompt", "The prompt of observations without one."),
-    "lerobot_version": _option(str, "--lerobot-version", "The LeRobot that trained the policy: 0.3, 0.4, or 0.5 and later."),
+    "lerobot_version": _option(
+        str, "--lerobot-version", "The LeRobot that trained the policy: 0.3, 0.4, or 0.5 and later."
+    ),
     "rotary": _option(
         str, "--rotary",
-        "Rotary frequencies: exact, bfloat16 (as training in PyTorch's bfloat16 rounds them), or auto (by the weights' origin).",
+        "Rotary frequencies: exact, bfloat16 (as training in PyTorch's bfloat16 rounds them), or auto (by the weights' "
+        "origin).",
     ),
 }  # fmt: skip
 
@@ -54,9 +63,9 @@ def with_policy_options(command: Callable) -> Callable:
     ]
 
     @functools.wraps(command)
-    def with_choices(**arguments):
+    def with_choices(**arguments: Any) -> Any:
         return command(choices=Choices(**{name: arguments.pop(name) for name in POLICY_OPTIONS}), **arguments)
 
-    with_choices.__signature__ = own.replace(parameters=parameters)
+    with_choices.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
     with_choices.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return with_choices

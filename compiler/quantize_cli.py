@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from duq.compiler.checkpoint import Checkpoint, load_checkpoint
@@ -104,13 +104,13 @@ def with_recipe_options(command: Callable) -> Callable:
     ]
 
     @functools.wraps(command)
-    def with_recipe(**arguments):
+    def with_recipe(**arguments: Any) -> Any:
         source, overrides = arguments.pop("quant"), {key: arguments.pop(key) for key in RECIPE_OPTIONS}
         if "origins" in own.parameters:
             arguments["origins"] = recipe_origins(source, overrides)
         return command(recipe=load_recipe(source, overrides), **arguments)
 
-    with_recipe.__signature__ = own.replace(parameters=parameters)
+    with_recipe.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
     with_recipe.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return with_recipe
 
@@ -149,7 +149,7 @@ def _quantize(
     check_destination(out)
     policy, settings = open_policy(checkpoint, choices, asset_id, tokenizer, base)
     check_selection(recipe, policy.config)
-    transforms = load_transforms(packs, policy, recipe) if use_packs(packs) else None
+    transforms = load_transforms(packs, policy, recipe) if packs is not None and use_packs(packs) else None
     inputs = calibration_inputs(
         calibration, settings.preprocessor(policy), recipe.calibration_steps, seed=calibration_seed, report=print_line
     )
@@ -193,7 +193,8 @@ def open_policy(
 @contextmanager
 def _reading() -> Iterator[Callable[[int, int], None]]:
     """Shows how far a checkpoint's conversion is; nothing where none is needed."""
-    bar, tasks = progress_bar(), []
+    bar = progress_bar()
+    tasks: list[TaskID] = []
 
     def show(done: int, total: int) -> None:
         if not tasks:

@@ -42,7 +42,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class PolicySettings:
-    """The settings of one plan. sources: setting -> who said it; ignored: keys of the checkpoint without a known meaning."""
+    """The settings of one plan. sources: setting -> who said it; ignored: the checkpoint's keys of unknown meaning."""
 
     robot: Robot | None
     transforms: dict[str, Any]
@@ -94,16 +94,16 @@ def settings_of(checkpoint: Checkpoint, settings: PolicySettings) -> dict:
 
 def default_settings(checkpoint: Checkpoint, robot: str | Robot = "none", num_steps: int | None = None) -> PolicySettings:
     """The settings of a checkpoint whose user is not there to be asked: its own, then the robot's and its layout's."""
-    said, robot = checkpoint.settings, load_robot(robot) if isinstance(robot, str) else robot
-    transforms = default_transforms(robot, pi05=checkpoint.config.pi05, layout=checkpoint.layout) | said.transforms
+    said, known = checkpoint.settings, load_robot(robot) if isinstance(robot, str) else robot
+    transforms = default_transforms(known, pi05=checkpoint.config.pi05, layout=checkpoint.layout) | said.transforms
     steps = num_steps or said.num_steps or DEFAULT_STEPS
-    return PolicySettings(robot, transforms, steps, ignored=said.ignored, notes=tuple(getattr(checkpoint, "notes", ())))
+    return PolicySettings(known, transforms, steps, ignored=said.ignored, notes=tuple(getattr(checkpoint, "notes", ())))
 
 
 def settle(checkpoint: Checkpoint, choices: Choices) -> tuple[Checkpoint, PolicySettings]:
     """The settings, and the checkpoint with those that are dimensions of its model.
 
-    Raises DuqError or CheckpointError: a setting that nobody said, two that contradict each other, a robot that does not fit.
+    Raises DuqError or CheckpointError: a setting that nobody said, two that contradict, a robot that does not fit.
     """
     return _Decision(checkpoint, choices).settled()
 
@@ -170,7 +170,7 @@ class _Decision:
     # --- looking up
 
     def _choose(self, name: str, otherwise: Any = None) -> Any:
-        """The setting's value from the first source that says it. Where --config and the checkpoint disagree, that is noted."""
+        """The setting's value from the first source that says it. A note tells where --config and the checkpoint differ."""
         chosen = getattr(self.choices, name)
         if chosen is not None:
             return self._from("--" + name.replace("_", "-"), name, chosen)
@@ -178,11 +178,11 @@ class _Decision:
         stored = self._value(self.said, name)
         if trained is not None and stored is not None and trained != stored:
             self.notes.append(
-                f"{name}: the checkpoint says {stored!r}, but --config {self.training.name} {trained!r}, which is used; "
+                f"{name}: the checkpoint says {stored!r}, but {self._config} {trained!r}, which is used; "
                 "is it the config that it was trained with?"
             )
         if trained is not None:
-            return self._from(f"--config {self.training.name}", name, trained)
+            return self._from(self._config, name, trained)
         if stored is not None:
             return self._from("the checkpoint", name, stored)
         return otherwise if otherwise is None else self._from("the default", name, otherwise)
@@ -190,6 +190,10 @@ class _Decision:
     @staticmethod
     def _value(settings: Any, name: str) -> Any:
         return getattr(settings, name) if hasattr(settings, name) else settings.transforms.get(name)
+
+    @property
+    def _config(self) -> str:
+        return f"--config {self.training.name}" if self.training else ""
 
     def _from(self, source: str, name: str, value: Any) -> Any:
         self.sources[name] = source
@@ -207,7 +211,7 @@ class _Decision:
             self.sources["robot"] = "--robot"
             return load_robot(name)
         if trained is not None:
-            self.sources["robot"] = f"--config {self.training.name}"
+            self.sources["robot"] = self._config
             return trained
         if self.said.robot is not None:
             self.sources["robot"] = "the checkpoint"
@@ -227,8 +231,8 @@ class _Decision:
         found = self._choose("action_horizon")
         if found is None:
             raise DuqError(
-                f"{self.checkpoint.path} does not say how many actions a chunk has, and the actions of a chunk attend to each "
-                "other: say --config NAME for a published openpi config, or --action-horizon N as in training "
+                f"{self.checkpoint.path} does not say how many actions a chunk has, and the actions of a chunk attend to "
+                "each other: say --config NAME for a published openpi config, or --action-horizon N as in training "
                 "(and --max-prompt-tokens N unless it is "
                 f"{self.checkpoint.config.max_prompt_tokens})"
             )
@@ -275,8 +279,9 @@ class _Decision:
         if name in self.robot.ask or silent:
             flag = name.replace("_", "-")
             raise DuqError(
-                f"{self.checkpoint.path} does not say whether the policy was trained with {name.replace('_', ' ')}, and policies "
-                f"of {self.robot.name} differ: say --config NAME for a published openpi config, or --{flag} or --no-{flag}"
+                f"{self.checkpoint.path} does not say whether the policy was trained with {name.replace('_', ' ')}, and "
+                f"policies of {self.robot.name} differ: say --config NAME for a published openpi config, or --{flag} or "
+                f"--no-{flag}"
             )
         return self._from(f"robot {self.robot.name}", name, default)
 
@@ -315,15 +320,16 @@ def _version(text: str) -> str:
 
 
 def _check_fit(checkpoint: Checkpoint, robot: Robot | None) -> None:
-    """A robot whose numbers are not those of the statistics is another policy's; Preprocessor holds them against the model."""
+    """A robot whose numbers are not the statistics' is another policy's; Preprocessor compares them with the model."""
     stats = checkpoint.norm_stats
     if robot is None or stats is None:
         return
     widths = [_width(stats.get(key)) for key in ("state", "actions")]
     full = checkpoint.config.action_dim
-    if all(width in (None, dims) or width >= full for width, dims in zip(widths, (robot.state_dim, robot.action_dim))):
+    own = robot.state_dim, robot.action_dim
+    if all(width in (None, dims) or width >= full for width, dims in zip(widths, own, strict=True)):
         return
-    fitting = [name for name in ROBOT_NAMES if name != "none" and _dims(load_robot(name)) == widths]
+    fitting = [name for name in ROBOT_NAMES if (known := load_robot(name)) and _dims(known) == widths]
     fitting = ["lerobot (the default)"] if checkpoint.layout == "lerobot" and checkpoint.settings.robot else fitting
     hint = f"--robot {' or '.join(fitting)} fits" if fitting else "describe yours in a TOML file (--robot my_arm.toml)"
     raise DuqError(

@@ -10,24 +10,23 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
-if __name__ in ("__main__", "__mp_main__"):  # import from the repository
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout
+    from duq.commands import command
+
+    command("collect_metaworld.py", "duq.examples.collect_metaworld:main", "examples")()
 
 import numpy as np
 import typer
 from rich.console import Console
 
 from duq.compiler.quantize_cli import progress_bar
+from duq.examples.metaworld_data import Demonstrations, encode, observations, save
+from duq.examples.metaworld_env import ACTION_DIM, PROMPTS, MetaworldEnv
 from duq.plugins.errors import DuqError
 from duq.runtime.cli_errors import check_output_file, one_line_errors
 from duq.runtime.images import resize_with_pad
 from duq.runtime.observations import save_observations
-from examples.metaworld_data import Demonstrations, encode, observations, save
-
-try:
-    from examples.metaworld_env import ACTION_DIM, PROMPTS, MetaworldEnv
-except ModuleNotFoundError as error:
-    raise SystemExit(f"collect_metaworld needs {error.name}: pip install 'duq[examples]'") from error
 
 # Tasks that forgive a centimeter, which is what a small policy sees at this image size.
 TASKS = ("button-press-topdown", "coffee-button", "drawer-close", "handle-press", "window-open")
@@ -55,8 +54,8 @@ def disturbances(rng: np.random.Generator, steps: int, horizon: int, strength: f
 
 
 def demonstrate(env: MetaworldEnv, seed: int, horizon: int, every: int) -> Demonstrations | None:
-    """An episode of the expert, disturbed now and then: the moments, one of `every` steps, that `horizon` undisturbed actions
-    follow. None if it did not succeed."""
+    """An episode of the expert, disturbed now and then: the moments, one of `every` steps, that `horizon` undisturbed
+    actions follow. None if it did not succeed."""
     pushes = disturbances(np.random.default_rng(seed), LIMIT + horizon, horizon)
     env.reset(seed)
     actions, moments = [], []
@@ -73,7 +72,7 @@ def demonstrate(env: MetaworldEnv, seed: int, horizon: int, every: int) -> Demon
         env.step(actions[-1])
     if not moments:
         return None
-    steps, observations = zip(*moments)
+    steps, observations = zip(*moments, strict=True)
     return Demonstrations(
         images=[
             [encode(resize_with_pad(image, IMAGE_SIZE, IMAGE_SIZE)) for image in observation["image"].values()]
@@ -100,7 +99,7 @@ def _demonstrate(start: tuple[str, int], horizon: int, every: int) -> Demonstrat
 @app.command()
 def _collect(
     out: Annotated[Path, typer.Argument(help="The .npz file to write.")],
-    task: Annotated[list[str], typer.Option(help="Repeatable.")] = list(TASKS),
+    task: Annotated[list[str], typer.Option(help="Repeatable.")] = list(TASKS),  # noqa: B006
     episodes: Annotated[int, typer.Option(min=1, help="Of each task.")] = 300,
     horizon: Annotated[int, typer.Option(min=1, help="Actions recorded from each moment on.")] = 16,
     every: Annotated[int, typer.Option(min=1, help="Steps from one recorded moment to the next.")] = 2,
@@ -143,7 +142,3 @@ def _collect(
 def main() -> None:
     with one_line_errors():
         app()
-
-
-if __name__ == "__main__":
-    main()

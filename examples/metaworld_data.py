@@ -65,11 +65,11 @@ def observations(demonstrations: Demonstrations, count: int) -> list[dict]:
     cameras = decode([demonstrations.images[i] for i in chosen])
     return [
         {
-            "image": dict(zip(IMAGE_SLOTS, images)),
+            "image": dict(zip(IMAGE_SLOTS, images, strict=False)),
             "state": demonstrations.states[i],
             "prompt": str(demonstrations.prompts[i]),
         }
-        for i, images in zip(chosen, cameras)
+        for i, images in zip(chosen, cameras, strict=True)
     ]
 
 
@@ -90,11 +90,13 @@ def save(path: Path, demonstrations: Demonstrations) -> None:
 def load(path: Path) -> Demonstrations:
     """Raises DuqError unless `save` wrote the file."""
     try:
-        with np.lib.npyio.NpzFile(path) as file:
+        with np.lib.npyio.NpzFile(path) as file:  # type: ignore[arg-type]
             webp, sizes = file["webp"].tobytes(), file["sizes"]
             arrays = {name: file[name] for name in _ARRAYS}
     except (ValueError, KeyError, zipfile.BadZipFile) as error:
         raise DuqError(f"{path}: is no file of demonstrations ({error}); collect_metaworld.py records one") from error
     ends = sizes.cumsum().reshape(sizes.shape)
-    images = [[webp[end - size : end] for end, size in zip(*moment)] for moment in zip(ends, sizes)]
+    images = [
+        [webp[end - size : end] for end, size in zip(*moment, strict=True)] for moment in zip(ends, sizes, strict=True)
+    ]
     return Demonstrations(images, **arrays)

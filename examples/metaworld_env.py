@@ -4,7 +4,7 @@ Observations are bare model inputs (runtime/preprocess.py), which every plan tak
 
     image/base_0_rgb        uint8 [S, S, 3]: the table from its corner
     image/left_wrist_0_rgb  uint8 [S, S, 3]: between the fingers
-    state                   float32 [4]: the hand's x, y, z, -1 to 1 over its workspace, and the gripper, -1 closed to 1 open
+    state                   float32 [4]: the hand's x, y, z, -1 to 1 over its workspace; the gripper, -1 closed to 1 open
     prompt                  str
 
 An action is [4]: x, y, z in centimeters to move by, and the gripper, -1 opens and 1 closes; each is clipped to -1..1.

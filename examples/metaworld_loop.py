@@ -10,26 +10,25 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-if __name__ == "__main__":  # import from the repository
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout
+    from duq.commands import command
+
+    command("metaworld_loop.py", "duq.examples.metaworld_loop:main", "examples")()
 
 import numpy as np
 import typer
 from PIL import Image, ImageDraw
 
+from duq.examples.metaworld_env import ACTION_DIM, PROMPTS, MetaworldEnv
 from duq.plugins.errors import DuqError
 from duq.runtime import Policy
 from duq.runtime.cli_errors import check_output_file, one_line_errors
 from duq.runtime.realtime import ChunkStream, Report, control_loop
 
-try:
-    from examples.metaworld_env import ACTION_DIM, PROMPTS, MetaworldEnv
-except ModuleNotFoundError as error:
-    raise SystemExit(f"metaworld_loop needs {error.name}: pip install 'duq[examples]'") from error
-
 THUMBNAIL, COLUMNS = 112, 10  # of the contact sheet: pixels, moments
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-Task = Enum("Task", {name: name for name in PROMPTS}, type=str)
+Task = Enum("Task", {name: name for name in PROMPTS}, type=str)  # type: ignore[misc]
 
 
 class EpisodeOver(Exception):
@@ -102,7 +101,7 @@ def _strip(episode: Episode) -> Image.Image:
 
 @app.command()
 def _run(
-    task: Annotated[Task, typer.Option(help="What the arm is told to do.")] = Task("button-press-topdown"),
+    task: Annotated[Task, typer.Option(help="What the arm is told to do.")] = Task["button-press-topdown"],
     plan: Annotated[Path | None, typer.Option(help="An engine.plan, run in this process.")] = None,
     server: Annotated[str | None, typer.Option(help="A policy server, ws://HOST:PORT.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="DUQ_API_KEY", help="What --server asks for, if it does.")] = None,
@@ -187,7 +186,3 @@ def _print(task: str, start: int, episode: Episode, report: Report | None) -> No
 def main() -> None:
     with one_line_errors():
         app()
-
-
-if __name__ == "__main__":
-    main()

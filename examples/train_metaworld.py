@@ -16,8 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-if __name__ == "__main__":  # import from the repository
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout
+    from duq.commands import command
+
+    command("train_metaworld.py", "duq.examples.train_metaworld:main", "compile")()
 
 import numpy as np
 import torch
@@ -30,11 +33,11 @@ from torch import Tensor, nn
 from duq.compiler.checkpoint.names import openpi_name
 from duq.compiler.checkpoint.synthetic.files import TOKENIZER_SIZE, dimensions, openpi_settings, train_tokenizer, write_json
 from duq.compiler.model import Pi0
+from duq.examples import metaworld_data
 from duq.plugins.errors import DuqError
 from duq.runtime.cli_errors import check_output_directory, one_line_errors
 from duq.runtime.config import GemmaConfig, ModelConfig, VisionConfig
 from duq.runtime.tokenizer import Tokenizer
-from examples import metaworld_data
 
 POLICY = ModelConfig(  # 8.7 M weights; heads of 72 and 256, as every pi0 has
     pi05=False,
@@ -117,7 +120,7 @@ def flow_matching_loss(model: Pi0, batch: Batches, noise: Tensor, times: Tensor)
 
 
 def draw_noise(batch: Batches, draws: int) -> tuple[Tensor, Tensor]:
-    """Noise, and times from pi0's Beta(1.5, 1) scaled to 0.001..1, which prefers the noisy end: u^(1 / 1.5) has that law."""
+    """Noise, and times from pi0's Beta(1.5, 1) scaled to 0.001..1, more often noisy: u^(1 / 1.5) has that law."""
     noise = torch.randn(len(batch), draws, *batch.actions.shape[1:], device=batch.actions.device)
     uniform = torch.rand(len(batch), draws, device=batch.actions.device)
     return noise, uniform ** (1 / 1.5) * 0.999 + 0.001
@@ -175,7 +178,7 @@ def train(
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        torch._foreach_lerp_(averages, weights, 1 - min(EMA_DECAY, (step + 1) / (step + 10)))
+        torch._foreach_lerp_(tuple(averages), tuple(weights), 1 - min(EMA_DECAY, (step + 1) / (step + 10)))
         recent.append(loss.detach())
         step, seconds = step + 1, time.perf_counter() - started
         progress = max(step / schedule.steps, seconds / 60 / schedule.minutes)
@@ -271,7 +274,3 @@ def _train(
 def main() -> None:
     with one_line_errors():
         app()
-
-
-if __name__ == "__main__":
-    main()

@@ -194,7 +194,7 @@ def sources(problems: Sequence[Problem], sm: int, cache: Path | None = None) -> 
 def check_installed() -> None:
     """Raises KernelError, naming the extra, where BitBLAS is missing."""
     if not _installed():
-        raise KernelError("generating INT8 x INT4 kernels needs BitBLAS: pip install 'duq[bitblas]'")
+        raise KernelError("generating INT8 x INT4 kernels needs BitBLAS: pip install 'duq-vla[bitblas]'")
 
 
 def _installed() -> bool:

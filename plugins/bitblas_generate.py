@@ -122,7 +122,7 @@ def repaired(source: str) -> str:
     source, loops = _LOOP.subn(lambda loop: _COPY.sub("    __syncthreads();\n    ", loop[0]), source)
     if widenings < 3 or loops != 1 or len(_GUARDED_COPY.findall(source)) != 2:
         raise ValueError(
-            "this version of BitBLAS writes source of another form: pip install 'duq[bitblas]' has the right one"
+            "this version of BitBLAS writes source of another form: pip install 'duq-vla[bitblas]' has the right one"
         )
     return source
 

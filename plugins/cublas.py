@@ -63,7 +63,7 @@ class Problem:
 class CublasLt:
     """A handle of the library. Raises KernelError where it is not installed."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._library = _load()
         self._handle = ctypes.c_void_p()
         self._call("cublasLtCreate", ctypes.byref(self._handle))
@@ -164,9 +164,9 @@ def _load() -> ctypes.CDLL:
         from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib
     except ImportError as error:
         raise KernelError(
-            f"running a cuda plan needs cuda-pathfinder ({error}): pip install 'duq[cuda-runtime]'"
+            f"running a cuda plan needs cuda-pathfinder ({error}): pip install 'duq-vla[cuda-runtime]'"
         ) from error
     try:
         return ctypes.CDLL(load_nvidia_dynamic_lib("cublasLt").abs_path)
     except DynamicLibNotFoundError as error:
-        raise KernelError("running a cuda plan needs nvidia-cublas: pip install 'duq[cuda-runtime]'") from error
+        raise KernelError("running a cuda plan needs nvidia-cublas: pip install 'duq-vla[cuda-runtime]'") from error

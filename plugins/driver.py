@@ -26,7 +26,7 @@ def _driver():
     try:
         from cuda.bindings import driver
     except ImportError as error:
-        raise KernelError(f"CUDA needs cuda-bindings ({error}): pip install 'duq[cuda]'") from error
+        raise KernelError(f"CUDA needs cuda-bindings ({error}): pip install 'duq-vla[cuda]'") from error
     return driver
 
 
@@ -179,7 +179,7 @@ def free_memory() -> tuple[int, int]:
 class Stream:
     """An order of work on the device."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.handle = int(_call("cuStreamCreate", _driver().CUstream_flags.CU_STREAM_NON_BLOCKING))
         _release_with(self, "cuStreamDestroy", self.handle)
 
@@ -211,7 +211,7 @@ class Stream:
 class Event:
     """A point in a stream, to wait for on another or to measure time between."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._event = _call("cuEventCreate", 0)
         _release_with(self, "cuEventDestroy", self._event)
 

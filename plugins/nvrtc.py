@@ -100,11 +100,11 @@ def _nvrtc():
     try:
         from cuda.bindings import nvrtc
     except ImportError as error:
-        raise KernelError(f"compiling CUDA kernels needs cuda-bindings ({error}): pip install 'duq[cuda]'") from error
+        raise KernelError(f"compiling CUDA kernels needs cuda-bindings ({error}): pip install 'duq-vla[cuda]'") from error
     try:
         nvrtc.nvrtcVersion()
     except RuntimeError as error:  # the bindings load the library at the first call
-        raise KernelError("compiling CUDA kernels needs nvidia-cuda-nvrtc: pip install 'duq[cuda]'") from error
+        raise KernelError("compiling CUDA kernels needs nvidia-cuda-nvrtc: pip install 'duq-vla[cuda]'") from error
     return nvrtc
 
 

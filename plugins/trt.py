@@ -37,7 +37,7 @@ def library() -> ModuleType:
                 load_alias("libtensorrt_rtx.so", [f"libtensorrt_rtx.so.{module.__version__.split('.')[0]}"])
             return module
     raise KernelError(
-        "the tensorrt target needs TensorRT: pip install 'duq[tensorrt]', or 'duq[tensorrt-rtx]' where NVIDIA's own "
+        "the tensorrt target needs TensorRT: pip install 'duq-vla[tensorrt]', or 'duq-vla[tensorrt-rtx]' where NVIDIA's own "
         "package index cannot be reached"
     )
 

@@ -13,7 +13,8 @@ def read_npz(file: Path) -> dict[str, np.ndarray]:
     Raises OSError if the file cannot be read, ValueError with one line if it is not an intact .npz of plain arrays.
     """
     try:
-        with np.lib.npyio.NpzFile(file, allow_pickle=False) as archive:  # np.load also takes a lone array or a pickle
+        # np.load also takes a lone array or a pickle
+        with np.lib.npyio.NpzFile(file, allow_pickle=False) as archive:  # type: ignore[arg-type]
             arrays = {key: np.asarray(archive[key]) for key in archive.files}
     except OSError:
         raise

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -13,14 +14,14 @@ NUMERIC = "biuf"  # kinds of numpy's dtypes
 EXPECTED = "numbers in a numpy array, a torch tensor or a list"
 
 
-def required(observation: Mapping, key: str):
+def required(observation: Mapping[str, Any], key: str) -> Any:
     """The value of `key`; ObservationError if the observation lacks it."""
     if key not in observation:
         raise ObservationError(f"observation lacks {key!r}; it has {', '.join(map(repr, observation)) or 'no keys'}")
     return observation[key]
 
 
-def mapping(observation: Mapping, key: str) -> Mapping:
+def mapping(observation: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """The nested dict under `key`."""
     value = required(observation, key)
     if not isinstance(value, Mapping):
@@ -28,7 +29,7 @@ def mapping(observation: Mapping, key: str) -> Mapping:
     return value
 
 
-def array(value, key: str, expected: str = EXPECTED) -> np.ndarray:
+def array(value: Any, key: str, expected: str = EXPECTED) -> np.ndarray:
     """Whatever a user hands over as numbers, as a numpy array of booleans, integers or floats in the machine's byte order.
 
     Takes numpy arrays and scalars of any layout, numbers, nested lists of anything taken here, torch tensors of any device
@@ -52,12 +53,12 @@ def array(value, key: str, expected: str = EXPECTED) -> np.ndarray:
     return found if found.dtype.isnative else found.astype(found.dtype.newbyteorder("="))
 
 
-def _converted(value, key: str, expected: str) -> np.ndarray:
+def _converted(value: Any, key: str, expected: str) -> np.ndarray:
     """The value as a numpy array of some dtype; raises whatever the value's library does."""
     if isinstance(value, (list, tuple)) and not _all_numbers(value):
         return np.stack([array(each, key, expected) for each in value])  # numpy would drop masks and fail at tensors
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
-        raise ObservationError(f"{key}: is an array with {np.ma.count_masked(value)} masked values, expected {expected}")
+        raise ObservationError(f"{key}: is an array with {value.mask.sum()} masked values, expected {expected}")
     if hasattr(value, "detach") and hasattr(value, "cpu"):
         value = _tensor(value)
     if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
@@ -68,7 +69,7 @@ def _converted(value, key: str, expected: str) -> np.ndarray:
     return found
 
 
-def _tensor(value):
+def _tensor(value: Any) -> np.ndarray:
     """A torch tensor as a numpy array; what numpy has no type for as float32."""
     value = value.detach().cpu()
     try:
@@ -77,7 +78,7 @@ def _tensor(value):
         return value.float().numpy()
 
 
-def _all_numbers(values) -> bool:
+def _all_numbers(values: Iterable[Any]) -> bool:
     """Whether a nested list holds nothing but Python's and numpy's own numbers."""
     kinds = set(map(type, values))
     if kinds <= {list, tuple}:
@@ -85,13 +86,13 @@ def _all_numbers(values) -> bool:
     return all(issubclass(kind, (bool, int, float, np.bool_, np.number)) for kind in kinds)
 
 
-def _kind(value) -> str:
+def _kind(value: object) -> str:
     """What a value is, for an error: its type, and its dtype if it has one."""
     dtype = getattr(value, "dtype", None)
     return type(value).__name__ + ("" if dtype is None else f" of {dtype}")
 
 
-def vector(observation: Mapping, key: str, size: int) -> np.ndarray:
+def vector(observation: Mapping[str, Any], key: str, size: int) -> np.ndarray:
     """A finite [size] array as float64, from anything that `array` reads; a scalar counts as [1]."""
     value = np.atleast_1d(array(required(observation, key), key))
     if value.shape != (size,):
@@ -107,7 +108,7 @@ def finite(value: np.ndarray, key: str) -> np.ndarray:
     return value
 
 
-def text(value, key: str) -> str:
+def text(value: Any, key: str) -> str:
     """A str, UTF-8 bytes, or one of either in a numpy array, list or tuple."""
     for _ in range(MAX_NESTING):
         if isinstance(value, (str, bytes)) or not isinstance(value, (list, tuple, np.ndarray, np.generic)):
@@ -126,7 +127,7 @@ def text(value, key: str) -> str:
     raise ObservationError(f"{key}: is a {type(value).__name__}, expected a str")
 
 
-def image(value, key: str, layout: str, keep_float: bool = False) -> np.ndarray:
+def image(value: Any, key: str, layout: str, keep_float: bool = False) -> np.ndarray:
     """A camera image as uint8 [H, W, 3], from anything that `array` reads.
 
     `layout` is "HWC", "CHW", or "any" (channels first if the first axis is 3, as openpi's policies decide). Floating

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from duq.plugins.errors import DuqError, DuqWarning
 
@@ -32,7 +34,7 @@ def one_line_errors() -> Iterator[None]:
 def _print_any_name() -> None:
     """File names need not be text in the terminal's encoding; what it cannot write appears as \\udcff and the like."""
     for stream in (sys.stdout, sys.stderr):
-        if getattr(stream, "errors", None) == "strict":
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
 
 
@@ -41,7 +43,7 @@ def _one_line_warnings() -> Iterator[None]:
     """A DuqWarning is for the user, and appears without the place in the code that warns."""
     original = warnings.showwarning
 
-    def show(message, category, *place, **more) -> None:
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         if issubclass(category, DuqWarning):
             print(f"warning: {message}", file=sys.stderr)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from duq.runtime.errors import PlanError
 
@@ -68,10 +69,10 @@ class ModelConfig:
         """Numbers of the state that pi0 takes, padding included."""
         return self.state_dim or self.action_dim
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: dict) -> ModelConfig:
+    def from_json(cls, data: dict[str, Any]) -> ModelConfig:
         nested = {"vision": VisionConfig, "llm": GemmaConfig, "expert": GemmaConfig}
         return cls(**{key: nested[key](**value) if key in nested else value for key, value in data.items()})

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -79,7 +80,7 @@ def resize_all(images: Sequence[np.ndarray | None], height: int, width: int, rul
     """
     resized = np.empty((len(images), height, width, 3), np.uint8 if rule == "openpi" else np.float32)
     work: list[Callable[[], None]] = []
-    for image, out in zip(images, resized):
+    for image, out in zip(images, resized, strict=True):
         if image is None:
             out[:] = 0
         elif rule == "openpi":
@@ -202,8 +203,9 @@ def _nearest_two(inputs: int, outputs: int) -> Axis:
 
 
 class _CImage(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p)] + [
-        (name, ctypes.c_int64) for name in ("height", "width", "row", "column", "channel")
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("height", "width", "row", "column", "channel")),
     ]
 
 
@@ -216,7 +218,7 @@ class _CAxis(ctypes.Structure):
 def _load() -> ctypes.CDLL | None:
     """resize.c, or None where it was not compiled, or compiled from another version of the source."""
     spec = importlib.util.find_spec("duq.runtime._resize")
-    if spec is None:
+    if spec is None or spec.origin is None:
         return None
     try:
         library = ctypes.CDLL(spec.origin)
@@ -225,7 +227,7 @@ def _load() -> ctypes.CDLL | None:
     except (OSError, ValueError):  # for another machine; without a version
         return None
     images, axes, rows = [ctypes.POINTER(_CImage)], 2 * [ctypes.POINTER(_CAxis)], 2 * [ctypes.c_int64]
-    out = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+    out: list[type[ctypes.c_void_p | ctypes.c_int64]] = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
     library.resize_bytes.argtypes = [*images, *axes, *rows, *out]
     library.resize_floats.argtypes = [*images, ctypes.c_int, *axes, *rows, ctypes.c_float, ctypes.c_float, *out]
     library.resize_bytes.restype = library.resize_floats.restype = None
@@ -248,6 +250,7 @@ def _c_axis(axis: Axis) -> _CAxis:
 
 
 def _resize_bytes(image: np.ndarray, rows: Axis, columns: Axis, out: np.ndarray, begin: int, end: int) -> None:
+    assert _compiled is not None
     width, inputs = 3 * out.shape[1], rows.first[end - 1] + rows.taps - rows.first[begin]
     work = np.empty(4 * _ROWS * (3 * image.shape[1] + width + 2) + width * int(inputs) + _BLOCK, np.uint8)
     _compiled.resize_bytes(
@@ -256,8 +259,9 @@ def _resize_bytes(image: np.ndarray, rows: Axis, columns: Axis, out: np.ndarray,
 
 
 def _resize_floats(
-    image: np.ndarray, rows: Axis, columns: Axis, limits: tuple, out: np.ndarray, begin: int, end: int
+    image: np.ndarray, rows: Axis, columns: Axis, limits: tuple[float, float], out: np.ndarray, begin: int, end: int
 ) -> None:
+    assert _compiled is not None
     image = np.require(image, requirements="A")
     work = np.empty(3 * image.shape[1] + 1 + 2 * (3 * out.shape[1] + 1), np.float32)
     _compiled.resize_floats(
@@ -275,12 +279,12 @@ def _resize_by_pillow(image: np.ndarray, out: np.ndarray) -> None:
 
 
 def _resize_by_numpy(
-    image: np.ndarray, rows: Axis, columns: Axis, limits: tuple, out: np.ndarray, begin: int, end: int
+    image: np.ndarray, rows: Axis, columns: Axis, limits: tuple[float, float], out: np.ndarray, begin: int, end: int
 ) -> None:
     def narrow(lines: np.ndarray) -> np.ndarray:
         values = (lines[:, columns.first + tap] for tap in range(columns.taps))
         values = (each if each.dtype == np.float32 else each / np.float32(255) for each in values)
-        return sum(each * weight[:, None] for each, weight in zip(values, columns.weights.T))
+        return sum(each * weight[:, None] for each, weight in zip(values, columns.weights.T, strict=True))
 
     first, weights = rows.first[begin:end], rows.weights[begin:end].T
     values = sum(narrow(image[first + tap]) * weight[:, None, None] for tap, weight in enumerate(weights))
@@ -293,7 +297,7 @@ def _resize_by_numpy(
 def _strips(height: int, resize: Callable[[int, int], None]) -> list[Callable[[], None]]:
     """resize(begin, end) for the upper and the lower half of the rows, so that three images keep two threads busy."""
     bounds = [0, height // 2, height] if height > 1 else [0, height]
-    return [partial(resize, *part) for part in zip(bounds, bounds[1:])]
+    return [partial(resize, *part) for part in pairwise(bounds)]
 
 
 def _run(work: list[Callable[[], None]]) -> None:

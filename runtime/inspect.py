@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from duq.runtime.cli_errors import one_line_errors
@@ -51,7 +51,7 @@ def main() -> None:
         app()
 
 
-def settings_table(manifest: dict) -> Table:
+def settings_table(manifest: dict[str, Any]) -> Table:
     """Every setting around the model that changes the actions, and who said it."""
     table, model, transforms = _table("Settings", "", "", ""), manifest.get("model"), manifest.get("transforms")
     if not (model and transforms):  # made by hand
@@ -70,10 +70,8 @@ def settings_table(manifest: dict) -> Table:
     row("robot", f"{robot['name']}: state {len(_state_names(robot))}, actions {len(robot['action_names'])}" if robot
         else "none: bare model inputs; norm stats are not applied")  # fmt: skip
     if robot:
-        row(
-            "cameras",
-            ", ".join(f"{slot} = {'.'.join(camera['key'])}" for slot, camera in zip(IMAGE_SLOTS, robot["cameras"])),
-        )
+        cameras = zip(IMAGE_SLOTS, robot["cameras"], strict=False)
+        row("cameras", ", ".join(f"{slot} = {'.'.join(camera['key'])}" for slot, camera in cameras))
         row("normalization", "; ".join(f"{key}: {_normalization(stats, key, pi05)}" for key in ("state", "actions")))
         row("deltas", _deltas(robot, transforms), "delta_actions")
         row("conversions", _conversions(robot, transforms), "adapt_to_pi")
@@ -99,11 +97,11 @@ def settings_table(manifest: dict) -> Table:
     return table
 
 
-def _state_names(robot: dict) -> list[str]:
+def _state_names(robot: dict[str, Any]) -> list[str]:
     return [name for part in robot["state"] for name in part["names"]]
 
 
-def _normalization(stats: dict, key: str, pi05: bool) -> str:
+def _normalization(stats: dict[str, Any], key: str, pi05: bool) -> str:
     entry = stats.get(key)
     if not entry:
         return "none"
@@ -112,15 +110,15 @@ def _normalization(stats: dict, key: str, pi05: bool) -> str:
     return f"{'q01..q99' if pi05 else 'mean, std'} (openpi)"
 
 
-def _deltas(robot: dict, transforms: dict) -> str:
+def _deltas(robot: dict[str, Any], transforms: dict[str, Any]) -> str:
     if not transforms["delta_actions"]:
         return "none: actions are absolute, or what the robot takes"
     mask = transforms["delta_mask"] or robot["delta"]
-    names = [name for name, delta in zip(robot["action_names"], mask) if delta]
+    names = [name for name, delta in zip(robot["action_names"], mask, strict=False) if delta]
     return f"{len(names)} of {len(robot['action_names'])} actions are relative to the state: {', '.join(names)}"
 
 
-def _conversions(robot: dict, transforms: dict) -> str:
+def _conversions(robot: dict[str, Any], transforms: dict[str, Any]) -> str:
     active = [each for each in robot["conversions"] if each["when"] == "always" or transforms["adapt_to_pi"]]
     return "; ".join(f"{each['kind']} of {', '.join(each['dims'])}" for each in active) or "none"
 
@@ -130,14 +128,14 @@ def _images(size: int, rule: str) -> str:
     return f"{size} x {size}, resized as {rule} ({how})"
 
 
-def _state_in_prompt(transforms: dict) -> str:
+def _state_in_prompt(transforms: dict[str, Any]) -> str:
     if not transforms["state_in_prompt"]:
         return "no"
     padded = transforms["pad_state_in_prompt"]
     return f"yes, padded to {padded} numbers" if padded else "yes"
 
 
-def _policy_table(manifest: dict) -> Table:
+def _policy_table(manifest: dict[str, Any]) -> Table:
     """Everything in the manifest that is not a section with a table of its own."""
     elsewhere = {
         "quantization", "graphs", "entries", "norm_stats", "robot_description", "transforms", "settings_from", "notes",
@@ -155,7 +153,7 @@ def _policy_table(manifest: dict) -> Table:
     return table
 
 
-def _quantization_table(quantization: dict) -> Table:
+def _quantization_table(quantization: dict[str, Any]) -> Table:
     table = _table("Quantization", "", "")
     for key, value in quantization.items():
         if key != "linears":
@@ -163,9 +161,9 @@ def _quantization_table(quantization: dict) -> Table:
     return table
 
 
-def _layer_table(linears: dict[str, dict]) -> Table:
+def _layer_table(linears: dict[str, dict[str, Any]]) -> Table:
     """A row for each layer and op in it: llm.layers.3 | duq::W4A8Linear | q_proj, k_proj, ... | size | SQNR."""
-    rows: dict[tuple, list[tuple[str, dict]]] = {}
+    rows: dict[tuple[Any, ...], list[tuple[str, dict[str, Any]]]] = {}
     for name, linear in linears.items():
         layer, rest = _split_layer(name)
         rows.setdefault((layer, linear.get("op")), []).append((rest, linear))
@@ -203,22 +201,24 @@ def _kernel_table(plan: Plan, name: str, each_layer: bool) -> Table:
     variant = schedule["variants"][-1]
     title = f"{name}: {variant['cameras']} cameras, {variant['prompt']} prompt tokens"
     table = _table(title, "program", "computes", "kernel", "launches", "weights", "size")
-    rows: dict[tuple, list[int]] = {}
+    rows: dict[tuple[Any, ...], list[int]] = {}
     for program in ("prefix", "step"):
         for launch in variant[program]:
             computes = launch["name"] if each_layer else re.sub(r"\.layers\.\d+\.", ".layers.*.", launch["name"])
             kernel = schedule["kernels"][launch["kernel"]]["expression"] if "kernel" in launch else launch["call"]
-            weights = [argument[1] for argument in launch["args"].values() if isinstance(argument, list) and argument[0] == "w"]
-            product = [weight for weight in weights if re.search(r"\.(int4|int8|bf16)\b", weight)]
-            dtype = re.search(r"\.(int4|int8|bf16)\b", product[0])[1] if product else "-"
-            size = sum(schedule["weights"][weight][1] for weight in product)
+            weights = [
+                argument[1] for argument in launch["args"].values() if isinstance(argument, list) and argument[0] == "w"
+            ]
+            product = [found for weight in weights if (found := re.search(r"\.(int4|int8|bf16)\b", weight))]
+            dtype = product[0].group(1) if product else "-"
+            size = sum(schedule["weights"][found.string][1] for found in product)
             rows.setdefault((program, computes, kernel, dtype), []).append(size)
     for (program, computes, kernel, dtype), sizes in rows.items():
         table.add_row(program, computes, kernel, str(len(sizes)), dtype, _size(sum(sizes)) if sum(sizes) else "-")
     return table
 
 
-def _entry_table(entries: dict[str, dict], each_weight: bool) -> Table:
+def _entry_table(entries: dict[str, dict[str, Any]], each_weight: bool) -> Table:
     table = _table("Entries", "name", "size", "offset", "SHA-256")
     weights = [] if each_weight else [name for name in entries if name.startswith("weights/")]
     for name, entry in entries.items():
@@ -233,7 +233,7 @@ def _entry_table(entries: dict[str, dict], each_weight: bool) -> Table:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", show_header=any(columns))
     for column in columns:
-        justify = "right" if column in ("size", "offset", "worst SQNR") else "left"
+        justify: JustifyMethod = "right" if column in ("size", "offset", "worst SQNR") else "left"
         table.add_column(column, justify=justify, no_wrap=column in ("layer", "op"), overflow="fold")
     return table
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -26,7 +27,7 @@ def pack(message: object) -> bytes:
     return msgpack.packb(message, default=_encode)
 
 
-def unpack(data: bytes) -> object:
+def unpack(data: bytes) -> Any:
     """Decodes one message from a stranger. Arrays are read-only views of what was received.
 
     Raises MessageError, before an array is made, unless its dtype is plain and its shape accounts for every byte.
@@ -46,14 +47,14 @@ def unpack(data: bytes) -> object:
 class _Decoder:
     """The hooks for one message. It counts collections: an empty one takes a byte to send and a hundred to hold."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._room = MAX_COLLECTIONS
 
-    def list(self, value: list) -> list:
+    def list(self, value: list[Any]) -> list[Any]:
         self._count()
         return value
 
-    def map(self, value: dict) -> object:
+    def map(self, value: dict[bytes, Any]) -> object:
         self._count()
         if b"__ndarray__" in value:
             return _array(value)
@@ -67,7 +68,7 @@ class _Decoder:
             raise MessageError(f"message: has more than {MAX_COLLECTIONS} maps and lists; send numbers as arrays")
 
 
-def _array(fields: dict) -> np.ndarray:
+def _array(fields: dict[bytes, Any]) -> np.ndarray:
     dtype, shape, data = _dtype(fields), fields.get(b"shape"), fields.get(b"data")
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
         raise MessageError(f"array: has shape {shape!r:.100}, expected a list of sizes")
@@ -87,17 +88,21 @@ def _array(fields: dict) -> np.ndarray:
         raise MessageError(f"array: {dtype} {shape!r:.100} is not possible ({error})") from error
 
 
-def _scalar(fields: dict) -> np.generic:
+def _scalar(fields: dict[bytes, Any]) -> np.generic:
     dtype, value = _dtype(fields), fields.get(b"data")
     if not isinstance(value, (bool, int, float, str)):
         raise MessageError(f"scalar: is a {type(value).__name__}, expected a number or text")
+    if dtype.kind in "iu" and not isinstance(value, str):
+        limits = np.iinfo(dtype)
+        if not limits.min <= value <= limits.max:  # numpy 1 wraps around
+            raise MessageError(f"scalar: {value!r:.100} is no {dtype}")
     try:
         return dtype.type(value)
     except (ValueError, OverflowError) as error:
         raise MessageError(f"scalar: {value!r:.100} is no {dtype} ({error})") from error
 
 
-def _dtype(fields: dict) -> np.dtype:
+def _dtype(fields: dict[bytes, Any]) -> np.dtype:
     name = fields.get(b"dtype")
     if not isinstance(name, str) or not _DTYPE.fullmatch(name):
         raise MessageError(f"array: has dtype {name!r:.100}, expected bool, integer, floating point or text")
@@ -107,7 +112,7 @@ def _dtype(fields: dict) -> np.dtype:
         raise MessageError(f"array: has dtype {name!r}, which numpy does not know") from error
 
 
-def _encode(value: object) -> dict:
+def _encode(value: object) -> dict[bytes, Any]:
     if not isinstance(value, (np.ndarray, np.generic)) or value.dtype.kind not in KINDS:
         kind = getattr(value, "dtype", type(value).__name__)
         raise TypeError(f"{kind} cannot be sent")

@@ -15,7 +15,7 @@ _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.1
 class Metrics:
     """One server's metrics, in a registry of their own together with the process' memory, CPU time and open files."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self.clients = Gauge("duq_clients", "Connected clients", registry=self.registry)

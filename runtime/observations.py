@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ NESTED = ("image", "image_mask", "images")
 _RESERVED = ("file", "allow_pickle")  # arguments of np.savez
 
 
-def load_observations(path: str | os.PathLike) -> list[dict]:
+def load_observations(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Reads a `.npz` file, or every `.npz` file of a directory in the order of their names.
 
     Raises ObservationError if there is none, a file is unreadable, or its arrays disagree about N.
@@ -33,7 +34,7 @@ def load_observations(path: str | os.PathLike) -> list[dict]:
     return [observation for file in _files(path) for observation in _split(file, _read(file))]
 
 
-def list_observations(path: str | os.PathLike) -> list[tuple[Path, int]]:
+def list_observations(path: str | os.PathLike[str]) -> list[tuple[Path, int]]:
     """Where each observation of a file or directory is: (file, index in it), in the order of `load_observations`.
 
     Of the files only the beginnings are read. Raises ObservationError as `load_observations` does.
@@ -41,7 +42,7 @@ def list_observations(path: str | os.PathLike) -> list[tuple[Path, int]]:
     return [(file, index) for file in _files(path) for index in range(_count(file))]
 
 
-def read_observations(places: Sequence[tuple[Path, int]]) -> list[dict]:
+def read_observations(places: Sequence[tuple[Path, int]]) -> list[dict[str, Any]]:
     """The observations at these places, which `list_observations` gave; files without any of them are not opened."""
     found = []
     for file, group in itertools.groupby(places, key=lambda place: place[0]):
@@ -50,7 +51,7 @@ def read_observations(places: Sequence[tuple[Path, int]]) -> list[dict]:
     return found
 
 
-def save_observations(path: str | os.PathLike, observations: Sequence[Mapping]) -> None:
+def save_observations(path: str | os.PathLike[str], observations: Sequence[Mapping[str, Any]]) -> None:
     """Writes one `.npz` file. ObservationError if the observations differ in their keys, shapes or dtypes."""
     path = Path(path)
     if not observations:
@@ -64,13 +65,13 @@ def save_observations(path: str | os.PathLike, observations: Sequence[Mapping]) 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # no key is allow_pickle
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _files(path: str | os.PathLike) -> list[Path]:
+def _files(path: str | os.PathLike[str]) -> list[Path]:
     path = Path(path)
     files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
     if not files:
@@ -110,7 +111,7 @@ def _readable(file: Path) -> Iterator[None]:
         raise ObservationError(f"{file}: is not an .npz file of plain arrays ({error})") from error
 
 
-def _split(file: Path, arrays: dict[str, np.ndarray]) -> list[dict]:
+def _split(file: Path, arrays: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     """One nested dict per index of the leading axis."""
     if not arrays:
         raise ObservationError(f"{file}: holds no arrays")
@@ -122,12 +123,12 @@ def _split(file: Path, arrays: dict[str, np.ndarray]) -> list[dict]:
     return [nest({key: _element(array, index) for key, array in arrays.items()}) for index in range(count)]
 
 
-def _element(array: np.ndarray, index: int):
+def _element(array: np.ndarray, index: int) -> Any:
     """One observation's value; text comes back as str."""
     return str(array[index]) if array.dtype.kind == "U" and array.ndim == 1 else array[index]
 
 
-def _stack(path: Path, key: str, values: list) -> np.ndarray:
+def _stack(path: Path, key: str, values: list[Any]) -> np.ndarray:
     try:
         values = [_plain(value, key) for value in values]
     except ObservationError as error:
@@ -138,21 +139,21 @@ def _stack(path: Path, key: str, values: list) -> np.ndarray:
     return np.stack(values)
 
 
-def _plain(value, key: str) -> np.ndarray:
+def _plain(value: Any, key: str) -> np.ndarray:
     """Text, a plain numpy array of any dtype, or numbers in whatever form, as an array."""
     if isinstance(value, (str, bytes)) or type(value) is np.ndarray and value.dtype.kind not in "OV":
         return np.asarray(value)
     return checks.array(value, key)
 
 
-def _flatten(observation: Mapping) -> dict:
+def _flatten(observation: Mapping[str, Any]) -> dict[str, Any]:
     flat = {}
     for path, value in _leaves(observation):
         flat["/".join(path) if len(path) == 2 and path[0] in NESTED else "//".join(path)] = value
     return flat
 
 
-def _leaves(observation: Mapping, outer: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
+def _leaves(observation: Mapping[str, Any], outer: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
     """(keys from the outermost dict inwards, value) of everything that is no dict."""
     for key, value in observation.items():
         if not isinstance(key, str) or "//" in key or key != key.strip("/") or key in _RESERVED:
@@ -163,9 +164,9 @@ def _leaves(observation: Mapping, outer: tuple[str, ...] = ()) -> Iterator[tuple
             yield (*outer, key), value
 
 
-def nest(flat: Mapping) -> dict:
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The observation whose keys are written as in a file: {"images/top": ..} as {"images": {"top": ..}}."""
-    nested: dict = {}
+    nested: dict[str, Any] = {}
     for key, value in flat.items():
         *outer, last = key.split("//")
         if not outer and key.partition("/")[0] in NESTED and "/" in key:

@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -26,6 +27,8 @@ from duq.runtime.errors import PlanError
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+Bytes = bytes | bytearray | memoryview
+Data = Bytes | np.ndarray | Iterable[Bytes]
 
 _CHUNK = 1 << 20  # bytes hashed and written, or read and hashed, at a time
 _PAGE = 4096  # alignment of large entries: whole pages, so that touching one faults in nothing else
@@ -45,7 +48,7 @@ class PlanWriter:
     Leaving the block without `finish`, by an exception or otherwise, removes what was written.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         if not self.path.parent.is_dir():
             raise PlanError(f"{self.path}: the folder {self.path.parent} does not exist; create it first")
@@ -54,13 +57,13 @@ class PlanWriter:
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         self._file = open(self._temporary, "wb")
         self._zip = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED, allowZip64=True)
-        self._entries: dict[str, dict] = {}
+        self._entries: dict[str, dict[str, Any]] = {}
         self._hasher = ThreadPoolExecutor(1)  # hashes a piece while it is written
 
     def __enter__(self) -> PlanWriter:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._hasher.shutdown()
         try:
             self._zip.close()
@@ -68,7 +71,7 @@ class PlanWriter:
             self._temporary.unlink(missing_ok=True)
             self._file.close()
 
-    def write(self, name: str, data, alignment: int | None = None) -> int:
+    def write(self, name: str, data: Data, alignment: int | None = None) -> int:
         """Appends an entry and returns the absolute file offset of its data.
 
         `data` is bytes-like, an array (its raw bytes in C order) or an iterable of bytes-like pieces; it is hashed and
@@ -91,7 +94,7 @@ class PlanWriter:
         self._entries[name] = {"offset": offset, "bytes": written, "sha256": digest.hexdigest()}
         return offset
 
-    def finish(self, manifest: dict) -> None:
+    def finish(self, manifest: dict[str, Any]) -> None:
         """Adds the manifest (with `format_version` and `entries`), flushes to disk and renames over `path`."""
         manifest = {**manifest, "format_version": FORMAT_VERSION, "entries": self._entries}
         self._zip.writestr(zipfile.ZipInfo(MANIFEST), json.dumps(manifest, indent=1))
@@ -111,17 +114,17 @@ class PlanWriter:
         return info
 
 
-def _pieces(data) -> tuple[Iterator, int | None]:
+def _pieces(data: Data) -> tuple[Iterator[memoryview], int | None]:
     """`data` as an iterator of byte pieces of at most a chunk, and its size where it is known."""
     if isinstance(data, np.ndarray):  # viewing as uint8 also serves types with no buffer protocol (bfloat16)
-        data = memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8))
+        data = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
     if isinstance(data, (bytes, bytearray, memoryview)):
         view = memoryview(data).cast("B")
         return _chunks([view]), view.nbytes
     return _chunks(data), None
 
 
-def _chunks(pieces: Iterable) -> Iterator[memoryview]:
+def _chunks(pieces: Iterable[Bytes]) -> Iterator[memoryview]:
     for piece in pieces:
         view = memoryview(piece).cast("B")
         for start in range(0, view.nbytes, _CHUNK):
@@ -135,7 +138,7 @@ class Plan:
     damaged, of another format version, or lacks an entry.
     """
 
-    def __init__(self, path: str | os.PathLike, verify: bool = True):
+    def __init__(self, path: str | os.PathLike[str], verify: bool = True):
         self.path = Path(path)
         try:
             with open(self.path, "rb") as file:
@@ -144,7 +147,7 @@ class Plan:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                 directory = _read_directory(self.path, file)
                 self.manifest = _read_manifest(self.path, self._map, directory)
-                self._entries: dict[str, dict] = self.manifest["entries"]
+                self._entries: dict[str, dict[str, Any]] = self.manifest["entries"]
                 _check_entries(self.path, self._map, directory, self._entries)
                 if verify:
                     _check_hashes(self.path, file.fileno(), self._entries)
@@ -168,7 +171,7 @@ def _damaged(path: Path, what: str) -> PlanError:
     return PlanError(f"{path}: {what}; copy or compile the plan again")
 
 
-def _read_directory(path: Path, file) -> dict[str, zipfile.ZipInfo]:
+def _read_directory(path: Path, file: BinaryIO) -> dict[str, zipfile.ZipInfo]:
     try:
         return {info.filename: info for info in zipfile.ZipFile(file).infolist()}
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as error:
@@ -187,7 +190,7 @@ def _data_offset(path: Path, data: mmap.mmap, info: zipfile.ZipInfo) -> int:
     return info.header_offset + _LOCAL_HEADER + name_bytes + extra_bytes
 
 
-def _read_manifest(path: Path, data: mmap.mmap, directory: dict[str, zipfile.ZipInfo]) -> dict:
+def _read_manifest(path: Path, data: mmap.mmap, directory: dict[str, zipfile.ZipInfo]) -> dict[str, Any]:
     if MANIFEST not in directory:
         raise PlanError(f"{path}: not an engine plan: it is a zip file without {MANIFEST}")
     info = directory[MANIFEST]
@@ -209,7 +212,7 @@ def _read_manifest(path: Path, data: mmap.mmap, directory: dict[str, zipfile.Zip
     return manifest
 
 
-def _check_entries(path: Path, data: mmap.mmap, directory: dict[str, zipfile.ZipInfo], entries: dict) -> None:
+def _check_entries(path: Path, data: mmap.mmap, directory: dict[str, zipfile.ZipInfo], entries: dict[str, Any]) -> None:
     """Every entry of the manifest is in the zip, stored, of the size and at the offset that the graphs refer to."""
     for name, entry in entries.items():
         if name not in directory:
@@ -221,12 +224,12 @@ def _check_entries(path: Path, data: mmap.mmap, directory: dict[str, zipfile.Zip
             raise _damaged(path, f"entry {name} is not at offset {entry['offset']}: packed again by another tool?")
 
 
-def _check_hashes(path: Path, fd: int, entries: dict) -> None:
+def _check_hashes(path: Path, fd: int, entries: dict[str, Any]) -> None:
     """Hashes all entries in parallel (hashlib lets other threads run), the largest first."""
     by_size = sorted(entries, key=lambda name: -entries[name]["bytes"])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         digests = pool.map(lambda name: _sha256(fd, entries[name]["offset"], entries[name]["bytes"]), by_size)
-        for name, digest in zip(by_size, digests):
+        for name, digest in zip(by_size, digests, strict=True):
             if digest != entries[name]["sha256"]:
                 raise _damaged(path, f"entry {name} is damaged (its SHA-256 does not match)")
 

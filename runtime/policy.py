@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,7 @@ class Policy:
     """
 
     def __init__(
-        self, path: str | os.PathLike, *, threads: int | None = None, verify: bool = True, seed: int | None = None
+        self, path: str | os.PathLike[str], *, threads: int | None = None, verify: bool = True, seed: int | None = None
     ):
         plan = Plan(path, verify)
         self._manifest = plan.manifest
@@ -42,7 +43,7 @@ class Policy:
         self._noise = np.random.default_rng(seed)
 
     @property
-    def metadata(self) -> dict:
+    def metadata(self) -> dict[str, Any]:
         """What a client may want to know of the policy, in plain JSON types."""
         return {
             "robot": self._manifest["robot"],
@@ -63,7 +64,7 @@ class Policy:
         with self._engine:
             self._executor.warmup()
 
-    def infer(self, obs: Mapping, noise: np.ndarray | None = None) -> dict:
+    def infer(self, obs: Mapping[str, Any], noise: np.ndarray | None = None) -> dict[str, Any]:
         """An action chunk for one observation.
 
         obs: the robot's observation dict or bare model inputs (see `runtime.preprocess.Preprocessor`).
@@ -106,13 +107,13 @@ def preprocessor_of(plan: Plan, config: ModelConfig) -> Preprocessor:
         robot=Robot.from_json(described) if (described := manifest.get("robot_description")) else manifest["robot"],
         layout=manifest["checkpoint"]["layout"],
         norm_stats=manifest["norm_stats"],
-        tokenizer=plan.read("tokenizer.model") if "tokenizer.model" in plan.names else None,
+        tokenizer=bytes(plan.read("tokenizer.model")) if "tokenizer.model" in plan.names else None,
         cameras=manifest["cameras"],
         transforms=manifest.get("transforms"),
     )
 
 
-def _blank_observation() -> dict:
+def _blank_observation() -> dict[str, Any]:
     return {
         "image": {IMAGE_SLOTS[0]: np.zeros((32, 48, 3), np.uint8)},  # of a size that has to be resized
         "state": np.zeros(1, np.float32),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -59,7 +60,7 @@ class Normalizer:
 
     dtype = np.float64
 
-    def __init__(self, stats: Mapping, key: str, size: int, *, quantiles: bool, epsilon: float):
+    def __init__(self, stats: Mapping[str, Any], key: str, size: int, *, quantiles: bool, epsilon: float):
         names = ("q01", "q99") if quantiles else ("mean", "std")
         low, high = _statistics(stats, key, size, names)
         self.low = low
@@ -87,7 +88,7 @@ class LeRobotNormalizer:
 
     dtype = np.float32
 
-    def __init__(self, stats: Mapping, key: str, size: int, rule: str):
+    def __init__(self, stats: Mapping[str, Any], key: str, size: int, rule: str):
         self.mode, self.old = stats["mode"], rule == "lerobot-0.3"
         if self.mode not in MODES:
             raise PlanError(f"norm stats of {key!r}: the mode {self.mode!r} is unknown, one of {', '.join(MODES)}")
@@ -124,6 +125,8 @@ class LeRobotNormalizer:
         return (values + np.float32(1)) * self.scale / np.float32(2) + self.low
 
 
+AnyNormalizer = Normalizer | LeRobotNormalizer
+
 # LeRobot's normalization modes -> the statistics that each needs.
 MODES = {
     "MEAN_STD": ("mean", "std"),
@@ -134,7 +137,7 @@ MODES = {
 }
 
 
-def _statistics(stats: Mapping, key: str, size: int, names: tuple[str, ...]) -> list[np.ndarray]:
+def _statistics(stats: Mapping[str, Any], key: str, size: int, names: tuple[str, ...]) -> list[np.ndarray]:
     """The two lists as float64 arrays; PlanError unless both are there, finite, and `size` or more numbers long."""
     low, high = (np.asarray(stats.get(name), np.float64) for name in names)
     if low.ndim != 1 or low.shape != high.shape or low.size < size or not np.isfinite([low, high]).all():
@@ -143,19 +146,19 @@ def _statistics(stats: Mapping, key: str, size: int, names: tuple[str, ...]) -> 
     return [low, high]
 
 
-def normalizers(norm_stats: Mapping, robot: Robot, pi05: bool) -> list:
+def normalizers(norm_stats: Mapping[str, Any], robot: Robot, pi05: bool) -> tuple[AnyNormalizer, AnyNormalizer]:
     """Of the robot's state and of its actions."""
     rule = norm_stats.get("rule", "openpi")
-    made = []
-    for key, size in (("state", robot.state_dim), ("actions", robot.action_dim)):
+
+    def made(key: str, size: int) -> AnyNormalizer:
         stats = norm_stats.get(key) or {}
         if rule == "openpi":
-            made.append(Normalizer(stats, key, size, quantiles=pi05, epsilon=norm_stats.get("epsilon", 1e-6)))
-        elif rule in ("lerobot", "lerobot-0.3"):
-            made.append(LeRobotNormalizer(stats, key, size, rule))
-        else:
-            raise PlanError(f"norm stats: the rule {rule!r} is unknown to this duq; upgrade it")
-    return made
+            return Normalizer(stats, key, size, quantiles=pi05, epsilon=norm_stats.get("epsilon", 1e-6))
+        if rule in ("lerobot", "lerobot-0.3"):
+            return LeRobotNormalizer(stats, key, size, rule)
+        raise PlanError(f"norm stats: the rule {rule!r} is unknown to this duq; upgrade it")
+
+    return made("state", robot.state_dim), made("actions", robot.action_dim)
 
 
 class Preprocessor:
@@ -177,10 +180,10 @@ class Preprocessor:
         *,
         robot: str | Robot = "none",
         layout: str = "openpi",
-        norm_stats: Mapping | None = None,
+        norm_stats: Mapping[str, Any] | None = None,
         tokenizer: bytes | None = None,
         cameras: int = len(IMAGE_SLOTS),
-        transforms: Mapping | None = None,
+        transforms: Mapping[str, Any] | None = None,
     ):
         self.config = config
         self.cameras = cameras
@@ -188,9 +191,10 @@ class Preprocessor:
         self.transforms = default_transforms(self.robot, pi05=config.pi05, layout=layout) | checked(transforms or {})
         self.tokenizer = None if tokenizer is None else Tokenizer(tokenizer)
         self._delta = self._delta_mask()
-        self._state_norm = self._action_norm = None
+        self._state_norm: AnyNormalizer | None = None
+        self._action_norm: AnyNormalizer | None = None
         if self.robot:
-            self._check_widths()
+            self._check_widths(self.robot)
         if self.robot and norm_stats:
             self._state_norm, self._action_norm = normalizers(norm_stats, self.robot, config.pi05)
 
@@ -199,7 +203,7 @@ class Preprocessor:
         """Dims of an action that the robot takes (of the model, without a robot)."""
         return self.robot.action_dim if self.robot else self.config.action_dim
 
-    def model_inputs(self, observation: Mapping) -> ModelInputs:
+    def model_inputs(self, observation: Mapping[str, Any]) -> ModelInputs:
         """Checks and converts an observation. ObservationError names the key, what it holds and what is expected."""
         if not isinstance(observation, Mapping):
             raise ObservationError(f"an observation is a dict, got {type(observation).__name__}")
@@ -213,14 +217,14 @@ class Preprocessor:
         tokens, token_mask = self._prompt(observation, state)
         return ModelInputs(images, image_mask, tokens, token_mask, self._pad(state).astype(np.float32))
 
-    def robot_actions(self, actions: np.ndarray, observation: Mapping) -> np.ndarray:
+    def robot_actions(self, actions: np.ndarray, observation: Mapping[str, Any]) -> np.ndarray:
         """The model's actions, float32 [H, A], as the robot takes them: float32 [H, action_dim].
 
         Un-normalized, made absolute with the observation's state and converted; unchanged if the inputs were bare.
         """
         if self.is_bare(observation):
             return actions
-        norm, actions = self._action_norm, actions[:, : self.robot.action_dim]
+        norm, actions = self._action_norm, actions[:, : self._described.action_dim]
         actions = actions.astype(norm.dtype if norm else np.float64)
         if norm:
             actions = norm.unnormalize(actions)
@@ -228,9 +232,15 @@ class Preprocessor:
             state = self._model_state(observation)[: self._delta.size].astype(actions.dtype)
             actions = actions.copy()
             actions[:, : self._delta.size] += np.where(self._delta, state, 0).astype(actions.dtype)
-        return self.robot.actions_to_robot(actions, self.transforms["adapt_to_pi"]).astype(np.float32)
+        return self._described.actions_to_robot(actions, self.transforms["adapt_to_pi"]).astype(np.float32)
 
-    def is_bare(self, observation: Mapping) -> bool:
+    @property
+    def _described(self) -> Robot:
+        """The robot, to be asked for observations in its form alone."""
+        assert self.robot is not None
+        return self.robot
+
+    def is_bare(self, observation: Mapping[str, Any]) -> bool:
         """Whether these are bare model inputs and not an observation of the robot."""
         return self.robot is None or "image" in observation
 
@@ -243,9 +253,9 @@ class Preprocessor:
             raise PlanError(f"robot {self.robot.name}: delta_actions is on, but nothing says which actions are relative")
         return mask[: self.robot.state_dim]
 
-    def _check_widths(self) -> None:
+    def _check_widths(self, robot: Robot) -> None:
         """A robot whose numbers do not fit into the policy's is another policy's robot."""
-        robot, config = self.robot, self.config
+        config = self.config
         if robot.action_dim > config.action_dim:
             raise PlanError(
                 f"robot {robot.name} has {robot.action_dim} actions, but the policy predicts {config.action_dim}"
@@ -255,17 +265,18 @@ class Preprocessor:
                 f"robot {robot.name} has a state of {robot.state_dim}, but the policy takes {config.state_width}"
             )
 
-    def _model_state(self, observation: Mapping) -> np.ndarray:
+    def _model_state(self, observation: Mapping[str, Any]) -> np.ndarray:
         """The robot's state in the model's units, not normalized, float64 [state_dim]."""
-        return self.robot.state_to_model(self.robot.read_state(observation), self.transforms["adapt_to_pi"])
+        robot = self._described
+        return robot.state_to_model(robot.read_state(observation), self.transforms["adapt_to_pi"])
 
-    def _robot_cameras(self, observation: Mapping) -> dict[str, np.ndarray]:
-        """The images of the cameras that are there, by slot: uint8, or float32 in [0, 1] where the policy resizes in float."""
+    def _robot_cameras(self, observation: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """The images that are there, by slot: uint8, or float32 in [0, 1] for a policy that resizes in float."""
         keep = self.transforms["resize"] != "openpi"
-        found = self.robot.images(observation)
+        found = self._described.images(observation)
         return {slot: checks.image(value, camera.key[-1], camera.layout, keep) for slot, (value, camera) in found.items()}
 
-    def _bare_state(self, observation: Mapping) -> np.ndarray:
+    def _bare_state(self, observation: Mapping[str, Any]) -> np.ndarray:
         dims, width = checks.array(checks.required(observation, "state"), "state").shape, self.config.state_width
         fits = len(dims) == 1 and dims[0] <= width
         return checks.vector(observation, "state", dims[0] if fits else width)
@@ -285,8 +296,8 @@ class Preprocessor:
         images = resize_all([cameras.get(slot) for slot in IMAGE_SLOTS], size, size, rule)
         return images, np.array([slot in cameras for slot in IMAGE_SLOTS])
 
-    def _prompt(self, observation: Mapping, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids int64 [L] and their mask bool [L]. A text that is too long is cut off, as the policies' own code does."""
+    def _prompt(self, observation: Mapping[str, Any], state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids int64 [L] and their mask bool [L]. Too long a text is cut off, as by the policies' own code."""
         limit = self.config.max_prompt_tokens
         if "tokenized_prompt" in observation or "tokenized_prompt_mask" in observation:
             ids, mask = _given_tokens(observation)
@@ -304,7 +315,7 @@ class Preprocessor:
             raise ObservationError(f"prompt: token {unknown[0]} is not in the vocabulary of {self.config.vocab_size}")
         return _padded(np.where(mask, ids, 0), limit), _padded(mask, limit)
 
-    def _text(self, observation: Mapping) -> str:
+    def _text(self, observation: Mapping[str, Any]) -> str:
         keys = ("prompt",) if self.robot is None else self.robot.prompt_keys
         for key in keys:
             if key in observation:
@@ -335,7 +346,7 @@ def _padded(values: np.ndarray, size: int) -> np.ndarray:
     return padded
 
 
-def _bare_cameras(observation: Mapping) -> dict[str, np.ndarray]:
+def _bare_cameras(observation: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The unmasked images by slot. A slot with an image counts as there unless image_mask says otherwise."""
     images = checks.mapping(observation, "image")
     masks = checks.mapping(observation, "image_mask") if "image_mask" in observation else {}
@@ -346,21 +357,21 @@ def _bare_cameras(observation: Mapping) -> dict[str, np.ndarray]:
     return {slot: _bare_image(checks.required(images, slot), f"image/{slot}") for slot in present}
 
 
-def _bare_image(value, key: str) -> np.ndarray:
+def _bare_image(value: Any, key: str) -> np.ndarray:
     dtype = np.dtype(np.uint8) if hasattr(value, "getbands") else checks.array(value, key).dtype
     if dtype.kind == "f":  # openpi takes floats here as -1..1, robots' cameras as 0..1
         raise ObservationError(f"{key}: has dtype {dtype}, expected uint8")
     return checks.image(value, key, "HWC")
 
 
-def _flag(value, slot: str) -> bool:
+def _flag(value: Any, slot: str) -> bool:
     value = checks.array(value, f"image_mask/{slot}", "one bool")
     if value.dtype != bool or value.size != 1:
         raise ObservationError(f"image_mask/{slot}: is {value.dtype} of shape {list(value.shape)}, expected one bool")
     return bool(value.item())
 
 
-def _given_tokens(observation: Mapping) -> tuple[np.ndarray, np.ndarray]:
+def _given_tokens(observation: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """tokenized_prompt and its mask, of equal length, at least one token of it valid."""
     keys = {"tokenized_prompt": "integers [tokens]", "tokenized_prompt_mask": "bools [tokens]"}
     ids, mask = (checks.array(checks.required(observation, key), key, expected) for key, expected in keys.items())
@@ -372,6 +383,6 @@ def _given_tokens(observation: Mapping) -> tuple[np.ndarray, np.ndarray]:
     return ids.astype(np.int64), mask
 
 
-def _text(observation: Mapping, key: str) -> str:
+def _text(observation: Mapping[str, Any], key: str) -> str:
     """The prompt: a str, UTF-8 bytes, or one of either in a numpy array, list or tuple, as robot clients send it."""
     return checks.text(checks.required(observation, key), key)

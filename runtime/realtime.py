@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -62,12 +62,12 @@ class ChunkStream:
 
     def __init__(
         self,
-        infer: Callable[[Mapping], Mapping],
+        infer: Callable[[Mapping[str, Any]], Mapping[str, Any]],
         *,
         freeze: int,
         blend: int = 0,
         every: int | None = None,
-        submit: Callable[..., Future] | None = None,
+        submit: Callable[..., Future[Any]] | None = None,
     ):
         every = freeze if every is None else every
         if not (1 <= freeze <= every and 0 <= blend <= every):
@@ -76,10 +76,10 @@ class ChunkStream:
         self._infer, self._freeze, self._blend, self._every = infer, freeze, blend, every
         self._submit = submit or ThreadPoolExecutor(1, "duq-realtime").submit
         self._started = self._takeover = 0
-        self._call: Future | None = None  # an inference under way,
+        self._call: Future[Any] | None = None  # an inference under way,
         self._next: Chunk | None = None  # then its chunk until it takes over
 
-    def begin(self, observation: Mapping) -> None:
+    def begin(self, observation: Mapping[str, Any]) -> None:
         """Waits for the first chunk, whose first action is that of period 0."""
         actions = self._submit(self._infer, observation).result()["actions"]
         needed = self._every + self._freeze + self._blend
@@ -90,14 +90,14 @@ class ChunkStream:
             )
         self._old = self._new = Chunk(0, actions)
 
-    def action(self, period: int, observe: Callable[[], Mapping]) -> np.ndarray:
+    def action(self, period: int, observe: Callable[[], Mapping[str, Any]]) -> np.ndarray:
         """The action [A] of a period. Never waits for an inference; raises what an inference raised.
 
         Periods only increase; some may be left out. observe: called in the periods in which an inference starts. The
         inference reads what it returns while the loop goes on, so it must not be written to afterwards.
         """
         if self._call and self._call.done():
-            self._receive(period)
+            self._receive(self._call, period)
         if self._next and period >= self._next.start + self._freeze:
             self._old, self._new, self._next, self._takeover = self._new, self._next, None, period
         if not self._call and not self._next and period >= self._started + self._every:
@@ -105,8 +105,8 @@ class ChunkStream:
         self.report.starved += period >= self._new.end
         return self._mixed(period)
 
-    def _receive(self, period: int) -> None:
-        self._next, self._call = Chunk(self._started, self._call.result()["actions"]), None
+    def _receive(self, call: Future[Any], period: int) -> None:
+        self._next, self._call = Chunk(self._started, call.result()["actions"]), None
         latency = period - self._started
         self.report.latencies[latency] += 1
         self.report.late += latency > self._freeze
@@ -136,7 +136,7 @@ class MonotonicClock:
 
 def control_loop(
     stream: ChunkStream,
-    observe: Callable[[], Mapping],
+    observe: Callable[[], Mapping[str, Any]],
     act: Callable[[np.ndarray], None],
     *,
     rate: float,

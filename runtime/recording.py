@@ -10,6 +10,7 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from duq.plugins.errors import DuqError
 from duq.runtime.cli_errors import check_output_directory
@@ -42,7 +43,7 @@ class Recorder:
         self._bytes = sum(file.stat().st_size for file in files)
         self._number = max((int(found[1]) for file in files if (found := _NUMBERED.fullmatch(file.name))), default=-1) + 1
         self._offered = 0
-        self._waiting: queue.Queue[Mapping | None] = queue.Queue(_WAITING)
+        self._waiting: queue.Queue[Mapping[str, Any] | None] = queue.Queue(_WAITING)
         self._told: set[str] = set()
         self._count: Callable[[str], None] = lambda outcome: None
         self._writer = threading.Thread(target=self._write_all, name="duq-record", daemon=True)
@@ -53,7 +54,7 @@ class Recorder:
         log.info("recording into %s: %.3f GB of at most %.3f", self._directory, self._bytes / 1e9, self._limit / 1e9)
         self._writer.start()
 
-    def offer(self, observation: Mapping) -> None:
+    def offer(self, observation: Mapping[str, Any]) -> None:
         """Takes an observation, or passes over it; never waits. Its arrays must not change from now on."""
         self._offered += 1
         if (self._offered - 1) % self._every:
@@ -80,7 +81,7 @@ class Recorder:
                 log.exception("an observation could not be recorded")
                 self._count("failed")
 
-    def _write(self, observation: Mapping) -> None:
+    def _write(self, observation: Mapping[str, Any]) -> None:
         file, full = self._directory / _NAME.format(self._number), self._bytes >= self._limit
         if not full:
             save_observations(file, [observation])

@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,9 @@ from duq.plugins.errors import DuqError
 from duq.runtime.cli_errors import one_line_errors
 from duq.runtime.policy import Policy
 from duq.runtime.recording import Recorder
+
+if TYPE_CHECKING:
+    from duq.runtime.server import PolicyServer
 
 API_KEY_VARIABLE = "DUQ_API_KEY"
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -56,7 +59,7 @@ def _serve(
     try:
         from duq.runtime.server import PolicyServer
     except ModuleNotFoundError as error:
-        raise DuqError(f"duq-serve needs {error.name}: pip install 'duq[server]'") from error
+        raise DuqError(f"duq-serve needs {error.name}: pip install 'duq-vla[server]'") from error
     key = _api_key(api_key, api_key_file)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("websockets.server").setLevel(logging.WARNING)
@@ -71,7 +74,7 @@ def _serve(
         asyncio.run(_run(server, listener))
 
 
-async def _run(server, listener: socket.socket) -> None:
+async def _run(server: PolicyServer, listener: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     signals = (signal.SIGTERM, signal.SIGINT)
 

@@ -17,6 +17,7 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
+from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from websockets.asyncio.server import Request, Response, ServerConnection, serve
@@ -30,7 +31,7 @@ from duq.runtime.policy import Policy
 from duq.runtime.recording import Recorder
 
 # Why the websocket layer itself ends a connection, as the metrics name it.
-_REFUSALS = {
+_REFUSALS: dict[int, str] = {
     CloseCode.MESSAGE_TOO_BIG: "oversized",
     CloseCode.PROTOCOL_ERROR: "malformed",
     CloseCode.INVALID_DATA: "malformed",
@@ -140,7 +141,7 @@ class PolicyServer:
                 gone.cancel()
 
     async def _answer(
-        self, connection: ServerConnection, gone: asyncio.Future, request: bytes | str, previous: dict
+        self, connection: ServerConnection, gone: asyncio.Future[Any], request: bytes | str, previous: dict[str, Any]
     ) -> None:
         """Sends the actions, or the error that belongs to this client alone."""
         job = self._worker.submit(self._call, request, time.perf_counter(), previous)
@@ -161,7 +162,7 @@ class PolicyServer:
         finally:
             self._busy.discard(connection)
 
-    def _call(self, request: bytes | str, received: float, previous: dict) -> bytes:
+    def _call(self, request: bytes | str, received: float, previous: dict[str, Any]) -> bytes:
         """A request's work, in the worker thread: the reply, encoded. received: the time at which it came."""
         start = time.perf_counter()
         if isinstance(request, str):

@@ -33,5 +33,5 @@ class Tokenizer:
         return self._model.encode(f"Task: {text}, State: {bins};\nAction: ", add_bos=True)
 
     def encode_task(self, task: str) -> list[int]:
-        """Token ids of an instruction as LeRobot's pi0 takes it: <bos>, the text as it is, and a newline if it ends in none."""
+        """Token ids of an instruction as LeRobot's pi0 takes it: <bos>, the text, and a newline if it ends in none."""
         return self._model.encode(task if task.endswith("\n") else f"{task}\n", add_bos=True)

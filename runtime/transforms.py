@@ -14,6 +14,7 @@ resize: str                  how images come to the model's size: "openpi" (uint
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from duq.runtime.errors import PlanError
 from duq.runtime.images import RULES
@@ -32,7 +33,7 @@ TRANSFORMS = {
 CHOICES = {"prompt_text": ("openpi", "lerobot"), "resize": RULES}
 
 
-def default_transforms(robot: Robot | None, *, pi05: bool, layout: str) -> dict:
+def default_transforms(robot: Robot | None, *, pi05: bool, layout: str) -> dict[str, Any]:
     """The settings of a policy whose checkpoint says no more than its layout ("openpi" or "lerobot") and its robot.
 
     The robot's own defaults are those of openpi's training configs; LeRobot's policies have none of them.
@@ -56,7 +57,7 @@ def default_transforms(robot: Robot | None, *, pi05: bool, layout: str) -> dict:
     }
 
 
-def checked(transforms: Mapping) -> dict:
+def checked(transforms: Mapping[str, Any]) -> dict[str, Any]:
     """The settings themselves. PlanError if one is unknown to this version or of the wrong type."""
     for name, value in transforms.items():
         if name not in TRANSFORMS:

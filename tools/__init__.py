@@ -1,1 +1,6 @@
-"""Commands around the compiler and the runtime; each also runs as a script, `python tools/compare.py`."""
+"""Commands around the compiler and the runtime: duq-compare, or `python tools/compare.py` in a checkout."""
+
+if __name__ == "tools":
+    from duq.short_names import hand_over
+
+    hand_over(__name__)

@@ -1,4 +1,4 @@
-"""How fast the engines are, against PyTorch on the same machine with the same inputs: `python tools/bench.py --help`."""
+"""How fast the engines are, against PyTorch on the same machine with the same inputs: `duq-bench --help`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-if __name__ == "__main__":  # import from the repository: in tools/, profile.py would pass for the standard library's
+if __name__ == "__main__":  # in a checkout; in tools/, profile.py would pass for the standard library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from duq import commands
+
+    commands.bench()
 
 import numpy as np
 import onnxruntime
@@ -23,7 +26,7 @@ from rich.table import Table
 
 from duq.compiler.checkpoint import load_checkpoint
 from duq.compiler.checkpoint.synthetic import VARIANTS, make_checkpoint
-from duq.compiler.model import build_model
+from duq.compiler.model import Pi0, build_model
 from duq.compiler.pipeline import compile_policy, quantize_checkpoint
 from duq.compiler.quant import load_recipe
 from duq.compiler.quantize_cli import progress_bar
@@ -36,6 +39,7 @@ from duq.runtime.plan import Plan
 from duq.runtime.preprocess import ModelInputs
 from duq.tools import bench_gpu
 
+QUANT = ("none", "llm+expert-mlp", "all")
 EAGER = "PyTorch eager fp32"
 PAUSE = 0.02  # seconds between two contenders: PyTorch's threads spin for a while when they run out of work
 
@@ -52,11 +56,9 @@ def _bench(
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Measure this checkpoint instead.")] = None,
     pi05: Annotated[bool, typer.Option("--pi05", help="pi0.5 instead of pi0.")] = False,
-    quant: Annotated[list[str], typer.Option(help="Presets or recipe files to compile.")] = [
-        "none",
-        "llm+expert-mlp",
-        "all",
-    ],
+    quant: Annotated[
+        list[str] | None, typer.Option(help=f"Presets or recipe files to compile; by default {', '.join(QUANT)}.")
+    ] = None,
     cameras: Annotated[int, typer.Option(min=1, max=3, help="In the observation.")] = 3,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="In the observation.")] = 48,
     threads: Annotated[int | None, typer.Option(min=1, help="Of every contender; by default one a core.")] = None,
@@ -75,26 +77,26 @@ def _bench(
 
     [bold]Examples[/bold]
 
-      python tools/bench.py
+      duq-bench
 
-      python tools/bench.py --checkpoint checkpoints/pi0 --quant llm+expert-mlp --no-torch-compile --rounds 5
+      duq-bench --checkpoint checkpoints/pi0 --quant llm+expert-mlp --no-torch-compile --rounds 5
 
-      python tools/bench.py --suite gpu --quant none --quant llm+expert-mlp --out results
+      duq-bench --suite gpu --quant none --quant llm+expert-mlp --out results
     """
     if suite not in ("cpu", "gpu"):
         raise DuqError(f"--suite {suite}: unknown, cpu or gpu")
     variant = variant or (["full"] if suite == "gpu" else ["tiny", "small"])
     if checkpoint is None and (unknown := [name for name in variant if name not in VARIANTS]):
         raise DuqError(f"--variant {unknown[0]}: unknown, one of {', '.join(VARIANTS)}")
-    recipes = {name: load_recipe(name, environment={}) for name in quant}
+    recipes = {name: load_recipe(name, environment={}) for name in quant or QUANT}
     threads = threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
-    results = []
+    results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="duq-bench-") as name, progress_bar() as progress:
         for index, each in enumerate([checkpoint] if checkpoint else variant):
             directory = Path(name) / str(index)
             directory.mkdir()
-            path = checkpoint or make_checkpoint(directory / "checkpoint", variant=each, pi05=pi05)
+            path = checkpoint or make_checkpoint(directory / "checkpoint", variant=str(each), pi05=pi05)
             if suite == "gpu":
                 records = bench_gpu.measure(load_checkpoint(path), recipes, directory, torch_compile, progress)
                 results.append({"policy": f"{each}{' pi0.5' if pi05 else ' pi0'}", "records": records})
@@ -159,15 +161,16 @@ def _inputs(config: ModelConfig, cameras: int, prompt_tokens: int) -> tuple[Mode
     return inputs, random.standard_normal((config.action_horizon, config.action_dim), np.float32)
 
 
-def _pytorch(model: torch.nn.Module) -> Infer:
+def _pytorch(model: Pi0) -> Infer:
     def infer(inputs: ModelInputs, noise: np.ndarray) -> torch.Tensor:
         fields = (inputs.pixels(), inputs.image_mask, inputs.tokens, inputs.token_mask, inputs.state, noise)
-        return model.sample_actions(*(torch.from_numpy(field)[None] for field in fields))
+        tensors: list[Any] = [torch.from_numpy(field)[None] for field in fields]
+        return model.sample_actions(*tensors)
 
     return infer
 
 
-def _inductor(model: torch.nn.Module) -> torch.nn.Module:
+def _inductor(model: Pi0) -> Pi0:
     """The three parts of a call, each compiled; compiling the whole unrolled loop takes an hour and gains nothing here."""
     for part in ("embed_images", "prefix", "velocity"):
         setattr(model, part, torch.compile(getattr(model, part), dynamic=False))
@@ -187,7 +190,3 @@ def _table(result: dict) -> Table:
 def main() -> None:
     with one_line_errors():
         app()
-
-
-if __name__ == "__main__":
-    main()

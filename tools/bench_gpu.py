@@ -1,4 +1,4 @@
-"""The GPU suite of tools/bench.py: cuda plans against PyTorch on the same card, in one process, with the same inputs."""
+"""The GPU suite of duq-bench: cuda plans against PyTorch on the same card, in one process, with the same inputs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -19,7 +21,7 @@ from rich.table import Table
 
 from duq.compiler.accuracy.metrics import difference
 from duq.compiler.checkpoint import Checkpoint
-from duq.compiler.model import build_model
+from duq.compiler.model import Pi0, build_model
 from duq.compiler.pipeline import compile_policy, quantize_checkpoint
 from duq.compiler.quant import Quantization, Recipe
 from duq.compiler.quant.linears import select_linears
@@ -118,14 +120,14 @@ def _measure_engine(
             return result["actions"]
 
         controls: list[float] = []
-        actions, times = _timed(infer, CALLS, lambda controls=controls: controls.append(_control()))
+        actions, times = _timed(infer, CALLS, partial(_append_control, controls))
         stages = stages[-CALLS:]
         replay = [each["prefix_ms"] + each["denoise_ms"] for each in stages]
         split = {key: float(np.median([each[key] for each in stages])) for key in ("prefix_ms", "denoise_ms")}
         host = _host(stages) | {"control": controls[-CALLS:]}
         records.append(_record(name, case, actions, times, replay_ms=replay, host_ms=host, **split, **facts))
     executor, preprocessor = CudaExecutor(Plan(plan, verify=False)), Preprocessor(config)
-    for record, obs in zip(records, observations.values()):
+    for record, obs in zip(records, observations.values(), strict=True):
         size = executor.stage(preprocessor.model_inputs(obs), noise)
         record["loop_ms"] = executor.milliseconds_in_turn(size)[1]
     return records
@@ -150,7 +152,7 @@ def observation(config: ModelConfig, cameras: int, prompt_tokens: int) -> dict:
     }
 
 
-def _tensors(model: torch.nn.Module, inputs: ModelInputs, noise: np.ndarray) -> list[torch.Tensor]:
+def _tensors(model: Pi0, inputs: ModelInputs, noise: np.ndarray) -> list[Any]:
     """What `sample_actions` takes; absent cameras and prompt padding left out, as the engine leaves them out."""
     fields = (inputs.pixels()[inputs.image_mask], inputs.image_mask[inputs.image_mask], inputs.tokens[inputs.token_mask],
               inputs.token_mask[inputs.token_mask], inputs.state, noise)  # fmt: skip
@@ -159,11 +161,11 @@ def _tensors(model: torch.nn.Module, inputs: ModelInputs, noise: np.ndarray) -> 
     return [each.to(dtype) if each.is_floating_point() else each for each in tensors]
 
 
-def _eager(model: torch.nn.Module, inputs: ModelInputs, noise: np.ndarray) -> Callable[[], np.ndarray]:
+def _eager(model: Pi0, inputs: ModelInputs, noise: np.ndarray) -> Callable[[], np.ndarray]:
     return lambda: model.sample_actions(*_tensors(model, inputs, noise))[0].float().cpu().numpy()
 
 
-def _in_graph(model: torch.nn.Module, inputs: ModelInputs, noise: np.ndarray) -> Callable[[], np.ndarray]:
+def _in_graph(model: Pi0, inputs: ModelInputs, noise: np.ndarray) -> Callable[[], np.ndarray]:
     """The whole call, its parts compiled by Inductor, in one CUDA graph: the least that PyTorch can take."""
     for part in ("embed_images", "prefix", "velocity"):
         setattr(model, part, torch.compile(getattr(model, part), dynamic=False))
@@ -178,7 +180,7 @@ def _in_graph(model: torch.nn.Module, inputs: ModelInputs, noise: np.ndarray) ->
         actions = model.sample_actions(*static)
 
     def infer() -> np.ndarray:
-        for to, source in zip(static, _tensors(model, inputs, noise)):
+        for to, source in zip(static, _tensors(model, inputs, noise), strict=True):
             to.copy_(source)
         graph.replay()
         return actions[0].float().cpu().numpy()
@@ -199,9 +201,12 @@ def _timed(
     return actions, times[-calls:]
 
 
+def _append_control(controls: list[float]) -> None:
+    controls.append(_control())
+
+
 def _control() -> float:
-    """Milliseconds of a piece of the interpreter's work that is always the same, behind each call: what is slow in it is the
-    machine, not the engine."""
+    """Milliseconds of a fixed piece of interpreter work after each call: where it is slow, so is the machine."""
     start = time.perf_counter()
     sum(range(10_000))
     return (time.perf_counter() - start) * 1e3
@@ -229,7 +234,8 @@ def table(records: list[dict]) -> Table:
         "open+warm",
         "cosine",
     ]
-    title = "milliseconds (steps: behind the prefix, beside which most of the first runs; loop: all of them, nothing beside the prefix);"
+    title = "milliseconds (steps: behind the prefix, beside which most of the first runs; "
+    title += "loop: all of them, nothing beside the prefix);"
     title += "\nmemory in GB, compile and open in s; cosine of the actions to fp32"
     found = Table(*columns, title=title, title_justify="left")
     for each in records:

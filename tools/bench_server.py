@@ -1,4 +1,4 @@
-"""What the server adds to a policy's own time, and whether it endures: `python tools/bench_server.py --help`."""
+"""What the server adds to a policy's own time, and whether it endures: `duq-bench-server --help`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
-if __name__ == "__main__":  # import from the repository: in tools/, profile.py would pass for the standard library's
+if __name__ == "__main__":  # in a checkout; in tools/, profile.py would pass for the standard library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from duq import commands
+
+    commands.bench_server()
 
 import numpy as np
 import typer
@@ -31,7 +34,12 @@ from duq.runtime.config import IMAGE_SLOTS
 from duq.runtime.server import PolicyServer
 
 WARM_UP = 20  # calls that are not counted
-app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Measure what duq-serve adds to a policy's own time, and whether it endures, with openpi-client.",
+)
 PlanOption = Annotated[Path | None, typer.Option("--plan", help="Serve this engine.plan, not a stand-in.")]
 InferOption = Annotated[float, typer.Option("--infer-ms", min=0, help="Time that the stand-in takes for a call.")]
 
@@ -150,12 +158,12 @@ def _serving(plan: Path | None, infer_ms: float) -> Iterator[int]:
 
 
 def _serve(listener: socket.socket, plan: Path | None, infer_ms: float) -> None:
-    policy = StandIn(infer_ms)
+    policy: Policy | StandIn = StandIn(infer_ms)
     if plan is not None:
         with one_line_errors():
-            policy = Policy(plan)
-            policy.warmup()
-    asyncio.run(PolicyServer(policy).run(listener))
+            policy = opened = Policy(plan)
+            opened.warmup()
+    asyncio.run(PolicyServer(cast(Policy, policy)).run(listener))
 
 
 def _observation(value: float, cameras: int = 3) -> dict:
@@ -175,7 +183,9 @@ def _healthy(port: int) -> bool:
 
 
 def _resident_mb(port: int) -> float:
-    return float(re.search(r"^process_resident_memory_bytes (\S+)", _get(port, "/metrics"), re.MULTILINE)[1]) / 1e6
+    found = re.search(r"^process_resident_memory_bytes (\S+)", _get(port, "/metrics"), re.MULTILINE)
+    assert found is not None  # the server publishes it
+    return float(found[1]) / 1e6
 
 
 def _get(port: int, path: str) -> str:
@@ -192,7 +202,3 @@ def _print_table(title: str, row: dict[str, float]) -> None:
 def main() -> None:
     with one_line_errors():
         app()
-
-
-if __name__ == "__main__":
-    main()

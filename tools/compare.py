@@ -1,4 +1,4 @@
-"""How far an engine is from its checkpoint: `python tools/compare.py --help`."""
+"""How far an engine is from its checkpoint: `duq-compare --help`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
-if __name__ == "__main__":  # import from the repository: in tools/, profile.py would pass for the standard library's
+if __name__ == "__main__":  # in a checkout; in tools/, profile.py would pass for the standard library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from duq import commands
+
+    commands.compare()
 
 import typer
 from rich.console import Console
@@ -79,9 +82,9 @@ def _compare(
 
     [bold]Examples[/bold]
 
-      python tools/compare.py checkpoints/pi0 engine.plan --observations observations.npz --report report.html
+      duq-compare checkpoints/pi0 engine.plan --observations observations.npz --report report.html
 
-      python tools/compare.py checkpoints/pi0 engine.plan --min-sqnr 20 --json
+      duq-compare checkpoints/pi0 engine.plan --min-sqnr 20 --json
     """
     thresholds = Thresholds(min_cosine, max_error, min_sqnr, max_robot_error)
     if report is not None:
@@ -206,7 +209,3 @@ def _table(title: str, first: str, *columns: str) -> Table:
 def main() -> None:
     with one_line_errors():
         app()
-
-
-if __name__ == "__main__":
-    main()

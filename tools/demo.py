@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-if __name__ == "__main__":  # import from the repository: in tools/, profile.py would pass for the standard library's
+if __name__ == "__main__":  # in a checkout; in tools/, profile.py would pass for the standard library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from duq import commands
+
+    commands.demo()
 
 import numpy as np
 import skimage.data
@@ -17,7 +20,11 @@ from duq.runtime import Policy
 from duq.runtime.cli_errors import one_line_errors
 from duq.runtime.observations import load_observations, save_observations
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Make observations from photographs, and drive a policy with them as a robot's loop would.",
+)
 PHOTOGRAPHS = (skimage.data.astronaut, skimage.data.chelsea, skimage.data.coffee)
 PROMPTS = ("pick up the cup", "open the drawer", "push the button")
 
@@ -65,7 +72,3 @@ def run(plan: Path, data: Annotated[Path, typer.Argument(help="Observations, as 
 def main() -> None:
     with one_line_errors():
         app()
-
-
-if __name__ == "__main__":
-    main()

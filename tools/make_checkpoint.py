@@ -1,14 +1,17 @@
-"""Writes a pi0 or pi0.5 checkpoint of any size from a seed: `python tools/make_checkpoint.py --help`."""
+"""Writes a pi0 or pi0.5 checkpoint of any size from a seed: `duq-make-checkpoint --help`."""
 
 from __future__ import annotations
 
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-if __name__ == "__main__":  # import from the repository: in tools/, profile.py would pass for the standard library's
+if __name__ == "__main__":  # in a checkout; in tools/, profile.py would pass for the standard library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from duq import commands
+
+    commands.make_checkpoint()
 
 import typer
 from rich.console import Console
@@ -18,10 +21,10 @@ from duq.compiler.checkpoint.synthetic import VARIANTS, make_checkpoint, make_co
 from duq.compiler.checkpoint.synthetic.files import DTYPES, ROBOTS
 from duq.runtime.cli_errors import check_output_directory, one_line_errors
 
-Variant = Enum("Variant", {name: name for name in VARIANTS}, type=str)
+Variant = Enum("Variant", {name: name for name in VARIANTS}, type=str)  # type: ignore[misc]
 Layout = Enum("Layout", {"openpi": "openpi", "jax": "jax", "lerobot": "lerobot"}, type=str)
-Dtype = Enum("Dtype", {name: name for name in DTYPES}, type=str)
-Robot = Enum("Robot", {name: name for name in (*ROBOTS, "none")}, type=str)
+Dtype = Enum("Dtype", {name: name for name in DTYPES}, type=str)  # type: ignore[misc]
+Robot = Enum("Robot", {name: name for name in (*ROBOTS, "none")}, type=str)  # type: ignore[misc]
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -35,18 +38,18 @@ def _make(
             help="tiny: 26 M weights, 1 s. small: 200 M. dummy: openpi's test Gemmas under the real SigLIP (0.9 GB). "
             "full: gemma_2b + gemma_300m + So400m/14 (6.5 GB, about two minutes)."
         ),
-    ] = Variant.tiny,
+    ] = Variant["tiny"],
     pi05: Annotated[
         bool, typer.Option("--pi05", help="pi0.5 (adaptive norms, state in the prompt) instead of pi0.")
     ] = False,
     layout: Annotated[
         Layout, typer.Option(help="openpi's PyTorch directory, its JAX directory (Orbax) or LeRobot's pretrained_model/.")
     ] = Layout.openpi,
-    robot: Annotated[
-        Robot, typer.Option(help="Whose normalization statistics to add; none adds no statistics.")
-    ] = Robot.aloha,
+    robot: Annotated[Robot, typer.Option(help="Whose normalization statistics to add; none adds no statistics.")] = Robot[
+        "aloha"
+    ],
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal bytes.")] = 0,
-    dtype: Annotated[Dtype, typer.Option(help="How the weights are stored.")] = Dtype.bfloat16,
+    dtype: Annotated[Dtype, typer.Option(help="How the weights are stored.")] = Dtype["bfloat16"],
     action_horizon: Annotated[int, typer.Option(min=1, help="Actions in a chunk.")] = 50,
     depth: Annotated[int | None, typer.Option(min=1, help="Layers of the LLM and the action expert.")] = None,
     vision_depth: Annotated[int | None, typer.Option(min=1, help="Layers of SigLIP.")] = None,
@@ -60,14 +63,16 @@ def _make(
 
     [bold]Examples[/bold]
 
-      python tools/make_checkpoint.py --out /tmp/pi0
+      duq-make-checkpoint --out /tmp/pi0
 
-      python tools/make_checkpoint.py --out /tmp/pi05 --variant small --pi05 --layout lerobot --robot libero
+      duq-make-checkpoint --out /tmp/pi05 --variant small --pi05 --layout lerobot --robot libero
 
-      python tools/make_checkpoint.py --out /tmp/full --variant full --depth 4 --vocab-size 8192
+      duq-make-checkpoint --out /tmp/full --variant full --depth 4 --vocab-size 8192
     """
     check_output_directory("--out", out)
-    sizes = dict(action_horizon=action_horizon, depth=depth, vision_depth=vision_depth, vocab_size=vocab_size)
+    sizes: dict[str, Any] = dict(
+        action_horizon=action_horizon, depth=depth, vision_depth=vision_depth, vocab_size=vocab_size
+    )
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     total = weight_bytes(make_config(variant.value, pi05, **sizes), dtype.value)
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -90,7 +95,3 @@ def _make(
 def main() -> None:
     with one_line_errors():
         app()
-
-
-if __name__ == "__main__":
-    main()

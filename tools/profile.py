@@ -1,4 +1,4 @@
-"""Where a cuda plan's time goes on this machine's GPU, kernel by kernel: `python tools/profile.py --help`."""
+"""Where a cuda plan's time goes on this machine's GPU, kernel by kernel: `duq-profile --help`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-if __name__ == "__main__":  # import from the repository: in tools/, this file would pass for the standard library's profile
+if __name__ == "__main__":  # in a checkout; in tools/, profile.py would pass for the standard library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from duq import commands
+
+    commands.profile()
 
 import numpy as np
 import typer
@@ -42,15 +45,16 @@ def _profile(
 ) -> None:
     """Time every launch of a call and print a table: kernel, launches, microseconds, bytes, share of the ceiling.
 
-    Launches follow each other on one stream. Times include an event each, 3 to 4 microseconds on an H100, and launches do not
-    overlap, so their sum exceeds the graph's time, which is printed too; there the state token and the first step run beside the
-    prefix. The ceiling is the larger of bytes over bandwidth and operations over the tensor cores' rate (H100).
+    Launches follow each other on one stream. Times include an event each, 3 to 4 microseconds on an H100, and launches
+    do not overlap, so their sum exceeds the graph's time, which is printed too; there the state token and the first
+    step run beside the prefix. The ceiling is the larger of bytes over bandwidth and operations over the tensor cores'
+    rate (H100).
 
     [bold]Example[/bold]
 
-      python tools/profile.py engine.plan --cameras 3
+      duq-profile engine.plan --cameras 3
 
-      python tools/profile.py engine.plan --sm 86
+      duq-profile engine.plan --sm 86
     """
     if sm is not None:
         Console(width=110).print(estimate(plan, sm, cameras, prompt_tokens))
@@ -63,7 +67,7 @@ def _profile(
     calls = [executor.run(inputs, noise)[1] for _ in range(100)][20:]
     whole = {key: float(np.median([call[key] for call in calls])) for key in ("prefix_ms", "denoise_ms")}
     executor.stage(inputs, noise)
-    in_turn = dict(zip(("prefix_ms", "denoise_ms"), executor.milliseconds_in_turn(size)))
+    in_turn = dict(zip(("prefix_ms", "denoise_ms"), executor.milliseconds_in_turn(size), strict=True))
     launches = executor.launch_times(size)
     if as_json:
         keys = ("name", "work", "moved")
@@ -116,7 +120,3 @@ def _table(program: str, launches: list[tuple[dict, float]], executor: CudaExecu
 def main() -> None:
     with one_line_errors():
         app()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Episodes of a policy in Meta-World, in worker processes of `tools/evaluate.py`."""
+"""Episodes of a policy in Meta-World, in worker processes of duq-evaluate."""
 
 from __future__ import annotations
 
@@ -6,21 +6,31 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from duq.compiler.accuracy.reference import tensors
-from duq.compiler.checkpoint import load_checkpoint
+from duq.compiler.checkpoint import Checkpoint, load_checkpoint
+from duq.compiler.errors import CheckpointError
 from duq.compiler.model import build_model
 from duq.compiler.quant import Quantization, fake_quantize
+from duq.examples.collect_metaworld import disturbances
+from duq.examples.metaworld_env import ACTION_DIM, MetaworldEnv
 from duq.runtime import Policy
 from duq.runtime.preprocess import Preprocessor
-from examples.collect_metaworld import disturbances
-from examples.metaworld_env import ACTION_DIM, MetaworldEnv
 
 CAMERAS = 2
 Infer = Callable[[dict, np.ndarray], np.ndarray]  # (observation, noise [H, A]) -> actions [H, ACTION_DIM]
+
+
+def preprocessor(checkpoint: Checkpoint) -> Preprocessor:
+    """Of the policy's observations. CheckpointError if it has no tokenizer."""
+    if checkpoint.tokenizer is None:
+        raise CheckpointError(f"{checkpoint.path}: holds no tokenizer.model; train it with examples/train_metaworld.py")
+    return Preprocessor(checkpoint.config, tokenizer=checkpoint.tokenizer.read_bytes(), cameras=CAMERAS)
 
 
 @dataclass
@@ -40,12 +50,12 @@ class Source:
         torch.set_num_threads(1)
         checkpoint = load_checkpoint(self.checkpoint)
         model = fake_quantize(build_model(checkpoint).float(), self.quantization)
-        preprocessor = Preprocessor(checkpoint.config, tokenizer=checkpoint.tokenizer.read_bytes(), cameras=CAMERAS)
+        inputs_of, sample = preprocessor(checkpoint).model_inputs, cast(Callable[..., Tensor], model.sample_actions)
 
         def infer(observation: dict, noise: np.ndarray) -> np.ndarray:
-            images, mask, *others = tensors(preprocessor.model_inputs(observation))
+            images, mask, *others = tensors(inputs_of(observation))
             inputs = images[:, :CAMERAS], mask[:, :CAMERAS], *others
-            return model.sample_actions(*inputs, torch.from_numpy(noise)[None])[0, :, :ACTION_DIM].numpy()
+            return sample(*inputs, torch.from_numpy(noise)[None])[0, :, :ACTION_DIM].numpy()
 
         return infer
 
@@ -65,7 +75,7 @@ def record(task: str, first_seed: int, count: int) -> list[dict]:
 
 @dataclass(frozen=True)
 class Conditions:
-    """Of an episode: actions of each chunk to carry out, steps to success at most, and how hard the arm is pushed around."""
+    """Of an episode: actions of each chunk to carry out, steps to success at most, and how hard the arm is pushed."""
 
     execute: int = 8
     steps: int = 200
@@ -81,7 +91,7 @@ def episode(
     pushes = disturbances(np.random.default_rng((start, 1)), limit, horizon=1, strength=conditions.push)
     for step in range(0, limit, conditions.execute):
         actions = infer(env.observation(), noise.standard_normal(noise_shape, np.float32))
-        for index, (action, push) in enumerate(zip(actions[: conditions.execute], pushes[step:])):
+        for index, (action, push) in enumerate(zip(actions[: conditions.execute], pushes[step:], strict=False)):
             if env.step(action + push):
                 return step + index + 1
     return None
@@ -114,4 +124,4 @@ def run_episode(job: tuple[str, str, int], noise_shape: tuple[int, int], conditi
 
 def run_chunks(scheme: str, observations: list[dict], noise: np.ndarray) -> np.ndarray:
     """What a scheme answers: actions [N, H, ACTION_DIM] for N observations and noise [N, H, A]."""
-    return np.stack([policy(scheme)(observation, each) for observation, each in zip(observations, noise)])
+    return np.stack([policy(scheme)(observation, each) for observation, each in zip(observations, noise, strict=True)])

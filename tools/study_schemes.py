@@ -1,4 +1,4 @@
-"""All quantization schemes on real weights: `python tools/study_schemes.py --help`."""
+"""All quantization schemes on real weights: `duq-study-schemes --help`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
 
-if __name__ == "__main__":  # import from the repository: in tools/, profile.py would pass for the standard library's
+if __name__ == "__main__":  # in a checkout; in tools/, profile.py would pass for the standard library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from duq import commands
+
+    commands.study_schemes()
 
 import torch
 import torch.nn.functional as F
@@ -35,11 +38,7 @@ from duq.compiler.quant.quantize import quantize_weights
 from duq.compiler.quantize_cli import progress_bar
 from duq.plugins.errors import DuqError
 from duq.runtime.cli_errors import check_output_file, one_line_errors
-
-try:
-    from duq.tools import gemma3
-except ModuleNotFoundError as missing:
-    raise SystemExit(f"error: {missing}; `pip install -e '.[study]'` brings what this study needs") from None
+from duq.tools import gemma3
 
 Packs = dict[str, LinearPack]
 Transforms = dict[str, LinearTransform]
@@ -66,7 +65,7 @@ class Quality:
 
 
 class FoldedScale(LinearTransform):
-    """x' / s_a and W' s_a: the exact integer form of a static activation scale for each channel. ``rotation`` is R / s_a."""
+    """x' / s_a and W' s_a: the exact integer form of a static scale for each channel. ``rotation`` is R / s_a."""
 
     def transform_weight(self, weight: Tensor) -> Tensor:
         inverse_squares = torch.from_numpy(self.rotation).square().sum(1).flatten()  # the columns of R have length 1
@@ -83,6 +82,7 @@ def same_transforms(packs: Packs) -> Transforms:
 
 def folded_scales(packs: Packs) -> Transforms:
     def folded(pack: LinearPack) -> LinearTransform:
+        assert pack.activation_scale is not None  # the original scheme's is static
         scale = pack.activation_scale.reshape(-1, 1, pack.block_size)
         return FoldedScale(**pack.parts() | {"rotation": pack.rotation / scale})
 
@@ -136,9 +136,11 @@ class Study:
         """All linears of all layers."""
         recipe = load_recipe("all", scheme.settings, environment={})
         transforms = scheme.transforms and scheme.transforms(self.reference_packs)
-        weights = {f"{name}.weight": self.model.get_submodule(name).weight for name in self.linears}
+        weights = {f"{name}.weight": self.model.get_parameter(f"{name}.weight") for name in self.linears}
         bits = dict.fromkeys(self.linears, recipe.weight_bits)
-        config = SimpleNamespace(llm=self.model.config, expert=self.model.config)  # no expert, that is: one with no weights
+        config: Any = SimpleNamespace(
+            llm=self.model.config, expert=self.model.config
+        )  # no expert, that is: one with no weights
         return quantize_weights(weights, config, recipe, bits, self.statistics, self.progress, transforms)
 
     @cached_property
@@ -155,10 +157,10 @@ class Study:
     def compare(self, quantized: nn.Module, **known: float) -> Quality:
         """The quality of ``quantized``, to which ``known`` measures are added."""
         sums = torch.zeros(3, dtype=torch.float64)  # of -log p(next token), KL, and agreement
-        windows = list(zip(self.evaluation, self.hidden))
+        windows = list(zip(self.evaluation, self.hidden, strict=True))
         for window, hidden in self.progress.track(windows, description="Evaluating"):
             parts = (window[0, 1:], hidden[0, :-1], quantized(window)[0, :-1])
-            for following, reference, found in zip(*(part.split(gemma3.LOGIT_ROWS) for part in parts)):
+            for following, reference, found in zip(*(part.split(gemma3.LOGIT_ROWS) for part in parts), strict=True):
                 reference, found = (self.model.logits(h).log_softmax(-1) for h in (reference, found))
                 divergence = F.kl_div(found, reference, reduction="sum", log_target=True)
                 agreement = (found.argmax(-1) == reference.argmax(-1)).sum()
@@ -183,7 +185,7 @@ def samples(tokenizer, text: str, context: int, *tokens: int) -> list[list[Tenso
 
 
 def verify(model: gemma3.Gemma3, peer: nn.Module, window: Tensor) -> None:
-    """Raises DuqError unless ``model`` is transformers' model: logits of some hundred tokens equal to 1e-4 of the largest."""
+    """Raises DuqError unless ``model`` is transformers' model: logits of some hundred tokens equal to 1e-4."""
     expected = peer(window).logits
     error = (model.logits(model(window)) - expected).abs().max() / expected.abs().max()
     if not error < 1e-4:
@@ -233,9 +235,9 @@ def _study(
 
     [bold]Examples[/bold]
 
-      python tools/study_schemes.py
+      duq-study-schemes
 
-      python tools/study_schemes.py balanced balanced-compensated --evaluation-tokens 2048 --json
+      duq-study-schemes balanced balanced-compensated --evaluation-tokens 2048 --json
     """
     chosen = schemes or list(SCHEMES)
     for key in chosen:
@@ -306,7 +308,3 @@ def draw(found: dict[str, Quality], file: Path) -> None:
 def main() -> None:
     with one_line_errors():
         app()
-
-
-if __name__ == "__main__":
-    main()

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -72,8 +73,8 @@ def check_robot_units(plan: Plan, observations: Sequence[Mapping]) -> None:
     preprocessor = preprocessor_of(plan, _compiled_model(plan))
     if all(preprocessor.is_bare(each) for each in observations):
         raise DuqError(
-            f"--max-robot-error: no observation is one of a robot (the plan's: {plan.manifest['robot']}), so no action has its "
-            "units; give the robot's with --observations, or bound normalized actions with --max-error"
+            f"--max-robot-error: no observation is one of a robot (the plan's: {plan.manifest['robot']}), so no action has "
+            "its units; give the robot's with --observations, or bound normalized actions with --max-error"
         )
 
 
@@ -83,7 +84,7 @@ def _compiled_model(plan: Plan) -> ModelConfig:
 
 def _dimensions(config: dict) -> dict:
     """{"llm": {"width": 256}} as {"llm.width": 256}."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in config.items():
         flat |= {f"{key}.{inner}": found for inner, found in value.items()} if isinstance(value, dict) else {key: value}
     return flat
@@ -119,8 +120,8 @@ def compare(
     The summary's keys: "checkpoint", "plan", "threads", "seed", "versions"; "stages": the measures (cosine, max_error,
     sqnr_db) of every stage over all observations; "layers" and "steps": the same for keys and values of each layer and
     velocities of each step; "observations": the same for the actions of each, and in the robot's units; "dimensions":
-    errors of the actions that are read, one by one (see `_dimensions_json`); "linears"; "jerk"; "cost". Velocities and actions
-    are those of the dimensions that the robot reads. What the model computes behind them is in "padding_dimensions" alone.
+    errors of the actions that are read, one by one (see `_dimensions_json`); "linears"; "jerk"; "cost". Velocities and
+    actions are those of the dimensions that the robot reads. The model's further ones are in "padding_dimensions" alone.
     """
     threads = threads or len(os.sched_getaffinity(0))
     config, num_steps = _compiled_model(plan), plan.manifest["num_steps"]
@@ -194,7 +195,7 @@ def _dimensions_json(names, units, reference, engine, robot: RobotActions | None
     normalized = [_errors(found) for found in by_dimension(reference, engine)]
     robots = [_errors(found) for found in by_dimension(*robot.stacked())] if robot else [None] * len(normalized)
     keys = ("name", "unit", "normalized", "robot")
-    return [dict(zip(keys, row)) for row in zip(names, units, normalized, robots, strict=True)]
+    return [dict(zip(keys, row, strict=True)) for row in zip(names, units, normalized, robots, strict=True)]
 
 
 def _errors(found: Difference) -> dict:

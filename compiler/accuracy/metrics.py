@@ -25,10 +25,10 @@ class Difference:
             raise ValueError(f"cannot compare {reference.shape} with {engine.shape}")
         reference, engine = (array.astype(np.float64).ravel() for array in (reference, engine))
         error = reference - engine
-        self.signal += reference @ reference
-        self.engine += engine @ engine
-        self.product += reference @ engine
-        self.noise += error @ error
+        self.signal += float(reference @ reference)
+        self.engine += float(engine @ engine)
+        self.product += float(reference @ engine)
+        self.noise += float(error @ error)
         self.count += error.size
         self.max_error = float(np.maximum(self.max_error, np.abs(error).max(initial=0.0)))  # NaN stays NaN
 

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from duq.compiler.accuracy.compare import Comparison
+from duq.compiler.accuracy.compare import Comparison, RobotActions
 
 REFERENCE, ENGINE, ACCENT = "#9aa5b1", "#1f6feb", "#d9822b"
 STYLE = {
@@ -99,7 +99,7 @@ def trajectories(canvas: Figure, comparison: Comparison) -> None:
     rows = -(-len(drawn) // PANELS)
     canvas.set_size_inches(9.4, 1.0 + 1.6 * rows)
     panels = canvas.subplots(rows, PANELS, sharex=True, squeeze=False).flatten()
-    for dim, axes in zip(drawn, panels):
+    for dim, axes in zip(drawn, panels, strict=False):
         axes.plot(reference[:, dim], color=REFERENCE, linewidth=3.2, label="PyTorch fp32")
         axes.plot(engine[:, dim], color=ENGINE, linewidth=1.2, label="engine")
         axes.set_title(_label(comparison, dim), loc="left")
@@ -150,7 +150,9 @@ def _in_robot_units(comparison: Comparison) -> bool:
 
 def _worst_chunks(comparison: Comparison) -> tuple[np.ndarray, np.ndarray]:
     """Reference and engine [H, dims] of the worst observation."""
-    source = comparison.robot if _in_robot_units(comparison) else comparison
+    source: RobotActions | Comparison = comparison
+    if comparison.robot is not None and _in_robot_units(comparison):
+        source = comparison.robot
     worst = worst_observation(comparison)
     return source.reference[worst], source.engine[worst]
 
@@ -163,7 +165,7 @@ def _label(comparison: Comparison, dim: int) -> str:
 
 def _line(axes: Axes, x, values: list[float], label: str, color: str) -> None:
     axes.plot(x, [_drawable(value) for value in values], "o-", markersize=3.5, color=color, label=label)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
 
 
 def _drawable(sqnr_db: float) -> float:

@@ -25,8 +25,8 @@ def paired_difference(reference: Sequence[bool], found: Sequence[bool], confiden
     """
     if len(reference) != len(found):
         raise ValueError(f"{len(reference)} and {len(found)} episodes are no pairs")
-    gained = sum(f and not r for r, f in zip(reference, found))
-    lost = sum(r and not f for r, f in zip(reference, found))
+    gained = sum(f and not r for r, f in zip(reference, found, strict=True))
+    lost = sum(r and not f for r, f in zip(reference, found, strict=True))
     padded = len(found) + 2
     middle = (gained - lost) / padded
     half = _quantile(confidence) * ((gained + lost + 1) / padded - middle**2) ** 0.5 / padded**0.5

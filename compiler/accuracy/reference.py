@@ -51,7 +51,7 @@ def trace_reference(
     stages["v"] = torch.cat(velocities).numpy()
     if engine_x is not None:
         states = torch.from_numpy(engine_x)[:, None]
-        forced = [velocity(state_x, time) for state_x, time in zip(states, timesteps(num_steps))]
+        forced = [velocity(state_x, time) for state_x, time in zip(states, timesteps(num_steps), strict=False)]
         stages["v_at_engine_x"] = torch.cat(forced).numpy()
     return stages
 

@@ -60,10 +60,10 @@ class Stages:
         }
         return {
             "stages": {name: found.to_json() for name, found in stages.items()},
-            "layers": [{"key": k.to_json(), "value": v.to_json()} for k, v in zip(self.keys, self.values)],
+            "layers": [{"key": k.to_json(), "value": v.to_json()} for k, v in zip(self.keys, self.values, strict=True)],
             "steps": [
                 {"time": time, "velocity": free.to_json(), "velocity_at_engine_x": forced.to_json()}
-                for time, free, forced in zip(timesteps(self.num_steps), self.velocities, self.at_engine_x)
+                for time, free, forced in zip(timesteps(self.num_steps), self.velocities, self.at_engine_x, strict=True)
             ],
             "padding_dimensions": {"count": self.padding_dims, **self.padding.to_json()} if self.padding_dims else None,
         }

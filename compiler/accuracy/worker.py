@@ -55,6 +55,7 @@ def run_worker(module: str, arguments: list, advance: Callable[[], None]) -> dic
     command = [sys.executable, "-m", module, *map(str, arguments)]
     message: dict = {}
     with subprocess.Popen(command, cwd=PACKAGES, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
         for line in process.stdout:
             message = json.loads(line)
             if "error" in message:
@@ -100,7 +101,7 @@ def work(
         _report()
     cost = {"milliseconds": milliseconds, "peak_bytes": resident_bytes("VmHWM"), "libraries_bytes": opened}
     for index, job in enumerate(jobs):
-        np.savez(directory / f"{side}.{index}.npz", actions=actions[index], **trace(index, *job))
+        np.savez(directory / f"{side}.{index}.npz", actions=actions[index], **trace(index, *job))  # type: ignore[arg-type]
         _report(**({"cost": cost} if index == count - 1 else {}))
 
 

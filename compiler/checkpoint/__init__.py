@@ -119,7 +119,7 @@ def check_finite(weights: dict[str, torch.Tensor], progress: Callable[[int, int]
 
     total, done, faults = sum(tensor.nbytes for tensor in weights.values()), 0, []
     with thread_pool() as pool:
-        for tensor, found in zip(weights.values(), pool.map(fault, weights)):
+        for tensor, found in zip(weights.values(), pool.map(fault, weights), strict=True):
             faults += [found] if found else []
             done += tensor.nbytes
             if progress:
@@ -146,7 +146,7 @@ def _checked_config(weights: dict[str, torch.Tensor], settings: dict, layout, vi
 
 
 def _rotary(origin: str, dtype: torch.dtype) -> str:
-    """A policy that PyTorch held in bfloat16 was trained with rotary frequencies that are rounded likewise; JAX keeps them."""
+    """A policy that PyTorch held in bfloat16 was trained with rotary frequencies rounded likewise; JAX keeps them."""
     return "bfloat16" if origin == "torch" and dtype == torch.bfloat16 else "exact"
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,11 +58,12 @@ class Change:
         """float32, of the base's shape; a whole tensor keeps its dtype."""
         if self.whole is not None:
             return self.whole
+        assert self.a is not None and self.b is not None
         delta = self.scale * (self.b.float().flatten(1) @ self.a.float().flatten(1))
         return base.float() + delta.view(base.shape)
 
 
-def is_adapter(folder: Path, base: Path | None) -> bool:
+def is_adapter(folder: Path, base: str | Path | None) -> bool:
     """Whether the folder holds an adapter. Raises CheckpointError when that is not clear, or parts are missing."""
     config, tensors, whole = ((folder / name).is_file() for name in (CONFIG, TENSORS, WEIGHTS))
     if not config and not tensors:
@@ -162,15 +164,15 @@ def _changes(config: dict, tensors: dict[str, Tensor], base: dict[str, Tensor]) 
         else:
             what = "DoRA" if "lora_magnitude_vector" in name else "of no kind that can be merged"
             faults.append(f"{stored} {list(tensor.shape)} is {what}")
-    for module, pair in modules.items():
+    for module, halves in modules.items():
         target = _canonical(f"{module}.weight")
         if target == TIED_HEAD or is_unused(target):
             continue
-        fault = _misfit(config, module, pair, base.get(target))
+        fault = _misfit(config, module, halves, base.get(target))
         if fault or target in changes:
             faults.append(f"LoRA of {module}: {fault or 'the tensor is replaced as well'}")
         else:
-            changes[target] = Change(pair["A"], pair["B"], _scale(config, module))
+            changes[target] = Change(halves["A"], halves["B"], _scale(config, module))
     faults += _unmatched(config, set(modules), base)
     if faults:
         raise CheckpointError(f"{len(faults)} faults between {CONFIG}, {TENSORS} and the base:\n{listing(faults)}")
@@ -210,7 +212,7 @@ def _scale(config: dict, module: str) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _pattern(config: dict, key: str, module: str, default: float) -> float:
+def _pattern(config: dict, key: str, module: str, default: Any) -> float:
     """PEFT's rule: the first pattern that matches the end of the module's name, as a regular expression."""
     found = (value for pattern, value in (config.get(key) or {}).items() if re.match(rf"(.*\.)?({pattern})$", module))
     return next(found, default)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, cast
 
 from duq.compiler.checkpoint.shapes import listing
 from duq.compiler.errors import CheckpointError
@@ -37,7 +37,9 @@ def variant_claims(key: str, stack: str, settings: dict) -> list[Claim]:
     dimensions = GEMMA_VARIANTS.get(str(name).removesuffix("_lora"))
     if dimensions is None:
         raise CheckpointError(f'config.json: "{key}" is "{name}", known are {", ".join(sorted(GEMMA_VARIANTS))}')
-    return [Claim(f"{key} {name}", f"{stack}.{field}", value) for field, value in zip(_VARIANT_FIELDS, dimensions)]
+    return [
+        Claim(f"{key} {name}", f"{stack}.{field}", value) for field, value in zip(_VARIANT_FIELDS, dimensions, strict=True)
+    ]
 
 
 def explicit_claims(settings: dict) -> list[Claim]:
@@ -49,11 +51,16 @@ def explicit_claims(settings: dict) -> list[Claim]:
     ]
 
 
+def _field(config: ModelConfig, path: str) -> Any:
+    """config.llm.width of "llm.width"; None where there is no such field."""
+    return reduce(lambda node, name: getattr(node, name, None), path.split("."), cast(Any, config))
+
+
 def check_claims(config: ModelConfig, claims: list[Claim]) -> None:
     """Raises CheckpointError that lists every claim of config.json which the tensors contradict."""
     faults = []
     for claim in claims:
-        found = reduce(lambda node, name: getattr(node, name, None), claim.field.split("."), config)
+        found = _field(config, claim.field)
         if found != claim.value:
             faults.append(f"{claim.key}: {claim.field} {claim.value!r}, but the tensors have {found!r}")
     if faults:

@@ -16,7 +16,7 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 CONVERT = "save the policy as model.safetensors (safetensors.torch.save_model, or the trainer's own save_pretrained)"
 
 
-def open_stored(path: str | Path, base: Path | None = None) -> Stored:
+def open_stored(path: str | Path, base: str | Path | None = None) -> Stored:
     """Opens the checkpoint at `path`: a folder, a run's folder, or a place on the Hub (see locate.parse_location).
 
     `base`: the policy that an adapter is for, if not the one that it names. Raises CheckpointError that says what is
@@ -27,8 +27,8 @@ def open_stored(path: str | Path, base: Path | None = None) -> Stored:
         raise CheckpointError(_not_a_folder(folder))
     _check_settings(folder)
     if adapter.is_adapter(folder, base):
-        base = base or adapter.base_location(folder)
-        stored = adapter.open_adapter(folder, lambda: open_stored(base))
+        location = base or adapter.base_location(folder)
+        stored = adapter.open_adapter(folder, lambda: open_stored(location))
     elif base is not None:
         raise CheckpointError(f"{folder} is no adapter, so it takes no base; it has no {adapter.CONFIG}")
     elif _is_whole(folder):

@@ -244,12 +244,12 @@ def _check_heads(config: ModelConfig, arrays: dict[str, OrbaxArray]) -> None:
 
 
 def _layout(parts: list[Part]) -> dict[str, Tensor]:
-    layout = {}
+    layout: dict[str, Tensor] = {}
     for part in parts:
         dtype = torch.float32 if part.adapter else part.array.dtype
         example = torch.empty(part.array.shape, dtype=dtype, device="meta")
         example = example[part.index] if part.rule.by == "layer" else example
-        layout |= dict(zip(part.targets(), part.rule.convert(example)))
+        layout |= dict(zip(part.targets(), part.rule.convert(example), strict=True))
     return layout
 
 
@@ -275,9 +275,9 @@ def _convert(
 
 def _cached(parts: list[Part]) -> Iterator[Part]:
     """The same parts; those of one array after each other share the chunks that are decoded for them."""
-    source, cached = None, None
+    source = cached = None
     for part in parts:
-        if part.array is not source:
+        if cached is None or part.array is not source:
             rows = 1 if part.rule.by == "layer" else ROWS
             source, cached = part.array, part.array.caching(rows)
         yield replace(part, array=cached)
@@ -287,8 +287,8 @@ def _write(scratch: Scratch, part: Part) -> int:
     values = part.array.read(part.index)
     if part.adapter:
         values = merge_lora(part.array.name, values, *(half.read(part.index) for half in part.adapter))
-    start = part.index.start * values[0].numel() if part.rule.by == "row" else 0
-    for target, tensor in zip(part.targets(), part.rule.convert(values)):
+    start = part.index.start * values[0].numel() if isinstance(part.index, slice) and part.rule.by == "row" else 0
+    for target, tensor in zip(part.targets(), part.rule.convert(values), strict=True):
         scratch.write(target, tensor, start)
     return part.nbytes
 

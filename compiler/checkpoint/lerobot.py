@@ -278,7 +278,7 @@ POSTPROCESSOR_STEPS: dict[str, tuple[Handler, set[str]]] = {
     "device_processor": (_device, _DEVICE_KEYS),
     "to_batch_processor": (_nothing, set()),
 }
-# Pairs of steps of which the first comes first in every policy that LeRobot trains; the other way round means other numbers.
+# Pairs of steps of which the first comes first in every policy of LeRobot's; the other way round means other numbers.
 ORDER = (
     ("relative_actions_processor", "normalizer_processor"),
     ("normalizer_processor", "pi05_prepare_state_tokenizer_processor_step"),
@@ -305,7 +305,7 @@ def _read_pipeline(file: Path, known: dict[str, tuple[Handler, set[str]]], found
     if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
         raise CheckpointError(f'{file}: "steps" must be a list of objects')
     names = [step.get("registry_name") or step.get("class") for step in steps]
-    for index, (name, step) in enumerate(zip(names, steps)):
+    for index, (name, step) in enumerate(zip(names, steps, strict=True)):
         where, config = f"{file}: step {index}, {name}", step.get("config") or {}
         if name not in known:
             raise CheckpointError(f"{where}: this step is unknown, and what it does to the numbers would be left out")
@@ -408,8 +408,8 @@ def read_policy(
     unknown = check_config(settings)
     if settings.get("use_peft") and not adapted:
         raise CheckpointError(
-            'config.json: "use_peft" is true, but there is no adapter (adapter_config.json, adapter_model.safetensors): give the '
-            'adapter\'s folder, or, if these weights have it merged, set "use_peft" to false'
+            'config.json: "use_peft" is true, but there is no adapter (adapter_config.json, adapter_model.safetensors): '
+            'give the adapter\'s folder, or, if these weights have it merged, set "use_peft" to false'
         )
     found = read_pipelines(directory, settings, pi05)
     stats = _buffer_statistics(settings, buffers or {}, pi05)
@@ -483,8 +483,8 @@ def _robot(settings: dict, found: Pipelines) -> Robot | None:
     cameras = _cameras(settings)
     if len(cameras) > len(IMAGE_SLOTS):
         raise CheckpointError(
-            f"config.json: input_features has {len(cameras)} cameras ({', '.join(cameras)}), but at most {len(IMAGE_SLOTS)} "
-            "can be compiled; train without the others"
+            f"config.json: input_features has {len(cameras)} cameras ({', '.join(cameras)}), but at most "
+            f"{len(IMAGE_SLOTS)} can be compiled; train without the others"
         )
     state = _dims(settings, "input_features", STATE)
     actions = _dims(settings, "output_features", ACTION)
@@ -536,8 +536,8 @@ def _relative_mask(settings: dict, found: Pipelines) -> list[bool] | None:
         )
     if step is not None and found.absolute is not None and step[0] != found.absolute:
         raise CheckpointError(
-            f"{POSTPROCESSOR}: absolute_actions_processor is {'on' if found.absolute else 'off'}, but relative_actions_processor "
-            f"of {PREPROCESSOR} is {'on' if step[0] else 'off'}; make them agree"
+            f"{POSTPROCESSOR}: absolute_actions_processor is {'on' if found.absolute else 'off'}, but "
+            f"relative_actions_processor of {PREPROCESSOR} is {'on' if step[0] else 'off'}; make them agree"
         )
     if not configured and not (step and step[0]):
         return None

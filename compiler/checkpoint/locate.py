@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from duq.compiler.errors import CheckpointError
 
@@ -62,7 +63,7 @@ def fetch(location: Path | HubLocation) -> Path:
     except ImportError as error:
         raise CheckpointError(f"{location}: downloading needs huggingface_hub, pip install '.[hub]'") from error
     inside = f"{location.subfolder}/" if location.subfolder else ""
-    arguments = dict(
+    arguments: dict[str, Any] = dict(
         repo_id=location.repository,
         revision=location.revision,
         allow_patterns=[inside + pattern for pattern in WANTED],

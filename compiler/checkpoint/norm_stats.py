@@ -4,8 +4,8 @@
      "state":   {"mean": [..], "std": [..], "q01": [..] | None, "q99": [..] | None},
      "actions": {the same}}
 
-openpi's pi0 normalizes with (x - mean) / (std + epsilon), its pi0.5 with (x - q01) / (q99 - q01 + epsilon) * 2 - 1. In LeRobot
-each feature has a mode of its own, and the statistics that the mode needs:
+openpi's pi0 normalizes with (x - mean) / (std + epsilon), its pi0.5 with (x - q01) / (q99 - q01 + epsilon) * 2 - 1. In
+LeRobot each feature has a mode of its own, and the statistics that the mode needs:
 
     {"rule": "lerobot" | "lerobot-0.3",
      "state":   {"mode": "MIN_MAX", "epsilon": float, "min": [..], "max": [..]},
@@ -30,8 +30,8 @@ def read_openpi_stats(directory: Path, asset_id: str | None, preferred: str | No
     """assets/<asset_id>/norm_stats.json of an openpi checkpoint; None when there is none at all.
 
     An asset id may hold slashes ("physical-intelligence/libero"). Raises CheckpointError when several are there and
-    `asset_id` is None and none of them is `preferred` (by the training config), when the one asked for is not there, and when
-    the file does not hold statistics.
+    `asset_id` is None and none of them is `preferred` (by the training config), when the one asked for is not there, and
+    when the file does not hold statistics.
     """
     assets = directory / "assets"
     files = {file.parent.relative_to(assets).as_posix(): file for file in sorted(assets.rglob("norm_stats.json"))}
@@ -76,7 +76,7 @@ def checked_modes(file: str, feature: str, mode: str, stored: dict, epsilon: flo
         found = ", ".join(stored) or "no statistics of it"
         raise CheckpointError(f"{file}: {mode} normalization of {feature} needs {' and '.join(absent)}; there is {found}")
     stats = {name: _vector(file, f"{feature}.{name}", stored[name]) for name in MODES[mode]}
-    if len({len(values) for values in stats.values()}) > 1:
+    if len({len(values or ()) for values in stats.values()}) > 1:
         raise CheckpointError(f"{file}: the statistics of {feature} differ in length")
     if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)) or not 0 <= epsilon < math.inf:
         raise CheckpointError(f"{file}: eps of {feature} is {epsilon!r}, expected a small positive number")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 
@@ -21,8 +22,8 @@ PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": t
 
 # Keys of config.json that are applied or known to be harmless; all others are listed to the user.
 CONFIG_KEYS = {
-    "action_dim", "action_horizon", "max_token_len", "paligemma_variant", "action_expert_variant", "precision", "dtype", "pi05",
-    "discrete_state_input", "pytorch_compile_mode", "vision", "llm", "expert", "rotary",
+    "action_dim", "action_horizon", "max_token_len", "paligemma_variant", "action_expert_variant", "precision", "dtype",
+    "pi05", "discrete_state_input", "pytorch_compile_mode", "vision", "llm", "expert", "rotary",
 }  # fmt: skip
 
 
@@ -45,7 +46,7 @@ def read_policy(settings: dict, config: ModelConfig, trainer: Mapping | None) ->
         transforms=transforms,
         rotary=_rotary(settings),
         ignored=tuple(f"{key}: {value!r}" for key, value in settings.items() if key not in CONFIG_KEYS),
-        **{name: value for name, value in found.items() if value is not None},
+        **cast(dict[str, Any], {name: value for name, value in found.items() if value is not None}),
     )
 
 

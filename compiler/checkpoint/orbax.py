@@ -224,10 +224,10 @@ def _check_ranges(params: Path, ends: dict[str, int]) -> None:
 def _check_chunk_files(params: Path, arrays: dict[str, OrbaxArray]) -> None:
     """A missing chunk of a zarr folder would be read as zeros; Orbax writes them all."""
     faults = []
-    for name, array in arrays.items():
+    for array in arrays.values():
         folder = Path(array.spec["kvstore"]["path"])
         chunk = array.store.chunk_layout.write_chunk.shape
-        expected = math.prod(-(-size // step) for size, step in zip(array.shape, chunk))
+        expected = math.prod(-(-size // step) for size, step in zip(array.shape, chunk, strict=True))
         found = sum(file.is_file() and not file.name.startswith((".z", "zarr.json")) for file in folder.rglob("*"))
         if found != expected:
             faults.append(f"{folder.name} has {found} of {expected} chunks")

@@ -14,8 +14,8 @@ class Settings:
 
     transforms: keys of `runtime.transforms`. robot: the robot that the checkpoint's own features, or its training config,
     describe. asset_id, config: whose norm stats, and the name of the openpi training config. rotary: of
-    `runtime.config.ROTARY`. lerobot_version: "0.3", "0.4" or "0.5" (and later); padded_state_dims and square_images: what the
-    difference between them depends on. ignored: keys of config.json whose meaning is not known, as "key: value".
+    `runtime.config.ROTARY`. lerobot_version: "0.3", "0.4" or "0.5" (and later); padded_state_dims and square_images: what
+    the difference between them depends on. ignored: keys of config.json whose meaning is not known, as "key: value".
     """
 
     num_steps: int | None = None

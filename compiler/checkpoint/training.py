@@ -1,4 +1,4 @@
-"""openpi's training configs: what a checkpoint of theirs does not say, by the config's name or from a trainer's metadata.pt."""
+"""openpi's training configs: what a checkpoint of theirs does not say, by name or from a trainer's metadata.pt."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def settings_of_trainer(config: Mapping) -> Settings:
         transforms |= {"delta_actions": _value(data.get("action_space")) == JOINT_POSITION, "adapt_to_pi": False}
     elif name in _compiled():  # a data config without fields of its own: that of the published config
         known = training_config(name).settings
-        robot, transforms = known.robot.name, {**known.transforms, **transforms}
+        robot, transforms = known.robot.name if known.robot else None, {**known.transforms, **transforms}
     return Settings(
         action_horizon=_int(model, "action_horizon"),
         max_prompt_tokens=_int(model, "max_token_len"),

@@ -13,7 +13,7 @@ from duq.compiler.data.sampling import evenly, spread
 from duq.compiler.errors import CalibrationError
 from duq.runtime.errors import ObservationError
 from duq.runtime.observations import NESTED, list_observations, nest, read_observations
-from duq.runtime.robots import Robot
+from duq.runtime.robots import Camera, Robot, StatePart
 
 DATASET_COUNT = 32  # observations of a dataset where nobody says how many
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -56,11 +56,12 @@ class RobotMapping:
 
 
 def robot_mapping(robot: Robot | None) -> RobotMapping | None:
-    """Where a dataset keeps a robot's observations: where its description says, else under the keys that the robot takes."""
+    """Where a dataset keeps a robot's observations: as its description says, else under the keys that the robot takes."""
     if robot is None:
         return None
     keys = {camera: _written(camera.key) for camera in robot.cameras}
-    own = {_written(part.key): [_written(key) for key in (part.key, *part.also)] for part in (*robot.cameras, *robot.state)}
+    parts: tuple[Camera | StatePart, ...] = (*robot.cameras, *robot.state)
+    own = {_written(part.key): [_written(key) for key in (part.key, *part.also)] for part in parts}
     return RobotMapping(
         robot.dataset or own | {robot.prompt_keys[0]: "task"},
         optional=[key for camera, key in keys.items() if not camera.required],
@@ -113,7 +114,7 @@ def _from_dataset(dataset: Dataset, count: int, seed: int, mapping: RobotMapping
     picked = spread(dataset, count, seed)
     read = dataset.read(picked, [name for name in dict.fromkeys(sources.values()) if name != "task"])
     labels, shown = [], []
-    for index, observation in zip(picked, read):
+    for index, observation in zip(picked, read, strict=True):
         episode, frame = dataset.locate(index)
         labels.append(f"episode {episode.index}, frame {frame}")
         shown.append(f"episode {episode.index:>5}   frame {frame:>5}   {observation['task']}")

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -61,10 +62,10 @@ def _parsed(where: Path | str, text: bytes) -> dict:
     return value
 
 
-def check_fields(where: Path | str, row: Mapping, fields: Mapping[str, type]) -> None:
+def check_fields(where: Path | str, row: Mapping[str, Any], fields: Mapping[str, type]) -> None:
     """Raises CalibrationError unless the row has these fields: whole numbers from 0, finite numbers, text or lists."""
     for key, kind in fields.items():
-        value = row.get(key)
+        value: Any = row.get(key)
         fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
         if not fits or kind is float and not math.isfinite(value) or kind is int and value < 0:
             found = f"{value!r:.60}" if key in row else "missing"
@@ -108,7 +109,7 @@ class Table:
     def rows(self, rows: list[int], names: list[str]) -> dict[int, dict]:
         """Row number -> {column: value as Python's}. Only the row groups and columns concerned are read."""
         self._require(names)
-        found = {}
+        found: dict[int, dict] = {}
         for group, end in enumerate(self._ends):
             begin = self._ends[group - 1] if group else 0
             here = [row for row in rows if begin <= row < end]
@@ -116,7 +117,7 @@ class Table:
                 with self._named():
                     table = self._opened.read_row_group(group, columns=names).select(names)
                     taken = table.take([row - begin for row in here]).to_pylist()
-                found |= dict(zip(here, taken))
+                found |= dict(zip(here, taken, strict=True))
         return found
 
     def _require(self, names: list[str]) -> None:

@@ -135,7 +135,7 @@ class Dataset:
             table = Table(file)
             numbers = _row_numbers(table, [self.locate(index) for index in frames])
             rows = table.rows(numbers, names)
-            found |= {index: rows[number] for index, number in zip(frames, numbers)}
+            found |= {index: rows[number] for index, number in zip(frames, numbers, strict=True)}
         return found
 
     def _episode_rows(self, episode: Episode, names: list[str]) -> list[dict]:
@@ -152,7 +152,7 @@ class Dataset:
         images: dict[int, np.ndarray] = {}
         for file, wanted in by_file.items():
             frames = decode_frames(file, list(wanted.values()), self._begins[file], self.notes.append)
-            images |= zip(wanted, frames)
+            images |= zip(wanted, frames, strict=True)
         return images
 
     def _value(self, key: str, value, index: int):
@@ -232,8 +232,9 @@ def _version(folder: Path, info: dict) -> str:
 
 def _features(folder: Path, info: dict) -> dict[str, dict]:
     features = info.get("features")
-    found = features.values() if isinstance(features, dict) else [None]
-    if not all(isinstance(feature, dict) and isinstance(feature.get("dtype"), str) for feature in found):
+    if not isinstance(features, dict) or not all(
+        isinstance(feature, dict) and isinstance(feature.get("dtype"), str) for feature in features.values()
+    ):
         raise CalibrationError(f"{folder / 'meta' / 'info.json'}: lacks features, name -> dtype and shape; {_AGAIN}")
     return features
 
@@ -282,7 +283,8 @@ def _tasks_v3(folder: Path) -> dict[int, str]:
     if len(names) != 1 and names[:1] != ["task"]:
         raise CalibrationError(f"{table.file}: has no column with the tasks' texts; it has {', '.join(table.columns)}")
     rows = [
-        {"task_index": number, "task": text} for number, text in zip(table.column("task_index"), table.column(names[0]))
+        {"task_index": number, "task": text}
+        for number, text in zip(table.column("task_index"), table.column(names[0]), strict=True)
     ]
     for row in rows:
         check_fields(table.file, row, {"task_index": int, "task": str})
@@ -300,7 +302,7 @@ def _episodes_v3(folder: Path, info: dict, videos: list[str]) -> list[Episode]:
     for file in files:
         table = Table(file)
         columns = {name: table.column(name) for name in (*fields, "tasks")}
-        here = [dict(zip(columns, values)) for values in zip(*columns.values())]
+        here = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         for row in here:
             check_fields(file, row, fields | {"tasks": list})
         rows += here

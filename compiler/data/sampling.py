@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,8 +19,8 @@ def spread(dataset: Dataset, count: int, seed: int = 0) -> list[int]:
     rng = np.random.default_rng(seed)
     picked: list[int] = []
     tasks = list(dataset.frames_by_task().values())
-    for episodes, of_task in zip(tasks, shares([sum(map(len, episodes)) for episodes in tasks], count, rng)):
-        for frames, of_episode in zip(episodes, shares([len(frames) for frames in episodes], of_task, rng)):
+    for episodes, of_task in zip(tasks, shares([sum(map(len, episodes)) for episodes in tasks], count, rng), strict=True):
+        for frames, of_episode in zip(episodes, shares([len(frames) for frames in episodes], of_task, rng), strict=True):
             picked += [int(frames[position]) for position in positions(len(frames), of_episode, rng)]
     return sorted(picked)
 
@@ -41,7 +42,7 @@ def shares(sizes: Sequence[int], count: int, rng: np.random.Generator) -> list[i
 def positions(length: int, count: int, rng: np.random.Generator) -> list[int]:
     """One random position of each of ``count`` equal stretches of ``range(length)``; count <= length."""
     edges = [index * length // max(count, 1) for index in range(count + 1)]
-    return [int(rng.integers(begin, end)) for begin, end in zip(edges, edges[1:])]
+    return [int(rng.integers(begin, end)) for begin, end in itertools.pairwise(edges)]
 
 
 def evenly(length: int, count: int | None) -> list[int]:

@@ -61,7 +61,7 @@ class _Video:
             raise CalibrationError(f"{file}: holds no video; download or record it again")
         self._file, self._container = file, container
         self._stream = container.streams.video[0]
-        self._decoded: Iterator | None = None
+        self._decoded: Iterator = iter(())
         self._current = None  # the last frame that was decoded
 
     @property

@@ -16,7 +16,8 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.tokens, config.width)
 
     def forward(self, images: Tensor) -> Tensor:
-        weight, bias = self.patch_embedding.weight.to(images.dtype), self.patch_embedding.bias.to(images.dtype)
+        weight, bias = self.patch_embedding.weight.to(images.dtype), self.patch_embedding.bias
+        bias = None if bias is None else bias.to(images.dtype)
         patches = F.conv2d(images, weight, bias, stride=self.patch_embedding.stride)
         return patches.flatten(2).transpose(1, 2) + self.position_embedding.weight.to(images.dtype)
 

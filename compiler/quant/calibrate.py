@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from duq.compiler.data import load_calibration, robot_mapping
 from duq.compiler.errors import CalibrationError
+from duq.compiler.model import Pi0
 from duq.compiler.quant.linears import input_group
 from duq.runtime.config import ModelConfig
 from duq.runtime.errors import ObservationError
@@ -85,7 +86,7 @@ def calibration_inputs(
     for line in (found.source, *found.shown, *(f"warning: {each}" for each in found.warnings)):
         report(line)
     inputs = []
-    for label, observation in zip(found.labels, found.observations):
+    for label, observation in zip(found.labels, found.observations, strict=True):
         try:
             inputs.append(preprocessor.model_inputs(observation))
         except ObservationError as error:
@@ -94,7 +95,7 @@ def calibration_inputs(
 
 
 def calibrate(
-    model: nn.Module,
+    model: Pi0,
     config: ModelConfig,
     linears: Iterable[str],
     inputs: Sequence[ModelInputs],
@@ -144,14 +145,15 @@ def calibrate(
     return statistics
 
 
-def _run(model: nn.Module, config: ModelConfig, observation: ModelInputs, seed: int, num_steps: int) -> Tensor:
+def _run(model: Pi0, config: ModelConfig, observation: ModelInputs, seed: int, num_steps: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(1, config.action_horizon, config.action_dim, generator=generator)
     arrays = (observation.pixels(), observation.image_mask, observation.tokens, observation.token_mask, observation.state)
     device = next(model.parameters()).device
     inputs = [torch.as_tensor(array)[None].to(device) for array in arrays]
+    sample: Callable[..., Tensor] = model.sample_actions
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # as for products by default: float32 is float32
-        return model.sample_actions(*inputs, noise.to(device), num_steps=num_steps)
+        return sample(*inputs, noise.to(device), num_steps=num_steps)
 
 
 def _valid_rows(observation: ModelInputs, config: ModelConfig) -> dict[str, Tensor]:

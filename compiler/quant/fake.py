@@ -11,11 +11,17 @@ For a linear with pack p and input x::
 from __future__ import annotations
 
 import copy
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from duq.compiler.quant.pack import LinearPack
+
+if TYPE_CHECKING:
+    from duq.compiler.quant.quantize import Quantization
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def quantize_activations(x: Tensor, activation_scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -56,6 +62,7 @@ class IntegerLinear(nn.Module):
     def __init__(self, pack: LinearPack, bias: Tensor | None):
         super().__init__()
         self.pack = pack
+        self.weight_q: Tensor
         self.register_buffer("weight_q", torch.from_numpy(pack.weight()))
         self.bias = None if bias is None else bias.to(torch.float32)
 
@@ -65,7 +72,7 @@ class IntegerLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def fake_quantize(model: nn.Module, quantization) -> nn.Module:
+def fake_quantize(model: Model, quantization: Quantization) -> Model:
     """A copy of ``model`` with every packed linear an :class:`IntegerLinear` and the edited float weights in place.
 
     Tensors that quantization leaves alone are shared with ``model``, not copied.
@@ -77,5 +84,7 @@ def fake_quantize(model: nn.Module, quantization) -> nn.Module:
         setattr(fake.get_submodule(module), attribute, nn.Parameter(tensor, requires_grad=False))
     for name, pack in quantization.packs.items():
         parent, _, child = name.rpartition(".")
-        setattr(fake.get_submodule(parent), child, IntegerLinear(pack, fake.get_submodule(name).bias))
+        linear = fake.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        setattr(fake.get_submodule(parent), child, IntegerLinear(pack, linear.bias))
     return fake

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -222,7 +223,8 @@ def environment_settings(environment: Mapping[str, str]) -> dict[str, Any]:
 
 def environment_origins(environment: Mapping[str, str]) -> dict[str, str]:
     """Recipe key -> the variable that sets it, of the keys of :func:`environment_settings`."""
-    variables = {key: (variable,) for variable, key in ENVIRONMENT.items()} | {"scheme": ("PERMUTE", "ROW_ROT")}
+    variables: dict[str, tuple[str, ...]] = {key: (variable,) for variable, key in ENVIRONMENT.items()}
+    variables["scheme"] = ("PERMUTE", "ROW_ROT")
     variables |= {key: (key.upper(), "LAYERS", "INCLUDE", "SCOPE", "EXCLUDE") for key in SELECTION}
     return {
         key: next(name for name in (f"OPENPI_DUQUANT_{variable}" for variable in variables[key]) if name in environment)
@@ -272,9 +274,9 @@ def _listed(text: str) -> list[str]:
 def _parse(path: Path) -> dict[str, Any]:
     import yaml  # imported here because most runs have no recipe file
 
-    try:
+    if sys.version_info >= (3, 11):
         import tomllib
-    except ModuleNotFoundError:  # Python 3.10
+    else:
         import tomli as tomllib
     try:
         text = path.read_text()

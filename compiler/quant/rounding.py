@@ -88,7 +88,7 @@ def round_compensated(
         name: of the linear, for the warning where its Hessian takes more damping.
     Returns: int8 [N, K].
     """
-    segments = zip(weight.split(SEGMENT, dim=1), x.split(SEGMENT, dim=1))
+    segments = zip(weight.split(SEGMENT, dim=1), x.split(SEGMENT, dim=1), strict=True)
     return torch.cat([_compensate(w, scale, _inverse_factor(rows, damping, name), bits) for w, rows in segments], dim=1)
 
 

@@ -81,4 +81,4 @@ class Arguments(BaseModel):  # Ray makes one for `app`, whose annotation must he
 
 
 def app(arguments: Arguments) -> serve.Application:
-    return PolicyReplica.bind(arguments.plan, arguments.threads, arguments.patience)
+    return PolicyReplica.bind(arguments.plan, arguments.threads, arguments.patience)  # type: ignore[attr-defined]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any, Protocol
+
+import numpy as np
 
 from duq.runtime.errors import PlanError
 from duq.runtime.plan import Plan
+from duq.runtime.preprocess import ModelInputs
 
 # target -> (module, class). Imported when a plan asks for it: each needs an engine library of its own.
 EXECUTORS = {
@@ -15,8 +19,18 @@ EXECUTORS = {
 }
 
 
-def open_executor(plan: Plan, threads: int | None = None):
-    """The executor of the plan's target, with `warmup()` and `run(inputs, noise, trace=None)`.
+class Executor(Protocol):
+    """Runs a plan of one target. Safe to share between threads."""
+
+    def warmup(self) -> None:
+        """Allocates and records what a first call would otherwise wait for."""
+
+    def run(self, inputs: ModelInputs, noise: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+        """Denoises `noise` float32 [H, A] into normalized actions [H, A]; returns them with the stages' milliseconds."""
+
+
+def open_executor(plan: Plan, threads: int | None = None) -> Executor:
+    """The executor of the plan's target.
 
     threads: CPU threads of the engine (None: all cores). Raises PlanError for a target that this runtime does not know.
     """
@@ -25,4 +39,5 @@ def open_executor(plan: Plan, threads: int | None = None):
         known = ", ".join(EXECUTORS)
         raise PlanError(f"{plan.path}: is made for target {target!r}, this runtime has {known}; compile for that")
     module, name = EXECUTORS[target]
-    return getattr(importlib.import_module(module), name)(plan, threads)
+    executor: Executor = getattr(importlib.import_module(module), name)(plan, threads)
+    return executor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -50,7 +51,9 @@ class CpuExecutor:
         )
         self.run(inputs, np.zeros((config["action_horizon"], config["action_dim"]), np.float32))
 
-    def run(self, inputs: ModelInputs, noise: np.ndarray, trace: dict | None = None) -> tuple[np.ndarray, dict]:
+    def run(
+        self, inputs: ModelInputs, noise: np.ndarray, trace: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         """Denoises `noise` float32 [H, A] into normalized actions [H, A]; returns them with the stages' milliseconds.
 
         trace: if given, receives what the stages produced, as numpy: "image_features", "key.0", ..., and "x", the
@@ -66,7 +69,7 @@ class CpuExecutor:
         }
         names = [output.name for output in prefix.get_outputs()]
         values = prefix.run_with_ort_values(names, _ort_values(feeds, prefix))
-        past = dict(zip(names, values))
+        past = dict(zip(names, values, strict=True))
         prefix_end = time.perf_counter()
 
         x = onnxruntime.OrtValue.ortvalue_from_numpy(noise)
@@ -110,7 +113,7 @@ class CpuExecutor:
             raise PlanError(f"{path}: ONNX Runtime {version} cannot load its {name} graph: {error}") from error
 
 
-def _ort_values(feeds: dict[str, np.ndarray], session: onnxruntime.InferenceSession) -> dict:
+def _ort_values(feeds: dict[str, np.ndarray], session: onnxruntime.InferenceSession) -> dict[str, Any]:
     wanted = {item.name for item in session.get_inputs()}
     return {
         name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
 from duq.plugins import driver, trt
-from duq.plugins.nvrtc import Cubin
 from duq.plugins.nodes import KernelName, Kernels
+from duq.plugins.nvrtc import Cubin
 from duq.runtime.errors import PlanError
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import ModelInputs
@@ -63,13 +63,13 @@ class TensorRTExecutor:
         driver.open_device()
         self._calls.warmup()
 
-    def run(self, inputs: ModelInputs, noise: np.ndarray) -> tuple[np.ndarray, dict]:
+    def run(self, inputs: ModelInputs, noise: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
         """Denoises `noise` float32 [H, A] into normalized actions [H, A]; returns them with the stages' milliseconds."""
         driver.open_device()  # the caller may be another thread than the one that loaded the plan
         return self._calls.run(inputs, noise)
 
 
-def section_of(plan: Plan, sm: int) -> dict:
+def section_of(plan: Plan, sm: int) -> dict[str, Any]:
     """The manifest's part about an SM."""
     sections = plan.manifest["graphs"]
     if f"sm{sm}" not in sections:
@@ -78,15 +78,16 @@ def section_of(plan: Plan, sm: int) -> dict:
     return sections[f"sm{sm}"]
 
 
-def check_plugins(plan: Plan, section: dict) -> None:
-    """The plan's kernels take the arguments of the plugins they were compiled with, which a launch would only find out."""
+def check_plugins(plan: Plan, section: dict[str, Any]) -> None:
+    """The plan's kernels take this runtime's arguments, as only a launch would find out."""
     if (version := section.get("plugins_version", 1)) != PLUGINS_VERSION:
         raise PlanError(
-            f"{plan.path}: its plugins are of version {version}, this runtime's of version {PLUGINS_VERSION}; compile it again"
+            f"{plan.path}: its plugins are of version {version}, this runtime's of version {PLUGINS_VERSION}; "
+            "compile it again"
         )
 
 
-def check_library(plan: Plan, section: dict) -> None:
+def check_library(plan: Plan, section: dict[str, Any]) -> None:
     """An engine is for the flavor and version of TensorRT that built it."""
     built, here = (section["flavor"], section["version"]), (trt.flavor(), trt.library().__version__)
     if built != here:
@@ -136,7 +137,11 @@ class Calls:
     """
 
     def __init__(
-        self, engines: Mapping[str, Engine], signatures: Mapping[str, Mapping[str, dict]], manifest: dict, table: np.ndarray
+        self,
+        engines: Mapping[str, Engine],
+        signatures: Mapping[str, Mapping[str, dict[str, Any]]],
+        manifest: dict[str, Any],
+        table: np.ndarray,
     ):
         self._table = table
         config = manifest["model"]
@@ -166,7 +171,7 @@ class Calls:
             self._graph(self._largest).launch(self._stream)
             self._stream.synchronize()
 
-    def run(self, inputs: ModelInputs, noise: np.ndarray) -> tuple[np.ndarray, dict]:
+    def run(self, inputs: ModelInputs, noise: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
         with self._lock:
             size = int(inputs.image_mask.sum()), int(inputs.token_mask.sum())
             self._stage(inputs, noise)
@@ -199,7 +204,7 @@ class Calls:
             self._graphs[size] = self._stream.capture(lambda: self._follow(size, driver.Event.record_in_graph))
         return self._graphs[size]
 
-    def _follow(self, size: tuple[int, int], mark) -> None:
+    def _follow(self, size: tuple[int, int], mark: Callable[[driver.Event, driver.Stream], None]) -> None:
         """Enqueues a whole call."""
         shapes = self._shapes(size)
         self._stream.upload(self._memory.address, self._upload.address, self._upload_bytes)

@@ -99,7 +99,7 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Robot:
-    """One robot's side of the policy. Arrays are float64, in the units the norm stats were taken in, unless said otherwise."""
+    """One robot's side of the policy. Arrays are float64, in the norm stats' units, unless said otherwise."""
 
     name: str
     cameras: tuple[Camera, ...]
@@ -131,7 +131,7 @@ class Robot:
     def state_units(self) -> tuple[str, ...]:
         return tuple(unit for part in self.state for unit in (part.units or ("",) * len(part.names)))
 
-    def images(self, observation: Mapping) -> dict[str, tuple[Any, Camera]]:
+    def images(self, observation: Mapping[str, Any]) -> dict[str, tuple[Any, Camera]]:
         """Slot -> what the observation holds under the camera's key, and the camera, of the cameras that are there.
 
         Raises ObservationError if one is absent that must be there, or a nested dict has a camera that is not the robot's.
@@ -139,7 +139,7 @@ class Robot:
         if self._nested:
             self._check_unknown(observation)
         found = {}
-        for slot, camera in zip(IMAGE_SLOTS, self.cameras):
+        for slot, camera in zip(IMAGE_SLOTS, self.cameras, strict=False):
             key = _present(observation, camera)
             if key is not None:
                 found[slot] = (_lookup(observation, key), camera)
@@ -148,14 +148,15 @@ class Robot:
             raise ObservationError(f"observation has no image; give one or more of {names}")
         return found
 
-    def read_state(self, observation: Mapping) -> np.ndarray:
+    def read_state(self, observation: Mapping[str, Any]) -> np.ndarray:
         """The state in the robot's units, float64 [state_dim]."""
         parts = [self._read_part(observation, part) for part in self.state]
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     @staticmethod
-    def _read_part(observation: Mapping, part: StatePart) -> np.ndarray:
+    def _read_part(observation: Mapping[str, Any], part: StatePart) -> np.ndarray:
         key = _present(observation, part)
+        assert key is not None  # parts of the state are required
         holder = observation if len(key) == 1 else observation[key[0]]
         return checks.vector(holder, key[-1], len(part.names))
 
@@ -200,19 +201,19 @@ class Robot:
         ignored = {outer: [key[1] for key in self.ignored if key[0] == outer] for outer in known}
         return {outer: ({*names, *ignored[outer]}, names) for outer, names in known.items()}
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """A description in plain JSON types; `from_json` is its inverse."""
         return _plain(asdict(self))
 
     @classmethod
-    def from_json(cls, data: Mapping) -> Robot:
+    def from_json(cls, data: Mapping[str, Any]) -> Robot:
         """Raises PlanError if a key is unknown or missing."""
         unknown = set(data) - {each.name for each in fields(cls)}
         if unknown:
             raise PlanError(f"robot: the key {sorted(unknown)[0]!r} is unknown to this duq; upgrade it or compile again")
         try:
             return cls(
-                **data
+                **dict(data)
                 | {
                     "cameras": tuple(Camera(**_tuples(camera)) for camera in data["cameras"]),
                     "state": tuple(StatePart(**_tuples(part)) for part in data["state"]),
@@ -226,7 +227,7 @@ class Robot:
         except (KeyError, TypeError) as error:
             raise PlanError(f"robot: its description is incomplete ({error}); compile again") from error
 
-    def _check_unknown(self, observation: Mapping) -> None:
+    def _check_unknown(self, observation: Mapping[str, Any]) -> None:
         for outer, (accepted, known) in self._nested.items():
             if outer in observation:
                 for name in checks.mapping(observation, outer):
@@ -234,7 +235,7 @@ class Robot:
                         raise ObservationError(f"{outer}: unknown camera {name!r}; {self.name} has {', '.join(known)}")
 
 
-def _present(observation: Mapping, part: Camera | StatePart) -> Key | None:
+def _present(observation: Mapping[str, Any], part: Camera | StatePart) -> Key | None:
     """The one of a value's keys that the observation has; None where it has none and need not.
 
     Raises ObservationError if there are two, or none of one that must be there.
@@ -252,11 +253,11 @@ def _present(observation: Mapping, part: Camera | StatePart) -> Key | None:
     return found[0] if found else None
 
 
-def _has(observation: Mapping, key: Key) -> bool:
+def _has(observation: Mapping[str, Any], key: Key) -> bool:
     return key[0] in observation and (len(key) == 1 or key[1] in checks.mapping(observation, key[0]))
 
 
-def _lookup(observation: Mapping, key: Key):
+def _lookup(observation: Mapping[str, Any], key: Key) -> Any:
     return observation[key[0]] if len(key) == 1 else observation[key[0]][key[1]]
 
 
@@ -329,7 +330,7 @@ class _Fault(Exception):
     """What is wrong with a description."""
 
 
-def _robot(data: dict) -> Robot:
+def _robot(data: dict[str, Any]) -> Robot:
     _check_keys(data, "the file", {"name": str, "cameras": list, "state": list, "actions": dict},
                 {"ignored": list, "convert": list, "defaults": dict, "dataset": dict, "default_prompt": str,
                  "prompt_keys": list})  # fmt: skip
@@ -355,7 +356,7 @@ def _robot(data: dict) -> Robot:
     return robot
 
 
-def _cameras(listed: list) -> tuple[Camera, ...]:
+def _cameras(listed: list[Any]) -> tuple[Camera, ...]:
     if not 1 <= len(listed) <= len(IMAGE_SLOTS):
         raise _Fault(f"[[cameras]]: there are {len(listed)}, the policies have slots for 1 to {len(IMAGE_SLOTS)}")
     cameras = []
@@ -418,7 +419,7 @@ def _check_robot(robot: Robot) -> None:
         raise _Fault("[defaults] delta_actions: is on, but [actions] has no delta that says which they are")
 
 
-def _check_keys(table: Any, where: str, needed: dict, optional: dict) -> None:
+def _check_keys(table: Any, where: str, needed: dict[str, Any], optional: dict[str, Any]) -> None:
     if not isinstance(table, dict):
         raise _Fault(f"{where}: is a {type(table).__name__}, expected a table")
     for key in needed:
@@ -444,21 +445,21 @@ def _key(key: Any, where: str) -> Key:
     return parts
 
 
-def _names(table: dict, where: str) -> tuple[str, ...]:
+def _names(table: dict[str, Any], where: str) -> tuple[str, ...]:
     names = table["names"]
     if not names or not all(isinstance(name, str) and name for name in names):
         raise _Fault(f"{where}: names must be one text for each number")
     return tuple(names)
 
 
-def _units(table: dict, names: tuple[str, ...], where: str) -> tuple[str, ...]:
+def _units(table: dict[str, Any], names: tuple[str, ...], where: str) -> tuple[str, ...]:
     units = table.get("units", [])
     if units and (len(units) != len(names) or not all(isinstance(unit, str) for unit in units)):
         raise _Fault(f"{where}: there are {len(units)} units for {len(names)} names")
     return tuple(units)
 
 
-def _mask(runs: list, size: int) -> tuple[bool, ...]:
+def _mask(runs: list[Any], size: int) -> tuple[bool, ...]:
     """[True, False, ...], or openpi's notation: [6, -1] is six deltas and one absolute action; what is left is absolute."""
     if runs and all(isinstance(run, bool) for run in runs):
         mask = tuple(runs)
@@ -471,7 +472,7 @@ def _mask(runs: list, size: int) -> tuple[bool, ...]:
     return mask + (False,) * (size - len(mask)) if any(mask) else ()
 
 
-def _list(value: Any) -> list:
+def _list(value: Any) -> list[Any]:
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(each, str) for each in values):
         raise _Fault(f"[dataset]: {value!r} must be a feature's name or a list of them")
@@ -484,7 +485,7 @@ def _plain(value: Any) -> Any:
     return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
-def _tuples(data: Mapping) -> dict:
+def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
     """Lists of a JSON object as tuples, two levels deep."""
     return {
         key: tuple(tuple(each) if isinstance(each, list) else each for each in value) if isinstance(value, list) else value

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 if importlib.util.find_spec("metaworld") is None:  # importing it here would be before MUJOCO_GL is set
-    pytest.skip("metaworld is not installed: pip install 'duq[examples]'", allow_module_level=True)
+    pytest.skip("metaworld is not installed: pip install 'duq-vla[examples]'", allow_module_level=True)
 
 from duq.runtime.config import IMAGE_SLOTS
 from duq.runtime.realtime import control_loop

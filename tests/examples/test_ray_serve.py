@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
-ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'duq[examples]'")
+ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'duq-vla[examples]'")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own use of pydantic is deprecated, in a hundred lines
     from ray import serve

@@ -427,7 +427,7 @@ def test_a_missing_extra_is_named(command_line, monkeypatch):
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     ran = command_line(serve_cli.main, "none.plan")
-    assert (ran.code, ran.err) == (2, "error: duq-serve needs prometheus_client: pip install 'duq[server]'\n")
+    assert (ran.code, ran.err) == (2, "error: duq-serve needs prometheus_client: pip install 'duq-vla[server]'\n")
 
 
 @pytest.mark.parametrize("host, key, warns", [("0.0.0.0", None, True), ("0.0.0.0", "k", False), ("localhost", None, False)])

@@ -14,7 +14,7 @@ if simulated := importlib.util.find_spec("metaworld") is not None:
     from examples.collect_metaworld import demonstrate, disturbances
     from examples.metaworld_env import MetaworldEnv
 
-needs_simulator = pytest.mark.skipif(not simulated, reason="metaworld is not installed: pip install 'duq[examples]'")
+needs_simulator = pytest.mark.skipif(not simulated, reason="metaworld is not installed: pip install 'duq-vla[examples]'")
 
 
 # --- intervals -------------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def write_safetensors(
     """
     torch_dtype, safetensors_dtype = DTYPES[dtype]
     sizes = {name: int(np.prod(shape, dtype=np.int64)) * torch_dtype.itemsize for name, shape in shapes.items()}
-    ends = dict(zip(sizes, itertools.accumulate(sizes.values())))
+    ends = dict(zip(sizes, itertools.accumulate(sizes.values()), strict=True))
     header = {
         name: {"dtype": safetensors_dtype, "shape": list(shape), "data_offsets": [ends[name] - sizes[name], ends[name]]}
         for name, shape in shapes.items()

@@ -286,7 +286,7 @@ def test_without_tensorrt_the_extras_are_named(tiny_plans, command_line, monkeyp
     monkeypatch.setattr(trt.importlib.util, "find_spec", lambda name: None)
     ran = command_line(compile_main, *compile_arguments(tiny_plans("pi0", "llm+expert-mlp"), "--sm", "86"))
     trt.library.cache_clear()
-    assert ran.code == 2 and "duq[tensorrt]" in ran.err and "duq[tensorrt-rtx]" in ran.err
+    assert ran.code == 2 and "duq-vla[tensorrt]" in ran.err and "duq-vla[tensorrt-rtx]" in ran.err
 
 
 @needs_tensorrt
@@ -296,7 +296,7 @@ def test_without_bitblas_the_extra_is_named(tiny_plans, command_line, monkeypatc
 
     monkeypatch.setattr(bitblas, "version", missing)
     ran = command_line(compile_main, *compile_arguments(tiny_plans("pi0", "llm+expert-mlp"), "--sm", "86"))
-    assert ran.code == 2 and "duq[bitblas]" in ran.err
+    assert ran.code == 2 and "duq-vla[bitblas]" in ran.err
 
 
 def small_model(*nodes, outputs=("y",)):
