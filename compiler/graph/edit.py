@@ -31,10 +31,10 @@ def _merge_equal_constants(graph: ir.Graph, limit: int = 256) -> None:
         array = None if weight_of(value) else small_constant(value, limit)
         if array is None or value.is_graph_output():
             continue
-        first = kept.setdefault((value.const_value.dtype, array.shape, array.tobytes()), value)
+        first = kept.setdefault((value.dtype, array.shape, array.tobytes()), value)
         if first is not value:
             value.replace_all_uses_with(first)
-            del graph.initializers[value.name]
+            del graph.initializers[str(value.name)]
 
 
 def small_constant(value: ir.Value | None, limit: int = 4096) -> np.ndarray | None:

@@ -31,7 +31,7 @@ def linear(builder: Builder, node: ir.Node) -> None:
     The last two also with an INT4 weight, which our GEMM reads as it is, and a launch in front of cuBLASLt's makes bf16.
     """
     epilogue = epilogue_of(node)
-    weight = node.inputs[2 if node.op_type.endswith("A8Linear") else 1]
+    weight = node.inputs[ops.weight_index(node.op_type)]
     name, x = record(weight).label, builder.value(node.inputs[0])
     scale = _weight_scale(node, name, epilogue)
     rotation = None  # computed by the product's own launch
@@ -65,7 +65,7 @@ def _rows(x: Matrix | Normed) -> int:
 
 def _weight_scale(node: ir.Node, name: str, epilogue: Epilogue) -> ir.Value | None:
     """Of an INT4 weight with float activations, whose bias becomes the epilogue's; None for other products."""
-    if node.op_type == "MatMul" or node.op_type.endswith("A8Linear"):
+    if node.op_type == "MatMul" or ops.weight_index(node.op_type) == 2:
         return None
     operands = dict(zip(ops.inputs_of(node.op_type, node.overload), node.inputs))
     if node.op_type != "W4A16Linear" or "output_rotation" in operands:
