@@ -161,6 +161,11 @@ QUANTIZED_LINEARS = {"W4A8Linear": (4, 8), "W8A8Linear": (8, 8), "W4A16Linear": 
 """Operator -> (weight bits, activation bits)."""
 
 
+def weight_index(op_type: str) -> int:
+    """Which input of a linear is its weight: behind x_q and x_scale, or behind x. MatMul is a linear as well."""
+    return 2 if QUANTIZED_LINEARS.get(op_type, (0, 16))[1] == 8 else 1
+
+
 def stages(overload: str) -> list[str]:
     return [] if overload == "plain" else overload.split("+")
 

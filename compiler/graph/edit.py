@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 from onnx.reference import ReferenceEvaluator
 from onnxscript import optimizer
+from onnxscript.rewriter.pattern import RewriteRule
 
 from duq.compiler.errors import GraphError
 from duq.compiler.graph.weights import Weight, mark, weight_of
@@ -31,10 +33,10 @@ def _merge_equal_constants(graph: ir.Graph, limit: int = 256) -> None:
         array = None if weight_of(value) else small_constant(value, limit)
         if array is None or value.is_graph_output():
             continue
-        first = kept.setdefault((value.const_value.dtype, array.shape, array.tobytes()), value)
+        first = kept.setdefault((value.dtype, array.shape, array.tobytes()), value)
         if first is not value:
             value.replace_all_uses_with(first)
-            del graph.initializers[value.name]
+            del graph.initializers[str(value.name)]
 
 
 def small_constant(value: ir.Value | None, limit: int = 4096) -> np.ndarray | None:
@@ -93,6 +95,18 @@ def lazy(
         name=name,
     )
     return initializer(graph, what, tensor)
+
+
+Op = Any  # of onnxscript's patterns: what makes nodes
+Var = Any  # and what stands for any value
+
+
+def apply(rule: RewriteRule, *models: ir.Model) -> int:
+    """Replaces the rule's pattern wherever it is; returns how often."""
+    matches = sum(rule.apply_to_model(model) for model in models)
+    for model in models:
+        simplify(model)
+    return matches
 
 
 def insert_before(

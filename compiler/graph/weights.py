@@ -68,8 +68,8 @@ class Weight:
     @property
     def name(self) -> str:
         """A unique name: equal records have equal contents."""
-        suffix = "weight" if self.part == "embedding" else self.part
-        suffix += f"_{self.form}" if self.form else ""
+        part = "weight" if self.part == "embedding" else self.part
+        suffix = f"{part}_{self.form}" if self.form else part
         return "+".join(self._name(piece, suffix) for piece in self.pieces)
 
     def _name(self, piece: Piece, suffix: str) -> str:
@@ -113,7 +113,7 @@ def of_module(module: str, part: Part, form: str = "") -> Weight:
 
 def by_content(part: Part, array: np.ndarray) -> Weight:
     """The record of an array that has its name from its content, so that equal arrays are one initializer."""
-    digest = hashlib.sha256(np.ascontiguousarray(array)).hexdigest()[:16]
+    digest = hashlib.sha256(array.tobytes()).hexdigest()[:16]
     return Weight((Piece((digest,)),), part)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from duq.compiler.data import load_calibration, robot_mapping
 from duq.compiler.errors import CalibrationError
 from duq.compiler.model import Pi0
-from duq.compiler.quant.linears import input_group
+from duq.compiler.quant.linears import input_group, linear
 from duq.runtime.config import ModelConfig
 from duq.runtime.errors import ObservationError
 from duq.runtime.preprocess import ModelInputs, Preprocessor
@@ -121,7 +121,7 @@ def calibrate(
     def observer(group: str):
         def observe(module: nn.Module, args: tuple[Tensor]) -> None:
             rows = args[0].detach().flatten(0, -2).to(torch.float32)
-            mask = valid.get(group.split(".")[0])
+            mask = valid.get(linear(group).stack)
             if group not in statistics:
                 statistics[group] = InputStatistics(rows.shape[1], seed=len(statistics), device=rows.device)
             statistics[group].observe(rows if mask is None else rows[mask])

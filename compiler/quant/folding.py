@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from duq.compiler.quant.calibrate import InputStatistics
+from duq.compiler.quant.linears import linear
 from duq.compiler.quant.recipe import Recipe
 from duq.compiler.quant.transforms import (
     LinearTransform,
@@ -84,21 +85,21 @@ def fold(name: str, transform: LinearTransform) -> tuple[LinearTransform, dict[s
 
     Returns the online part and, by the name of each absorbing linear, the change of its output's basis.
     """
-    scale, permutation = transform.input_scale, transform.permutation
-    if name.endswith(".mlp.down_proj"):
+    scale, permutation, own = transform.input_scale, transform.permutation, linear(name)
+    if own.leaf == "down_proj":
         absorbed = {"up_proj": (scale, permutation), "gate_proj": (None, permutation)}
         online = replace(transform, input_scale=None, permutation=None)
-    elif name.endswith(".mlp.fc2"):
+    elif own.leaf == "fc2":
         absorbed = {"fc1": (None, permutation)}
         # The scale stays, and comes after the permutation now.
         reordered = scale if scale is None or permutation is None else scale[permutation]
         online = replace(transform, input_scale=reordered, permutation=None)
-    elif name.endswith(".self_attn.out_proj"):  # every head of SigLIP has values of its own
+    elif own.leaf == "out_proj":  # every head of SigLIP has values of its own
         absorbed, online = {"v_proj": (scale, None)}, replace(transform, input_scale=None)
     else:
         absorbed, online = {}, transform
     return online, {
-        sibling(name, leaf): LinearTransform(input_scale=s, permutation=p)
+        own.sibling(leaf): LinearTransform(input_scale=s, permutation=p)
         for leaf, (s, p) in absorbed.items()
         if s is not None or p is not None
     }
@@ -107,10 +108,6 @@ def fold(name: str, transform: LinearTransform) -> tuple[LinearTransform, dict[s
 def change_output(transform: LinearTransform, tensor: Tensor) -> Tensor:
     """The weight [N, K] or bias [N] of a linear whose output is to be ``transform.transform_input(y)``."""
     return transform.transform_input(tensor.movedim(0, -1)).movedim(-1, 0).contiguous()
-
-
-def sibling(name: str, leaf: str) -> str:
-    return f"{name.rpartition('.')[0]}.{leaf}"
 
 
 def _channel_rms(weights: list[Tensor]) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
+from typing import NamedTuple
 
 from duq.compiler.errors import RecipeError
 from duq.compiler.quant.recipe import EVERY_LINEAR, NO_LINEAR, Recipe, openpi_module
@@ -11,6 +11,7 @@ from duq.runtime.config import ModelConfig
 
 GEMMA_LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
                  "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+_GROUPS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 VISION_LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
 
 
@@ -54,6 +55,30 @@ def check_selection(recipe: Recipe, config: ModelConfig) -> None:
             raise RecipeError(f"layer_bits {pattern}:{bits} is for none of the policy's linears, named like {names[-1]}")
 
 
+class Linear(NamedTuple):
+    """Where a linear is in the policy; the only place that takes canonical names apart.
+
+    Attributes:
+        stack: ``vision``, ``projector``, ``llm``, ``expert``.
+        block: the module that it is part of, e.g. ``llm.layers.3.mlp``; "" at the top.
+        leaf: its name in it, e.g. ``up_proj``.
+    """
+
+    stack: str
+    block: str
+    leaf: str
+
+    def sibling(self, leaf: str) -> str:
+        """The canonical name of another linear of the block."""
+        return f"{self.block}.{leaf}" if self.block else leaf
+
+
+def linear(name: str) -> Linear:
+    block, _, leaf = name.rpartition(".")
+    return Linear(name.partition(".")[0], block, leaf)
+
+
 def input_group(name: str) -> str:
     """One key for all linears that read the same tensor: q, k, v share their input, and so do gate and up."""
-    return re.sub(r"\.(gate|up)_proj$", ".gate_up", re.sub(r"\.[qkv]_proj$", ".qkv", name))
+    own = linear(name)
+    return own.sibling(_GROUPS.get(own.leaf, own.leaf))

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from duq.compiler.quant.auto_bits import spend_bits
 from duq.compiler.quant.calibrate import InputStatistics, calibrate
 from duq.compiler.quant.fake import quantized_product
-from duq.compiler.quant.folding import change_output, fold, input_transform, repeat_for_queries, sibling, value_transform
-from duq.compiler.quant.linears import input_group, select_linears
+from duq.compiler.quant.folding import change_output, fold, input_transform, repeat_for_queries, value_transform
+from duq.compiler.quant.linears import input_group, linear, select_linears
 from duq.compiler.quant.pack import LinearPack, pack_weight
 from duq.compiler.quant.recipe import Recipe
 from duq.compiler.quant.rounding import round_compensated, round_weights, search_scales
@@ -125,7 +125,7 @@ def place_transforms(weight, config, recipe, linears, statistics, progress) -> P
     task = progress.add_task("Choosing transforms", total=len(groups))
     for members in groups.values():
         progress.advance(task)
-        if recipe.scheme == "balanced" and members[0].endswith(".o_proj"):
+        if recipe.scheme == "balanced" and linear(members[0]).leaf == "o_proj":
             continue  # below: its factors concern both Gemmas
         transform = input_transform(recipe, statistics[input_group(members[0])], [weight(name) for name in members])
         for name in members:
@@ -147,7 +147,7 @@ def _place_value_transform(placement, layer, weight, config, linears, statistics
     heads = config.llm.kv_heads, config.llm.head_dim
     transform = placement.values[layer] = value_transform(quantized, *heads)
     for name, gemma in readers.items():
-        placement.outputs[sibling(name, "v_proj")] = transform
+        placement.outputs[linear(name).sibling("v_proj")] = transform
         placement.full[name] = repeat_for_queries(transform, *heads, gemma.heads)
         placement.online[name] = LinearTransform()
 

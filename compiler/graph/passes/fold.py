@@ -6,66 +6,71 @@ import dataclasses
 
 import numpy as np
 import onnx_ir as ir
+from onnxscript.rewriter.pattern import RewriteRule
 
-from duq.compiler.graph.edit import initializer, insert_before, is_weight, lazy, reader, replace, simplify, small_constant
+from duq.compiler.graph.edit import (
+    Op,
+    Var,
+    apply,
+    initializer,
+    insert_before,
+    is_weight,
+    lazy,
+    replace,
+    simplify,
+    small_constant,
+)
 from duq.compiler.graph.export import Graphs
 from duq.compiler.graph.weights import is_time_table, of_module, record
 from duq.plugins import ops
 
 
 def fold_linear_chains(graphs: Graphs) -> int:
-    """(x A + a) B = x (A B) + a B, where nothing else reads what is in between. The product is formed in float64.
+    """(x A + a) B + rest = x (A B) + (rest + a B). The products are formed in float64.
 
     In pi0, action_in_proj [32, width] and the action half of action_time_mlp_in become one [32, width] matrix; a B
-    joins the bias added next, and with it the time table.
+    joins what is added next, and with it the time table.
     """
-    matches = 0
-    for _, model in graphs.items():
-        for second in list(model.graph):
-            bias = second.inputs[0].producer() if _is_linear(second) else None
-            first = bias.inputs[0].producer() if bias is not None and bias.op_type == "Add" else None
-            following = reader(second.outputs[0])
-            if first is None or not _is_linear(first) or not is_weight(bias.inputs[1], rank=1):
-                continue
-            if reader(first.outputs[0]) is not bias or reader(bias.outputs[0]) is not second:
-                continue
-            (k, _), (_, n) = first.inputs[1].shape.numpy(), second.inputs[1].shape.numpy()
-            whole = record(second.inputs[1]).behind(record(first.inputs[1]))
-            weight = lazy(model.graph, whole, [first.inputs[1], second.inputs[1]], (k, n), _product)
-            of_bias = dataclasses.replace(whole, part="bias", form="")
-            offset = lazy(model.graph, of_bias, [bias.inputs[1], second.inputs[1]], (n,), _product)
-            (y,) = insert_before(second, "MatMul", [first.inputs[0], weight])
-            if following is not None and following.op_type == "Add":
-                index = 1 - list(following.inputs).index(second.outputs[0])
-                (total,) = insert_before(following, "Add", [following.inputs[index], offset])
-                following.replace_input_with(index, total)
-            else:
-                (y,) = insert_before(second, "Add", [y, offset])
-            replace(second.outputs[0], y)
-            matches += 1
-        simplify(model)
-    return matches
+    return apply(RewriteRule(_chain, _one_linear, _are_weights), graphs.prefix, graphs.step)
+
+
+def _chain(op: Op, x: Var, first: Var, bias: Var, second: Var, rest: Var) -> Var:
+    return op.MatMul(op.MatMul(x, first) + bias, second) + rest
+
+
+def _one_linear(op: Op, x: ir.Value, first: ir.Value, bias: ir.Value, second: ir.Value, rest: ir.Value) -> ir.Value:
+    (k, _), (_, n) = first.shape.numpy(), second.shape.numpy()
+    whole = record(second).behind(record(first))
+    weight = lazy(first.graph, whole, [first, second], (k, n), _product)
+    offset = lazy(first.graph, dataclasses.replace(whole, part="bias", form=""), [bias, second], (n,), _product)
+    return op.Add(op.MatMul(x, weight), op.Add(rest, offset))
+
+
+def _are_weights(context: object, first: ir.Value, bias: ir.Value, second: ir.Value, **_: ir.Value) -> bool:
+    return is_weight(first, rank=2) and is_weight(bias, rank=1) and is_weight(second, rank=2)
 
 
 def fold_output_scales(graphs: Graphs) -> int:
     """(x W + b) c = x (c W) + c b for a scalar c: the Euler step's dt goes into action_out_proj."""
-    matches = 0
-    for _, model in graphs.items():
-        for node in list(model.graph):
-            scale = small_constant(node.inputs[1], limit=1) if node.op_type == "Mul" else None
-            bias = node.inputs[0].producer() if scale is not None and scale.size == 1 else None
-            linear = bias.inputs[0].producer() if bias is not None and bias.op_type == "Add" else None
-            if linear is None or not _is_linear(linear) or reader(bias.outputs[0]) is not node:
-                continue
-            weight, offset = (
-                _scaled(model.graph, value, scale.reshape(())) for value in (linear.inputs[1], bias.inputs[1])
-            )
-            (product,) = insert_before(node, "MatMul", [linear.inputs[0], weight])
-            (y,) = insert_before(node, "Add", [product, offset])
-            replace(node.outputs[0], y)
-            matches += 1
-        simplify(model)
-    return matches
+    return apply(RewriteRule(_scaled_linear, _with_scaled_weights, _is_scaled_linear), graphs.prefix, graphs.step)
+
+
+def _scaled_linear(op: Op, x: Var, weight: Var, bias: Var, factor: Var) -> Var:
+    return (op.MatMul(x, weight) + bias) * factor
+
+
+def _with_scaled_weights(op: Op, x: ir.Value, weight: ir.Value, bias: ir.Value, factor: ir.Value) -> ir.Value:
+    return op.Add(op.MatMul(x, _scaled(weight, factor)), _scaled(bias, factor))
+
+
+def _is_scaled_linear(context: object, weight: ir.Value, bias: ir.Value, factor: ir.Value, **_: ir.Value) -> bool:
+    return is_weight(weight, rank=2) and is_weight(bias, rank=1) and small_constant(factor, limit=1) is not None
+
+
+def _scaled(value: ir.Value, factor: ir.Value) -> ir.Value:
+    number = factor.const_value.numpy().reshape(())
+    scaled = record(value).times(f"{number.item():.9g}")
+    return lazy(value.graph, scaled, [value], value.shape.numpy(), lambda array: array * number)
 
 
 def fold_norm_gains(graphs: Graphs) -> int:
@@ -142,11 +147,6 @@ def _merge_prologue_scale(graph: ir.Graph, output: ir.Value, vectors: list[tuple
 
 def _is_linear(node: ir.Node | None) -> bool:
     return node is not None and node.op_type == "MatMul" and is_weight(node.inputs[1], rank=2)
-
-
-def _scaled(graph: ir.Graph, value: ir.Value, factor: np.ndarray) -> ir.Value:
-    scaled = record(value).times(f"{factor.item():.9g}")
-    return lazy(graph, scaled, [value], value.shape.numpy(), lambda array: array * factor)
 
 
 def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -58,7 +58,7 @@ def _merge_each(model: ir.Model, groups: dict[Hashable, list[ir.Node]]) -> int:
 
 def _merge(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     """Replaces the nodes by one of the concatenated weights, scales and biases, and a Split of its output."""
-    shared = 2 if nodes[0].op_type.endswith("A8Linear") else 1  # x_q and x_scale, or x
+    shared = ops.weight_index(nodes[0].op_type)  # x_q and x_scale, or x, come before it
     columns = [node.inputs[shared].shape[-1] for node in nodes]
     operands = [_concatenate(graph, [node.inputs[i] for node in nodes]) for i in range(shared, len(nodes[0].inputs))]
     inputs = [*nodes[0].inputs[:shared], *operands]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+from onnxscript.rewriter.pattern import RewriteRule
 
-from duq.compiler.graph.edit import initializer, insert_before, replace, simplify
+from duq.compiler.graph.edit import Op, Var, apply, initializer, insert_before, replace, simplify, small_constant
 from duq.compiler.graph.export import Graphs
 from duq.compiler.graph.weights import of_module
 from duq.runtime.config import IMAGE_SLOTS
@@ -54,43 +55,32 @@ def fuse_rotary_embeddings(graphs: Graphs) -> int:
     For GPUs, which have a kernel for it. Positions are one vector for all heads; the tables are those of
     `tabulate_rotary_embeddings`. Matches each embedding of queries or keys.
     """
-    matches = 0
-    for _, model in graphs.items():
-        for node in list(model.graph):
-            match = _rotation(node)
-            if match is None:
-                continue
-            x, cosine, sine, positions = match
-            shape = initializer(model.graph, "one_sequence", np.array([1, -1], np.int64))
-            (ids,) = insert_before(node, "Reshape", [positions, shape])
-            ids.type = positions.type
-            (turned,) = insert_before(node, "RotaryEmbedding", [x, cosine, sine, ids], interleaved=0)
-            replace(node.outputs[0], turned)
-            matches += 1
-        simplify(model)
-    return matches
+    rule = RewriteRule(_turned_halves, _rotary_embedding, _are_halves, remove_nodes=False)  # all layers read one look-up
+    return apply(rule, graphs.prefix, graphs.step)
 
 
-def _rotation(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value] | None:
-    """x [batch, heads, tokens, dims], both tables and the positions of Concat(a cos - b sin, b cos + a sin)."""
-    parts = [operand.producer() for operand in node.inputs] if node.op_type == "Concat" else []
-    if [part.op_type for part in parts if part] != ["Sub", "Add"]:
-        return None
-    products = [operand.producer() for part in parts for operand in part.inputs]
-    if not all(product is not None and product.op_type == "Mul" for product in products):
-        return None
-    (a, cosine), (b, sine), *second = (product.inputs for product in products)
-    halves, tables = [a.producer(), b.producer()], [cosine.producer(), sine.producer()]
-    if [tuple(operands) for operands in second] != [(b, cosine), (a, sine)]:
-        return None
-    if [half.op_type for half in halves] != ["Slice", "Slice"] or [table.op_type for table in tables] != [
-        "Gather",
-        "Gather",
-    ]:
-        return None
-    x, dims = halves[0].inputs[0], halves[0].inputs[0].shape[-1]
-    bounds = [[int(limit.const_value.numpy().item()) for limit in half.inputs[1:4]] for half in halves]
-    whole = bounds[0] == [0, dims // 2, 3] and bounds[1][0] == dims // 2 and bounds[1][1] >= dims and bounds[1][2] == 3
-    if not whole or halves[1].inputs[0] is not x or tables[0].inputs[1] is not tables[1].inputs[1]:
-        return None
-    return x, tables[0].inputs[0], tables[1].inputs[0], tables[0].inputs[1]
+def _turned_halves(
+    op: Op, x: Var, start: Var, middle: Var, end: Var, axis: Var, cosines: Var, sines: Var, positions: Var
+) -> Var:
+    a, b = (op.Slice(x, *bounds, axis, _allow_other_inputs=True) for bounds in ((start, middle), (middle, end)))
+    cosine, sine = op.Gather(cosines, positions), op.Gather(sines, positions)
+    return op.Concat(a * cosine - b * sine, b * cosine + a * sine, axis=-1)
+
+
+def _rotary_embedding(
+    op: Op, x: ir.Value, cosines: ir.Value, sines: ir.Value, positions: ir.Value, **_: ir.Value
+) -> ir.Value:
+    ids = op.Reshape(positions, op.Constant(value_ints=[1, -1]))
+    return op.RotaryEmbedding(x, cosines, sines, ids, interleaved=0)
+
+
+def _are_halves(
+    context: object, x: ir.Value, start: ir.Value, middle: ir.Value, end: ir.Value, axis: ir.Value, **_: ir.Value
+) -> bool:
+    """Of x [batch, heads, tokens, dims]: the first and the last half of its last axis."""
+    bounds = [small_constant(value, limit=1) for value in (start, middle, end, axis)]
+    if any(value is None for value in bounds) or x.shape is None:
+        return False
+    first, half, last, along = (int(value.item()) for value in bounds if value is not None)
+    dims = x.shape[-1]
+    return isinstance(dims, int) and (first, half, along) == (0, dims // 2, 3) and last >= dims

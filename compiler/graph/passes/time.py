@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+from onnxscript.rewriter.pattern import RewriteRule
 
 from duq.compiler.graph.edit import (
+    Op,
+    Var,
+    apply,
     depends_on,
     evaluate,
     graph_input,
@@ -13,7 +17,6 @@ from duq.compiler.graph.edit import (
     insert_before,
     is_weight,
     lazy,
-    reader,
     replace,
     simplify,
 )
@@ -27,29 +30,27 @@ def split_time_from_actions(graphs: Graphs) -> int:
 
     The time half is the same for every row, so it loses the Expand over rows and broadcasts in the sum.
     """
-    graph, matches = graphs.step.graph, 0
-    for node in list(graph):
-        concat = node.inputs[0].producer() if node.op_type == "MatMul" and is_weight(node.inputs[1]) else None
-        if concat is None or concat.op_type != "Concat" or depends_on(concat.inputs[1]) != {"time"}:
-            continue
-        actions, time = concat.inputs
-        if time.producer().op_type == "Expand":
-            time = time.producer().inputs[0]
-        weight, bias = node.inputs[1], reader(node.outputs[0])
-        rows, columns = weight.shape.numpy()
-        split = rows // 2  # both halves have the expert's width
-        (of_actions,) = insert_before(node, "MatMul", [actions, _rows(graph, weight, "actions", 0, split, columns)])
-        (of_time,) = insert_before(bias, "MatMul", [time, _rows(graph, weight, "time", split, rows, columns)])
-        (offset,) = insert_before(bias, "Add", [of_time, bias.inputs[1]])
-        (y,) = insert_before(bias, "Add", [of_actions, offset])
-        replace(bias.outputs[0], y)
-        matches += 1
-    simplify(graphs.step)
-    return matches
+    return apply(RewriteRule(_joined, _apart, _is_time), graphs.step)
 
 
-def _rows(graph: ir.Graph, weight: ir.Value, part: str, start: int, stop: int, columns: int) -> ir.Value:
-    return lazy(graph, record(weight).of_rows(part), [weight], (stop - start, columns), lambda w: w[start:stop])
+def _joined(op: Op, actions: Var, time: Var, rows: Var, weight: Var, bias: Var) -> Var:
+    return op.MatMul(op.Concat(actions, op.Expand(time, rows)), weight) + bias
+
+
+def _apart(op: Op, actions: ir.Value, time: ir.Value, weight: ir.Value, bias: ir.Value, **_: ir.Value) -> ir.Value:
+    rows, columns = weight.shape.numpy()
+    split = rows // 2  # both halves have the expert's width
+    of_actions = _rows(weight, "actions", 0, split, columns)
+    of_time = _rows(weight, "time", split, rows, columns)
+    return op.Add(op.MatMul(actions, of_actions), op.Add(op.MatMul(time, of_time), bias))
+
+
+def _is_time(context: object, time: ir.Value, weight: ir.Value, **_: ir.Value) -> bool:
+    return is_weight(weight, rank=2) and depends_on(time) == {"time"}
+
+
+def _rows(weight: ir.Value, part: str, start: int, stop: int, columns: int) -> ir.Value:
+    return lazy(weight.graph, record(weight).of_rows(part), [weight], (stop - start, columns), lambda w: w[start:stop])
 
 
 def tabulate_time(graphs: Graphs) -> int:

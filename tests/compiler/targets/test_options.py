@@ -1,0 +1,49 @@
+"""Each target has its own options; a plan's manifest says those it was made with, under the same keys."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+from duq.compiler.cli import _target_options
+from duq.compiler.errors import DuqError
+from duq.compiler.pipeline import TARGETS
+from duq.compiler.targets import Options
+from duq.compiler.targets.cuda import CudaOptions
+from duq.runtime.plan import Plan
+
+COMMON = {"robot", "num_steps", "cameras", "settings", "float_images"}
+
+
+def test_a_target_has_the_common_options_and_its_own():
+    own = {name: {field.name for field in fields(target.options)} - COMMON for name, target in TARGETS.items()}
+    assert own == {"cpu": set(), "cuda": {"sm", "timing"}, "tensorrt": {"sm", "loop", "float_type"}}
+    for name, target in TARGETS.items():
+        assert target.name == target.options.target == name and COMMON <= {field.name for field in fields(target.options)}
+
+
+def test_what_is_given_becomes_the_target_s_options():
+    assert _target_options("cpu", None, timing=None, loop=None) == Options()
+    assert _target_options("cuda", [90, 80, 90], timing=False, loop=None) == CudaOptions(sm=(80, 90), timing=False)
+
+
+@pytest.mark.parametrize(
+    ("target", "given", "says"),
+    [
+        ("cpu", {"float_type": "fp16"}, "--float-type fp16: is for --target tensorrt; leave it out for cpu"),
+        ("cpu", {"timing": True}, "--timing: is for --target cuda; leave it out for cpu"),
+        ("tensorrt", {"timing": False}, "--no-timing: is for --target cuda; leave it out for tensorrt"),
+        ("cuda", {"loop": "graph"}, "--loop graph: is for --target tensorrt; leave it out for cuda"),
+    ],
+)
+def test_an_option_of_another_target_is_refused_by_name(target, given, says):
+    with pytest.raises(DuqError) as error:
+        _target_options(target, [86], **given)
+    assert str(error.value) == says
+
+
+def test_the_manifest_says_what_the_plan_was_made_for(tiny_plans):
+    manifest = Plan(tiny_plans("pi0", "none").plan).manifest
+    assert (manifest["target"], manifest["sm"], manifest["cameras"], manifest["num_steps"]) == ("cpu", [], 3, 4)
+    assert manifest["robot"] == "libero" and manifest["float_images"] is False and "settings" not in manifest
