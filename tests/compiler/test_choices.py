@@ -29,8 +29,7 @@ from duq.runtime.errors import PlanError
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import Preprocessor
 from duq.runtime.robots import ROBOT_NAMES, Robot, load_robot, read_robot
-from tests.runtime.test_preprocess import CONFIG, PI05
-from tests.runtime.test_robots import OBSERVATIONS
+from tests.support.observations import CONFIG, OBSERVATIONS, PI05
 
 SIZES = {"depth": 1, "vision_depth": 1}
 

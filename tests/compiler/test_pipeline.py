@@ -19,29 +19,14 @@ from duq.plugins import ops
 from duq.runtime.executors.cpu import CpuExecutor
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import ModelInputs
+from tests.support.inputs import make_inputs, make_noise
 
 ONNXRUNTIME = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
-
-
-def make_inputs(config, cameras=(True, True, False), prompt=9, seed=0) -> ModelInputs:
-    rng = np.random.default_rng(seed)
-    slots = np.arange(config.max_prompt_tokens)
-    return ModelInputs(
-        images=rng.uniform(0, 256, (3, config.vision.image_size, config.vision.image_size, 3)).astype(np.uint8),
-        image_mask=np.array(cameras),
-        tokens=rng.integers(0, config.vocab_size, config.max_prompt_tokens),
-        token_mask=slots < prompt,
-        state=rng.standard_normal(config.action_dim).astype(np.float32),
-    )
 
 
 def reference(model, inputs: ModelInputs, noise: np.ndarray, num_steps: int = 10) -> np.ndarray:
     fields = (inputs.pixels(), inputs.image_mask, inputs.tokens, inputs.token_mask, inputs.state, noise)
     return model.sample_actions(*(torch.from_numpy(field)[None] for field in fields), num_steps=num_steps)[0].numpy()
-
-
-def make_noise(config) -> np.ndarray:
-    return np.random.default_rng(7).standard_normal((config.action_horizon, config.action_dim), np.float32)
 
 
 def run_graphs(graphs, inputs: ModelInputs, noise: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from duq.runtime.config import IMAGE_SLOTS
 from duq.runtime.realtime import control_loop
 from examples import metaworld_loop
 from examples.metaworld_env import PROMPTS, MetaworldEnv
-from tests.runtime.test_server import FakePolicy, serving
+from tests.support.serving import FakePolicy, serving
 
 pytestmark = pytest.mark.filterwarnings("ignore:Constant.s. may be too high")  # of the experts, which are clipped
 SIZE = 32

@@ -23,7 +23,7 @@ from duq.runtime.messages import pack  # noqa: E402
 from examples.ray_serve import client as client_module  # noqa: E402
 from examples.ray_serve.client import RayServeClient  # noqa: E402
 from examples.ray_serve.deployment import Arguments, PolicyReplica, app  # noqa: E402
-from tests.runtime.test_robots import libero  # noqa: E402
+from tests.support.observations import libero
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,23 +16,13 @@ from duq.compiler.model import Pi0, build_model
 from duq.compiler.pipeline import Options, compile_policy
 from duq.compiler.quant import Quantization, load_recipe
 from duq.runtime import Policy
-from duq.runtime.config import IMAGE_SLOTS, GemmaConfig, VisionConfig
+from duq.runtime.config import IMAGE_SLOTS
 from duq.runtime.observations import load_observations, save_observations
 from duq.runtime.preprocess import Preprocessor
 from examples import metaworld_data, train_metaworld
 from examples.metaworld_data import Demonstrations
 from examples.train_metaworld import Batches, Schedule, flow_matching_loss
-
-SIZE, HORIZON = 28, 4
-GEMMA = GemmaConfig(width=32, depth=2, mlp_width=64, heads=2, kv_heads=1, head_dim=16)
-TINY = replace(
-    train_metaworld.POLICY,
-    vision=VisionConfig(width=32, depth=1, mlp_width=32, heads=2, image_size=SIZE),
-    llm=GEMMA,
-    expert=GEMMA,
-    action_dim=8,
-    action_horizon=HORIZON,
-)
+from tests.support.metaworld import GEMMA, HORIZON, SIZE, TINY
 
 
 def image(brightness, rng):

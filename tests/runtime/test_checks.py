@@ -21,7 +21,7 @@ from duq.runtime import checks
 from duq.runtime.errors import ObservationError
 from duq.runtime.observations import load_observations, save_observations
 from duq.runtime.preprocess import Preprocessor
-from tests.runtime.test_preprocess import CONFIG, bare_observation
+from tests.support.observations import CONFIG, bare_observation
 
 VALUES = [-1.5, 0.0, 0.25, 3.0]  # exact in every float type here
 

@@ -155,7 +155,7 @@ def test_the_command_line(tmp_path, command_line):
     from duq.compiler.checkpoint.synthetic.files import train_tokenizer
     from duq.compiler.model import Pi0
     from examples.train_metaworld import save_checkpoint
-    from tests.examples.test_train_metaworld import TINY
+    from tests.support.metaworld import TINY
 
     torch.manual_seed(0)
     save_checkpoint(tmp_path / "policy", Pi0(TINY), train_tokenizer(), [])

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import functools
-import importlib
-import io
 import json
 import math
 import re
@@ -32,7 +29,6 @@ from duq.compiler.accuracy.metrics import Difference, difference, jerk
 from duq.compiler.accuracy.reference import tensors
 from duq.compiler.accuracy.report import dimension_table
 from duq.compiler.accuracy.stages import Stages
-from duq.compiler.accuracy.synthetic import synthetic_observations
 from duq.compiler.accuracy.thresholds import Thresholds
 from duq.compiler.accuracy.worker import run_worker
 from duq.compiler.checkpoint import load_checkpoint
@@ -43,6 +39,7 @@ from duq.runtime import Policy
 from duq.runtime.observations import save_observations
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import Preprocessor
+from tests.support.comparison import run_here, two_observations
 
 TOOLS = Path(duq.tools.compare.__file__).parent
 W4A8 = "llm+expert-mlp"
@@ -108,22 +105,6 @@ def test_thresholds_name_the_worst_observation():
 
 
 # --- stages ----------------------------------------------------------------------------------------------------------
-
-
-def run_here(module, arguments, advance) -> dict:
-    """A worker in this process: a second saved, and nothing of what it costs means anything."""
-    with contextlib.redirect_stdout(io.StringIO()) as messages:
-        importlib.import_module(module).main(*map(str, arguments))
-    return json.loads(messages.getvalue().splitlines()[-1])["cost"]
-
-
-def two_observations(config) -> list[dict]:
-    """Bare inputs with one camera and a full prompt; a robot's, with two and words."""
-    random = np.random.default_rng(3)
-    images = {f"observation/{name}": random.integers(0, 256, (40, 60, 3), np.uint8) for name in ("image", "wrist_image")}
-    state = random.normal(0, 0.3, 8).astype(np.float32)
-    bare = synthetic_observations(config, cameras=1, count=1)[0]
-    return [bare, images | {"observation/state": state, "prompt": "open the drawer"}]
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from duq.runtime.config import ModelConfig
 from duq.runtime.errors import PlanError
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import Preprocessor
-from tests.compiler.accuracy.test_compare import run_here, two_observations
+from tests.support.comparison import run_here, two_observations
 from tests.support.quant_policy import tiny_checkpoint
 
 FLOAT = load_recipe("none", environment={})

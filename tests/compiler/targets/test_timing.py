@@ -24,7 +24,7 @@ from duq.plugins.nvrtc import Cubin
 from duq.plugins.layout import unpack_bitblas
 from duq.runtime.executors.cpu import CpuExecutor
 from duq.runtime.plan import Plan
-from tests.compiler.test_pipeline import make_inputs, make_noise
+from tests.support.inputs import make_inputs, make_noise
 from tests.support import emulate, emulated_kernels
 from tests.support.emulated_kernels import KERNELS, Launch, Pointer
 from tests.support.quant_policy import observation

@@ -1,0 +1,36 @@
+"""Model inputs and noise, and measures of what a policy makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from duq.runtime.preprocess import ModelInputs
+
+
+def make_inputs(config, cameras=(True, True, False), prompt=9, seed=0) -> ModelInputs:
+    rng = np.random.default_rng(seed)
+    slots = np.arange(config.max_prompt_tokens)
+    return ModelInputs(
+        images=rng.uniform(0, 256, (3, config.vision.image_size, config.vision.image_size, 3)).astype(np.uint8),
+        image_mask=np.array(cameras),
+        tokens=rng.integers(0, config.vocab_size, config.max_prompt_tokens),
+        token_mask=slots < prompt,
+        state=rng.standard_normal(config.action_dim).astype(np.float32),
+    )
+
+
+def make_noise(config) -> np.ndarray:
+    return np.random.default_rng(7).standard_normal((config.action_horizon, config.action_dim), np.float32)
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a * b).sum() / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+def with_float_images(inputs: ModelInputs, seed: int = 0) -> ModelInputs:
+    """Values that no byte stands for, and padding as LeRobot 0.4 has it."""
+    images = np.random.default_rng(seed).uniform(-1, 1, inputs.images.shape).astype(np.float32)
+    images[:, :5] = -3
+    return replace(inputs, images=images)
