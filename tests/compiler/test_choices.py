@@ -297,7 +297,7 @@ def test_rotary_frequencies_follow_the_origin(checkpoints, tmp_path):
 
 def test_lerobot_says_in_which_type_it_trained(checkpoints, tmp_path):
     for dtype, expected in (("bfloat16", "bfloat16"), ("float32", "exact")):
-        path = edited(checkpoints["lerobot"], tmp_path, lambda data: data.update(dtype=dtype))
+        path = edited(checkpoints["lerobot"], tmp_path, lambda data, dtype=dtype: data.update(dtype=dtype))
         assert settled(path)[0].config.rotary == expected
 
 

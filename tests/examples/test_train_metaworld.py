@@ -89,7 +89,7 @@ def test_some_moments_become_observations(demonstrations, tmp_path):
     found = load_observations(tmp_path / "o.npz")
     preprocessor = Preprocessor(TINY, tokenizer=train_tokenizer(), cameras=2)
     assert len(found) == 5
-    for observation, i in zip(found, (0, 20, 40, 59, 79)):  # rounded to even
+    for observation, i in zip(found, (0, 20, 40, 59, 79), strict=True):  # rounded to even
         inputs = preprocessor.model_inputs(observation)
         np.testing.assert_array_equal(inputs.images[:2], metaworld_data.decode(demonstrations.images[i : i + 1])[0])
         np.testing.assert_array_equal(inputs.state[:4], demonstrations.states[i])
@@ -105,7 +105,7 @@ def test_moments_are_padded_as_the_runtime_pads_them(demonstrations, batches):
     pixels = metaworld_data.decode(demonstrations.images[:12])
     for i in range(12):
         observation = {
-            "image": dict(zip(("base_0_rgb", "left_wrist_0_rgb"), pixels[i])),
+            "image": dict(zip(("base_0_rgb", "left_wrist_0_rgb"), pixels[i], strict=True)),
             "state": demonstrations.states[i],
             "prompt": str(demonstrations.prompts[i]),
         }
@@ -138,7 +138,7 @@ def test_the_loss_is_that_of_one_moment_and_draw_at_a_time(batches):
         tokens = batch.tokens[i][batch.token_mask[i]][None]  # no padding
         mask = torch.ones(1, 2 * TINY.vision.tokens + tokens.shape[1], dtype=torch.bool)
         _, past = model.prefix(model.embed_images(batch.images[i : i + 1]), tokens, mask)
-        for e, t in zip(noise[i], times[i]):
+        for e, t in zip(noise[i], times[i], strict=True):
             x_t = e * t + batch.actions[i] * (1 - t)
             v = model.velocity(batch.states[i : i + 1], x_t[None], t[None], mask, past)
             expected.append((v[0] - (e - batch.actions[i])).square().mean())
@@ -229,7 +229,12 @@ def test_a_seed_determines_the_weights(batches, tmp_path):
 def test_training_stops_when_the_time_is_over(batches):
     reports = []
     train_metaworld.train(
-        TINY, batches, batches, Schedule(steps=10**9, minutes=0.01, batch=2), 0, lambda p, l: reports.append((p, l["step"]))
+        TINY,
+        batches,
+        batches,
+        Schedule(steps=10**9, minutes=0.01, batch=2),
+        0,
+        lambda p, line: reports.append((p, line["step"])),
     )
     assert reports[-1][0] == 1 and reports[-1][1] < 10_000
 

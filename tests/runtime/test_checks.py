@@ -373,7 +373,8 @@ def test_ordinary_arrays_come_back_as_they_are_in_no_time(value):
 def test_no_library_is_imported(tmp_path):
     code = (
         "import numpy as np, sys; from runtime import checks; checks.array([1, 2.0], 'x'); "
-        "checks.vector({'x': np.zeros(2)}, 'x', 2); checks.image(np.zeros((2, 2, 3), 'u1'), 'x', 'HWC'); print(*sys.modules)"
+        "checks.vector({'x': np.zeros(2)}, 'x', 2); checks.image(np.zeros((2, 2, 3), 'u1'), 'x', 'HWC'); "
+        "print(*sys.modules)"
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "duq.runtime.checks" in loaded and not {"torch", "jax"} & set(loaded)

@@ -88,7 +88,7 @@ def test_layouts_in_memory_do_not_matter(size):
         image[::-1].copy()[::-1],
         image.repeat(2, 1)[:, ::2],
     ]
-    found = Preprocessor(CONFIG).model_inputs(bare_observation(image=dict(zip(IMAGE_SLOTS, views))))
+    found = Preprocessor(CONFIG).model_inputs(bare_observation(image=dict(zip(IMAGE_SLOTS, views, strict=False))))
     assert np.array_equal(found.images, expected.images)
 
 

@@ -223,7 +223,7 @@ def test_clients_that_die_in_mid_call(served, policy):
     dying = [served.raw() for _ in range(3)]
     for number, connection in enumerate(dying):
         connection.send(pack({"value": number}))
-        wait_until(lambda: served.metric("duq_queue_depth") == number + 1)
+        wait_until(lambda depth=number + 1: served.metric("duq_queue_depth") == depth)
     survivor = Background(served.client().infer, {"value": 7})
     wait_until(lambda: served.metric("duq_queue_depth") == 4)
     dying[0].socket.shutdown(socket.SHUT_RDWR)

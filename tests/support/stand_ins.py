@@ -18,7 +18,8 @@ MANIFEST = {
     "cameras": 3,
     "model": {
         "pi05": False, "action_horizon": ACTIONS[0], "action_dim": ACTIONS[1], "max_prompt_tokens": 40,
-        "vision": {"image_size": IMAGE, "patch_size": 14}, "llm": {"kv_heads": 1, "head_dim": CHANNELS, "width": 64, "depth": 1},
+        "vision": {"image_size": IMAGE, "patch_size": 14},
+        "llm": {"kv_heads": 1, "head_dim": CHANNELS, "width": 64, "depth": 1},
     },
 }  # fmt: skip
 

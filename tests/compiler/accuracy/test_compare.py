@@ -57,7 +57,7 @@ def test_measures_against_their_formulas(pair, split):
     found = Difference()
     for part in (slice(0, split), slice(split, None)):  # however the values arrive
         found.add(pair[0][part], pair[1][part])
-    assert found.max_error == max(abs(r - e) for r, e in zip(reference, engine))
+    assert found.max_error == max(abs(r - e) for r, e in zip(reference, engine, strict=True))
     size, error = np.linalg.norm(reference), np.linalg.norm(reference - engine)
     if size > 1e-9 and np.linalg.norm(engine) > 1e-9:
         assert found.cosine == pytest.approx(reference / size @ (engine / np.linalg.norm(engine)), abs=1e-9)
@@ -245,8 +245,8 @@ def test_json(tool, tiny_plans):
     summary = finite_json(result.out)
     assert result.code == 0 and "made up" in summary["source"] and summary["thresholds"] == {"min_sqnr": 60}
     assert set(summary) == {
-        "source", "thresholds", "failures", "checkpoint", "plan", "threads", "seed", "versions", "stages", "layers", "steps",
-        "observations", "linears", "jerk", "cost", "dimensions", "padding_dimensions",
+        "source", "thresholds", "failures", "checkpoint", "plan", "threads", "seed", "versions", "stages", "layers",
+        "steps", "observations", "linears", "jerk", "cost", "dimensions", "padding_dimensions",
     }  # fmt: skip
     measures = [*all_measures(summary).values(), *(found["actions"] for found in summary["observations"])]
     for found in measures:
@@ -289,7 +289,7 @@ def test_text_and_json_name_every_action_that_the_robot_reads(tool, tiny_plans, 
 
 
 def test_each_dimension_against_the_formulas(compared, tiny_plans):
-    """In normalized units over all observations, in the robot's over its own; padding and joints do not leak into each other."""
+    """In normalized units over all observations, in the robot's over its own; padding and joints do not leak."""
     comparison = compared("pi0", W4A8)
     robot = comparison.robot
     assert list(robot.reference) == list(robot.engine) == [1]
@@ -346,7 +346,7 @@ def test_joints_are_named_with_their_units(compared):
     chunks = random.normal(size=(2, 5, 3)).astype(np.float32)
     summary = dict(compared("pi0", "none").summary)
     summary["dimensions"] = [
-        {"name": n, "unit": u, "normalized": {}, "robot": {"max_error": 1}} for n, u in zip(names, units)
+        {"name": n, "unit": u, "normalized": {}, "robot": {"max_error": 1}} for n, u in zip(names, units, strict=True)
     ]
     summary["observations"] = [{"actions": {"max_error": 0.1}}, {"actions": {"max_error": 0.2}}]
     robot = duq.compiler.accuracy.compare.RobotActions({1: chunks[1]}, {1: chunks[1]})

@@ -1,4 +1,4 @@
-"""Packs and the recipe beside them: what was asked for is done or refused, by whatever option, file or variable it was said."""
+"""Packs and the recipe beside them: what was asked for, by option, file or variable, is done or refused."""
 
 from __future__ import annotations
 
