@@ -30,8 +30,7 @@ from duq.runtime.errors import PlanError
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import Preprocessor
 from duq.runtime.robots import ROBOT_NAMES, Robot, load_robot, read_robot
-from tests.runtime.test_preprocess import CONFIG, PI05
-from tests.runtime.test_robots import OBSERVATIONS
+from tests.support.observations import CONFIG, OBSERVATIONS, PI05
 
 SIZES = {"depth": 1, "vision_depth": 1}
 
@@ -299,7 +298,7 @@ def test_rotary_frequencies_follow_the_origin(checkpoints, tmp_path):
 
 def test_lerobot_says_in_which_type_it_trained(checkpoints, tmp_path):
     for dtype, expected in (("bfloat16", "bfloat16"), ("float32", "exact")):
-        path = edited(checkpoints["lerobot"], tmp_path, lambda data: data.update(dtype=dtype))
+        path = edited(checkpoints["lerobot"], tmp_path, lambda data, dtype=dtype: data.update(dtype=dtype))
         assert settled(path)[0].config.rotary == expected
 
 

@@ -18,15 +18,14 @@ from duq.compiler.quant.recipe import DEFAULT_PRESET
 from duq.compiler.targets import Options
 from duq.runtime import Policy
 from duq.runtime.plan import Plan
-from tests.compiler.quant.test_w4a8 import SILENT, policy  # noqa: F401
-from tests.support.quant_policy import observation
+from tests.support.quant_policy import SILENT, observation
 
 ONNXRUNTIME = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
 
 
 @pytest.mark.parametrize("preset", ["llm+expert-mlp", "none"])
-def test_the_graph_of_every_phase_is_plain_onnx(policy, tmp_path, preset):  # noqa: F811
-    checkpoint, calibration, _ = policy
+def test_the_graph_of_every_phase_is_plain_onnx(calibrated_policy, tmp_path, preset):
+    checkpoint, calibration, _ = calibrated_policy
     quantization = quantize_checkpoint(checkpoint, load_recipe(preset, environment={}), calibration, SILENT)
     compile_policy(checkpoint, quantization, tmp_path / "engine.plan", Options(num_steps=2), SILENT, tmp_path / "graphs")
     files = sorted((tmp_path / "graphs").glob("*.onnx"))
@@ -52,7 +51,7 @@ def test_int4_weights_take_four_bits(tiny_plans):
 
 
 def test_calls_after_warm_up_open_nothing_and_take_no_memory(tiny_plans, monkeypatch):
-    policy = Policy(tiny_plans("pi0", DEFAULT_PRESET).plan, threads=1)  # noqa: F811
+    policy = Policy(tiny_plans("pi0", DEFAULT_PRESET).plan, threads=1)
     random = np.random.default_rng(0)
     image = random.integers(0, 256, (300, 400, 3)).astype(np.uint8)
     first = {
@@ -85,7 +84,7 @@ def _peak_bytes() -> int:
 
 
 def test_the_same_noise_gives_the_same_actions(tiny_plans):
-    policy = Policy(tiny_plans("pi05", DEFAULT_PRESET).plan, threads=1)  # noqa: F811
+    policy = Policy(tiny_plans("pi05", DEFAULT_PRESET).plan, threads=1)
     observed = observation_of(tiny_plans("pi05", DEFAULT_PRESET))
     noise = np.random.default_rng(1).standard_normal((8, 32), np.float32)
     first, second = (policy.infer(observed, noise=noise)["actions"] for _ in range(2))

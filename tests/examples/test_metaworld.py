@@ -16,7 +16,7 @@ from duq.runtime.config import IMAGE_SLOTS
 from duq.runtime.realtime import control_loop
 from examples import metaworld_loop
 from examples.metaworld_env import PROMPTS, MetaworldEnv
-from tests.runtime.test_server import FakePolicy, serving
+from tests.support.serving import FakePolicy, serving
 
 pytestmark = pytest.mark.filterwarnings("ignore:Constant.s. may be too high")  # of the experts, which are clipped
 SIZE = 32
@@ -237,7 +237,7 @@ def test_asynchronously_with_a_plan(command_line, small_images, tiny_plans):
     ([], "who drives? give one of --plan, --server and --scripted"),
     (["--scripted", "--plan", "x"], "who drives?"),
     (["--scripted", "--asynchronous"], "--asynchronous: the scripted expert decides step by step"),
-    (["--scripted", "--sheet", "/nowhere/sheet.png"], "--sheet /nowhere/sheet.png: must be a file in an existing directory"),
+    (["--scripted", "--sheet", "/nowhere/sheet.png"], "--sheet /nowhere/sheet.png: must be a file in an existing"),
     (["--plan", "/nowhere/engine.plan"], "/nowhere/engine.plan"),
     (["--server", "ws://127.0.0.1:9"], "Connection refused"),
     (["--task", "juggle", "--scripted"], "juggle"),

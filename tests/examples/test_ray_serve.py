@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 import yaml
 
-ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'duq-vla[examples]'")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own use of pydantic is deprecated, in a hundred lines
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'duq-vla[examples]'")
     from ray import serve
     from ray.serve.schema import ServeApplicationSchema
 
-from duq.runtime.messages import pack  # noqa: E402
-from examples.ray_serve import client as client_module  # noqa: E402
-from examples.ray_serve.client import RayServeClient  # noqa: E402
-from examples.ray_serve.deployment import Arguments, PolicyReplica, app  # noqa: E402
-from tests.runtime.test_robots import libero  # noqa: E402
+from duq.runtime.messages import pack
+from examples.ray_serve import client as client_module
+from examples.ray_serve.client import RayServeClient
+from examples.ray_serve.deployment import Arguments, PolicyReplica, app
+from tests.support.observations import libero
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,23 +17,13 @@ from duq.compiler.pipeline import compile_policy
 from duq.compiler.quant import Quantization, load_recipe
 from duq.compiler.targets import Options
 from duq.runtime import Policy
-from duq.runtime.config import IMAGE_SLOTS, GemmaConfig, VisionConfig
+from duq.runtime.config import IMAGE_SLOTS
 from duq.runtime.observations import load_observations, save_observations
 from duq.runtime.preprocess import Preprocessor
 from examples import metaworld_data, train_metaworld
 from examples.metaworld_data import Demonstrations
 from examples.train_metaworld import Batches, Schedule, flow_matching_loss
-
-SIZE, HORIZON = 28, 4
-GEMMA = GemmaConfig(width=32, depth=2, mlp_width=64, heads=2, kv_heads=1, head_dim=16)
-TINY = replace(
-    train_metaworld.POLICY,
-    vision=VisionConfig(width=32, depth=1, mlp_width=32, heads=2, image_size=SIZE),
-    llm=GEMMA,
-    expert=GEMMA,
-    action_dim=8,
-    action_horizon=HORIZON,
-)
+from tests.support.metaworld import GEMMA, HORIZON, SIZE, TINY
 
 
 def image(brightness, rng):
@@ -100,7 +90,7 @@ def test_some_moments_become_observations(demonstrations, tmp_path):
     found = load_observations(tmp_path / "o.npz")
     preprocessor = Preprocessor(TINY, tokenizer=train_tokenizer(), cameras=2)
     assert len(found) == 5
-    for observation, i in zip(found, (0, 20, 40, 59, 79)):  # rounded to even
+    for observation, i in zip(found, (0, 20, 40, 59, 79), strict=True):  # rounded to even
         inputs = preprocessor.model_inputs(observation)
         np.testing.assert_array_equal(inputs.images[:2], metaworld_data.decode(demonstrations.images[i : i + 1])[0])
         np.testing.assert_array_equal(inputs.state[:4], demonstrations.states[i])
@@ -116,7 +106,7 @@ def test_moments_are_padded_as_the_runtime_pads_them(demonstrations, batches):
     pixels = metaworld_data.decode(demonstrations.images[:12])
     for i in range(12):
         observation = {
-            "image": dict(zip(("base_0_rgb", "left_wrist_0_rgb"), pixels[i])),
+            "image": dict(zip(("base_0_rgb", "left_wrist_0_rgb"), pixels[i], strict=True)),
             "state": demonstrations.states[i],
             "prompt": str(demonstrations.prompts[i]),
         }
@@ -149,7 +139,7 @@ def test_the_loss_is_that_of_one_moment_and_draw_at_a_time(batches):
         tokens = batch.tokens[i][batch.token_mask[i]][None]  # no padding
         mask = torch.ones(1, 2 * TINY.vision.tokens + tokens.shape[1], dtype=torch.bool)
         _, past = model.prefix(model.embed_images(batch.images[i : i + 1]), tokens, mask)
-        for e, t in zip(noise[i], times[i]):
+        for e, t in zip(noise[i], times[i], strict=True):
             x_t = e * t + batch.actions[i] * (1 - t)
             v = model.velocity(batch.states[i : i + 1], x_t[None], t[None], mask, past)
             expected.append((v[0] - (e - batch.actions[i])).square().mean())
@@ -240,7 +230,12 @@ def test_a_seed_determines_the_weights(batches, tmp_path):
 def test_training_stops_when_the_time_is_over(batches):
     reports = []
     train_metaworld.train(
-        TINY, batches, batches, Schedule(steps=10**9, minutes=0.01, batch=2), 0, lambda p, l: reports.append((p, l["step"]))
+        TINY,
+        batches,
+        batches,
+        Schedule(steps=10**9, minutes=0.01, batch=2),
+        0,
+        lambda p, line: reports.append((p, line["step"])),
     )
     assert reports[-1][0] == 1 and reports[-1][1] < 10_000
 

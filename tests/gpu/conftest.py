@@ -16,3 +16,9 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.gpu)
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """Where a module's policies and plans are."""
+    return tmp_path_factory.mktemp("policies")

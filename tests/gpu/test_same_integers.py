@@ -6,14 +6,14 @@ import pytest
 
 from duq.compiler.accuracy.metrics import difference
 from duq.runtime.plan import Plan
-from tests.gpu.test_whole_policy import directory, make_inputs, policy  # noqa: F401
+from tests.gpu.test_whole_policy import make_inputs, policy
 from tests.support.recording import Recording
 from tests.support.same_integers import run_given
 
 
 @pytest.mark.parametrize("quant", ["llm+expert-mlp", "all"])
 @pytest.mark.parametrize("name", ["pi0", "pi05"])
-def test_stages_of_the_same_integers(name, quant, directory):  # noqa: F811
+def test_stages_of_the_same_integers(name, quant, directory):
     config, plans = policy(name, quant, directory)
     inputs, noise = make_inputs(config, 2, 33)  # two images, and a prompt that is padded
     found, runs = Recording(Plan(plans["cuda"])).record(inputs, noise)

@@ -75,11 +75,6 @@ def both_plans(
     return plans
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return tmp_path_factory.mktemp("policies")
-
-
 @functools.cache
 def cuda_executor(path) -> CudaExecutor:
     return CudaExecutor(Plan(path))

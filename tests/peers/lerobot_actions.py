@@ -1,7 +1,7 @@
 """Runs LeRobot's own pi0 and pi0.5 on policy_cases.py and writes what they answer to tests/data/lerobot_actions.npz.
 
-This is the oracle of tests/compiler/model/test_model_lerobot.py. `make test-peers` installs LeRobot (Python 3.12) into an environment
-of its own and runs this file there. LeRobot's code runs as published; only its hard-coded sizes are replaced.
+This is the oracle of tests/compiler/model/test_model_lerobot.py. `make test-peers` installs LeRobot (Python 3.12) into an
+environment of its own and runs this file there. LeRobot's code runs as published; only its hard-coded sizes are replaced.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def write(folder: Path) -> None:
                 )
                 for phases in phase
             ]
-            row = dict(zip(list(FEATURES)[:3], images))
+            row = dict(zip(list(FEATURES)[:3], images, strict=True))
             row["observation.state"], row["action"] = rng.standard_normal((2, 6)).astype(np.float32)
             row["observation.gripper"] = rng.standard_normal(1).astype(np.float32)
             if "task" in inspect.signature(dataset.add_frame).parameters:  # LeRobot 0.3

@@ -1,9 +1,9 @@
-"""Trains nothing, but saves small pi0 and pi0.5 policies of LeRobot's own classes as its trainer does, and records what they do.
+"""Saves small pi0 and pi0.5 policies of LeRobot's own classes as its trainer does, untrained, and records what they do.
 
-Each case is a folder of its own: `pretrained_model/` (written by `save_pretrained`, with its pipelines), raw observations as a
-robot gives them, the noise, and the actions that LeRobot's preprocessor, policy and postprocessor return for them. tests/peers/
-check_policies.py compiles every folder and compares. LeRobot's code runs as published; only its hard-coded sizes are replaced,
-and its tokenizer by a small one, for PaliGemma's cannot be shipped.
+Each case is a folder of its own: `pretrained_model/` (written by `save_pretrained`, with its pipelines), raw observations
+as a robot gives them, the noise, and the actions that LeRobot's preprocessor, policy and postprocessor return for them.
+tests/peers/check_policies.py compiles every folder and compares. LeRobot's code runs as published; only its hard-coded
+sizes are replaced, and its tokenizer by a small one, for PaliGemma's cannot be shipped.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ CLASSES = {
 
 
 class SmallTokenizer:
-    """What LeRobot asks of a Hugging Face tokenizer, from a SentencePiece model, whose tokens PaliGemma's would be as well."""
+    """What LeRobot asks of a Hugging Face tokenizer, from a SentencePiece model, whose tokens PaliGemma's would be."""
 
     def __init__(self, file: Path):
         self.model = sentencepiece.SentencePieceProcessor(model_file=str(file))
@@ -204,7 +204,7 @@ def record(name: str, case: Case, tokenizer: Path, out: Path) -> None:
     raw = observations(case, stats["observation.state"], random)
     noise = random.standard_normal((len(raw), HORIZON, 32)).astype(np.float32)
     actions = []
-    for each, start in zip(raw, noise):
+    for each, start in zip(raw, noise, strict=True):
         batch = prepare_observation_for_inference(
             {k: v for k, v in each.items() if k != "task"}, torch.device("cpu"), each["task"]
         )

@@ -21,7 +21,7 @@ from duq.runtime import checks
 from duq.runtime.errors import ObservationError
 from duq.runtime.observations import load_observations, save_observations
 from duq.runtime.preprocess import Preprocessor
-from tests.runtime.test_preprocess import CONFIG, bare_observation
+from tests.support.observations import CONFIG, bare_observation
 
 VALUES = [-1.5, 0.0, 0.25, 3.0]  # exact in every float type here
 
@@ -373,7 +373,8 @@ def test_ordinary_arrays_come_back_as_they_are_in_no_time(value):
 def test_no_library_is_imported(tmp_path):
     code = (
         "import numpy as np, sys; from runtime import checks; checks.array([1, 2.0], 'x'); "
-        "checks.vector({'x': np.zeros(2)}, 'x', 2); checks.image(np.zeros((2, 2, 3), 'u1'), 'x', 'HWC'); print(*sys.modules)"
+        "checks.vector({'x': np.zeros(2)}, 'x', 2); checks.image(np.zeros((2, 2, 3), 'u1'), 'x', 'HWC'); "
+        "print(*sys.modules)"
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "duq.runtime.checks" in loaded and not {"torch", "jax"} & set(loaded)

@@ -123,7 +123,8 @@ def test_weights_of_bytes_add_up(inputs, outputs):
 
 
 @given(
-    sides(700), sides(700), sides(300), sides(300), st.sampled_from(list(FLOAT_RULES)), st.booleans(), st.sampled_from(LAYOUTS)
+    sides(700), sides(700), sides(300), sides(300), st.sampled_from(list(FLOAT_RULES)), st.booleans(),
+    st.sampled_from(LAYOUTS),
 )  # fmt: skip
 @example(480, 640, 224, 224, "lerobot", False, "dense")
 @example(480, 640, 224, 224, "lerobot-0.4", True, "planes")
@@ -211,7 +212,7 @@ def test_many_threads_at_once(monkeypatch):
     many = [noise(48, 64, seed) for seed in range(40)]
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda image: resize_all([image, image], 28, 28), many))
-    assert all(np.array_equal(each, [openpi_peer(image, 28, 28)] * 2) for each, image in zip(found, many))
+    assert all(np.array_equal(each, [openpi_peer(image, 28, 28)] * 2) for each, image in zip(found, many, strict=True))
 
 
 def test_a_library_of_another_version_is_not_used(monkeypatch):

@@ -37,7 +37,8 @@ def path(tmp_path_factory):
 def test_text(path):
     result = inspect(path)
     assert result.returncode == 0, result.stderr
-    for text in ("libero", "balanced", "[a-z]+", "llm.layers.1", "up_proj, q_proj", "W4A8", "3.0 KB", "21.0 dB", "state [8]",
+    for text in ("libero", "balanced", "[a-z]+", "llm.layers.1", "up_proj, q_proj", "W4A8", "3.0 KB", "21.0 dB",
+                 "state [8]",
                  "duq::W4A8Linear x4, Add x2", "name images", "graph/prefix.onnx", "2 tensors", "6.0 KB",
                  "all 3 entries match"):  # fmt: skip
         assert text in result.stdout, text

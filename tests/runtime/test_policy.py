@@ -12,8 +12,7 @@ import duq.runtime
 import duq.runtime.executors
 from duq.runtime.errors import ObservationError, PlanError
 from duq.runtime.plan import PlanWriter
-from tests.runtime.test_preprocess import CONFIG, bare_observation, tokenizer_bytes  # noqa: F401
-from tests.runtime.test_robots import ACTION_DIMS, OBSERVATIONS
+from tests.support.observations import ACTION_DIMS, CONFIG, OBSERVATIONS, bare_observation
 
 
 class FakeExecutor:
@@ -121,7 +120,7 @@ def test_threads_take_turns(make_policy):
     assert len(policy._executor.calls) == 8 and policy._executor.largest_inside == 1
 
 
-def test_prompt_uses_the_plan_s_tokenizer(make_policy, tokenizer_bytes):  # noqa: F811
+def test_prompt_uses_the_plan_s_tokenizer(make_policy, tokenizer_bytes):
     policy = make_policy(tokenizer=tokenizer_bytes)
     prompts = bare_observation(prompt="red cup", tokenized_prompt=None, tokenized_prompt_mask=None)
     policy.infer(prompts)
@@ -130,7 +129,7 @@ def test_prompt_uses_the_plan_s_tokenizer(make_policy, tokenizer_bytes):  # noqa
     assert 0 < lengths[0] < lengths[1]
 
 
-def test_warm_calls_open_no_file(make_policy, tokenizer_bytes):  # noqa: F811
+def test_warm_calls_open_no_file(make_policy, tokenizer_bytes):
     policy = make_policy("aloha", tokenizer=tokenizer_bytes, threads=2)
     policy.warmup()
     assert policy._executor.warm and policy._executor.threads == 2

@@ -1,7 +1,6 @@
 """Images, prompts, state and their checks, against values computed with openpi's own code."""
 
 import hashlib
-import io
 from dataclasses import replace
 
 import numpy as np
@@ -10,46 +9,12 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from duq.runtime.config import IMAGE_SLOTS, GemmaConfig, ModelConfig, VisionConfig
+from duq.runtime.config import IMAGE_SLOTS
 from duq.runtime.errors import ObservationError, PlanError
 from duq.runtime.images import resize_with_pad
 from duq.runtime.preprocess import ModelInputs, Normalizer, Preprocessor
 from duq.runtime.tokenizer import Tokenizer
-
-CONFIG = ModelConfig(
-    pi05=False,
-    vision=VisionConfig(32, 1, 64, 2, image_size=28),
-    llm=GemmaConfig(32, 1, 64, 2, 1, 16),
-    expert=GemmaConfig(32, 1, 64, 2, 1, 16),
-    vocab_size=300,
-)
-PI05 = replace(CONFIG, pi05=True, max_prompt_tokens=200)
-
-
-@pytest.fixture(scope="module")
-def tokenizer_bytes() -> bytes:
-    """A byte-fallback SentencePiece model with a newline token, as PaliGemma's, trained on a few sentences."""
-    text = ["pick up the red cup", "Task: open the drawer, State: 128 127 0 255;\nAction: ", "0 1 2 3 4 5 6 7 8 9"] * 5
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text), model_writer=model, vocab_size=300, byte_fallback=True, model_type="bpe",
-        user_defined_symbols=["\n"], hard_vocab_limit=False, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, minloglevel=2,
-    )  # fmt: skip
-    return model.getvalue()
-
-
-def bare_observation(**changes) -> dict:
-    rng = np.random.default_rng(0)
-    observation = {
-        "image": {slot: rng.integers(0, 256, (28, 28, 3), np.uint8) for slot in IMAGE_SLOTS},
-        "image_mask": {slot: True for slot in IMAGE_SLOTS},
-        "state": rng.standard_normal(32).astype(np.float32),
-        "tokenized_prompt": np.arange(5, dtype=np.int32),
-        "tokenized_prompt_mask": np.ones(5, bool),
-    }
-    return {key: value for key, value in (observation | changes).items() if value is not None}
-
+from tests.support.observations import CONFIG, PI05, bare_observation
 
 # --- images ----------------------------------------------------------------------------------------------------------
 
@@ -123,7 +88,7 @@ def test_layouts_in_memory_do_not_matter(size):
         image[::-1].copy()[::-1],
         image.repeat(2, 1)[:, ::2],
     ]
-    found = Preprocessor(CONFIG).model_inputs(bare_observation(image=dict(zip(IMAGE_SLOTS, views))))
+    found = Preprocessor(CONFIG).model_inputs(bare_observation(image=dict(zip(IMAGE_SLOTS, views, strict=False))))
     assert np.array_equal(found.images, expected.images)
 
 

@@ -88,7 +88,7 @@ def test_any_latency_keeps_the_rate_and_the_alignment(latencies, freeze, more, b
     assert len(starved) == report.starved <= 300
     if max(latencies) <= freeze:
         assert report.starved == report.late == 0
-    assert all(later - earlier >= every for earlier, later in zip(simulation.calls[1:], simulation.calls[2:]))
+    assert all(later - earlier >= every for earlier, later in zip(simulation.calls[1:], simulation.calls[2:], strict=False))
 
 
 def test_the_new_chunk_takes_over_behind_the_frozen_part():

@@ -14,7 +14,7 @@ from duq.plugins.errors import DuqError
 from duq.runtime import recording, serve_cli
 from duq.runtime.observations import load_observations, save_observations
 from duq.runtime.recording import Recorder
-from tests.runtime.test_server import FakePolicy, serving, wait_until
+from tests.support.serving import FakePolicy, serving, wait_until
 
 
 def observation(value: int) -> dict:

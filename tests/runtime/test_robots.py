@@ -7,43 +7,8 @@ from duq.runtime.errors import ObservationError, PlanError
 from duq.runtime.preprocess import Preprocessor
 from duq.runtime.robots import load_robot
 from duq.runtime.transforms import default_transforms
-from tests.runtime.test_preprocess import CONFIG, PI05
+from tests.support.observations import ACTION_DIMS, CONFIG, OBSERVATIONS, PI05, aloha, droid, image, libero
 
-TOKENS = {"tokenized_prompt": np.arange(4), "tokenized_prompt_mask": np.ones(4, bool)}
-
-
-def image(seed: int, shape=(28, 28, 3)) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
-
-
-def aloha() -> dict:
-    state = np.linspace(-0.6, 0.7, 14)
-    state[[6, 13]] = 0.25, 0.9
-    cameras = ("cam_high", "cam_low", "cam_left_wrist", "cam_right_wrist")
-    return {"state": state, "images": {name: image(i, (3, 28, 28)) for i, name in enumerate(cameras)}, **TOKENS}
-
-
-def droid() -> dict:
-    return {
-        "observation/exterior_image_1_left": image(0),
-        "observation/wrist_image_left": image(1),
-        "observation/joint_position": np.linspace(-1, 1, 7),
-        "observation/gripper_position": np.array([0.5]),
-        **TOKENS,
-    }
-
-
-def libero() -> dict:
-    return {
-        "observation/image": image(0),
-        "observation/wrist_image": image(1),
-        "observation/state": np.linspace(-1, 1, 8).astype(np.float32),
-        **TOKENS,
-    }
-
-
-OBSERVATIONS = {"aloha": aloha, "droid": droid, "libero": libero}
-ACTION_DIMS = {"aloha": 14, "droid": 8, "libero": 7}
 MODEL_ACTIONS = np.linspace(-1, 1, 2 * 32).reshape(2, 32).astype(np.float32)
 
 

@@ -1,6 +1,5 @@
 """The server as openpi's own client sees it, over loopback. (The Makefile installs openpi-client.)"""
 
-import asyncio
 import os
 import re
 import signal
@@ -11,7 +10,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,87 +19,15 @@ from openpi_client.action_chunk_broker import ActionChunkBroker
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from prometheus_client import generate_latest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
-from websockets.sync.client import connect
 
 import duq.runtime
 from duq.compiler.quant.recipe import DEFAULT_PRESET
 from duq.runtime import serve_cli
-from duq.runtime.errors import ObservationError
 from duq.runtime.messages import pack, unpack
 from duq.runtime.metrics import ERROR_KINDS, Metrics
-from duq.runtime.server import PolicyServer
 from duq.tools import bench_server
-from tests.runtime.test_robots import libero
-
-
-class FakePolicy:
-    """Answers with the observation's "value". `gate` holds calls back while it is cleared."""
-
-    metadata = {"robot": "none", "action_horizon": 4}
-
-    def __init__(self):
-        self.gate, self.calls = threading.Event(), []
-        self.gate.set()
-
-    def infer(self, obs):
-        if "value" not in obs:
-            raise ObservationError("observation lacks 'value'")
-        self.calls.append(obs["value"])
-        assert self.gate.wait(10)
-        if obs["value"] == "bug":
-            raise ZeroDivisionError("inside the engine")
-        actions = np.full((4, 2), obs["value"], np.float32) + np.arange(4, dtype=np.float32)[:, None]
-        return {"actions": actions, "policy_timing": {"infer_ms": 30.0, "prefix_ms": 10.0, "denoise_ms": 20.0}}
-
-
-class Served:
-    """A server in a thread, with its own event loop."""
-
-    def __init__(self, policy, **options):
-        self.server = PolicyServer(policy, **options)
-        self.listener = socket.socket()
-        self.listener.bind(("127.0.0.1", 0))
-        self.port = self.listener.getsockname()[1]
-        self.thread = threading.Thread(target=asyncio.run, args=(self._run(),))
-        self.thread.start()
-        wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", self.port)) == 0)
-
-    async def _run(self):
-        self.loop = asyncio.get_running_loop()
-        await self.server.run(self.listener)
-
-    def stop(self):
-        if self.thread.is_alive():
-            self.loop.call_soon_threadsafe(self.server.stop)
-
-    def client(self, **options) -> WebsocketClientPolicy:
-        return WebsocketClientPolicy("127.0.0.1", self.port, **options)
-
-    def raw(self, **options):
-        """A connection below the openpi client's, to misbehave on; the metadata is read."""
-        connection = connect(f"ws://127.0.0.1:{self.port}", compression=None, max_size=None, **options)
-        connection.recv()
-        return connection
-
-    def get(self, path, **headers) -> str:
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", headers=headers)
-        with urllib.request.urlopen(request, timeout=5) as response:
-            return response.read().decode()
-
-    def metric(self, name) -> float:
-        lines = dict(line.rsplit(" ", 1) for line in self.get("/metrics").splitlines() if not line.startswith("#"))
-        return float(lines[name])
-
-
-@contextmanager
-def serving(policy, **options):
-    served = Served(policy, **options)
-    try:
-        yield served
-    finally:
-        served.stop()
-        served.thread.join(20)
-        assert not served.thread.is_alive()
+from tests.support.observations import libero
+from tests.support.serving import FakePolicy, serving, wait_until
 
 
 @pytest.fixture
@@ -114,13 +40,6 @@ def served(policy):
     with serving(policy) as served:
         yield served
         policy.gate.set()
-
-
-def wait_until(condition, seconds=10):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)
 
 
 class Background(threading.Thread):
@@ -304,7 +223,7 @@ def test_clients_that_die_in_mid_call(served, policy):
     dying = [served.raw() for _ in range(3)]
     for number, connection in enumerate(dying):
         connection.send(pack({"value": number}))
-        wait_until(lambda: served.metric("duq_queue_depth") == number + 1)
+        wait_until(lambda depth=number + 1: served.metric("duq_queue_depth") == depth)
     survivor = Background(served.client().infer, {"value": 7})
     wait_until(lambda: served.metric("duq_queue_depth") == 4)
     dying[0].socket.shutdown(socket.SHUT_RDWR)

@@ -1,4 +1,4 @@
-"""A device ("meta" by name) that computes in main memory, to see with no GPU that code written for any device never mixes two."""
+"""A device ("meta" by name) that computes in main memory: code that mixes two devices fails on it without a GPU."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Inputs of a policy from a seed, and what the reference model in PyTorch makes of them."""
+"""Inputs of a policy from a seed, what the reference model in PyTorch makes of them, and measures of the difference."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -27,3 +29,14 @@ def reference(model, inputs: ModelInputs, noise: np.ndarray, num_steps: int = 10
 
 def make_noise(config) -> np.ndarray:
     return np.random.default_rng(7).standard_normal((config.action_horizon, config.action_dim), np.float32)
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a * b).sum() / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+def with_float_images(inputs: ModelInputs, seed: int = 0) -> ModelInputs:
+    """Values that no byte stands for, and padding as LeRobot 0.4 has it."""
+    images = np.random.default_rng(seed).uniform(-1, 1, inputs.images.shape).astype(np.float32)
+    images[:, :5] = -3
+    return replace(inputs, images=images)

@@ -6,11 +6,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from rich.progress import Progress
 
 from duq.compiler.checkpoint.settings import Settings
 from duq.compiler.model import Pi0
 from duq.runtime.config import GemmaConfig, ModelConfig, VisionConfig
 from duq.runtime.preprocess import ModelInputs
+
+SILENT = Progress(disable=True)
 
 
 def tiny_config(pi05: bool = False) -> ModelConfig:

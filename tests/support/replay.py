@@ -41,7 +41,7 @@ class Recorded(Plan):
             if node.domain == ops.DOMAIN and node.op_type.split(".")[0].endswith("A8Linear"):
                 for weight in node.input[2].split("+"):  # a merged linear's weight is named after all its parts
                     found[weight.removesuffix(".weight_q")] = (node.input[0], node.input[1])
-        outputs = {output: kind for pair in found.values() for output, kind in zip(pair, ("x_q", "scale"))}
+        outputs = {output: kind for pair in found.values() for output, kind in zip(pair, ("x_q", "scale"), strict=True)}
         for output, kind in outputs.items():
             dtype = onnx.TensorProto.UINT8 if kind == "x_q" else onnx.TensorProto.FLOAT
             model.graph.output.append(onnx.helper.make_tensor_value_info(output, dtype, None))
@@ -60,7 +60,9 @@ def run_recorded(path, inputs: ModelInputs, noise: np.ndarray) -> tuple[np.ndarr
 
     def run(session, graph: str, feeds: dict) -> dict[str, np.ndarray]:
         names = [output.name for output in session.get_outputs()]
-        values = dict(zip(names, session.run(names, {item.name: feeds[item.name] for item in session.get_inputs()})))
+        values = dict(
+            zip(names, session.run(names, {item.name: feeds[item.name] for item in session.get_inputs()}), strict=True)
+        )
         for linear, (x_q, scale) in plan.recorded[f"graph/{graph}.onnx"].items():
             integers = values[x_q].astype(np.int16) - 128  # the CPU's bodies carry x_q + 128
             calls[linear].append((integers.reshape(-1, integers.shape[-1]).astype(np.int8), values[scale].reshape(-1, 1)))

@@ -77,7 +77,9 @@ def run_given(path, prefix: Run, steps: Sequence[Run], inputs: ModelInputs, nois
             shifted = (integers.astype(np.int16) + 128).astype(np.uint8)  # the CPU's bodies carry x_q + 128
             feeds = feeds | {x_q: shifted.reshape(batch, -1, shifted.shape[-1])}
             feeds = feeds | {scale: scales if len(scales) == 1 < len(integers) else scales.reshape(batch, -1, 1)}
-        values = dict(zip(names, session.run(names, {name: feed for name, feed in feeds.items() if name in wanted})))
+        values = dict(
+            zip(names, session.run(names, {name: feed for name, feed in feeds.items() if name in wanted}), strict=True)
+        )
         for _, x_q, _, (integers, _) in pairs:
             roundings.add(integers, values[f"own.{x_q}"].reshape(integers.shape).astype(np.int16) - 128)
         return {name: value for name, value in values.items() if not name.startswith("own.")}
@@ -92,11 +94,11 @@ def run_given(path, prefix: Run, steps: Sequence[Run], inputs: ModelInputs, nois
 
 
 def _pairs(quantizers: list[tuple[str, str, str]], given: Run) -> list[tuple[str, str, str, Activations]]:
-    """A linear, the inputs of a graph, and what to give them: the quantizers of each transformer, in their order, in both."""
+    """A linear, the inputs of a graph, and what to give them: the quantizers of each transformer, in their order."""
     pairs = []
     for part in dict.fromkeys(linear.split(".")[0] for linear, *_ in quantizers):  # vision, projector, llm, expert
         ours = [names for names in quantizers if names[0].startswith(part)]
         values = [activations for linear, activations in given if linear.startswith(part)]
         assert len(ours) == len(values), f"{part}: {len(ours)} quantizers and {len(values)} given results"
-        pairs += [(*names, activations) for names, activations in zip(ours, values)]
+        pairs += [(*names, activations) for names, activations in zip(ours, values, strict=True)]
     return pairs

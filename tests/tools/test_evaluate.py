@@ -106,7 +106,9 @@ def test_pushes_are_added_to_the_actions_and_the_same_for_every_policy():
     for action in (10.0, 20.0):  # larger than any push
         env = Corridor(goal=50)
         chunk = np.full((6, 4), action, np.float32)
-        rollout.episode(lambda observation, noise: chunk, env, 3, (6, 32), rollout.Conditions(execute=6, push=2.0))
+        rollout.episode(
+            lambda observation, noise, chunk=chunk: chunk, env, 3, (6, 32), rollout.Conditions(execute=6, push=2.0)
+        )
         runs.append(np.array(env.actions) - action)
     np.testing.assert_allclose(*runs, atol=1e-6)
     assert 0.2 < (runs[0] != 0).mean() < 0.6 and np.abs(runs[0]).max() > 1
@@ -140,7 +142,7 @@ def test_pushes_leave_whole_chunks_alone():
     disturbed = pushes.any(axis=1)
     edges = np.flatnonzero(np.diff(disturbed))
     assert 0.1 < disturbed.mean() < 0.4 and len(edges) > 8
-    for start, end in zip(edges[:-1], edges[1:]):
+    for start, end in zip(edges[:-1], edges[1:], strict=True):
         if not disturbed[end]:
             assert end - start >= 20 or disturbed[start + 1]
 
@@ -155,14 +157,14 @@ def test_the_command_line(tmp_path, command_line):
     from duq.compiler.checkpoint.synthetic.files import train_tokenizer
     from duq.compiler.model import Pi0
     from examples.train_metaworld import save_checkpoint
-    from tests.examples.test_train_metaworld import TINY
+    from tests.support.metaworld import TINY
 
     torch.manual_seed(0)
     save_checkpoint(tmp_path / "policy", Pi0(TINY), train_tokenizer(), [])
     output = {flag: tmp_path / file for flag, file in (("--plot", "p.svg"), ("--markdown", "m.md"))}
     done = command_line(
-        evaluate.main, tmp_path / "policy", "--task", "drawer-close", "--scheme", "w4a8-all", "--episodes", "2", "--steps", "3",
-        "--execute", "2", "--jobs", "1", "--json", *(part for pair in output.items() for part in pair),
+        evaluate.main, tmp_path / "policy", "--task", "drawer-close", "--scheme", "w4a8-all", "--episodes", "2",
+        "--steps", "3", "--execute", "2", "--jobs", "1", "--json", *(part for pair in output.items() for part in pair),
     )  # fmt: skip
     assert done.code == 0, done.err
     found = json.loads(done.out)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import functools
-import importlib
-import io
 import json
 import math
 import re
@@ -32,7 +29,6 @@ from duq.compiler.accuracy.metrics import Difference, difference, jerk
 from duq.compiler.accuracy.reference import tensors
 from duq.compiler.accuracy.report import dimension_table
 from duq.compiler.accuracy.stages import Stages
-from duq.compiler.accuracy.synthetic import synthetic_observations
 from duq.compiler.accuracy.thresholds import Thresholds
 from duq.compiler.accuracy.worker import run_worker
 from duq.compiler.checkpoint import load_checkpoint
@@ -43,6 +39,7 @@ from duq.runtime import Policy
 from duq.runtime.observations import save_observations
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import Preprocessor
+from tests.support.comparison import run_here, two_observations
 
 TOOLS = Path(duq.tools.compare.__file__).parent
 W4A8 = "llm+expert-mlp"
@@ -60,7 +57,7 @@ def test_measures_against_their_formulas(pair, split):
     found = Difference()
     for part in (slice(0, split), slice(split, None)):  # however the values arrive
         found.add(pair[0][part], pair[1][part])
-    assert found.max_error == max(abs(r - e) for r, e in zip(reference, engine))
+    assert found.max_error == max(abs(r - e) for r, e in zip(reference, engine, strict=True))
     size, error = np.linalg.norm(reference), np.linalg.norm(reference - engine)
     if size > 1e-9 and np.linalg.norm(engine) > 1e-9:
         assert found.cosine == pytest.approx(reference / size @ (engine / np.linalg.norm(engine)), abs=1e-9)
@@ -108,22 +105,6 @@ def test_thresholds_name_the_worst_observation():
 
 
 # --- stages ----------------------------------------------------------------------------------------------------------
-
-
-def run_here(module, arguments, advance) -> dict:
-    """A worker in this process: a second saved, and nothing of what it costs means anything."""
-    with contextlib.redirect_stdout(io.StringIO()) as messages:
-        importlib.import_module(module).main(*map(str, arguments))
-    return json.loads(messages.getvalue().splitlines()[-1])["cost"]
-
-
-def two_observations(config) -> list[dict]:
-    """Bare inputs with one camera and a full prompt; a robot's, with two and words."""
-    random = np.random.default_rng(3)
-    images = {f"observation/{name}": random.integers(0, 256, (40, 60, 3), np.uint8) for name in ("image", "wrist_image")}
-    state = random.normal(0, 0.3, 8).astype(np.float32)
-    bare = synthetic_observations(config, cameras=1, count=1)[0]
-    return [bare, images | {"observation/state": state, "prompt": "open the drawer"}]
 
 
 @pytest.fixture(scope="module")
@@ -264,8 +245,8 @@ def test_json(tool, tiny_plans):
     summary = finite_json(result.out)
     assert result.code == 0 and "made up" in summary["source"] and summary["thresholds"] == {"min_sqnr": 60}
     assert set(summary) == {
-        "source", "thresholds", "failures", "checkpoint", "plan", "threads", "seed", "versions", "stages", "layers", "steps",
-        "observations", "linears", "jerk", "cost", "dimensions", "padding_dimensions",
+        "source", "thresholds", "failures", "checkpoint", "plan", "threads", "seed", "versions", "stages", "layers",
+        "steps", "observations", "linears", "jerk", "cost", "dimensions", "padding_dimensions",
     }  # fmt: skip
     measures = [*all_measures(summary).values(), *(found["actions"] for found in summary["observations"])]
     for found in measures:
@@ -308,7 +289,7 @@ def test_text_and_json_name_every_action_that_the_robot_reads(tool, tiny_plans, 
 
 
 def test_each_dimension_against_the_formulas(compared, tiny_plans):
-    """In normalized units over all observations, in the robot's over its own; padding and joints do not leak into each other."""
+    """In normalized units over all observations, in the robot's over its own; padding and joints do not leak."""
     comparison = compared("pi0", W4A8)
     robot = comparison.robot
     assert list(robot.reference) == list(robot.engine) == [1]
@@ -365,7 +346,7 @@ def test_joints_are_named_with_their_units(compared):
     chunks = random.normal(size=(2, 5, 3)).astype(np.float32)
     summary = dict(compared("pi0", "none").summary)
     summary["dimensions"] = [
-        {"name": n, "unit": u, "normalized": {}, "robot": {"max_error": 1}} for n, u in zip(names, units)
+        {"name": n, "unit": u, "normalized": {}, "robot": {"max_error": 1}} for n, u in zip(names, units, strict=True)
     ]
     summary["observations"] = [{"actions": {"max_error": 0.1}}, {"actions": {"max_error": 0.2}}]
     robot = duq.compiler.accuracy.compare.RobotActions({1: chunks[1]}, {1: chunks[1]})

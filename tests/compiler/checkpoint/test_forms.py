@@ -307,7 +307,7 @@ CANONICAL[Q.replace("q_proj", "v_proj")] = "expert.layers.1.self_attn.v_proj.wei
 def test_adapters_are_merged(lerobot, tmp_path, config, rank, scales):
     folder = make_adapter(tmp_path / "adapter", lerobot, rank, **config)
     base, merged = load_checkpoint(lerobot), load_checkpoint(folder)
-    for (module, name), scale in zip(CANONICAL.items(), scales):
+    for (module, name), scale in zip(CANONICAL.items(), scales, strict=True):
         expected = base.weights[name].double().numpy() + scale * product(folder, module)
         assert merged.weights[name].dtype == torch.float32
         np.testing.assert_allclose(merged.weights[name].numpy(), expected, atol=1e-6)

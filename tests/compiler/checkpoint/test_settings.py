@@ -76,7 +76,8 @@ def preprocessor(path: Path, robot="libero") -> Preprocessor:
     found = load_checkpoint(path)
     return Preprocessor(
         found.config, robot=found.settings.robot if robot == "lerobot" else robot, layout=found.layout,
-        norm_stats=found.norm_stats, tokenizer=(path / "tokenizer.model").read_bytes(), transforms=found.settings.transforms,
+        norm_stats=found.norm_stats, tokenizer=(path / "tokenizer.model").read_bytes(),
+        transforms=found.settings.transforms,
     )  # fmt: skip
 
 
@@ -114,7 +115,10 @@ def test_denoising_steps_horizon_and_prompt_slots_are_the_checkpoints(copy):
     ({"min_period": 1e-2}, '"min_period" is 0.01'),
     ({"max_period": 2.0}, '"max_period" is 2.0'),
     ({"adapt_to_pi_aloha": True}, '"adapt_to_pi_aloha" is True'),
-    ({"use_visual_memory": True, "use_delta_joint_actions_aloha": True}, "use_visual_memory.*; .*use_delta_joint_actions_aloha"),
+    (
+        {"use_visual_memory": True, "use_delta_joint_actions_aloha": True},
+        "use_visual_memory.*; .*use_delta_joint_actions_aloha",
+    ),
     ({"resize_imgs_with_padding": [256, 256]}, "vision.image_size 256"),
     ({"image_resolution": 224}, r'"image_resolution" is 224, expected \[height, width\]'),
     ({"input_features": ["top"]}, '"input_features" must hold an object'),
@@ -234,12 +238,18 @@ def test_tokenizer_step_is_applied(copy):
 
 
 @pytest.mark.parametrize("pipeline, step, message", [
-    (PREPROCESSOR, {"registry_name": "image_crop_resize_processor", "config": {}}, "step 1, image_crop_resize_processor: .*unknown"),
+    (
+        PREPROCESSOR, {"registry_name": "image_crop_resize_processor", "config": {}},
+        "step 1, image_crop_resize_processor: .*unknown",
+    ),
     (PREPROCESSOR, {"class": "my.module.Step", "config": {}}, "step 1, my.module.Step: this step is unknown"),
     (POSTPROCESSOR, {"registry_name": "map_delta_action_to_robot_action"}, "map_delta_action_to_robot_action"),
     (PREPROCESSOR, {"registry_name": "device_processor", "config": {"float_dtype": "bfloat16"}}, "float_dtype bfloat16"),
     (PREPROCESSOR, {"registry_name": "rename_observations_processor", "config": {"rename_map": [1]}}, "rename_map is .1."),
-    (PREPROCESSOR, {"registry_name": "to_batch_processor", "config": {"twice": True}}, "its setting 'twice' .True. is unknown"),
+    (
+        PREPROCESSOR, {"registry_name": "to_batch_processor", "config": {"twice": True}},
+        "its setting 'twice' .True. is unknown",
+    ),
     (PREPROCESSOR, {"registry_name": "pi05_prepare_state_tokenizer_processor_step"}, "belongs to the other policy type"),
     (POSTPROCESSOR, {"registry_name": "absolute_actions_processor", "config": {"enabled": True}}, None),
 ])  # fmt: skip
@@ -294,7 +304,7 @@ def test_renamed_observations_are_taken_under_both_names(copy):
 def modes(path: Path, state: str, action: str, visual: str = "IDENTITY") -> None:
     for pipeline in (PREPROCESSOR, POSTPROCESSOR):
         norm_map = {"VISUAL": visual, "STATE": state, "ACTION": action}
-        steps(path, pipeline, lambda listed: listed[0]["config"].update(norm_map=norm_map))
+        steps(path, pipeline, lambda listed, norm_map=norm_map: listed[0]["config"].update(norm_map=norm_map))
 
 
 PAIRS = {"MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90"), "MEAN_STD": ("mean", "std")}
@@ -386,7 +396,7 @@ def test_a_mode_needs_only_its_own_statistics(copy):
         )
     assert load_checkpoint(path).norm_stats["state"]["mode"] == "QUANTILES"
     for pipeline, feature in ((PREPROCESSOR, "observation.state"), (POSTPROCESSOR, "action")):
-        statistics(path, pipeline, lambda stored: stored.pop(f"{feature}.q99"))
+        statistics(path, pipeline, lambda stored, feature=feature: stored.pop(f"{feature}.q99"))
     refused(path, "QUANTILES normalization of observation.state needs q01 and q99|needs q99")
 
 
@@ -436,7 +446,8 @@ def test_modes_that_cannot_be_applied(copy, mode, message):
 
 def relative(path: Path) -> np.ndarray:
     """What is added to the actions of an observation whose state is 1, 2, ... 8."""
-    plain = Preprocessor(load_checkpoint(path).config, robot="libero", layout="lerobot", norm_stats=load_checkpoint(path).norm_stats,
+    policy = load_checkpoint(path)
+    plain = Preprocessor(policy.config, robot="libero", layout="lerobot", norm_stats=policy.norm_stats,
                          tokenizer=(path / "tokenizer.model").read_bytes())  # fmt: skip
     observation = OBSERVATION | {"observation/state": np.arange(1, 9, dtype=np.float32)}
     actions = np.zeros((1, 32), np.float32)

@@ -83,7 +83,7 @@ def test_what_is_opened(folder):
 def test_every_value_of_every_frame(folder):
     dataset = open_dataset(folder)
     observations = dataset.read(range(TOTAL))
-    for number, (observation, task) in enumerate(zip(observations, all_tasks())):
+    for number, (observation, task) in enumerate(zip(observations, all_tasks(), strict=False)):
         for key, value in writer.expected(number).items():
             np.testing.assert_equal(observation[key], value)
             assert getattr(observation[key], "dtype", None) == getattr(value, "dtype", None)
@@ -97,7 +97,7 @@ def test_videos_are_those_of_a_plain_decoding_from_the_first_frame_to_the_last(f
         files = dict.fromkeys(episode.videos[key][0] for episode in dataset.episodes)
         plain = [image for file in files for image in writer.decode_all(file)]
         assert len(plain) == TOTAL and [shown_number(image) for image in plain] == list(range(TOTAL))
-        for observation, image in zip(observations, plain):
+        for observation, image in zip(observations, plain, strict=True):
             assert observation[key].dtype == np.uint8 and np.array_equal(observation[key], image)
             assert (image[40:, :8].mean() > 125) == bool(camera)
 
@@ -340,8 +340,8 @@ def small(request, tmp_path) -> Path:
 @given(sizes=st.lists(st.integers(0, 50), max_size=12), count=st.integers(0, 300), seed=st.integers(0, 99))
 def test_shares(sizes, count, seed):
     given_ = shares(sizes, count, np.random.default_rng(seed))
-    assert sum(given_) == min(count, sum(sizes)) and all(0 <= got <= size for got, size in zip(given_, sizes))
-    short = [got for got, size in zip(given_, sizes) if got < size]
+    assert sum(given_) == min(count, sum(sizes)) and all(0 <= got <= size for got, size in zip(given_, sizes, strict=True))
+    short = [got for got, size in zip(given_, sizes, strict=True) if got < size]
     assert not short or max(short) - min(short) <= 1 and max(given_) <= max(short) + (min(short) == max(short))
 
 
@@ -399,7 +399,7 @@ def test_a_robot_s_keys(folder):
     sources = LIBERO | {"images/cam_low": "none"}
     mapping = RobotMapping(sources, optional=["images/cam_low"], channels_first=["images/cam_high"])
     plain, found = load_calibration(folder, 6), load_calibration(folder, 6, robot_mapping=mapping)
-    for row, named in zip(found.observations, plain.observations):
+    for row, named in zip(found.observations, plain.observations, strict=True):
         assert set(row) == {"observation/image", "observation/wrist_image", "observation/state", "images", "prompt"}
         assert np.array_equal(row["observation/image"], named[VIDEOS[0]]) and row["prompt"] == named["task"]
         np.testing.assert_equal(row["images"], {"cam_high": named[STORED].transpose(2, 0, 1)})
@@ -491,7 +491,7 @@ NOISE = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
 def test_warnings(observations, count, expected):
     found = concerns(observations, count)
     assert len(found) == len(expected), found
-    for line, begin in zip(found, expected):
+    for line, begin in zip(found, expected, strict=True):
         assert line.startswith(begin)
 
 

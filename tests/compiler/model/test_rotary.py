@@ -1,4 +1,4 @@
-"""Rotary frequencies, exact or rounded to bfloat16: the model, its export, the engine and the comparison follow the config."""
+"""Rotary frequencies, exact or rounded to bfloat16: model, export, engine and comparison follow the config."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from duq.runtime.config import ModelConfig
 from duq.runtime.errors import PlanError
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import Preprocessor
-from tests.compiler.accuracy.test_compare import run_here, two_observations
+from tests.support.comparison import run_here, two_observations
 from tests.support.quant_policy import tiny_checkpoint
 
 FLOAT = load_recipe("none", environment={})
@@ -51,7 +51,9 @@ def test_angles_are_those_of_a_transformers_model_in_that_type(head_dim, precisi
     peer = GemmaModel(PeerConfig(**sizes, num_key_value_heads=1, head_dim=head_dim))
     peer = peer.to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
     positions = torch.tensor([[0, 1, 2, 47, 768, 1067]])
-    for ours, theirs in zip(rotary_embedding(positions, head_dim, precision), peer.rotary_emb(torch.zeros(1), positions)):
+    for ours, theirs in zip(
+        rotary_embedding(positions, head_dim, precision), peer.rotary_emb(torch.zeros(1), positions), strict=True
+    ):
         # float32 gives frequencies to 1.2e-7, so angles of 1067 to 1.3e-4; bfloat16 has rounded that away
         tolerance = 0 if precision == "bfloat16" else 1.5e-4
         torch.testing.assert_close(ours[:, 0], theirs[..., : head_dim // 2], rtol=0, atol=tolerance)

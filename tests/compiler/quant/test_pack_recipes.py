@@ -1,4 +1,4 @@
-"""Packs and the recipe beside them: what was asked for is done or refused, by whatever option, file or variable it was said."""
+"""Packs and the recipe beside them: what was asked for, by option, file or variable, is done or refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from duq.compiler.cli import compile_main
 from duq.compiler.quant import Quantization, load_recipe, save_quantization
 from duq.compiler.quant.recipe import ENVIRONMENT, recipe_origins
 from duq.runtime.observations import save_observations
-from tests.compiler.test_bad_input import libero
+from tests.support.observations import libero
 
 MADE_WITH = {"weight_bits": 4, "block_size": 32, "layer_bits": ["layers.0:8"]}
 

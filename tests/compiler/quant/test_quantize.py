@@ -87,7 +87,7 @@ SETTINGS = [{}, {"scheme": "duquant"}, {"scheme": "reference"}, {"compensate": T
 @pytest.mark.parametrize("policy", [True], indirect=True, ids=["pi05"])
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_quantizes_on_another_device(policy, settings, monkeypatch):
-    """A device that refuses operations on tensors here and there. Sums are rounded otherwise, and permutations may follow."""
+    """A device that refuses operations on tensors here and there. Sums are rounded otherwise; permutations may follow."""
     monkeypatch.setitem(CHUNK, "meta", 1 << 26)
     checkpoint, model, inputs = policy
     expected = quantized((checkpoint, model, inputs[:2]), "all", **settings)  # slow there, however small the policy
@@ -107,7 +107,10 @@ def test_the_fake_quantized_policy_is_close_to_float(policy, settings, minimum_d
     quantization = quantized(policy, "llm+expert-mlp", **settings)
     expected = [sample_actions(model, each) for each in inputs]
     fake = fake_quantize(model, quantization)
-    assert np.median([sqnr_db(actions, sample_actions(fake, each)) for actions, each in zip(expected, inputs)]) > minimum_db
+    assert (
+        np.median([sqnr_db(actions, sample_actions(fake, each)) for actions, each in zip(expected, inputs, strict=True)])
+        > minimum_db
+    )
     torch.testing.assert_close(
         sample_actions(model, inputs[0]), expected[0], rtol=0, atol=0
     )  # the model itself is as it was
@@ -320,7 +323,7 @@ def test_bits_go_where_they_take_away_most_noise_for_their_cost():
 
 def test_linears_that_share_their_input_change_together():
     names = [f"llm.layers.0.self_attn.{x}_proj" for x in "qkv"]
-    packs = {name: pack_of(sqnr_db) for name, sqnr_db in zip(names, (30.0, 30.0, 10.0))}
+    packs = {name: pack_of(sqnr_db) for name, sqnr_db in zip(names, (30.0, 30.0, 10.0), strict=True)}
     assert set(spend_bits(packs, 7.9).values()) == {4}
     assert set(spend_bits(packs, 8.0).values()) == {8}
 

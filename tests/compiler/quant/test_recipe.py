@@ -41,7 +41,8 @@ def test_small_projections_stay_float(preset, name):
 # INCLUDE and EXCLUDE of the scripts that quantize the LLM and the expert's MLP, over openpi's long names.
 ORIGINAL = {
     "OPENPI_DUQUANT_SCOPE": "",
-    "OPENPI_DUQUANT_INCLUDE": r".*(language_model\.(.*\.)?(q_proj|down_proj)|gemma_expert\.model\.layers\.\d+\.mlp\.(gate_proj)).*",
+    "OPENPI_DUQUANT_INCLUDE": r".*(language_model\.(.*\.)?(q_proj|down_proj)|"
+    r"gemma_expert\.model\.layers\.\d+\.mlp\.(gate_proj)).*",
     "OPENPI_DUQUANT_EXCLUDE": r"(?:^|\.)(vision_tower|vision|norm|lm_head)(?:\.|$)|gemma_expert\..*\.self_attn\.",
     "OPENPI_DUQUANT_WBITS_DEFAULT": "4",
     "OPENPI_DUQUANT_WBITS": "paligemma_with_expert.gemma_expert.model.layers.0.mlp.gate_proj:8",

@@ -60,7 +60,7 @@ def test_restore_input_is_the_inverse(case):
     _, x, transform = case
     restored = transform.restore_input(transform.transform_input(x))
     scale = torch.from_numpy(np.ones(x.shape[1], np.float32) if transform.input_scale is None else transform.input_scale)
-    # A rotation adds channels up that are scaled differently, with a rounding of the largest, then scaled back as the smallest.
+    # A rotation adds up channels of different scales, with a rounding of the largest, then scaled back as the smallest.
     assert ((restored - x).abs() <= 1e-6 * (x * scale).norm(dim=1, keepdim=True) / scale).all()
 
 

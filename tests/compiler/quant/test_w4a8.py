@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
-from rich.progress import Progress
 
 from duq.compiler import pipeline
 from duq.compiler.model import build_model
@@ -19,12 +15,11 @@ from duq.compiler.targets import Options
 from duq.compiler.targets.gpu import GPU_PHASES
 from duq.runtime.executors.cpu import CpuExecutor
 from duq.runtime.plan import Plan
-from tests.support.quant_policy import observation, sample_actions, tiny_checkpoint
+from tests.support.quant_policy import SILENT, observation, sample_actions
 from tests.support.replay import replay, run_recorded
 from tests.support.same_integers import Given, run_given
 
 NUM_STEPS = 2
-SILENT = Progress(disable=True)
 RECIPES = {
     "default": {},
     "llm": {"preset": "llm"},
@@ -38,16 +33,9 @@ RECIPES = {
 }
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["pi0", "pi05"])
-def policy(request):
-    """A checkpoint of a few thousand weights, calibration inputs, and one input without padding."""
-    checkpoint = tiny_checkpoint(request.param)
-    checkpoint = SimpleNamespace(**vars(checkpoint), layout="openpi", norm_stats=None, tokenizer=None, finite=True)
-    config = checkpoint.config
-    full = observation(config, 5)
-    prompt = np.arange(1, config.max_prompt_tokens + 1)
-    full = replace(full, tokens=prompt, token_mask=np.ones_like(prompt, bool))
-    return checkpoint, [observation(config, seed, cameras=3 - seed % 2) for seed in range(3)], full
+@pytest.fixture(scope="module")
+def policy(calibrated_policy):
+    return calibrated_policy
 
 
 def compiled(policy, path, settings, transforms=None):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +28,8 @@ from duq.runtime.config import GemmaConfig, ModelConfig, VisionConfig
 from duq.runtime.executors.cpu import CpuExecutor
 from duq.runtime.inspect import main as inspect_main
 from duq.runtime.plan import Plan
-from duq.runtime.preprocess import ModelInputs
 from tests.support import emulate
-from tests.support.inputs import make_inputs, make_noise
+from tests.support.inputs import cosine, make_inputs, make_noise, with_float_images
 from tests.support.quant_policy import observation
 
 POLICIES = ["pi0", "pi05"]
@@ -59,10 +57,6 @@ def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
-def cosine(a: np.ndarray, b: np.ndarray) -> float:
-    return float((a * b).sum() / (np.linalg.norm(a) * np.linalg.norm(b)))
-
-
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("sm", ARCHITECTURES)
 @pytest.mark.parametrize("preset", PRESETS)
@@ -77,13 +71,6 @@ def test_schedules_compute_the_policy(policy, preset, sm, name, tiny_plans):
     for stage, value in traced.items():
         assert value.shape == expected[stage].shape
         assert relative_error(value, expected[stage]) < BOUNDS.get(stage, BOUNDS[preset]), stage
-
-
-def with_float_images(inputs: ModelInputs, seed: int = 0) -> ModelInputs:
-    """Values that no byte stands for, and padding as LeRobot 0.4 has it."""
-    images = np.random.default_rng(seed).uniform(-1, 1, inputs.images.shape).astype(np.float32)
-    images[:, :5] = -3
-    return replace(inputs, images=images)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -17,11 +17,10 @@ from duq.runtime.config import ModelConfig
 from duq.runtime.errors import PlanError
 from duq.runtime.executors import cuda as executor
 from duq.runtime.plan import Plan
-from tests.compiler.targets.test_cuda import cosine, with_float_images
-from tests.runtime.executors.test_tensorrt_executor import Event, Stream
 from tests.support import emulate, recording
-from tests.support.inputs import make_inputs, make_noise
+from tests.support.inputs import cosine, make_inputs, make_noise, with_float_images
 from tests.support.same_integers import run_given
+from tests.support.stand_ins import Event, Stream
 
 CALLS = [((True, False, True), 37), ((False, True, False), 1)]  # the second finds the first one's rows as padding
 

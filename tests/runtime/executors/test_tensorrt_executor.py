@@ -11,13 +11,16 @@ import torch
 
 from duq.runtime.errors import PlanError
 from duq.runtime.executors import tensorrt as executor
-from tests.gpu.test_executor_calls import (
+from tests.support.stand_ins import (
     ACTIONS,
     MANIFEST,
     SIGNATURES,
     SIZES,
     TABLE,
+    Block,
+    Event,
     StandIn,
+    Stream,
     expected_of_steps,
     observation,
     parts,
@@ -25,37 +28,6 @@ from tests.gpu.test_executor_calls import (
     prefix,
     step,
 )
-
-
-class Block:
-    def __init__(self, size: int):
-        self.array = np.full(size, 0xA5, np.uint8)
-        self.address = self.array.ctypes.data
-
-
-class Stream:
-    handle = 0
-
-    def upload(self, to: int, source: int, size: int) -> None:
-        ctypes.memmove(to, source, size)
-
-    download = upload
-
-    def synchronize(self) -> None:
-        pass
-
-    def capture(self, work):
-        return SimpleNamespace(launch=lambda stream: work())
-
-
-class Event:
-    def record(self, stream) -> None:
-        pass
-
-    record_in_graph = record
-
-    def milliseconds_since(self, earlier) -> float:
-        return 1.0
 
 
 class OnTheHost(StandIn):
