@@ -212,7 +212,7 @@ class W4A8Linear:
 
 
 Node = RotateQuantize | W4A8Linear
-NODES: dict[str, type] = {"RotateQuantize": RotateQuantize, "W4A8Linear": W4A8Linear}
+NODES: dict[str, type[RotateQuantize] | type[W4A8Linear]] = {"RotateQuantize": RotateQuantize, "W4A8Linear": W4A8Linear}
 
 
 def bitblas_name(n: int, k: int, tile: Tile) -> KernelName:

@@ -43,13 +43,19 @@ NARROW = 64  # inputs of a linear from the robot's state or actions, which is co
 
 @dataclass(frozen=True)
 class Fusions:
-    """What a target's kernels compute around an anchor.
+    """What a target's kernels compute: its anchors, and what they take around one.
 
-    norms: the norms that a quantizer computes in front. geglu_in_front: whether it computes a GeGLU there too. epilogue: the
-    parts of a linear's epilogue, of "bias", "gate", "activation", "residual", "split".
+    anchors: the kinds of nodes that become ops; all others are the target's own business, in whatever form they are.
+    norms: the norms that a quantizer computes in front. adaptive_norms: whether it takes their scale and shift by table too.
+    geglu_in_front: whether it computes a GeGLU there too. epilogue: the parts of a linear's epilogue, of "bias", "gate",
+    "activation", "residual", "split".
     """
 
+    anchors: frozenset[str] = frozenset(
+        {"linear", "quantizer", "attention", "joined rows", "joined keys", "patches", "prompt"}
+    )
     norms: frozenset[str] = frozenset({"RMSNormalization", "LayerNormalization"})
+    adaptive_norms: bool = True
     geglu_in_front: bool = False
     epilogue: frozenset[str] = frozenset({"bias", "gate", "activation", "residual", "split"})
 
@@ -333,25 +339,21 @@ class _Fuser:
                 self._visit(node)
 
     def _visit(self, node: ir.Node) -> None:
-        if is_view(node) or is_whole(node):
-            return
-        if is_linear(node):
-            self._linear(node)
-        elif node.op_type in ("RotateQuantize", "Rotate"):
-            self._quantize(node)
-        elif node.op_type in self.fusions.norms:
+        if node.op_type in self.fusions.norms:
             self._norm(node)
-        elif node.op_type == "Attention":
-            self._attention(node)
-        elif node.op_type == "Concat" and joins_rows(node):
-            parts = [source_of(each) for each in node.inputs if each is not None]
-            self._add(JoinRows(name="joined rows", nodes=[node], parts=parts, out=node.outputs[0]))
-        elif node.op_type == "Concat":
-            self._join_keys(node)
-        elif node.op_type == "Conv":
-            self._patches(node)
-        elif is_prompt(node):
-            self._prompt(node)
+            return
+        add_op = {
+            "linear": self._linear,
+            "quantizer": self._quantize,
+            "attention": self._attention,
+            "joined rows": self._join_rows,
+            "joined keys": self._join_keys,
+            "patches": self._patches,
+            "prompt": self._prompt,
+        }
+        anchor = _anchor_of(node)
+        if anchor in self.fusions.anchors:
+            add_op[anchor](node)
 
     def _add(self, op: Op) -> None:
         op.branch = any(value in self._of_state for value in op.reads)
@@ -371,7 +373,7 @@ class _Fuser:
         ones = small_constant(gain)  # a gain that was folded into the weights
         gain = None if ones is not None and bool((ones == 1).all()) else gain
         out, nodes, adaptive = node.outputs[0], [node], False
-        scaled = reader_of(out)
+        scaled = reader_of(out) if self.fusions.adaptive_norms else None
         if scaled is not None and scaled.op_type == "Mul" and is_table_row(other_input(scaled, out)):
             shifted = reader_of(scaled.outputs[0])
             expect(gain is None and shift is None and shifted is not None and shifted.op_type == "Add", node)
@@ -479,6 +481,11 @@ class _Fuser:
             )  # fmt: skip
         )
 
+    def _join_rows(self, node: ir.Node) -> None:
+        expect(len(node.inputs) == 2, node)
+        parts = [source_of(each) for each in node.inputs if each is not None]
+        self._add(JoinRows(name="joined rows", nodes=[node], parts=parts, out=node.outputs[0]))
+
     def _join_keys(self, node: ir.Node) -> None:
         out = node.outputs[0]
         past, own = (source_of(each) for each in node.inputs if each is not None)
@@ -508,6 +515,18 @@ class _Fuser:
             value = reader.outputs[0]
         table, epilogue = node.inputs[0], destination(Epilogue(value))
         self._add(Prompt(name="prompt", nodes=nodes, table=table, scale=scale, epilogue=epilogue))
+
+
+def _anchor_of(node: ir.Node) -> str | None:
+    """The kind of op that the node becomes, one of `Fusions.anchors`, or None."""
+    if is_view(node) or is_whole(node):
+        return None
+    if is_linear(node):
+        return "linear"
+    if node.op_type == "Concat":
+        return "joined rows" if joins_rows(node) else "joined keys"
+    kinds = {"RotateQuantize": "quantizer", "Rotate": "quantizer", "Attention": "attention", "Conv": "patches"}
+    return kinds.get(node.op_type) or ("prompt" if is_prompt(node) else None)
 
 
 def _operands(node: ir.Node) -> dict[str, ir.Value]:
@@ -609,7 +628,6 @@ def destination(epilogue: Epilogue) -> Epilogue:
     if concat is not None or any(node.op_type in norms for node in readers):
         epilogue.type = "float"
     if concat is not None:
-        expect(len(concat.inputs) == 2, concat)
         epilogue.joined = concat.outputs[0]
         epilogue.is_first = source_of(concat.inputs[0]) is source_of(epilogue.out)
     return epilogue

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import itertools
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,11 +19,14 @@ from duq.compiler.accuracy.synthetic import synthetic_observations
 from duq.compiler.checkpoint import load_checkpoint
 from duq.compiler.cli import compile_main
 from duq.compiler.errors import GraphError
-from duq.compiler.graph.export import Graphs, export
+from duq.compiler.graph.export import export
 from duq.compiler.phases import rewrite
-from duq.compiler.pipeline import PHASES, compile_policy, quantize_checkpoint
+from duq.compiler.pipeline import PHASES, TARGETS, compile_policy, quantize_checkpoint
 from duq.compiler.quant import load_recipe
-from duq.compiler.targets.tensorrt import TensorRTOptions, builder, network
+from duq.compiler.targets.tensorrt import TensorRTOptions, builder, engines
+from duq.compiler.targets.tensorrt.network import Network, is_external, unroll
+from duq.compiler.targets.tensorrt.precision import is_key_value
+from duq.compiler.targets.tensorrt.prepare import prepare, take_embeddings
 from duq.plugins import bitblas, nodes, ops, trt
 from duq.plugins.bitblas import Tile
 from duq.plugins.errors import KernelError
@@ -30,8 +34,9 @@ from duq.plugins.nodes import RotateQuantize, W4A8Linear
 from duq.runtime.errors import PlanError
 from duq.runtime.executors import tensorrt as executor
 from duq.runtime.inspect import main as inspect_main
-from duq.runtime.plan import Plan
+from duq.runtime.plan import Plan, PlanWriter
 from duq.runtime.preprocess import Preprocessor
+from tests.support.networks import with_weights
 
 INSTALLED = any(importlib.util.find_spec(name) for name in trt.FLAVORS) and importlib.util.find_spec("bitblas")
 needs_tensorrt = pytest.mark.skipif(not INSTALLED, reason="neither the tensorrt nor the tensorrt-rtx extra, or no bitblas")
@@ -220,19 +225,14 @@ def test_fp16_builds_as_well(compiled):
 
 @needs_tensorrt
 def test_unrolling_is_the_loop(tiny_plans, compiled):
-    """The unrolled float32 model in ONNX Runtime, given rows of the token table, against the prefix and the step, given
+    """The unrolled float32 policy in ONNX Runtime, given rows of the token table, against the prefix and the step, given
     tokens, one after the other."""
-    source, integers = compiled.quantization("pi0")
-    weights = source.weights | integers.float_weights
-
-    def graphs():
-        exported = export(source.config, weights, 4, integers.packs)  # as in tiny_plans, whose trace is kept
-        rewrite(exported, PHASES)
-        return exported
+    source = load_checkpoint(tiny_plans("pi0", "none").checkpoint)
+    exported = export(source.config, source.weights, 4, {})
+    rewrite(exported, PHASES)
 
     def session(model):
-        ops.add_functions(model, unsigned=True)
-        return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
     random = np.random.default_rng(0)
     feeds = {
@@ -241,15 +241,14 @@ def test_unrolling_is_the_loop(tiny_plans, compiled):
         "state": random.standard_normal(32).astype(np.float32),
     }
     x = noise = random.standard_normal((8, 32)).astype(np.float32)
-    apart = graphs()
-    prefix, step = session(apart.prefix), session(apart.step)
+    prefix, step = session(ir.to_proto(exported.prefix)), session(ir.to_proto(exported.step))
     names = [output.name for output in prefix.get_outputs()]
-    cache = {k: v for k, v in zip(names, prefix.run(None, feeds)) if network.is_key_value(k)}
+    cache = {k: v for k, v in zip(names, prefix.run(None, feeds), strict=True) if is_key_value(k)}
     for index in range(4):
         (x,) = step.run(None, {"x": x, "step": np.array(index), **cache})
-    together = graphs()
-    rows = network.take_embeddings(together.prefix).const_value.numpy()[feeds.pop("tokens")].astype(np.float32)
-    (whole,) = session(network.unroll(together)).run(None, {**feeds, "embeddings": rows, "x": noise})
+    rows = take_embeddings(exported.prefix).const_value.numpy()[feeds.pop("tokens")].astype(np.float32)
+    policy = unroll(Network.of(exported.prefix), Network.of(exported.step), 4)
+    (whole,) = session(with_weights(policy)).run(None, {**feeds, "embeddings": rows, "x": noise})
     np.testing.assert_allclose(whole, x, rtol=1e-5, atol=1e-6)
 
 
@@ -299,6 +298,36 @@ def test_without_bitblas_the_extra_is_named(tiny_plans, command_line, monkeypatc
     assert ran.code == 2 and "duq-vla[bitblas]" in ran.err
 
 
+@needs_tensorrt
+def test_without_graphsurgeon_the_extras_are_named(tiny_plans, command_line, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnx_graphsurgeon" else find(name))
+    ran = command_line(compile_main, *compile_arguments(tiny_plans("pi0", "llm+expert-mlp"), "--sm", "86"))
+    assert ran.code == 2 and "onnx-graphsurgeon" in ran.err and "duq-vla[tensorrt-rtx]" in ran.err
+
+
+@needs_tensorrt
+def test_phases_are_kept_without_weights(compiled, tmp_path, monkeypatch):
+    """The ops as text, and the networks as ONNX files that name every weight and hold none."""
+    source, integers = compiled.quantization("pi0")
+    graphs = export(source.config, source.weights | integers.float_weights, 4, integers.packs)
+    rewrite(graphs, (*PHASES, *TARGETS["tensorrt"].phases))
+    monkeypatch.setattr(engines, "build", lambda *_: builder.Engine(memoryview(b"engine"), [], 0, 0, 0.0))
+    monkeypatch.setattr(engines, "_write_kernels", lambda *_: [])
+    with PlanWriter(tmp_path / "x.plan") as writer, Progress(disable=True) as progress:
+        engines.write_engines(graphs, writer, progress, TensorRTOptions(sm=(86,)), tmp_path)
+    for name in ("prefix", "step"):
+        ops_of_graph = (tmp_path / f"tensorrt-fuse-{name}.txt").read_text()
+        assert "Quantize, " in ops_of_graph and "residual: " in ops_of_graph
+        model = onnx.load(tmp_path / f"tensorrt-sm86-{name}.onnx", load_external_data=False)
+        assert model.ByteSize() < 1 << 20
+        assert all(math.prod(each.dims) < 1024 or is_external(each) for each in model.graph.initializer)
+        plugins = [node for node in model.graph.node if node.domain == ops.DOMAIN]
+        assert {node.op_type for node in plugins} == set(nodes.NODES)
+        for node in plugins:
+            assert {attribute.name: attribute.s for attribute in node.attribute}["plugin_namespace"] == b"duq"
+
+
 def small_model(*nodes, outputs=("y",)):
     text = f"""<ir_version: 10, opset_import: ["" : 23, "duq" : 1]>
         small (float[4, 8] x) => ({", ".join(f"float[4, 8] {name}" for name in outputs)}) {{ {" ".join(nodes)} }}"""
@@ -316,16 +345,14 @@ def small_model(*nodes, outputs=("y",)):
 )
 def test_what_tensorrt_cannot_build_is_one_error(tmp_path, node, plugins, sm, says):
     with Progress(disable=True) as progress, pytest.raises(GraphError, match=says):
-        builder.build("small", small_model(node), plugins, {}, sm, progress, tmp_path)
+        builder.build("small", Network.of(small_model(node)), plugins, {}, sm, progress, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-@needs_tensorrt
-def test_linears_without_a_plugin_are_refused(compiled):
+def test_linears_without_a_plugin_are_refused():
     model = small_model("q = duq.W8A8Linear(x, x, x, x)", "y = Relu(q)")
-    graphs = Graphs(model, model, None, 1)
     with pytest.raises(GraphError, match="not for W8A8Linear: quantize to 4-bit weights"):
-        network.adapt(graphs, "bf16", 86, 4)
+        prepare(model)
 
 
 @needs_tensorrt
@@ -334,7 +361,7 @@ def test_progress_is_shown(tmp_path):
     with Progress(disable=True) as progress:
         original = progress.add_task
         progress.add_task = lambda description, **options: (shown.append(description), original(description, **options))[1]
-        builder.build("small", small_model("y = Relu(x)"), 0, {}, 86, progress, tmp_path)
+        builder.build("small", Network.of(small_model("y = Relu(x)")), 0, {}, 86, progress, tmp_path)
     assert shown and all(each.startswith("small: ") for each in shown)
 
 

@@ -23,7 +23,11 @@ from duq.compiler.graph.export import export
 from duq.compiler.phases import rewrite
 from duq.compiler.pipeline import PHASES, TARGETS, quantize_checkpoint
 from duq.compiler.quant import load_recipe
-from duq.compiler.targets.tensorrt import network
+from duq.compiler.targets.tensorrt.engines import adapt
+from duq.compiler.targets.tensorrt.network import Network, unroll
+from duq.compiler.targets.tensorrt.options import FloatType
+from duq.compiler.targets.tensorrt.precision import is_key_value
+from duq.compiler.targets.tensorrt.prepare import prepare, take_embeddings
 from duq.plugins import bitblas, nodes, ops, trt
 from duq.plugins.bitblas import Tile
 from duq.plugins.kernels.reference import Memory, Pointer
@@ -33,6 +37,7 @@ from duq.runtime.executors.cpu import CpuExecutor
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import Preprocessor
 from tests.support import emulate
+from tests.support.networks import with_weights
 
 NAMES = {np.dtype(np.float32): "float", np.dtype(np.int8): "int8", np.dtype(np.int32): "int32"}
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
@@ -80,7 +85,9 @@ def enqueue(plugin, inputs: list[np.ndarray]) -> list[np.ndarray]:
     types = [NAMES[each.dtype] for each in inputs]
     out_types = plugin.output_types(types)
     assert all(plugin.accepts(i, types + out_types) for i in range(len(types) + len(out_types)))
-    outputs = [np.full(shape, 99, DTYPES[name]) for shape, name in zip(plugin.output_shapes(shapes), out_types)]
+    outputs = [
+        np.full(shape, 99, DTYPES[name]) for shape, name in zip(plugin.output_shapes(shapes), out_types, strict=True)
+    ]
     workspace = np.zeros(plugin.workspace_bytes(shapes), np.int8)
     tensors = [host.tensor(np.array(each, order="C")) for each in inputs], [host.tensor(each) for each in outputs]
     with pytest.MonkeyPatch.context() as patch:
@@ -94,12 +101,12 @@ def by_definition(op: str, overload: str, inputs: list[np.ndarray]) -> list[np.n
     body = ir.serde.serialize_function(ops.function(op, overload, 23))
     body.name, body.overload = "F", ""
     operands = [onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(v.dtype), v.shape)
-                for n, v in zip(body.input, inputs)]  # fmt: skip
+                for n, v in zip(body.input, inputs, strict=True)]  # fmt: skip
     call = onnx.helper.make_node("F", list(body.input), list(body.output), domain="duq")
     graph = onnx.helper.make_graph([call], "g", operands, [onnx.ValueInfoProto(name=name) for name in body.output])
     opsets = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid("duq", 1)]
     model = onnx.helper.make_model(graph, functions=[body], opset_imports=opsets, ir_version=10)
-    return ReferenceEvaluator(model).run(None, dict(zip(body.input, inputs)))
+    return ReferenceEvaluator(model).run(None, dict(zip(body.input, inputs, strict=True)))
 
 
 M, N, K = 5, 96, 256
@@ -179,9 +186,8 @@ PLUGINS = [type(name, (_Plugin,), {}) for name in nodes.NODES]
 
 
 @pytest.mark.parametrize(("policy", "loop"), [("pi0", "graph"), ("pi05", "unrolled")])
-def test_the_network_computes_what_the_cpu_engine_does(tiny_plans, policy, loop, monkeypatch):
+def test_the_network_computes_what_the_cpu_engine_does(tiny_plans, policy, loop):
     """In float32, with the same integers: up to the odd activation that a float difference rounds the other way."""
-    monkeypatch.setitem(network.FLOAT_TYPES, "fp32", (ir.DataType.FLOAT, np.float32, "float"))
     compiled = tiny_plans(policy, "llm+expert-mlp")
     source, plan = load_checkpoint(compiled.checkpoint), Plan(compiled.plan)
     preprocessor = Preprocessor(source.config)
@@ -191,8 +197,9 @@ def test_the_network_computes_what_the_cpu_engine_does(tiny_plans, policy, loop,
     weights = source.weights | integers.float_weights
     graphs = export(source.config, weights, plan.manifest["num_steps"], integers.packs)
     rewrite(graphs, (*PHASES, *TARGETS["tensorrt"].phases))
-    table = network.take_embeddings(graphs.prefix).const_value.numpy().astype(np.float32)
-    network.adapt(graphs, "fp32", 86, 816)
+    table = take_embeddings(graphs.prefix).const_value.numpy().astype(np.float32)
+    float32 = FloatType("fp32", ir.DataType.FLOAT, np.float32, "float")
+    prefix_network, step_network = (adapt(model, prepare(model), float32, 86, 816).network for _, model in graphs.items())
 
     (inputs,) = [preprocessor.model_inputs(each) for each in synthetic_observations(source.config, cameras=1, count=1)]
     noise = np.random.default_rng(0).standard_normal((8, 32)).astype(np.float32)
@@ -204,21 +211,22 @@ def test_the_network_computes_what_the_cpu_engine_does(tiny_plans, policy, loop,
     trace: dict = {}
     expected, _ = CpuExecutor(plan).run(inputs, noise, trace)
     if loop == "unrolled":
-        (actions,) = _run(network.unroll(graphs), {**feeds, "x": noise})
+        (actions,) = _run(unroll(prefix_network, step_network, graphs.num_steps), {**feeds, "x": noise})
     else:
-        prefix = dict(zip([each.name for each in graphs.prefix.graph.outputs], _run(graphs.prefix, feeds)))
+        names = [each.name for each in graphs.prefix.graph.outputs]
+        prefix = dict(zip(names, _run(prefix_network, feeds), strict=True))
         for name in ("key.0", "value.0", "key.1", "value.1"):
             assert _relative(prefix[name], trace[name]) < 0.01, name
-        actions, caches = noise, {name: value for name, value in prefix.items() if network.is_key_value(name)}
+        actions, caches = noise, {name: value for name, value in prefix.items() if is_key_value(name)}
         for index in range(plan.manifest["num_steps"]):
-            (actions,) = _run(graphs.step, {"x": actions, "step": np.array(index), **caches})
+            (actions,) = _run(step_network, {"x": actions, "step": np.array(index), **caches})
     assert _relative(actions, expected) < 0.01
 
 
-def _run(model: ir.Model, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-    wanted = {value.name for value in model.graph.inputs}
-    evaluator = ReferenceEvaluator(ir.to_proto(model), new_ops=PLUGINS)
-    return evaluator.run(None, {name: value for name, value in feeds.items() if name in wanted})
+def _run(network: Network, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    wanted = {value.name for value in network.graph.inputs}
+    evaluator = ReferenceEvaluator(with_weights(network), new_ops=PLUGINS)
+    return evaluator.run(None, {name: feed for name, feed in feeds.items() if name in wanted})
 
 
 def _relative(found: np.ndarray, expected: np.ndarray) -> float:
