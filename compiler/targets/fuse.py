@@ -36,6 +36,15 @@ from duq.compiler.targets.patterns import (
     views_between,
     views_of,
 )
+from duq.compiler.targets.values import (
+    array_of,
+    columns_of,
+    dims_of,
+    input_of,
+    inputs_of,
+    shape_of,
+    size_of,
+)
 from duq.plugins import ops as duq_ops
 
 NARROW = 64  # inputs of a linear from the robot's state or actions, which is computed in float32
@@ -438,7 +447,7 @@ class _Fuser:
             quantize.readers = sorted([*quantize.readers, op], key=lambda each: order.index(each.node))
 
     def _kind(self, quantize: Quantize | None, x: ir.Value, norm: Norm | None, weight: ir.Value, epilogue: Epilogue) -> str:
-        k, n = weight.shape.numpy()
+        k, n = shape_of(weight)
         if quantize is not None:
             return "integer"
         if norm is not None and n <= NARROW and epilogue.residual is not None and epilogue.residual is self._flow:
@@ -457,12 +466,13 @@ class _Fuser:
 
     def _attention(self, node: ir.Node) -> None:
         expect(all(operand is None for operand in node.inputs[3:]), node)
-        q, k, v = (source_of(each) for each in node.inputs[:3] if each is not None)
+        q, k, v = (source_of(input_of(node, index)) for index in range(3))
         own = None
         keys, values = self._writers.get(k), self._writers.get(v)
         if isinstance(keys, JoinKeys) and isinstance(values, JoinKeys) and keys.cache is None:
             k, v, own = keys.past, values.past, (keys.own, values.own)
-        batch, heads, _, dims = node.inputs[0].shape
+        q_input = input_of(node, 0)
+        batch, dims = dims_of(q_input)[0], columns_of(q_input)
         name = self._writers[q].name.rpartition(".")[0] + ".attention"
         self._add(
             Attention(
@@ -474,11 +484,11 @@ class _Fuser:
                 own=own,
                 out=node.outputs[0],
                 dims=dims,
-                heads=heads,
+                heads=size_of(q_input, 1),
                 scale=node.attributes.get_float("scale", dims**-0.5),
-                kv_heads=node.inputs[1].shape[1],
+                kv_heads=size_of(input_of(node, 1), 1),
                 each_image=batch != 1,
-            )  # fmt: skip
+            )
         )
 
     def _join_rows(self, node: ir.Node) -> None:
@@ -495,11 +505,10 @@ class _Fuser:
     # What brings an observation into the residual stream
 
     def _patches(self, node: ir.Node) -> None:
-        weight, bias = node.inputs[1:3]
-        assert weight is not None and bias is not None
+        _, weight, bias = inputs_of(node)
         last = past_views(node.outputs[0])
         added = readers_of(last)[0]
-        position = added.inputs[1]
+        position = input_of(added, 1)
         expect(added.op_type == "Add" and is_weight(position, rank=2), node)
         epilogue = destination(Epilogue(added.outputs[0]))
         nodes = [node, added, *views_between(node.outputs[0], last)]
@@ -510,10 +519,10 @@ class _Fuser:
         value, scale, nodes = node.outputs[0], 1.0, [node]
         while (reader := reader_of(value)) is not None and reader.op_type in ("Cast", "Mul"):
             if reader.op_type == "Mul":
-                scale *= float(small_constant(other_input(reader, value), limit=1).item())
+                scale *= float(array_of(other_input(reader, value)).item())
             nodes.append(reader)
             value = reader.outputs[0]
-        table, epilogue = node.inputs[0], destination(Epilogue(value))
+        table, epilogue = input_of(node, 0), destination(Epilogue(value))
         self._add(Prompt(name="prompt", nodes=nodes, table=table, scale=scale, epilogue=epilogue))
 
 
@@ -531,7 +540,7 @@ def _anchor_of(node: ir.Node) -> str | None:
 
 def _operands(node: ir.Node) -> dict[str, ir.Value]:
     """The operands of a duq node by their names in plugins/ops.py."""
-    return dict(zip(duq_ops.inputs_of(node.op_type, node.overload), node.inputs, strict=True))
+    return dict(zip(duq_ops.inputs_of(node.op_type, node.overload), inputs_of(node), strict=True))
 
 
 def _geglu_in_front(x: ir.Value) -> ir.Value | None:
@@ -539,13 +548,14 @@ def _geglu_in_front(x: ir.Value) -> ir.Value | None:
     multiply = x.producer()
     if multiply is None or multiply.op_type != "Mul" or reader_of(x) is None:
         return None
-    gelu, up = multiply.inputs[0].producer(), multiply.inputs[1]
-    if any(reader_of(operand) is not multiply for operand in multiply.inputs) or gelu is None or not is_gelu(gelu):
+    activated, up = inputs_of(multiply)
+    gelu, split = activated.producer(), up.producer()
+    if any(reader_of(operand) is not multiply for operand in (activated, up)) or gelu is None or not is_gelu(gelu):
         return None
-    split = up.producer()
-    gate = gelu.inputs[0]
-    matches = split is not None and split.op_type == "Split" and reader_of(gate) is gelu
-    return split.inputs[0] if matches and list(split.outputs) == [gate, up] else None
+    gate = input_of(gelu, 0)
+    if split is None or split.op_type != "Split" or reader_of(gate) is not gelu or list(split.outputs) != [gate, up]:
+        return None
+    return input_of(split, 0)
 
 
 # Epilogues
@@ -646,16 +656,16 @@ def _is_rotated(epilogue: Epilogue) -> bool:
 
 def _rotation_of(name: str, parts: list[ir.Value]) -> Rotation:
     """What becomes of the q, k and v (or k and v) of a linear: a rotary embedding of q and k, perhaps the cache."""
-    columns = [part.shape[-1] for part in parts]
+    columns = [columns_of(part) for part in parts]
     turned = [past_views(part) for part in parts]
     nodes = [readers_of(value)[0] for value in turned[:-1]]
     expect(len(parts) in (2, 3) and all(node.op_type == "RotaryEmbedding" for node in nodes), name)
     results = [*(node.outputs[0] for node in nodes), turned[-1]]
-    dims = nodes[-1].inputs[0].shape[-1]
+    dims = columns_of(input_of(nodes[-1], 0))
     expect(columns[-2:] == [dims, dims], name)  # one head of keys and values
     views = [view for part, last in zip(parts, turned, strict=True) for view in views_between(part, last)]
     caches = [_cache_of(result) for result in results[-2:]]
-    tables, positions = list(nodes[0].inputs[1:3]), nodes[0].inputs[3]
+    tables, positions = [input_of(nodes[0], index) for index in (1, 2)], input_of(nodes[0], 3)
     return Rotation(columns, dims, [source_of(each) for each in results], tables, positions, caches, [*nodes, *views])
 
 
@@ -673,7 +683,7 @@ def describe(ops: list[Op]) -> str:
         details = [type(op).__name__, op.name]
         if isinstance(op, Linear):
             e = op.epilogue
-            details += [op.kind, "x".join(map(str, op.weight.shape.numpy()))]
+            details += [op.kind, "x".join(map(str, shape_of(op.weight)))]
             details += [word for word, there in (("bias", e.bias), ("gate", e.gate), (e.activation, e.activation),
                                                  ("residual", e.residual), ("rotary", e.rotation)) if there]  # fmt: skip
         if getattr(op, "norm", None) is not None:

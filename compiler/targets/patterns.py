@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from duq.compiler.graph.edit import depends_on, is_weight, small_constant
@@ -68,24 +67,6 @@ def table_of(row: ir.Value) -> ir.Value:
 def label(weight: ir.Value) -> str:
     """What a weight's linear is called: its modules' names, without the gains that were folded in."""
     return record(weight).label
-
-
-def shape_of(value: ir.Value) -> tuple[int, ...]:
-    """The shape of a weight."""
-    assert value.shape is not None, value.name
-    return tuple(int(size) for size in value.shape.numpy())
-
-
-def columns_of(value: ir.Value) -> int:
-    """The last dimension of activations, whose others may be symbolic."""
-    assert value.shape is not None and isinstance(value.shape[-1], int), value.name
-    return value.shape[-1]
-
-
-def array_of(value: ir.Value) -> np.ndarray:
-    """A weight or a constant as numpy: computed, or read, now."""
-    assert value.const_value is not None, value.name
-    return np.asarray(value.const_value.numpy())
 
 
 def readers_of(value: ir.Value) -> list[ir.Node]:

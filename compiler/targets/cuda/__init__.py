@@ -39,7 +39,7 @@ from duq.compiler.targets.cuda.specialize import Size, specialize
 from duq.compiler.targets.cuda.weights import Weights, to_bf16
 from duq.compiler.targets.fuse import Prompt, check_covered, fuse
 from duq.compiler.targets.gpu import GPU_PHASES
-from duq.compiler.targets.patterns import array_of
+from duq.compiler.targets.values import array_of
 from duq.plugins.gpu import GPUS, Gpu, gpu_of
 from duq.runtime.plan import PlanWriter
 

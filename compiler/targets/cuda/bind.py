@@ -33,7 +33,8 @@ from duq.compiler.targets.fuse import (
     Rotate,
     expect,
 )
-from duq.compiler.targets.patterns import array_of, shape_of, source_of
+from duq.compiler.targets.patterns import source_of
+from duq.compiler.targets.values import array_of, shape_of
 from duq.plugins import kernels
 from duq.plugins.gpu import Gpu
 from duq.plugins.tactics import SMALL_M

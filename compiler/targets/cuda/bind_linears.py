@@ -20,7 +20,7 @@ from duq.compiler.targets.cuda.gemm import FloatGemm, Gemm
 from duq.compiler.targets.cuda.launches import BYTES, Argument, Arguments, Matrix, Weight
 from duq.compiler.targets.cuda.specialize import float_weight_bits
 from duq.compiler.targets.fuse import Linear, Op, Rotation, expect
-from duq.compiler.targets.patterns import columns_of, shape_of
+from duq.compiler.targets.values import columns_of, shape_of
 from duq.plugins import kernels
 
 

@@ -25,7 +25,7 @@ from duq.compiler.targets.fuse import (
     Quantize,
     Rotate,
 )
-from duq.compiler.targets.patterns import shape_of
+from duq.compiler.targets.values import shape_of
 from duq.plugins import ops as duq_ops
 from duq.plugins.tactics import SMALL_M
 from duq.runtime.config import ModelConfig

@@ -12,7 +12,7 @@ import torch
 from duq.compiler.graph.passes.quantize import QuantizedTensor
 from duq.compiler.graph.weights import record
 from duq.compiler.targets.cuda.launches import Weight
-from duq.compiler.targets.patterns import array_of, shape_of
+from duq.compiler.targets.values import array_of, shape_of
 from duq.plugins.kernels import Generated
 from duq.plugins.layout import (
     CHUNK_K,

@@ -21,7 +21,7 @@ from duq.compiler.targets.tensorrt.options import FLOAT_TYPES, FloatType, Tensor
 from duq.compiler.targets.tensorrt.plugins import Plugin, add_plugins
 from duq.compiler.targets.tensorrt.precision import to_float_type
 from duq.compiler.targets.tensorrt.prepare import prepare, take_embeddings
-from duq.compiler.targets.tensorrt.values import dtype_of, name_of, tensor_of
+from duq.compiler.targets.values import dtype_of, name_of, tensor_of
 from duq.plugins import bitblas, trt
 from duq.plugins.nodes import KernelName
 from duq.plugins.nvrtc import Cubin, compile_cubin

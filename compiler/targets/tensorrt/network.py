@@ -16,7 +16,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues  # type: ignore[import-untype
 from onnx_graphsurgeon.logger import G_LOGGER  # type: ignore[import-untyped]
 
 from duq.compiler.graph.weights import weight_of
-from duq.compiler.targets.tensorrt.values import tensor_of
+from duq.compiler.targets.values import tensor_of
 
 INLINE_BYTES = 1024  # smaller constants stay inside the model
 

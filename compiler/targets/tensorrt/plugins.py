@@ -16,7 +16,7 @@ from duq.compiler.graph.weights import record
 from duq.compiler.targets.fuse import Linear, Norm, Op, Quantize
 from duq.compiler.targets.patterns import other_input
 from duq.compiler.targets.tensorrt.network import Network
-from duq.compiler.targets.tensorrt.values import dims_of, input_of, name_of, shape_of, size_of
+from duq.compiler.targets.values import dims_of, input_of, name_of, shape_of, size_of
 from duq.plugins import bitblas
 from duq.plugins import ops as duq_ops
 from duq.plugins.gpu import gpu_of
@@ -85,7 +85,7 @@ class _Writer:
         if residual is not None:
             stages, operands = [*stages, "residual"], [*operands, self._values[name_of(residual)]]
         node = W4A8Linear(duq_ops.overload_name(stages), tile, self._float_type)
-        name = record(op.weight).label
+        name = "+".join(record(op.weight).linears)
         self._write(last, name, node, operands)
         shapes = [((rows, k), "int8"), ((rows, 1), "float"), ((n, k // 2), "int8"), ((n,), "float")]
         return name, Plugin(node, list(node.launches([Tensor(*each) for each in shapes])), (n, k, tile))

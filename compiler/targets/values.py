@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from duq.compiler.graph.edit import expect
@@ -11,6 +12,11 @@ def input_of(node: ir.Node, index: int) -> ir.Value:
     value = node.inputs[index]
     assert value is not None, node.name
     return value
+
+
+def inputs_of(node: ir.Node) -> list[ir.Value]:
+    """All inputs of a node that has no optional one missing."""
+    return [input_of(node, index) for index in range(len(node.inputs))]
 
 
 def name_of(value: ir.Value | ir.Node) -> str:
@@ -47,3 +53,13 @@ def size_of(value: ir.Value, axis: int) -> int:
 def shape_of(value: ir.Value) -> tuple[int, ...]:
     """The shape of a constant."""
     return tuple(size_of(value, axis) for axis in range(len(dims_of(value))))
+
+
+def columns_of(value: ir.Value) -> int:
+    """The channels of activations, whose other dimensions may be symbolic."""
+    return size_of(value, -1)
+
+
+def array_of(value: ir.Value) -> np.ndarray:
+    """A weight or a constant as numpy: computed, or read, now."""
+    return np.asarray(tensor_of(value).numpy())
