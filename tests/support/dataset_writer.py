@@ -132,7 +132,7 @@ def _table(episodes: list[tuple[int, int, Recorded]], task_numbers: dict[str, in
 
 def _placed(episodes: list[Recorded]) -> list[tuple[int, int, Recorded]]:
     starts = np.cumsum([0] + [episode.length for episode in episodes])
-    return [(index, int(start), episode) for index, (start, episode) in enumerate(zip(starts, episodes, strict=True))]
+    return [(index, int(start), episode) for index, (start, episode) in enumerate(zip(starts, episodes, strict=False))]
 
 
 def _task_numbers(episodes: list[Recorded]) -> dict[str, int]:
