@@ -22,7 +22,8 @@ def command(name: str, program: str, extra: str) -> Callable[[], NoReturn]:
         except ModuleNotFoundError as missing:
             if missing.name is None or missing.name.startswith("duq."):
                 raise
-            print(f"error: {name} needs {missing.name}: pip install 'duq-vla[{extra}]'", file=sys.stderr)
+            requirement = f"duq-vla[{extra}]" if extra else "duq-vla"
+            print(f"error: {name} needs {missing.name}: pip install '{requirement}'", file=sys.stderr)
             raise SystemExit(2) from None
         sys.exit(main())
 
