@@ -117,7 +117,7 @@ def compile_policy(
     fingerprint = in_background(lambda: checkpoint.fingerprint)  # reads all weight files, and is needed last
     weights = checkpoint.weights | quantization.float_weights
     task = progress.add_task("Exporting", total=None)
-    graphs = export(checkpoint.config, weights, options.num_steps, quantization.packs)
+    graphs = export(checkpoint.config, weights, options.steps, quantization.packs)
     progress.update(task, total=1, completed=1)
     keep_graphs(graphs, keep, 0, "export")
     passes = list(passes_of((*PHASES, *target.phases)))

@@ -31,7 +31,9 @@ LIMITS = {
 
 def main(requests: str, answers: str) -> None:
     work = json.loads(Path(requests).read_text())
-    package = Path(importlib.util.find_spec("bitblas").submodule_search_locations[0])
+    spec = importlib.util.find_spec("bitblas")
+    assert spec is not None and spec.submodule_search_locations is not None
+    package = Path(spec.submodule_search_locations[0])
     tvm = _import_tvm(package / "3rdparty")
     _describe_device(tvm, work[0]["sm"])
     generate = _generator(tvm)

@@ -57,7 +57,10 @@ class Problem:
         """Of a call's arguments by name (plugins/kernels/library.py)."""
         sizes = (arguments[name] for name in ("n", "m", "k", "x_stride", "y_stride", "batch", "addend_batch_stride"))
         there = (arguments[name] is not None for name in ("bias", "addend"))
-        return cls(*sizes, arguments["y_type"], arguments["gelu"], *there)
+        n, m, k, x_stride, y_stride, batch, addend_batch_stride = sizes
+        has_bias, has_addend = there
+        gelu, y_bytes = arguments["gelu"], arguments["y_type"]
+        return cls(n, m, k, x_stride, y_stride, batch, addend_batch_stride, y_bytes, gelu, has_bias, has_addend)
 
 
 class CublasLt:
@@ -67,9 +70,20 @@ class CublasLt:
         self._library = _load()
         self._handle = ctypes.c_void_p()
         self._call("cublasLtCreate", ctypes.byref(self._handle))
-        self._prepared: dict[tuple[Problem, int], tuple] = {}
+        self._prepared: dict[tuple[Problem, int], tuple[Any, Any, Any]] = {}
 
-    def matmul(self, problem: Problem, algorithm: int, weight, x, bias, addend, y, workspace: int, stream: int) -> None:
+    def matmul(
+        self,
+        problem: Problem,
+        algorithm: int,
+        weight: int,
+        x: int,
+        bias: int,
+        addend: int,
+        y: int,
+        workspace: int,
+        stream: int,
+    ) -> None:
         """Enqueues one GEMM. Operands are device addresses (bias, addend: 0 where the problem has none)."""
         descriptor, (a, b, c, d), heuristic = self.prepare(problem, algorithm)
         if problem.has_bias:
@@ -82,7 +96,7 @@ class CublasLt:
             ctypes.c_void_p(stream),
         )  # fmt: skip
 
-    def prepare(self, problem: Problem, algorithm: int) -> tuple:
+    def prepare(self, problem: Problem, algorithm: int) -> tuple[Any, Any, Any]:
         """Descriptors and an algorithm: 0 is what the library thinks best. Raises KernelError where it has none."""
         if (problem, algorithm) not in self._prepared:
             descriptor, layouts, found = self._describe(problem)
@@ -100,14 +114,15 @@ class CublasLt:
         sizes = copies * weight_bytes, 2 * rows * p.x_stride, p.y_bytes * p.n, y_bytes, y_bytes, WORKSPACE_BYTES
         weights, *others = memories = [Memory(size) for size in sizes]
         stream = Stream()
-        for memory, size in zip(memories, sizes):
+        for memory, size in zip(memories, sizes, strict=True):
             stream.clear(memory.address, size)
         stream.synchronize()
 
         def work(algorithm: int, stream: Stream) -> None:
             for copy in range(copies):
-                operands = weights.address + copy * weight_bytes, *(other.address for other in others)
-                self.matmul(p, algorithm, *operands, stream.handle)
+                x, bias, addend, y, workspace = (other.address for other in others)
+                weight = weights.address + copy * weight_bytes
+                self.matmul(p, algorithm, weight, x, bias, addend, y, workspace, stream.handle)
 
         times = milliseconds([partial(work, algorithm) for algorithm in range(len(self._describe(p)[2]))])
         return times.index(min(times))

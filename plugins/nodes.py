@@ -113,7 +113,7 @@ class RotateQuantize:
         return 4 * math.prod(shapes[0][:-1]) if self.per_tensor else 0
 
     def launches(self, inputs: Sequence[Tensor]) -> dict[KernelName, Instance]:
-        named = dict(zip(self.operands, inputs))
+        named = dict(zip(self.operands, inputs, strict=False))
         (*tokens, _), in_type, _ = named["x"]
         rotation: str | int = "NONE"
         if "hadamard" in named:
@@ -130,7 +130,7 @@ class RotateQuantize:
         self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], workspace: int, stream: int, loaded: Kernels
     ) -> None:
         """Launches on `stream`: nothing is allocated, waited for or copied through the host."""
-        named, (x_q, x_scale) = dict(zip(self.operands, inputs)), outputs
+        named, (x_q, x_scale) = dict(zip(self.operands, inputs, strict=False)), outputs
         x, channels = named["x"], self._channels(named["x"])
         ((name, how),) = self.launches(inputs).items()
         arguments = how.scalars(
@@ -193,7 +193,7 @@ class W4A8Linear:
         self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], workspace: int, stream: int, loaded: Kernels
     ) -> None:
         """Launches on `stream`; the accumulators are in the workspace."""
-        named, (y,) = dict(zip(self.operands, inputs)), outputs
+        named, (y,) = dict(zip(self.operands, inputs, strict=False)), outputs
         x_q, x_scale, n = named["x_q"], named["x_scale"], named["weight_scale"].shape[0]
         (gemm_name, gemm), (epilogue_name, epilogue) = self.launches(inputs).items()
         accumulate = {**_addresses(named, "x_q", "weight"), "y": workspace, "tokens": math.prod(x_q.shape[:-1])}

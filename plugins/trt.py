@@ -156,7 +156,7 @@ def _classes() -> tuple[type, type]:
             operands = tensors(input_descriptions, inputs), tensors(output_descriptions, outputs)
             self.node.enqueue(*operands, workspace, stream, self.kernels)
 
-    class Creator(trt.IPluginCreatorV3One):  # type: ignore[name-defined, misc]
+    class Creator(trt.IPluginCreatorV3One):
         def __init__(self, name: str, kernels: Kernels | None):
             trt.IPluginCreatorV3One.__init__(self)
             self.name, self.plugin_version, self.plugin_namespace = name, VERSION, NAMESPACE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,7 +63,7 @@ def initializer(graph: ir.Graph, what: Weight | str, array: np.ndarray | ir.Tens
     if name in graph.initializers:
         return graph.initializers[name]
     tensor = ir.tensor(array, name=name) if isinstance(array, np.ndarray) else array
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
     if isinstance(what, Weight):
         mark(value, what)
     graph.register_initializer(value)
@@ -171,13 +171,13 @@ def depends_on(value: ir.Value) -> set[str]:
     return {source.name for source in ancestors(value) if source.is_graph_input()}
 
 
-def evaluate(model: ir.Model, values: Sequence[ir.Value], feeds: Iterable[dict[str, np.ndarray]]) -> list[list[np.ndarray]]:
+def evaluate(model: ir.Model, values: Sequence[ir.Value], feeds: Iterable[Mapping[str, Any]]) -> list[list[Any]]:
     """Computes values inside the graph, once for each dict of graph inputs, with ONNX's own reference in numpy."""
     needed = sorted(set().union(*(depends_on(value) for value in values)))
     inputs = [value for value in model.graph.inputs if value.name in needed]
     part = ir.convenience.extract(model.graph, inputs, list(values))
     evaluator = ReferenceEvaluator(ir.to_proto(ir.Model(part, ir_version=10)))
-    return [evaluator.run(None, {name: feed[name] for name in needed}) for feed in feeds]
+    return [list(evaluator.run(None, {name: feed[name] for name in needed})) for feed in feeds]
 
 
 def expect(condition: bool, what: str) -> None:

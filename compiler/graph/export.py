@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -78,7 +79,7 @@ class Step(nn.Module):
         self.num_steps = num_steps
 
     def forward(self, x: Tensor, time: Tensor, state: Tensor | None, prefix_mask: Tensor, *key_values: Tensor):
-        past = list(zip(key_values[0::2], key_values[1::2]))
+        past = list(zip(key_values[0::2], key_values[1::2], strict=True))
         state = None if state is None else state[None]
         velocity = self.model.velocity(state, x[None], time[None], prefix_mask[None], past)
         return x + (velocity * (-1.0 / self.num_steps))[0]
@@ -128,10 +129,10 @@ def _export_step(model: Pi0, num_steps: int) -> ir.Model:
         "time": torch.ones(()),
         "state": None if config.pi05 else torch.zeros(config.state_width),
         "prefix_mask": torch.ones(prefix, dtype=torch.bool),
-        **dict(zip(key_value_names(config.llm.depth), key_values)),
+        **dict(zip(key_value_names(config.llm.depth), key_values, strict=True)),
     }
     past = tuple({2: "prefix"} for _ in key_values)
-    dynamic = ({}, {}, None if config.pi05 else {}, {0: "prefix"}, past)
+    dynamic: tuple[Any, ...] = ({}, {}, None if config.pi05 else {}, {0: "prefix"}, past)
     return _to_onnx(Step(model, num_steps), inputs, ["x_next"], dynamic)
 
 

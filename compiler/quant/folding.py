@@ -12,6 +12,7 @@ which lets nothing but a permutation pass.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -76,6 +77,7 @@ def value_transform(inputs: list[tuple[InputStatistics, Tensor]], kv_heads: int,
 
 def repeat_for_queries(transform: LinearTransform, kv_heads: int, head_dim: int, heads: int) -> LinearTransform:
     """A value transform as o_proj's input sees it: every query head carries the channels of its value head."""
+    assert transform.input_scale is not None, "value_transform makes one"
     scale = transform.input_scale.reshape(kv_heads, 1, head_dim).repeat(heads // kv_heads, axis=1).reshape(-1)
     return replace(transform, input_scale=scale)
 
@@ -113,4 +115,5 @@ def change_output(transform: LinearTransform, tensor: Tensor) -> Tensor:
 def _channel_rms(weights: list[Tensor]) -> Tensor:
     """Root mean square per input channel over the rows of all ``weights``, float64 [K]."""
     rows = sum(len(weight) for weight in weights)
-    return (sum(weight.square().sum(0, dtype=torch.float64) for weight in weights) / rows).sqrt()
+    squares = functools.reduce(torch.add, (weight.square().sum(0, dtype=torch.float64) for weight in weights))
+    return (squares / rows).sqrt()

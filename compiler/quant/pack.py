@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -82,7 +83,8 @@ def save_pack(pack: LinearPack, directory: Path) -> None:
         "activation_bits": pack.activation_bits,
         "sqnr_db": pack.sqnr_db,
     }
-    np.savez(directory / f"{pack.name}.npz", meta=json.dumps(meta), **arrays)
+    stored: dict[str, Any] = {"meta": json.dumps(meta), **arrays}
+    np.savez(directory / f"{pack.name}.npz", **stored)
 
 
 def load_pack(directory: Path, name: str, shape: tuple[int, int]) -> LinearTransform:
@@ -118,7 +120,7 @@ def _from_arrays(name: str, shape: tuple[int, int], arrays: dict[str, np.ndarray
         if meta.get(key, expected) != expected:
             raise PackError(f"made for {key} {meta[key]}, but {name} of the checkpoint has {expected}")
     rotation = _block_diagonal(arrays, "Rin_", "R_in_blocks", meta.get("block_size"), columns)
-    transform = {
+    transform: dict[str, Any] = {
         "input_scale": _scale(arrays, "input_scale", (columns,)),
         "permutation": _permutation(arrays, columns),
         "rotation": rotation,
@@ -167,6 +169,7 @@ def _integers(arrays: dict[str, np.ndarray], bits: int, shape: tuple[int, int]) 
     rows, columns = shape
     weight_q = _checked(arrays, "weight_q", (rows, columns // 2 if bits == 4 else columns))
     expected = np.uint8 if bits == 4 else np.int8
+    assert weight_q is not None, "its key was found"
     if weight_q.dtype != expected:
         raise PackError(f"weight_q has dtype {weight_q.dtype}, expected {np.dtype(expected)} for {bits} bits")
     return weight_q

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import Tensor
 
+from duq.compiler.model import Pi0
 from duq.compiler.quant.auto_bits import spend_bits
 from duq.compiler.quant.calibrate import InputStatistics, calibrate
 from duq.compiler.quant.fake import quantized_product
@@ -52,7 +53,7 @@ class Placement:
 
 
 def quantize(
-    model: nn.Module,
+    model: Pi0,
     checkpoint,
     recipe: Recipe,
     inputs: Sequence[ModelInputs],

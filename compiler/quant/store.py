@@ -78,10 +78,12 @@ def load_quantization(directory: Path, checkpoint) -> Quantization:
     if description["checkpoint_fingerprint"] != checkpoint.fingerprint:
         raise PackError(f"{directory} was made from another checkpoint than {checkpoint.path}; quantize again")
     _check_files(directory, linears)
-    packs = {name: load_pack(directory, name, _shape(checkpoint, name)) for name in linears}
-    for name, pack in packs.items():
+    packs: dict[str, LinearPack] = {}
+    for name in linears:
+        pack = load_pack(directory, name, _shape(checkpoint, name))
         if not isinstance(pack, LinearPack):
             raise PackError(f"{directory / name}.npz holds no integer weights; quantize again")
+        packs[name] = pack
     try:
         float_weights, value_transforms = load_file(directory / FLOAT_WEIGHTS), _load_value_transforms(directory)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -166,7 +168,13 @@ def _check_value_transforms(directory: Path, transforms: dict[int, LinearTransfo
     channels = gemma.kv_heads * gemma.head_dim
     for layer, transform in transforms.items():
         scale, block = transform.input_scale, transform.block_size
-        good = scale.dtype == np.float32 and scale.shape == (channels,) and np.isfinite(scale).all() and (scale > 0).all()
+        assert scale is not None, "_load_value_transforms reads one for each"
+        good = (
+            scale.dtype == np.float32
+            and scale.shape == (channels,)
+            and bool(np.isfinite(scale).all())
+            and bool((scale > 0).all())
+        )
         if not good or not 0 <= layer < gemma.depth or block < 1 or block & (block - 1) or channels % block:
             raise PackError(
                 f"{directory / VALUE_SCALES}: layer {layer} has {scale.dtype} {list(scale.shape)} in blocks of {block}; "
@@ -205,7 +213,7 @@ def _shape(checkpoint, name: str) -> tuple[int, int]:
 def _save_value_transforms(quantization: Quantization, directory: Path) -> None:
     """They are all a scale and a Hadamard of a block size that the layers share."""
     transforms = quantization.value_transforms
-    scales = {str(layer): transform.input_scale for layer, transform in transforms.items()}
+    scales = {str(layer): each.input_scale for layer, each in transforms.items() if each.input_scale is not None}
     block_size = max((transform.block_size for transform in transforms.values()), default=0)
     save_numpy(scales, directory / VALUE_SCALES, {"block_size": str(block_size)})
 

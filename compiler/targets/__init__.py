@@ -38,6 +38,12 @@ class Options:
     settings: PolicySettings | None = None
     float_images: bool = False
 
+    @property
+    def steps(self) -> int:
+        """Denoising steps, of settled options."""
+        assert self.num_steps is not None, "settled() fills it in"
+        return self.num_steps
+
     def settled(self: O, checkpoint: Checkpoint) -> O:
         """The same with the settings around the policy, and what follows from them, filled in."""
         settings = self.settings or default_settings(checkpoint, self.robot, self.num_steps)

@@ -49,7 +49,8 @@ def _weight_bytes(model: ir.Model) -> int:
 def _store(writer: PlanWriter, name: str, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
     packed = tensor.dtype == ir.DataType.INT4 or tensor.dtype == ir.DataType.BFLOAT16
     offset = writer.write(f"weights/{name}", tensor.tobytes() if packed else tensor.numpy())
-    return ir.ExternalTensor(PLAN_FILE, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name, base_dir="")
+    shape = ir.Shape(tensor.shape.numpy())
+    return ir.ExternalTensor(PLAN_FILE, offset, tensor.nbytes, tensor.dtype, shape=shape, name=name, base_dir="")
 
 
 def _describe(model: ir.Model) -> dict:

@@ -46,7 +46,7 @@ def reference(
             if own_keys:
                 assert own_k is not None and own_v is not None
                 own = [each.read("Bf16", own_keys, dims, stride=own_stride) for each in (own_k, own_v)]
-                key, value = (np.concatenate(pair) for pair in zip((key, value), own))
+                key, value = (np.concatenate(pair) for pair in zip((key, value), own, strict=True))
             for head in range(group * heads, (group + 1) * heads):
                 query = q.read("Bf16", tokens, dims, stride=q_stride, at=image * tokens * q_stride + head * dims)
                 result = softmax(query @ key.T * np.float32(scale)) @ value

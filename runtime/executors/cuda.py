@@ -11,6 +11,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
 
 import numpy as np
 
@@ -25,10 +26,11 @@ from duq.runtime.preprocess import ModelInputs
 SCHEDULE_VERSION = 4  # of what a plan's schedule says and how; up to 3 arguments had no names
 STAGING_BYTES = 64 << 20
 _TYPES = {"float": np.float32, "Bf16": np.uint16, "unsigned char": np.uint8}
-AfterLaunch = Callable[[str, dict, driver.Stream], None]  # of the program, the launch and its stream
+Data = dict[str, Any]  # a piece of the schedule (compiler/targets/cuda/emit.py): a launch, a variant, ...
+AfterLaunch = Callable[[str, Data, driver.Stream], None]  # of the program, the launch and its stream
 
 
-def _nothing(program: str, launch: dict, stream: driver.Stream) -> None:
+def _nothing(program: str, launch: Data, stream: driver.Stream) -> None:
     pass
 
 
@@ -73,7 +75,7 @@ class CudaExecutor:
         """(cameras, prompt tokens) that there can be a graph for."""
         return list(self._variants)
 
-    def kernel_name(self, launch: dict) -> str:
+    def kernel_name(self, launch: Data) -> str:
         """The kernel of a launch of the schedule, as a C++ expression, or the library."""
         return self._kernel_names[launch["kernel"]] if "kernel" in launch else launch["call"]
 
@@ -89,7 +91,7 @@ class CudaExecutor:
             self._graph(max(self._variants)).launch(self._stream)
             self._stream.synchronize()
 
-    def run(self, inputs: ModelInputs, noise: np.ndarray, trace: dict | None = None) -> tuple[np.ndarray, dict]:
+    def run(self, inputs: ModelInputs, noise: np.ndarray, trace: Data | None = None) -> tuple[np.ndarray, dict[str, float]]:
         """Denoises `noise` float32 [H, A] into normalized actions [H, A]; returns them with milliseconds: on the GPU
         "prefix_ms", beside which most of the first step runs, and "denoise_ms", all steps' rest; on the host "stage_ms",
         "launch_ms" and "wait_ms", which has those two in it.
@@ -131,7 +133,7 @@ class CudaExecutor:
             )
         into = self._inputs(self._variants[size])
         images = into["images"].view(self._pixel).reshape(cameras, *inputs.images.shape[1:])
-        for image, slot in zip(images, np.flatnonzero(inputs.image_mask)):
+        for image, slot in zip(images, np.flatnonzero(inputs.image_mask), strict=True):
             image[:] = self._pixels(inputs.images[slot])
         rows = into["embeddings"].view(np.uint16).reshape(size[1], -1)
         np.take(self._table, tokens, axis=0, out=rows[: len(tokens)], mode="clip")
@@ -153,7 +155,7 @@ class CudaExecutor:
             "resized in floating point"
         )
 
-    def launch_times(self, size: tuple[int, int], calls: int = 20) -> list[tuple[str, dict, float]]:
+    def launch_times(self, size: tuple[int, int], calls: int = 20) -> list[tuple[str, Data, float]]:
         """(program, launch of the schedule, microseconds) of the prefix and of the first denoising step, medians.
 
         Measured by events between the launches of one graph, in which they follow each other on one stream. Launches
@@ -162,13 +164,17 @@ class CudaExecutor:
         """
         variant, events, measured = self._variants[size], [], []
 
-        def mark(program: str, launch: dict, stream: driver.Stream) -> None:
+        def mark(program: str, launch: Data, stream: driver.Stream) -> None:
             events.append(driver.Event())
             events[-1].record_in_graph(stream)
             measured.append((program, launch))
 
         medians = self._times_in_turn(variant, events, calls, mark)
-        return [(program, launch, 1e3 * ms) for (program, launch), ms in zip(measured, medians) if program != "later step"]
+        return [
+            (program, launch, 1e3 * ms)
+            for (program, launch), ms in zip(measured, medians, strict=True)
+            if program != "later step"
+        ]
 
     def milliseconds_in_turn(self, size: tuple[int, int], calls: int = 50) -> tuple[float, float]:
         """(prefix, all denoising steps) of a graph in which nothing runs beside the prefix, medians, of the inputs staged last."""
@@ -176,7 +182,7 @@ class CudaExecutor:
         return prefix, steps
 
     def _times_in_turn(
-        self, variant: dict, events: list[driver.Event], calls: int, after_launch: AfterLaunch = _nothing
+        self, variant: Data, events: list[driver.Event], calls: int, after_launch: AfterLaunch = _nothing
     ) -> list[float]:
         """Milliseconds to each of the events from the one before, medians, of a graph whose launches are on one stream.
         `after_launch` may add to the events."""
@@ -189,11 +195,11 @@ class CudaExecutor:
             for _ in range(calls):
                 graph.launch(self._stream)
                 self._stream.synchronize()
-                pairs = zip([self._events[0], *events], events)
+                pairs = zip([self._events[0], *events], events, strict=False)
                 times.append([event.milliseconds_since(before) for before, event in pairs])
         return np.median(times, axis=0).tolist()
 
-    def _inputs(self, variant: dict) -> dict[str, np.ndarray]:
+    def _inputs(self, variant: Data) -> dict[str, np.ndarray]:
         return {name: self._upload.array[offset : offset + size] for name, (offset, size) in variant["inputs"].items()}
 
     def _graph(self, size: tuple[int, int]) -> driver.Graph:
@@ -204,10 +210,11 @@ class CudaExecutor:
             )
         return self._graphs[size]
 
-    def _prepare_library(self, variant: dict) -> None:
+    def _prepare_library(self, variant: Data) -> None:
         """Lets cuBLASLt choose its algorithms, for which there is no time while a graph is recorded."""
         for launch in [*variant["prefix"], *variant["step"]]:
             if "call" in launch:
+                assert self._library is not None, "the schedule calls it"
                 self._library.prepare(Problem.of(launch["args"]), launch["args"]["algorithm"])
 
     def _run_traced(self, size: tuple[int, int], noise: np.ndarray, prompt: int) -> dict[str, np.ndarray]:
@@ -222,7 +229,7 @@ class CudaExecutor:
             "stride": noise.shape[1],
         }
 
-        def after_launch(program: str, launch: dict, stream: driver.Stream) -> None:
+        def after_launch(program: str, launch: Data, stream: driver.Stream) -> None:
             for name, output in variant["outputs"].items():
                 if program == "prefix" and variant["prefix"][output["after"]] is launch:
                     found[name] = self._read(output)
@@ -238,7 +245,7 @@ class CudaExecutor:
 
     def _follow(
         self,
-        variant: dict,
+        variant: Data,
         mark: Callable[[driver.Event, driver.Stream], None],
         after_launch: AfterLaunch = _nothing,
         one_stream: bool = False,
@@ -252,7 +259,7 @@ class CudaExecutor:
         branch, ahead = (main, main) if one_stream else (self._branch, self._ahead)
         reached = {index: driver.Event() for launch in [*prefix, *step] for index in launch.get("wait_for", ())}
 
-        def enqueue(program: str, launch: dict, stream: driver.Stream, step: int = 0, behind_others: bool = False) -> None:
+        def enqueue(program: str, launch: Data, stream: driver.Stream, step: int = 0, behind_others: bool = False) -> None:
             waits = launch.get("wait_for", ()) if step == 0 else ()
             for index in waits:
                 reached[index].wait(stream)
@@ -281,19 +288,20 @@ class CudaExecutor:
         mark(self._events[2], main)
         main.download(self._download.address, self._arena.address + x, x_bytes)
 
-    def _launch(self, launch: dict, stream: driver.Stream, step: int, overlap: bool) -> None:
+    def _launch(self, launch: Data, stream: driver.Stream, step: int, overlap: bool) -> None:
         values = {name: self._resolve(argument, step) for name, argument in launch["args"].items()}
         if "kernel" not in launch:
-            operands = [values[name] or 0 for name in ("weight", "x", "bias", "addend", "y")]
-            workspace = self._workspaces[stream].address
-            self._library.matmul(Problem.of(values), values["algorithm"], *operands, workspace, stream.handle)
+            assert self._library is not None, "the schedule calls it"
+            operands = {name: int(values[name] or 0) for name in ("weight", "x", "bias", "addend", "y")}
+            options = {"workspace": self._workspaces[stream].address, "stream": stream.handle}
+            self._library.matmul(Problem.of(values), launch["args"]["algorithm"], **operands, **options)
             return
         cluster = tuple(launch.get("cluster", (1, 1, 1)))
         shape = driver.Shape(tuple(launch["grid"]), launch["threads"], launch["shared"], cluster)
         scalars = [as_scalar(kind, values[name]) for name, kind in self._parameters[launch["kernel"]]]
         self._kernels[launch["kernel"]].launch(shape, scalars, stream.handle, overlap)
 
-    def _resolve(self, argument: list | int | None, step: int) -> int | float | None:
+    def _resolve(self, argument: Any, step: int) -> int | float | None:
         """An argument of the schedule (compiler/targets/cuda/emit.py): an address, or a number as it is."""
         match argument:
             case ["a", offset]:
@@ -301,14 +309,14 @@ class CudaExecutor:
             case ["w", name, step_bytes, offset]:
                 return self._weights.address + self._offsets[name] + step * step_bytes + offset
             case ["f", value]:
-                return value
-        return argument
+                return float(value)
+        return cast("int | None", argument)
 
     def _synchronize(self) -> None:
         for stream in (self._stream, self._branch, self._ahead):
             stream.synchronize()
 
-    def _read(self, output: dict) -> np.ndarray:
+    def _read(self, output: Data) -> np.ndarray:
         """Rows of activations from the device, as float32."""
         self._synchronize()
         kind = _TYPES[output["type"]]
@@ -332,7 +340,7 @@ def _go_on_together(streams: Iterable[driver.Stream], others: Iterable[driver.St
             here.wait(other)
 
 
-def _schedule(plan: Plan, sm: int) -> dict:
+def _schedule(plan: Plan, sm: int) -> Data:
     name = f"schedule/sm{sm}.json"
     if name not in plan.names:
         made_for = ", ".join(str(each) for each in plan.manifest["sm"])
@@ -346,7 +354,7 @@ def _schedule(plan: Plan, sm: int) -> dict:
     return schedule
 
 
-def _check_arguments(plan: Plan, name: str, schedule: dict) -> None:
+def _check_arguments(plan: Plan, name: str, schedule: Data) -> None:
     """Every launch names exactly the arguments that its kernel has."""
     kernels = [[parameter for parameter, _ in each["parameters"]] for each in schedule["kernels"]]
     calls = {call: [parameter for parameter, _ in parameters] for call, parameters in schedule["calls"].items()}
@@ -360,11 +368,11 @@ def _check_arguments(plan: Plan, name: str, schedule: dict) -> None:
                 )
 
 
-def _uses_library(schedule: dict) -> bool:
+def _uses_library(schedule: Data) -> bool:
     return any("call" in launch for variant in schedule["variants"] for launch in [*variant["prefix"], *variant["step"]])
 
 
-def _end_of_inputs(variant: dict) -> int:
+def _end_of_inputs(variant: Data) -> int:
     """The inputs lie at the start of the arena, side by side."""
     return max(offset + size for offset, size in variant["inputs"].values())
 
@@ -409,7 +417,7 @@ def _pieces(plan: Plan, weights: dict[str, list[int]]) -> Iterator[tuple[int, np
             yield offset + start, data[start : start + step]
 
 
-def _load_kernels(plan: Plan, kernels: list[dict]) -> list[driver.Kernel]:
+def _load_kernels(plan: Plan, kernels: list[Data]) -> list[driver.Kernel]:
     """The schedule's kernels in its order; each cubin is loaded once."""
     symbols: dict[str, dict[str, str]] = {}
     for each in kernels:

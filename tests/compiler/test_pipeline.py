@@ -44,7 +44,9 @@ def run_graphs(graphs, inputs: ModelInputs, noise: np.ndarray) -> np.ndarray:
         onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options) for _, model in graphs.items()
     )
     names = [output.name for output in prefix.get_outputs()]
-    feeds |= dict(zip(names, prefix.run(names, {value.name: feeds[value.name] for value in prefix.get_inputs()})))
+    feeds |= dict(
+        zip(names, prefix.run(names, {value.name: feeds[value.name] for value in prefix.get_inputs()}), strict=True)
+    )
     x = noise
     for index, time in enumerate(timesteps(graphs.num_steps)):
         feeds |= {"x": x, "time": np.array(time, np.float32), "step": np.array(index)}

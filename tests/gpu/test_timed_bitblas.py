@@ -31,5 +31,5 @@ def test_bitblas_kernels_compute_the_same(problem):
     wanted = [instance.code for tactic in tactics for instance in problem.instances(tactic)]
     kernels = {code: load(cubin)[code.expression] for code, cubin in compile_each(wanted, gpu)}
     times = time_each(problem, tactics, kernels, gpu)  # raises KernelError where they do not agree
-    print({repr(tactic): round(time, 3) for tactic, time in zip(tactics, times)})
+    print({repr(tactic): round(time, 3) for tactic, time in zip(tactics, times, strict=True)})
     assert all(time > 0 for time in times)

@@ -55,11 +55,13 @@ def host(op: str, node, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     types, shapes = [NAMES[each.dtype] for each in inputs], [tuple(each.shape) for each in inputs]
     out_types, out_shapes = plugin.output_types(types), plugin.output_shapes(shapes)
     assert all(plugin.accepts(i, types + out_types) for i in range(len(types) + len(out_types)))
-    outputs = [Guarded(shape, TORCH[name]) for shape, name in zip(out_shapes, out_types)]
+    outputs = [Guarded(shape, TORCH[name]) for shape, name in zip(out_shapes, out_types, strict=True)]
     workspace = Guarded((plugin.workspace_bytes(shapes),), torch.uint8)
 
-    tensors = [Tensor(*each, value.data_ptr()) for *each, value in zip(shapes, types, inputs)]
-    results = [Tensor(tuple(shape), name, each.address) for shape, name, each in zip(out_shapes, out_types, outputs)]
+    tensors = [Tensor(*each, value.data_ptr()) for *each, value in zip(shapes, types, inputs, strict=True)]
+    results = [
+        Tensor(tuple(shape), name, each.address) for shape, name, each in zip(out_shapes, out_types, outputs, strict=True)
+    ]
     kernels = Kernels({name: cubin(name, plugin) for name in plugin.launches(tensors)})
     for name in plugin.launches(tensors):
         kernels[name]  # loading is not for a stream that records

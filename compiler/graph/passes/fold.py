@@ -140,7 +140,7 @@ def _merge_prologue_scale(graph: ir.Graph, output: ir.Value, vectors: list[tuple
         inputs = [operand for index, operand in enumerate(node.inputs) if index != 1]
         overload = ops.overload_name(ops.stages(node.overload)[1:])
         new = insert_before(node, node.op_type, inputs, len(node.outputs), domain=ops.DOMAIN, overload=overload)
-        for old_output, new_output in zip(node.outputs, new):
+        for old_output, new_output in zip(node.outputs, new, strict=True):
             replace(old_output, new_output)
     return True
 

@@ -34,7 +34,7 @@ def weights_as_matmul_reads_them(graphs: Graphs) -> int:
             elif node.op_type == "RMSNormalization" and node.inputs[1].producer() is not None:
                 weight, one = node.inputs[1].producer().inputs
                 of_gain = dataclasses.replace(record(weight), part="gain")
-                gain = lazy(model.graph, of_gain, [weight, one], weight.shape, np.add)
+                gain = lazy(model.graph, of_gain, [weight, one], weight.shape.numpy(), np.add)
                 node.replace_input_with(1, gain)
                 matches += 1
         simplify(model)

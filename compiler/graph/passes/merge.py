@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Mapping
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -44,11 +45,11 @@ def merge_quantized_linears(graphs: Graphs) -> int:
 
 def _output_block(node: ir.Node) -> int:
     """The block size of a quantized linear's output rotation; 0 if it has none."""
-    operands = dict(zip(ops.inputs_of(node.op_type, node.overload), node.inputs))
-    return operands["output_rotation"].shape[-1] if "output_rotation" in operands else 0
+    operands = dict(zip(ops.inputs_of(node.op_type, node.overload), node.inputs, strict=True))
+    return int(operands["output_rotation"].shape.numpy()[-1]) if "output_rotation" in operands else 0
 
 
-def _merge_each(model: ir.Model, groups: dict[Hashable, list[ir.Node]]) -> int:
+def _merge_each(model: ir.Model, groups: Mapping[Any, list[ir.Node]]) -> int:
     several = [nodes for nodes in groups.values() if len(nodes) > 1]
     for nodes in several:
         _merge(model.graph, nodes)
@@ -62,10 +63,10 @@ def _merge(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     columns = [node.inputs[shared].shape[-1] for node in nodes]
     operands = [_concatenate(graph, [node.inputs[i] for node in nodes]) for i in range(shared, len(nodes[0].inputs))]
     inputs = [*nodes[0].inputs[:shared], *operands]
-    options = {"domain": nodes[0].domain, "overload": nodes[0].overload}
-    (y,) = insert_before(nodes[0], nodes[0].op_type, inputs, **options)
+    first = nodes[0]
+    (y,) = insert_before(first, first.op_type, inputs, domain=first.domain, overload=first.overload)
     sizes = initializer(graph, "split_" + "_".join(map(str, columns)), np.array(columns, np.int64))
-    for node, part in zip(nodes, insert_before(nodes[0], "Split", [y, sizes], len(nodes), axis=-1)):
+    for node, part in zip(nodes, insert_before(nodes[0], "Split", [y, sizes], len(nodes), axis=-1), strict=True):
         replace(node.outputs[0], part)
 
 
@@ -73,11 +74,14 @@ def _concatenate(graph: ir.Graph, values: list[ir.Value]) -> ir.Value:
     whole = merged([record(value) for value in values])
     axis = 0 if len(values[0].shape) == 3 else -1  # of an output rotation the blocks, of all else the channels
     shape = list(values[0].shape.numpy())
-    shape[axis] = sum(value.shape[axis] for value in values)
+    shape[axis] = sum(value.shape.numpy()[axis] for value in values)
     dtype = values[0].dtype
     if dtype.is_floating_point():
         return lazy(graph, whole, values, shape, lambda *arrays: np.concatenate(arrays, axis=axis))
-    tensors = [value.const_value for value in values]
+    tensors = [cast(QuantizedTensor, value.const_value) for value in values]
     bits = 4 if dtype == ir.DataType.INT4 else 8
-    integers = lambda: np.concatenate([tensor.integers() for tensor in tensors])  # noqa: E731
+
+    def integers() -> np.ndarray:
+        return np.concatenate([tensor.integers() for tensor in tensors])
+
     return initializer(graph, whole, QuantizedTensor(whole.name, integers, (shape[1], shape[0]), bits))

@@ -69,12 +69,12 @@ def tabulate_time(graphs: Graphs) -> int:
         if operand is not None and reach[node] != {"time"} and reach.get(operand.producer()) == {"time"}
     }
     feeds = [{"time": np.array(t, np.float32)} for t in timesteps(graphs.num_steps)]
-    columns = zip(*evaluate(graphs.step, list(frontier), feeds))
+    columns = zip(*evaluate(graphs.step, list(frontier), feeds), strict=True)
 
     step = ir.Value(name="step", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
     graph.inputs.append(step)
     first = next(iter(graph))
-    for value, column in zip(frontier, columns):
+    for value, column in zip(frontier, columns, strict=True):
         table = initializer(graph, of_module(value.name, "time_table"), np.stack(column))
         (row,) = insert_before(first, "Gather", [table, step], axis=0)
         replace(value, row)

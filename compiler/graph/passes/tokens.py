@@ -166,7 +166,7 @@ def _keep_suffix_rows(graph: ir.Graph, state: bool) -> None:
         if node.op_type == "Concat" and any(depends_on(operand) == {"state"} for operand in node.inputs)
     ]
     state_token, action_tokens = join.inputs
-    rows = action_tokens.shape[1] + 1
+    rows = action_tokens.shape.numpy()[1] + 1
     replace(join.outputs[0], state_token if state else action_tokens)
     for value in list(graph.initializers.values()):  # a row's position is the number of past tokens + 0, 1, ..., H
         offsets = small_constant(value)

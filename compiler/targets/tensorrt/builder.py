@@ -134,10 +134,10 @@ class _MappedWeights:
 @functools.cache
 def _log() -> Any:
     """TensorRT keeps the first logger a process gives it, so there is one for all engines."""
-    library = trt.library()
+    library: Any = trt.library()
     errors = (library.ILogger.Severity.ERROR, library.ILogger.Severity.INTERNAL_ERROR)
 
-    class Log(library.ILogger):  # type: ignore[misc, name-defined]
+    class Log(library.ILogger):
         def __init__(self) -> None:
             library.ILogger.__init__(self)
             self.lines: list[str] = []
@@ -156,9 +156,9 @@ def _log() -> Any:
 
 @functools.cache
 def _monitor() -> type:
-    library = trt.library()
+    library: Any = trt.library()
 
-    class Monitor(library.IProgressMonitor):  # type: ignore[misc, name-defined]
+    class Monitor(library.IProgressMonitor):
         """The builder's phases as progress bars; called from its threads, which rich allows."""
 
         def __init__(self, name: str, progress: Progress):

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx
-import onnx_graphsurgeon as gs  # type: ignore[import-untyped]
+import onnx_graphsurgeon as gs
 import onnx_ir as ir
-from onnx_graphsurgeon.ir.tensor import LazyValues  # type: ignore[import-untyped]
-from onnx_graphsurgeon.logger import G_LOGGER  # type: ignore[import-untyped]
+from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from duq.compiler.graph.weights import weight_of
 from duq.compiler.targets.values import tensor_of

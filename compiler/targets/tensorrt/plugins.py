@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnx_graphsurgeon as gs  # type: ignore[import-untyped]
+import onnx_graphsurgeon as gs
 import onnx_ir as ir
 
 from duq.compiler.graph.edit import is_weight, reader

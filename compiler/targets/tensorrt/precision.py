@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnx_graphsurgeon as gs  # type: ignore[import-untyped]
+import onnx_graphsurgeon as gs
 import onnx_ir as ir
 
 from duq.compiler.targets.tensorrt.network import Network, insert_before, replace_readers

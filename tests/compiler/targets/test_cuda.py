@@ -329,5 +329,5 @@ def table_rows(printed: str) -> list[list[str]]:
         if cells[0]:
             rows.append(cells)
         elif rows:
-            rows[-1] = [above + below for above, below in zip(rows[-1], cells)]
+            rows[-1] = [above + below for above, below in zip(rows[-1], cells, strict=True)]
     return rows
