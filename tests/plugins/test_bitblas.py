@@ -66,7 +66,7 @@ def test_without_bitblas_the_extra_is_named(tmp_path, monkeypatch):
         raise bitblas.PackageNotFoundError(name)
 
     monkeypatch.setattr(bitblas, "version", missing)
-    with pytest.raises(KernelError, match=r"pip install 'duq\[bitblas\]'"):
+    with pytest.raises(KernelError, match=r"pip install 'duq-vla\[bitblas\]'"):
         sources([SMALL], 86, tmp_path)
 
 

@@ -7,10 +7,10 @@ import pytest
 from rich.progress import Progress
 
 from duq.compiler.checkpoint import load_checkpoint
-from duq.compiler.pipeline import Options, compile_policy, quantize_checkpoint
+from duq.compiler.pipeline import compile_policy, quantize_checkpoint
 from duq.compiler.quant import load_recipe
 from duq.compiler.quant.recipe import DEFAULT_PRESET
-from duq.compiler.targets import cuda
+from duq.compiler.targets import Options, cuda
 from duq.plugins.errors import KernelError
 from duq.plugins.gpu import GPUS, gpu_of
 from duq.runtime.executors.cpu import CpuExecutor
@@ -46,10 +46,10 @@ def test_all_kernels_of_a_policy_compile_for_orin(name, tiny_plans, tmp_path):
     recipe = load_recipe(DEFAULT_PRESET, environment={})
     quantization = quantize_checkpoint(checkpoint, recipe, [observation(checkpoint.config, 0, cameras=1)], SILENT)
     plans = {}
-    for target, sm in (("cuda", (87,)), ("cpu", ())):
-        path = tmp_path / f"{target}.plan"
-        compile_policy(checkpoint, quantization, path, Options(target, sm, timing=False, **SETTINGS), SILENT)
-        plans[target] = Plan(path)
+    for options in (cuda.CudaOptions(sm=(87,), timing=False, **SETTINGS), Options(**SETTINGS)):
+        path = tmp_path / f"{options.target}.plan"
+        compile_policy(checkpoint, quantization, path, options, SILENT)
+        plans[options.target] = Plan(path)
     cubins = [entry for entry in plans["cuda"].names if entry.startswith("cubin/sm87/")]
     assert len(cubins) > 10 and all(bytes(plans["cuda"].read(each)[:4]) == b"\x7fELF" for each in cubins)
     inputs, noise = make_inputs(checkpoint.config, (True, False, False), 5), make_noise(checkpoint.config)

@@ -49,13 +49,13 @@ def test_refuses_an_unknown_architecture(tmp_path):
 
 def test_names_the_extra_that_brings_a_missing_wheel(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(KernelError, match=r"duq\[cuda\]"):
+    with pytest.raises(KernelError, match=r"duq-vla\[cuda\]"):
         compile_cubin("gemm_small.cu", 90, [SMALLEST], cache=tmp_path)
 
 
 def test_driver_names_the_extra_that_brings_its_bindings(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(KernelError, match=r"duq\[cuda\]"):
+    with pytest.raises(KernelError, match=r"duq-vla\[cuda\]"):
         driver.open_device()
 
 

@@ -92,8 +92,8 @@ def test_float_images_change_one_launch(tiny_plans):
     for float_images in (False, True):
         plan = Plan(tiny_plans("pi0", "none", "cuda", float_images).plan)
         schedule = json.loads(bytes(plan.read("schedule/sm90.json")))
-        assert plan.manifest["float_images"] == float_images and schedule.get("pixel") == (
-            "float" if float_images else None
+        assert plan.manifest["float_images"] == float_images and schedule["pixel"] == (
+            "float" if float_images else "unsigned char"
         )
         kinds_of.append([kernel["expression"] for kernel in schedule["kernels"]])
         for variant in schedule["variants"]:

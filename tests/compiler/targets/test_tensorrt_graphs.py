@@ -11,6 +11,8 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from duq.compiler.errors import GraphError
+from duq.compiler.graph.passes.quantize import QuantizedTensor
+from duq.compiler.graph.weights import Weight, by_content, mark, of_module
 from duq.compiler.targets.fuse import fuse
 from duq.compiler.targets.tensorrt.builder import _MappedWeights
 from duq.compiler.targets.tensorrt.engines import adapt
@@ -18,7 +20,6 @@ from duq.compiler.targets.tensorrt.network import Network, is_external, unroll
 from duq.compiler.targets.tensorrt.options import FLOAT_TYPES
 from duq.compiler.targets.tensorrt.precision import to_float_type
 from duq.compiler.targets.tensorrt.prepare import FUSIONS, prepare
-from duq.plugins.layout import pack_int4
 from tests.support.networks import with_weights
 
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
@@ -35,6 +36,11 @@ def weight(name: str, array: np.ndarray | ir.TensorProtocol) -> ir.Value:
     return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
 
 
+def marked(value: ir.Value, record: Weight) -> ir.Value:
+    mark(value, record)
+    return value
+
+
 def model_of(inputs: list[ir.Value], outputs: list[ir.Value], nodes: list[ir.Node], weights: list[ir.Value]) -> ir.Model:
     graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=weights, opset_imports={"": 23, "duq": 1}, name="small")
     return ir.Model(graph, ir_version=10)
@@ -46,10 +52,10 @@ class Linear:
     def __init__(self, tokens: int | str = 4):
         self.x = value("x", 1, tokens, K)
         self.nodes: list[ir.Node] = []
-        integers = np.random.default_rng(0).integers(-8, 8, (K, N)).astype(np.int8)
-        packed = ir.PackedTensor(pack_int4(integers.reshape(-1)), ir.DataType.INT4, shape=ir.Shape((K, N)), name="llm.w")
+        integers = np.random.default_rng(0).integers(-8, 8, (N, K)).astype(np.int8)
+        quantized = QuantizedTensor("llm.w.weight_q", lambda: integers, (N, K), 4)
         self.weights = [
-            weight("llm.w.weight_q", packed),
+            marked(weight("llm.w.weight_q", quantized), of_module("llm.w", "weight", "q")),
             weight("llm.w.weight_scale", np.ones(N, np.float32)),
             weight("llm.gain", np.ones(K, np.float32)),
         ]
@@ -132,6 +138,7 @@ def masked_attention() -> ir.Model:
 def three_joined() -> ir.Model:
     """A linear whose rows are joined with two others' at once."""
     x, w = value("x", 1, 4, 128), weight("llm.w.weight_kn", np.ones((128, 8), np.float32))
+    mark(w, of_module("llm.w", "weight", "kn"))
     linear = ir.node("MatMul", [x, w])
     linear.outputs[0].shape, linear.outputs[0].type = ir.Shape((1, 4, 8)), FLOAT
     joined = ir.node("Concat", [linear.outputs[0]] * 3, attributes={"axis": 1})
@@ -141,7 +148,8 @@ def three_joined() -> ir.Model:
 def half_an_adaptive_norm() -> ir.Model:
     """A scale by the time's table, but no shift."""
     x, step = value("x", 1, 4, K), ir.Value(name="step", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
-    gain, table = weight("ones.256", np.ones(K, np.float32)), weight("time_table.0", np.ones((4, K), np.float32))
+    gain, table = weight("ones.256", np.ones(K, np.float32)), weight("time_table", np.ones((4, K), np.float32))
+    mark(table, by_content("time_table", np.ones(1)))
     norm, row = ir.node("RMSNormalization", [x, gain]), ir.node("Gather", [table, step])
     scaled = ir.node("Mul", [norm.outputs[0], row.outputs[0]])
     return model_of([x, step], list(scaled.outputs), [norm, row, scaled], [gain, table])
@@ -203,16 +211,19 @@ def test_only_weights_that_the_network_reads_are_written(tmp_path):
 
 def test_constants_of_one_name_stay_apart_when_unrolled():
     """`factor` is 2 in the prefix and 3 in the step, also once both are of the float type; a weight is stored once."""
-    shared = np.full((32, 32), 0.5, np.float32)
+
+    def shared_weight() -> ir.Value:
+        return marked(weight("llm.w.weight", np.full((32, 32), 0.5, np.float32)), of_module("llm.w", "weight"))
+
     images, factor = value("images", 32, 32), weight("factor", np.array(2, np.float32))
     scaled = ir.node("Mul", [images, factor])
-    key = ir.node("Mul", [scaled.outputs[0], weight_a := weight("llm.w", shared)])
+    key = ir.node("Mul", [scaled.outputs[0], weight_a := shared_weight()])
     key.outputs[0].name, key.outputs[0].type = "key.0", FLOAT
     prefix = Network.of(model_of([images], list(key.outputs), [scaled, key], [factor, weight_a]))
 
     x, past, factor = value("x", 32, 32), value("key.0", 32, 32), weight("factor", np.array(3, np.float32))
     change = ir.node("Mul", [past, factor])
-    smaller = ir.node("Mul", [change.outputs[0], weight_b := weight("llm.w", shared)])
+    smaller = ir.node("Mul", [change.outputs[0], weight_b := shared_weight()])
     total = ir.node("Add", [x, smaller.outputs[0]])
     total.outputs[0].name, total.outputs[0].type = "x_next", FLOAT
     step = Network.of(model_of([x, past], list(total.outputs), [change, smaller, total], [factor, weight_b]))
@@ -220,7 +231,7 @@ def test_constants_of_one_name_stay_apart_when_unrolled():
     for network in (prefix, step):
         to_float_type(network, FP16)
     policy = unroll(prefix, step, 2)
-    assert sorted(each.name for each in policy.proto().graph.initializer if is_external(each)) == ["llm.w_fp16"]
+    assert sorted(each.name for each in policy.proto().graph.initializer if is_external(each)) == ["llm.w.weight_fp16"]
     pixels, noise = (np.random.default_rng(0).uniform(-1, 1, (2, 32, 32))).astype(np.float32)
     (found,) = ReferenceEvaluator(with_weights(policy)).run(None, {"images": pixels, "x": noise})
     assert found.dtype == np.float32

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import astuple, replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -66,10 +66,11 @@ class Library:
     def prepare(self, problem, algorithm: int) -> None:
         pass
 
-    def matmul(self, problem, algorithm: int, *addresses) -> None:
-        *operands, workspace, stream = addresses
-        values = [*map(pointer, operands), algorithm, *astuple(problem)[:-2]]
-        emulate.run_reference(MATMUL, Launched(MATMUL.name), values)
+    def matmul(self, problem, algorithm: int, *, workspace: int, stream: int, **addresses: int) -> None:
+        operands = {name: pointer(address) for name, address in addresses.items()}
+        sizes = {name.replace("y_bytes", "y_type"): value for name, value in asdict(problem).items()}
+        arguments = {name: value for name, value in sizes.items() if not name.startswith("has_")}
+        emulate.run_reference(MATMUL, Launched(MATMUL.name), {**operands, "algorithm": algorithm, **arguments})
 
 
 @pytest.fixture
