@@ -71,6 +71,14 @@ def _compile(
             "Without, equal inputs give equal plans.",
         ),
     ] = None,
+    ptx: Annotated[
+        bool | None,
+        typer.Option(
+            "--ptx/--no-ptx",
+            help="--target cuda: carry PTX of the program for the lowest --sm, so that the plan runs on later GPUs too "
+            "(the default).",
+        ),
+    ] = None,
     loop: Annotated[
         str | None,
         typer.Option(
@@ -126,7 +134,7 @@ def _compile(
     start = time.perf_counter()
     _check_options(target, recipe)
     check_device(device)
-    options = _target_options(target, sm, timing=timing, loop=loop, float_type=float_type)
+    options = _target_options(target, sm, timing=timing, ptx=ptx, loop=loop, float_type=float_type)
     check_output_file("--out", out)
     if keep_phases is not None:
         check_output_directory("--keep-phases", keep_phases)
@@ -147,6 +155,8 @@ def _compile(
         f"{seconds:.0f} s with a peak of {peak:.1f} GB of memory",
         soft_wrap=True,
     )
+    if options.coverage:
+        console.print(f"{out}: {options.coverage}", soft_wrap=True)
 
 
 def _check_options(target: str, recipe: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""A thin layer over the CUDA driver API (cuda-bindings): load a cubin, launch its kernels, memory, streams, graphs.
+"""A thin layer over the CUDA driver API (cuda-bindings): load a cubin or PTX, launch its kernels, memory, streams, graphs.
 
 Arguments of kernels are device addresses, whoever's memory it is. Works in the device's primary context, as every library
 does.
@@ -51,6 +51,12 @@ def open_device(ordinal: int = 0) -> int:
     context, sm = _device(ordinal)
     _call("cuCtxSetCurrent", context)
     return sm
+
+
+def block_shared_bytes(ordinal: int = 0) -> int:
+    """Dynamic shared memory that a thread block can have on the device, of which `open_device` was called before."""
+    attribute = _driver().CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    return int(_call("cuDeviceGetAttribute", attribute, _call("cuDeviceGet", ordinal)))
 
 
 @functools.cache
@@ -139,7 +145,12 @@ def _attributes(driver, cluster: tuple[int, int, int], overlap: bool) -> list:
 
 
 def load(cubin: Cubin) -> dict[str, Kernel]:
-    """Loads a cubin into the current context: its kernels by the expressions they were compiled from."""
+    """Loads a cubin, or PTX that the driver compiles now, into the current context: kernels by their expressions.
+
+    The driver keeps what it compiled on disk (~/.nv/ComputeCache). Raises KernelError for an image not for this GPU.
+    """
+    if not cubin.image.startswith(b"\x7fELF") and not cubin.image.endswith(b"\0"):  # the driver would read on behind it
+        raise KernelError("PTX has to end with a NUL")
     module = _call("cuModuleLoadData", cubin.image)
     return {expression: Kernel(module, symbol) for expression, symbol in cubin.symbols.items()}
 

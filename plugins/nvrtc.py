@@ -1,7 +1,7 @@
-"""CUDA source -> cubin, with NVRTC from its pip wheel: needs no GPU, no driver and no CUDA installation.
+"""CUDA source -> cubin or PTX, with NVRTC from its pip wheel: needs no GPU, no driver and no CUDA installation.
 
-The kernels in plugins/cuda are templates; `compile_cubin` instantiates the ones asked for. The headers beside them are
-handed to the compiler in memory and no system header is used. Cubins are kept on disk by the hash of all that went in.
+The kernels in plugins/cuda are templates; `compile_cubin` and `compile_ptx` instantiate the ones asked for. The headers beside
+them are handed to the compiler in memory and no system header is used. Results are kept on disk by the hash of all that went in.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ OPTIONS = ("--std=c++17", "--device-as-default-execution-space")  # the latter f
 
 @dataclass(frozen=True)
 class Cubin:
-    """Machine code for one SM, and for every kernel asked for (a C++ expression such as ``gemm<4, 2>``) its symbol."""
+    """Machine code for one SM, and for every kernel asked for (a C++ expression such as ``gemm<4, 2>``) its symbol.
+
+    From `compile_ptx` the image is PTX instead: text that ends with a NUL, which the driver compiles when it loads it.
+    """
 
     image: bytes
     symbols: Mapping[str, str]
@@ -47,6 +50,24 @@ def compile_cubin(
     return compile_text(source, text, sm, kernels, headers, options, cache)
 
 
+def compile_ptx(
+    source: str,
+    sm: int,
+    kernels: Sequence[str],
+    headers: Mapping[str, str] | None = None,
+    options: Sequence[str] = (),
+    cache: Path | None = None,
+) -> Cubin:
+    """As `compile_cubin`, but PTX, which GPUs of compute capability `sm` and all later ones run.
+
+    Raises KernelError also for an SM whose PTX runs on no other.
+    """
+    architecture = gpu_of(sm).ptx_architecture
+    if architecture is None:
+        raise KernelError(f"{source}: PTX for {gpu_of(sm).architecture} runs on SM {sm} alone; compile a cubin")
+    return _compile_cached(source, (SOURCES / source).read_text(), architecture, kernels, headers, options, cache)
+
+
 def compile_text(
     name: str,
     text: str,
@@ -56,24 +77,40 @@ def compile_text(
     options: Sequence[str] = (),
     cache: Path | None = None,
 ) -> Cubin:
-    """The same for source that is no file; `name` is what the compiler calls it."""
-    architecture = gpu_of(sm).architecture
+    """As `compile_cubin`, of source that is no file; `name` is what the compiler calls it."""
+    return _compile_cached(name, text, gpu_of(sm).architecture, kernels, headers, options, cache)
+
+
+def _compile_cached(
+    name: str,
+    text: str,
+    architecture: str,
+    kernels: Sequence[str],
+    headers: Mapping[str, str] | None,
+    options: Sequence[str],
+    cache: Path | None,
+) -> Cubin:
+    """architecture: "sm_86" for machine code, "compute_86" for PTX."""
     nvrtc = _nvrtc()
     version = _checked(nvrtc, nvrtc.nvrtcVersion(), name)
     texts = {path.name: path.read_text() for path in sorted(SOURCES.glob("*.cuh"))} | dict(headers or {})
     arguments = [f"--gpu-architecture={architecture}", *OPTIONS, *options]
     key = hashlib.sha256(json.dumps([version, text, texts, arguments, list(kernels)]).encode()).hexdigest()
-    entry = (cache or default_cache()) / f"{key}.cubin"
+    entry = (cache or default_cache()) / f"{key}.{'ptx' if _is_ptx(architecture) else 'cubin'}"
     body = read_cached(entry)
     if body is not None:
         symbols, image = body.split(b"\n", 1)
         return Cubin(image, json.loads(symbols))
-    cubin = _compile(nvrtc, name, text, texts, arguments, kernels)
+    cubin = _compile(nvrtc, name, text, texts, arguments, kernels, _is_ptx(architecture))
     write_cached(entry, json.dumps(dict(cubin.symbols)).encode() + b"\n" + cubin.image)
     return cubin
 
 
-def _compile(nvrtc, source, text, headers, arguments, kernels) -> Cubin:
+def _is_ptx(architecture: str) -> bool:
+    return architecture.startswith("compute_")
+
+
+def _compile(nvrtc, source, text, headers, arguments, kernels, ptx) -> Cubin:
     encoded = [value.encode() for value in headers.values()], [name.encode() for name in headers]
     program = _checked(nvrtc, nvrtc.nvrtcCreateProgram(text.encode(), source.encode(), len(headers), *encoded), source)
     try:
@@ -88,8 +125,9 @@ def _compile(nvrtc, source, text, headers, arguments, kernels) -> Cubin:
             kernel: _checked(nvrtc, nvrtc.nvrtcGetLoweredName(program, kernel.encode()), source).decode()
             for kernel in kernels
         }
-        image = bytearray(_checked(nvrtc, nvrtc.nvrtcGetCUBINSize(program), source))
-        _checked(nvrtc, nvrtc.nvrtcGetCUBIN(program, image), source)
+        size, get = (nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX) if ptx else (nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
+        image = bytearray(_checked(nvrtc, size(program), source))
+        _checked(nvrtc, get(program, image), source)
         return Cubin(bytes(image), symbols)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
@@ -116,7 +154,7 @@ def _checked(nvrtc, result: tuple, source: str):
     return values[0] if len(values) == 1 else values
 
 
-# A cache entry: the sha256 of the rest, and the rest. A cubin's: one line of JSON with the symbols, the image.
+# A cache entry: the sha256 of the rest, and the rest. A cubin's or PTX's: one line of JSON with the symbols, the image.
 
 
 def default_cache() -> Path:

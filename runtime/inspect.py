@@ -14,6 +14,7 @@ from rich.table import Table
 
 from duq.runtime.cli_errors import one_line_errors
 from duq.runtime.config import IMAGE_SLOTS
+from duq.runtime.executors.programs import programs_of, shared_bytes_of
 from duq.runtime.plan import Plan
 
 app = typer.Typer(add_completion=False)
@@ -29,7 +30,8 @@ def inspect(
     """Print what a plan holds: policy, quantization, ops and bytes per layer, inputs and outputs, entries, hashes."""
     plan = Plan(path)
     if as_json:
-        typer.echo(json.dumps({"path": str(path), "bytes": path.stat().st_size, **plan.manifest}, indent=1))
+        programs = {"programs": found} if (found := _programs(plan)) else {}
+        typer.echo(json.dumps({"path": str(path), "bytes": path.stat().st_size, **plan.manifest, **programs}, indent=1))
         return
     console = Console(markup=False, highlight=False)  # recipes hold regexes, which look like markup
     console.print(f"{path}: {_size(path.stat().st_size)}, all {len(plan.names)} entries match their SHA-256")
@@ -38,6 +40,7 @@ def inspect(
         _policy_table(plan.manifest),
         _quantization_table(plan.manifest.get("quantization") or {}),
         _layer_table((plan.manifest.get("quantization") or {}).get("linears") or {}),
+        _program_table(_programs(plan)),
         *(_graph_table(name, graph) for name, graph in (plan.manifest.get("graphs") or {}).items()),
         *(_kernel_table(plan, name, layers) for name in plan.names if name.startswith("schedule/")),
         _entry_table(plan.manifest["entries"], each_weight=entries),
@@ -195,9 +198,32 @@ def _graph_table(name: str, graph: Any) -> Table:
     return table
 
 
+def _programs(plan: Plan) -> list[dict[str, Any]]:
+    """Each program of a cuda plan, what its kernels are loaded from, and which GPUs run it; nothing of other targets."""
+    if plan.manifest["target"] != "cuda":
+        return []
+    shared = {each.sm: shared_bytes_of(_schedule(plan, each.schedule)) for each in programs_of(plan.manifest)}
+    return [
+        each.to_json() | {"runs_on": each.runs_on_text, "block_shared_bytes": shared[each.sm]}
+        for each in programs_of(plan.manifest)
+    ]
+
+
+def _program_table(programs: list[dict[str, Any]]) -> Table:
+    table = _table("Programs", "made for", "image", "runs on", "shared memory of a thread block")
+    for each in programs:
+        table.add_row(f"SM {each['sm']}", each["image"], each["runs_on"], _size(each["block_shared_bytes"]))
+    return table
+
+
+def _schedule(plan: Plan, name: str) -> dict[str, Any]:
+    schedule: dict[str, Any] = json.loads(bytes(plan.read(name)))
+    return schedule
+
+
 def _kernel_table(plan: Plan, name: str, each_layer: bool) -> Table:
     """The launches of the largest size: what they compute, with which kernel, on which weights."""
-    schedule = json.loads(bytes(plan.read(name)))
+    schedule = _schedule(plan, name)
     variant = schedule["variants"][-1]
     title = f"{name}: {variant['cameras']} cameras, {variant['prompt']} prompt tokens"
     table = _table(title, "program", "computes", "kernel", "launches", "weights", "size")

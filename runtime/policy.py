@@ -44,7 +44,8 @@ class Policy:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What a client may want to know of the policy, in plain JSON types."""
+        """What a client may want to know of the policy, in plain JSON types; of a cuda plan also the "program" that runs."""
+        program = getattr(self._executor, "program", None)  # no other target has several
         return {
             "robot": self._manifest["robot"],
             "model": "pi0.5" if self._config.pi05 else "pi0",
@@ -56,7 +57,7 @@ class Policy:
             "model_action_dim": self._config.action_dim,
             "max_prompt_tokens": self._config.max_prompt_tokens,
             "checkpoint": self._manifest["checkpoint"]["fingerprint"],
-        }
+        } | ({"program": program.to_json()} if program else {})
 
     def warmup(self) -> None:
         """Does now what the first call would do once: page in the weights, allocate, import. Then no file is opened."""

@@ -99,8 +99,8 @@ class Compiled(NamedTuple):
 def tiny_plans(tmp_path_factory, trace_once):
     """("pi0" or "pi05", preset, target) -> Compiled: a LIBERO policy of two layers, 8 actions and 4 steps. Read only.
 
-    Each is compiled when it is first asked for. A plan for the target "cuda" is for SM 86 and SM 90; `float_images`: it
-    takes images as floats.
+    Each is compiled when it is first asked for. A plan for the target "cuda" is for SM 86, also as PTX, and SM 90;
+    `float_images`: it takes images as floats.
     """
     directory = tmp_path_factory.mktemp("plans")
 

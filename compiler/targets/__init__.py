@@ -39,6 +39,11 @@ class Options:
     float_images: bool = False
 
     @property
+    def coverage(self) -> str:
+        """The GPUs that the plan runs on, for people; nothing to say where that is what was asked for."""
+        return ""
+
+    @property
     def steps(self) -> int:
         """Denoising steps, of settled options."""
         assert self.num_steps is not None, "settled() fills it in"

@@ -3,11 +3,15 @@
 A graph holds a whole call: one copy of the observation to the device, the prefix, every denoising step, one copy of the
 actions back. There is one for each number of cameras and prompt size of the plan, recorded when first needed. How many
 prompt tokens are real is a number in device memory, so that prompts of one size share a graph.
+
+A plan has a schedule for each SM that it was compiled for, and the GPU at hand runs the one that suits it best
+(runtime/executors/programs.py). What a GPU can do beyond its schedule is left unused.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,14 +21,24 @@ import numpy as np
 
 from duq.plugins import driver
 from duq.plugins.cublas import WORKSPACE_BYTES, CublasLt, Problem
+from duq.plugins.errors import KernelError
 from duq.plugins.kernel import as_scalar
 from duq.plugins.nvrtc import Cubin
 from duq.runtime.errors import PlanError
+from duq.runtime.executors.programs import (
+    Program,
+    best_first,
+    has_kernels,
+    programs_of,
+    shared_bytes_of,
+    sm_to_compile_for,
+)
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import ModelInputs
 
 SCHEDULE_VERSION = 4  # of what a plan's schedule says and how; up to 3 arguments had no names
 STAGING_BYTES = 64 << 20
+log = logging.getLogger("duq")
 _TYPES = {"float": np.float32, "Bf16": np.uint16, "unsigned char": np.uint8}
 Data = dict[str, Any]  # a piece of the schedule (compiler/targets/cuda/emit.py): a launch, a variant, ...
 AfterLaunch = Callable[[str, Data, driver.Stream], None]  # of the program, the launch and its stream
@@ -35,20 +49,22 @@ def _nothing(program: str, launch: Data, stream: driver.Stream) -> None:
 
 
 class CudaExecutor:
-    """Args: plan: opened, target "cuda", for the SM of this machine's GPU; threads: of no use here.
+    """Args: plan: opened, target "cuda", with a program for this machine's GPU; threads: of no use here; program: the SM of
+    the schedule to run, by default the one that suits the GPU best.
 
     Loads kernels and weights onto the GPU. Raises PlanError where the plan is for other GPUs or does not fit into memory,
     KernelError where there is no usable driver or a wheel is missing.
     """
 
-    def __init__(self, plan: Plan, threads: int | None = None):
+    def __init__(self, plan: Plan, threads: int | None = None, *, program: int | None = None):
         self._plan = plan
         self._num_steps = plan.manifest["num_steps"]
         config = plan.manifest["model"]
         self._actions_shape = config["action_horizon"], config["action_dim"]
         self._image_tokens = (config["vision"]["image_size"] // config["vision"]["patch_size"]) ** 2
         sm = driver.open_device()
-        schedule = _schedule(plan, sm)
+        self.program, schedule = _choose(plan, sm, program)
+        _say(plan, self.program, sm)
         self._pixel = np.dtype(_TYPES[schedule["pixel"]])
         self._variants = {(each["cameras"], each["prompt"]): each for each in schedule["variants"]}
         self._table = np.frombuffer(plan.read("embedding"), np.uint16).reshape(config["vocab_size"], -1)
@@ -62,7 +78,7 @@ class CudaExecutor:
         self._arena = driver.Memory(schedule["arena_bytes"])
         streams = self._stream, self._branch, self._ahead
         self._workspaces = {stream: driver.Memory(WORKSPACE_BYTES if self._library else 1) for stream in streams}
-        self._kernels = _load_kernels(plan, schedule["kernels"])
+        self._kernels = _load_kernels(plan, schedule["kernels"], self.program)
         self._kernel_names = [each["expression"] for each in schedule["kernels"]]
         self._parameters = [each["parameters"] for each in schedule["kernels"]]
         self._upload = driver.PinnedArray(max(map(_end_of_inputs, self._variants.values())))
@@ -340,11 +356,46 @@ def _go_on_together(streams: Iterable[driver.Stream], others: Iterable[driver.St
             here.wait(other)
 
 
-def _schedule(plan: Plan, sm: int) -> Data:
-    name = f"schedule/sm{sm}.json"
-    if name not in plan.names:
+def _choose(plan: Plan, sm: int, wanted: int | None) -> tuple[Program, Data]:
+    """The program of the plan that the GPU runs best, of all or of those made for the SM `wanted`, and its schedule."""
+    limit, too_large = driver.block_shared_bytes(), ""
+    for program in best_first(programs_of(plan.manifest), sm):
+        if wanted not in (None, program.sm):
+            continue
+        schedule = _schedule(plan, program.schedule)
+        if program.sm == sm or (needed := shared_bytes_of(schedule)) <= limit:
+            return program, schedule
+        too_large = (
+            f" (the program for SM {program.sm} takes {needed / 1024:.0f} KB of shared memory a thread block, "
+            f"this GPU has {limit / 1024:.0f} KB)"
+        )
+    if wanted is None or too_large:
         made_for = ", ".join(str(each) for each in plan.manifest["sm"])
-        raise PlanError(f"{plan.path}: is made for SM {made_for}, this machine's GPU is SM {sm}; compile it with --sm {sm}")
+        raise PlanError(
+            f"{plan.path}: is made for SM {made_for}{too_large}, this machine's GPU is SM {sm}; compile it with --sm "
+            f"{sm_to_compile_for(sm, limit)}"
+        )
+    held = ", ".join(f"SM {each.sm} ({each.image})" for each in programs_of(plan.manifest))
+    raise PlanError(f"{plan.path}: has no program for SM {wanted} that a GPU of SM {sm} runs; it has {held}")
+
+
+def _say(plan: Plan, program: Program, sm: int) -> None:
+    """Logs what runs; a warning where it is not what runs best."""
+    if program.image == "cubin":
+        log.info("%s: runs its program for SM %d on a GPU of SM %d", plan.path, program.sm, sm)
+        return
+    better = (
+        f"compile the plan with --sm {sm} for kernels of its own"
+        if has_kernels(sm)
+        else "duq has no kernels of its own for it"
+    )
+    log.warning(
+        "%s: runs its program for SM %d on a GPU of SM %d, from PTX: the driver compiles it once, which takes a while; %s",
+        plan.path, program.sm, sm, better,
+    )  # fmt: skip
+
+
+def _schedule(plan: Plan, name: str) -> Data:
     schedule = json.loads(bytes(plan.read(name)))
     if (version := schedule.get("version", 1)) != SCHEDULE_VERSION:
         raise PlanError(
@@ -417,10 +468,17 @@ def _pieces(plan: Plan, weights: dict[str, list[int]]) -> Iterator[tuple[int, np
             yield offset + start, data[start : start + step]
 
 
-def _load_kernels(plan: Plan, kernels: list[Data]) -> list[driver.Kernel]:
-    """The schedule's kernels in its order; each cubin is loaded once."""
+def _load_kernels(plan: Plan, kernels: list[Data], program: Program) -> list[driver.Kernel]:
+    """The schedule's kernels in its order; each image is loaded once."""
     symbols: dict[str, dict[str, str]] = {}
     for each in kernels:
-        symbols.setdefault(each["cubin"], {})[each["expression"]] = each["symbol"]
-    loaded = {entry: driver.load(Cubin(bytes(plan.read(entry)), names)) for entry, names in symbols.items()}
-    return [loaded[each["cubin"]][each["expression"]] for each in kernels]
+        symbols.setdefault(each[program.image], {})[each["expression"]] = each["symbol"]
+    try:
+        loaded = {entry: driver.load(Cubin(bytes(plan.read(entry)), names)) for entry, names in symbols.items()}
+    except KernelError as error:
+        if program.image == "cubin":
+            raise
+        raise PlanError(
+            f"{plan.path}: the driver does not compile its PTX ({error}); update the driver, or compile the plan for this GPU"
+        ) from error
+    return [loaded[each[program.image]][each["expression"]] for each in kernels]

@@ -1,4 +1,4 @@
-"""Compiling CUDA kernels with no GPU, and the cache of cubins; what the driver says where it cannot be used."""
+"""Compiling CUDA kernels with no GPU, and the cache of what is compiled; what the driver says where it cannot be used."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from duq.plugins import driver, nvrtc
 from duq.plugins.errors import KernelError
-from duq.plugins.nvrtc import Cubin, compile_cubin, read_cached
+from duq.plugins.nvrtc import Cubin, compile_cubin, compile_ptx, read_cached
 
 SMALLEST = "gemm_small<4, 1, 1, 1, 1, NONE, int>"
 
@@ -33,7 +33,27 @@ def test_key_of_the_cache_holds_all_that_matters(tmp_path, monkeypatch):
     compile_cubin("gemm_small.cu", 80, ["other"], cache=tmp_path)
     compile_cubin("gemm_small.cu", 80, ["k"], {"a.cuh": ""}, cache=tmp_path)
     compile_cubin("gemm_small.cu", 80, ["k"], options=["-DA"], cache=tmp_path)
-    assert len(list(tmp_path.iterdir())) == 6
+    compile_ptx("gemm_small.cu", 80, ["k"], cache=tmp_path)
+    compile_ptx("gemm_small.cu", 86, ["k"], cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 8
+
+
+def test_ptx_is_text_of_the_same_symbols(tmp_path):
+    cubin, ptx = (compile("gemm_small.cu", 86, [SMALLEST], cache=tmp_path) for compile in (compile_cubin, compile_ptx))
+    assert ptx.symbols == cubin.symbols and ptx.image.endswith(b"\0") and ptx.image.count(b"\0") == 1
+    text = ptx.image.decode("ascii")
+    assert ".target sm_86\n" in text and f".entry {ptx.symbols[SMALLEST]}(" in text
+    assert compile_ptx("gemm_small.cu", 86, [SMALLEST], cache=tmp_path) == ptx  # from the cache
+
+
+def test_refuses_ptx_that_one_sm_alone_would_run(tmp_path):
+    with pytest.raises(KernelError, match="PTX for sm_90a runs on SM 90 alone"):
+        compile_ptx("gemm_small.cu", 90, [SMALLEST], cache=tmp_path)
+
+
+def test_text_without_an_end_is_not_given_to_the_driver():
+    with pytest.raises(KernelError, match="PTX has to end with a NUL"):
+        driver.load(Cubin(b".version 9.0", {}))
 
 
 def test_error_of_the_compiler_is_shown(tmp_path):

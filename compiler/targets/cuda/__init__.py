@@ -1,4 +1,4 @@
-"""The `cuda` target: cubins, weights as the kernels read them, and for each GPU architecture a schedule.
+"""The `cuda` target: cubins and PTX, weights as the kernels read them, and for each GPU architecture a schedule.
 
     fuse          graph -> ops: an anchor with the norm in front of it and the element-wise nodes behind it
     specialize    ops at one size of the observation: rows, and which kind of kernel computes each linear
@@ -50,14 +50,35 @@ PROMPT_STEP = 32  # prompts are padded to a multiple of this: a CUDA graph has f
 
 @dataclass(frozen=True, kw_only=True)
 class CudaOptions(GpuOptions):
-    """`timing`: beside a GPU of one of the `sm`, choose tactics by timing; without, equal inputs give equal plans."""
+    """The options of the `cuda` target.
+
+    Attributes:
+        timing: beside a GPU of one of the `sm`, choose tactics by timing; without, equal inputs give equal plans.
+        ptx: carry PTX of one program, so that the plan runs on later GPUs too.
+    """
 
     target: ClassVar[str] = "cuda"
     timing: bool = True
+    ptx: bool = True
+
+    @property
+    def ptx_sm(self) -> int | None:
+        """The SM whose program is carried as PTX: the lowest one that later GPUs run; None where there is none."""
+        return min((sm for sm in self.sm if self.ptx and gpu_of(sm).ptx_architecture), default=None)
+
+    @property
+    def coverage(self) -> str:
+        made_for = f"runs on SM {', '.join(map(str, self.sm))}"
+        if self.ptx_sm is not None:
+            return f"{made_for}; on later GPUs from PTX of its program for SM {self.ptx_sm}, which the driver compiles"
+        if not self.ptx:
+            return f"{made_for}; carries no PTX for later GPUs (--no-ptx)"
+        only_here = ", ".join(gpu_of(sm).architecture for sm in self.sm)
+        return f"{made_for}; carries no PTX, as that of {only_here} runs on no other GPU: add --sm 86 for later ones"
 
 
 def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options: CudaOptions, keep: Path | None) -> dict[str, Any]:
-    """Writes cubins, weights, the token table and the schedules into the plan; returns the manifest's section."""
+    """Writes cubins, PTX, weights, the token table and the schedules into the plan; returns the manifest's section."""
     report = Report(keep)
     ops = {}
     for name, model in graphs.items():
@@ -65,11 +86,12 @@ def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options: CudaOp
         ops[name] = fuse(model)
         check_covered(model, ops[name])
         report(f"fuse-{name}", fusing.describe(ops[name]))
-    weights, schedules, sections = Weights(), {}, {}
+    weights, schedules = Weights(), {}
+    sections: dict[str, Any] = {"ptx": [] if options.ptx_sm is None else [options.ptx_sm]}
     for sm in options.sm:
         planned, timed = _plan_for(gpu_of(sm), graphs, ops, weights, progress, options, report)
         pixel = _pixel(options)
-        schedules[sm] = emit_schedule(planned, gpu_of(sm), pixel, writer, progress)
+        schedules[sm] = emit_schedule(planned, gpu_of(sm), pixel, sm == options.ptx_sm, writer, progress)
         sections[f"sm{sm}"] = _summary(planned, schedules[sm], timed)
     offsets = _write_weights(weights, writer, progress)
     (table,) = [op.table for op in ops["prefix"] if isinstance(op, Prompt)]

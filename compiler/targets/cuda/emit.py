@@ -1,9 +1,9 @@
-"""Emit: programs as data in the plan, a JSON schedule an SM, with the machine code of their kernels beside it.
+"""Emit: programs as data in the plan, a JSON schedule an SM, with the machine code of their kernels beside it, and perhaps PTX.
 
 A schedule names its kernels' parameters and types, and every launch its arguments by these names:
 
     {"version": ..., "arena_bytes": ..., "pixel": type of the images, "weights": {name: [offset, bytes]},
-     "kernels": [{"cubin": entry, "symbol", "expression", "parameters": [[name, type], ...]}],
+     "kernels": [{"cubin": entry, "ptx"?: entry, "symbol", "expression", "parameters": [[name, type], ...]}],
      "calls": {"cublaslt": [[name, type], ...]},
      "variants": [{"cameras", "prompt", "inputs": {name: [offset, bytes]}, "zeroed": [[offset, bytes]],
                    "outputs": {name: {"after", "offset", "rows", "columns", "stride", "type"}},
@@ -31,11 +31,14 @@ Planned = tuple[Program, Streams, Memory]
 
 
 def emit_schedule(
-    planned: Sequence[Planned], gpu: Gpu, pixel: str, writer: PlanWriter, progress: Progress
+    planned: Sequence[Planned], gpu: Gpu, pixel: str, ptx: bool, writer: PlanWriter, progress: Progress
 ) -> dict[str, Any]:
-    """The schedule, without the places of the weights; writes the cubins into the plan."""
+    """The schedule, without the places of the weights; writes the cubins, and with `ptx` the PTX, into the plan."""
     launches = [launch for program, _, _ in planned for launch in program.launches]
-    kernels = _write_cubins(launches, gpu, writer, progress)
+    wanted = {each.instance.code: each.instance for each in launches if not each.instance.kernel.is_library}
+    kernels = _write_cubins(wanted, gpu, writer, progress)
+    if ptx:
+        _write_ptx(kernels, gpu, writer, progress)
     number = {code: index for index, code in enumerate(kernels)}
     calls = {each.instance.source: _parameters(each.instance) for each in launches if each.instance.kernel.is_library}
     return {
@@ -49,10 +52,9 @@ def emit_schedule(
 
 
 def _write_cubins(
-    launches: Sequence[Launch], gpu: Gpu, writer: PlanWriter, progress: Progress
+    wanted: Mapping[Code, Instance], gpu: Gpu, writer: PlanWriter, progress: Progress
 ) -> dict[Code, dict[str, Any]]:
     """Compiles each instance of a kernel by itself; by it what the schedule says of it."""
-    wanted = {each.instance.code: each.instance for each in launches if not each.instance.kernel.is_library}
     cubins = compile_each(wanted, gpu)
     description = f"Compiling the kernels for SM {gpu.sm}"
     kernels: dict[Code, dict[str, Any]] = {}
@@ -63,6 +65,16 @@ def _write_cubins(
         kernels[code] = {"cubin": entry, "symbol": symbol, "expression": code.expression,
                          "parameters": _parameters(wanted[code])}  # fmt: skip
     return kernels
+
+
+def _write_ptx(kernels: Mapping[Code, dict[str, Any]], gpu: Gpu, writer: PlanWriter, progress: Progress) -> None:
+    """Compiles each kernel again, to PTX, and names it beside its cubin."""
+    images = compile_each(kernels, gpu, ptx=True)
+    for code, image in progress.track(images, total=len(kernels), description=f"PTX of the kernels for SM {gpu.sm}"):
+        row = kernels[code]
+        row["ptx"] = row["cubin"].replace("cubin/", "ptx/", 1)
+        assert image.symbols[code.expression] == row["symbol"], code
+        writer.write(row["ptx"], image.image)
 
 
 def _parameters(instance: Instance) -> list[list[str]]:

@@ -172,7 +172,7 @@ def compiled(tiny_plans, tmp_path, monkeypatch):
         quantization = quantize_checkpoint(checkpoint, recipe, inputs, SILENT)
         for target in targets:
             common = dict(num_steps=4, cameras=1)
-            options = CudaOptions(sm=tuple(ARCHITECTURES), **common) if target == "cuda" else Options(**common)
+            options = CudaOptions(sm=tuple(ARCHITECTURES), ptx=False, **common) if target == "cuda" else Options(**common)
             compile_policy(checkpoint, quantization, tmp_path / f"{target}.plan", options, SILENT)
         return [Plan(tmp_path / f"{target}.plan") for target in targets]
 

@@ -18,7 +18,7 @@ COMMON = {"robot", "num_steps", "cameras", "settings", "float_images"}
 
 def test_a_target_has_the_common_options_and_its_own():
     own = {name: {field.name for field in fields(target.options)} - COMMON for name, target in TARGETS.items()}
-    assert own == {"cpu": set(), "cuda": {"sm", "timing"}, "tensorrt": {"sm", "loop", "float_type"}}
+    assert own == {"cpu": set(), "cuda": {"sm", "timing", "ptx"}, "tensorrt": {"sm", "loop", "float_type"}}
     for name, target in TARGETS.items():
         assert target.name == target.options.target == name and COMMON <= {field.name for field in fields(target.options)}
 
@@ -29,10 +29,25 @@ def test_what_is_given_becomes_the_target_s_options():
 
 
 @pytest.mark.parametrize(
+    ("sm", "ptx", "carried", "says"),
+    [
+        ((86, 90), True, 86, "runs on SM 86, 90; on later GPUs from PTX of its program for SM 86"),
+        ((90, 80), True, 80, "later GPUs from PTX of its program for SM 80"),
+        ((90,), True, None, "runs on SM 90; carries no PTX, as that of sm_90a runs on no other GPU: add --sm 86"),
+        ((86, 90), False, None, "runs on SM 86, 90; carries no PTX for later GPUs (--no-ptx)"),
+    ],
+)
+def test_the_lowest_program_is_carried_as_ptx(sm, ptx, carried, says):
+    options = CudaOptions(sm=sm, ptx=ptx)
+    assert options.ptx_sm == carried and says in options.coverage
+
+
+@pytest.mark.parametrize(
     ("target", "given", "says"),
     [
         ("cpu", {"float_type": "fp16"}, "--float-type fp16: is for --target tensorrt; leave it out for cpu"),
         ("cpu", {"timing": True}, "--timing: is for --target cuda; leave it out for cpu"),
+        ("tensorrt", {"ptx": False}, "--no-ptx: is for --target cuda; leave it out for tensorrt"),
         ("tensorrt", {"timing": False}, "--no-timing: is for --target cuda; leave it out for tensorrt"),
         ("cuda", {"loop": "graph"}, "--loop graph: is for --target tensorrt; leave it out for cuda"),
     ],

@@ -122,9 +122,10 @@ def gpu(monkeypatch):
         monkeypatch.setattr(timing_inputs, "copies_of", lambda weight_bytes: 2)
         return device
 
-    monkeypatch.setattr(
-        cubins, "compile_cubin", lambda source, sm, kernels, headers: Cubin(b"cubin", {each: each for each in kernels})
-    )
+    for name in ("compile_cubin", "compile_ptx"):
+        monkeypatch.setattr(
+            cubins, name, lambda source, sm, kernels, headers: Cubin(b"image", {each: each for each in kernels})
+        )
     monkeypatch.setattr(generator, "_installed", lambda: False)
     monkeypatch.setattr(generator, "read_cached", lambda path: None)
     return machine

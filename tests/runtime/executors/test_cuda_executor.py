@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import json
+import logging
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -10,9 +12,11 @@ import numpy as np
 import pytest
 
 from duq.compiler.quant.recipe import DEFAULT_PRESET
+from duq.plugins.errors import KernelError
 from duq.plugins.kernel import Shape
 from duq.plugins.kernels.library import MATMUL
 from duq.plugins.kernels.reference import Launched, Memory, Pointer
+from duq.runtime import Policy
 from duq.runtime.config import ModelConfig
 from duq.runtime.errors import PlanError
 from duq.runtime.executors import cuda as executor
@@ -76,7 +80,8 @@ class Library:
 @pytest.fixture
 def on_the_host(monkeypatch):
     driver = SimpleNamespace(
-        open_device=lambda: 90, free_memory=lambda: (1 << 40, 1 << 40), Shape=Shape, Memory=Block, PinnedArray=Block,
+        open_device=lambda: 90, block_shared_bytes=lambda: 227 << 10, free_memory=lambda: (1 << 40, 1 << 40), Shape=Shape,
+        Memory=Block, PinnedArray=Block,
         Stream=OneStream, Event=Ordered, load=lambda cubin: {each: Kernel(each) for each in cubin.symbols},
     )  # fmt: skip
     monkeypatch.setattr(executor, "driver", driver)
@@ -173,3 +178,88 @@ def test_what_the_plan_is_not_for(on_the_host, tiny_plans, monkeypatch):
         PlanError, match=r"schedule/sm90.json is of version \d+, this runtime follows version 99; compile it"
     ):
         executor.CudaExecutor(plan)
+
+
+@pytest.fixture
+def on_a_gpu(on_the_host, monkeypatch):
+    """(SM, bytes of shared memory a block) -> the images that are loaded from then on, on a pretended GPU."""
+
+    def pretend(sm: int, shared: int = 227 << 10) -> list[bytes]:
+        loaded: list[bytes] = []
+        load = executor.driver.load
+        monkeypatch.setattr(executor.driver, "open_device", lambda: sm)
+        monkeypatch.setattr(executor.driver, "block_shared_bytes", lambda: shared)
+        monkeypatch.setattr(executor.driver, "load", lambda cubin: loaded.append(cubin.image) or load(cubin))
+        return loaded
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("gpu", "program", "image"), [(86, 86, "cubin"), (89, 86, "cubin"), (87, 86, "ptx"), (90, 90, "cubin"), (120, 86, "ptx")]
+)
+def test_runs_the_program_that_suits_the_gpu(gpu, program, image, on_a_gpu, tiny_plans, caplog):
+    caplog.set_level(logging.INFO, "duq")
+    loaded, plan = on_a_gpu(gpu), Plan(tiny_plans("pi0", DEFAULT_PRESET, "cuda").plan)
+    config = ModelConfig.from_json(plan.manifest["model"])
+    policy, inputs, noise = executor.CudaExecutor(plan), make_inputs(config, *CALLS[1]), make_noise(config)
+    assert policy.program.to_json() == {"sm": program, "image": image}
+    assert loaded and all(each.startswith(b"\x7fELF" if image == "cubin" else b"//") for each in loaded)
+    assert image == "cubin" or all(each.endswith(b"\0") for each in loaded)
+    np.testing.assert_array_equal(policy.run(inputs, noise)[0], emulate.run(plan, program, inputs, noise))
+    (record,) = caplog.records
+    assert f"program for SM {program} on a GPU of SM {gpu}" in record.message
+    assert record.levelname == ("INFO" if image == "cubin" else "WARNING")
+    assert ("--sm 87" in record.message) == (gpu == 87) and ("no kernels of its own" in record.message) == (gpu == 120)
+
+
+def test_runs_the_program_that_is_asked_for(on_a_gpu, tiny_plans):
+    on_a_gpu(90)
+    plan = Plan(tiny_plans("pi0", "none", "cuda").plan)
+    assert executor.CudaExecutor(plan, program=86).program.to_json() == {"sm": 86, "image": "ptx"}
+    with pytest.raises(PlanError, match=r"no program for SM 89 that a GPU of SM 90 runs; it has SM 86 \(cubin\), SM 86 \(ptx\)"):
+        executor.CudaExecutor(plan, program=89)
+
+
+def test_a_policy_says_which_program_runs(on_a_gpu, tiny_plans):
+    on_a_gpu(120)
+    metadata = Policy(tiny_plans("pi0", "none", "cuda").plan).metadata
+    assert metadata["program"] == {"sm": 86, "image": "ptx"} and json.loads(json.dumps(metadata)) == metadata
+
+
+@pytest.mark.parametrize(
+    ("gpu", "shared", "says"),
+    [
+        (80, 163 << 10, r"is made for SM 86, 90, this machine's GPU is SM 80; compile it with --sm 80$"),
+        (75, 64 << 10, r"is made for SM 86, 90, this machine's GPU is SM 75; compile it with --sm 75$"),
+        (
+            120,
+            1 << 10,
+            r"is made for SM 86, 90 \(the program for SM 86 takes \d+ KB of shared memory a thread block, this GPU has 1 KB\)",
+        ),
+    ],
+)
+def test_refuses_a_gpu_that_runs_none_of_its_programs(gpu, shared, says, on_a_gpu, tiny_plans):
+    on_a_gpu(gpu, shared)
+    with pytest.raises(PlanError, match=says):
+        executor.CudaExecutor(Plan(tiny_plans("pi0", "none", "cuda").plan))
+
+
+def test_refuses_a_later_gpu_without_ptx(on_a_gpu, tiny_plans):
+    """A plan for SM 90 alone, on SM 100."""
+    on_a_gpu(100)
+    plan = Plan(tiny_plans("pi0", "none", "cuda").plan)
+    plan.manifest |= {"sm": [90], "graphs": {"ptx": []}}
+    with pytest.raises(PlanError, match=r"is made for SM 90, this machine's GPU is SM 100; compile it with --sm \d+"):
+        executor.CudaExecutor(plan)
+
+
+def test_a_driver_that_does_not_compile_the_ptx_is_named(on_a_gpu, tiny_plans, monkeypatch):
+    on_a_gpu(120)
+
+    def load(cubin):
+        raise KernelError("cuModuleLoadData: unsupported toolchain")
+
+    monkeypatch.setattr(executor.driver, "load", load)
+    with pytest.raises(PlanError, match="does not compile its PTX .*unsupported toolchain.*; update the driver"):
+        executor.CudaExecutor(Plan(tiny_plans("pi0", "none", "cuda").plan))

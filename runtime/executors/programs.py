@@ -1,0 +1,76 @@
+"""Which program of a `cuda` plan a GPU runs: the schedule made for one SM, with its kernels as machine code or as PTX."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from duq.plugins.errors import KernelError
+from duq.plugins.gpu import GPUS, gpu_of, runs_code_of
+
+
+@dataclass(frozen=True)
+class Program:
+    """`sm` is what the schedule was made for; `image` is what the kernels are loaded from, and their key in it."""
+
+    sm: int
+    image: Literal["cubin", "ptx"]
+
+    @property
+    def schedule(self) -> str:
+        """The plan's entry with its launches."""
+        return f"schedule/sm{self.sm}.json"
+
+    def runs_on(self, sm: int) -> bool:
+        """Whether a GPU of compute capability `sm` loads its kernels."""
+        return runs_code_of(sm, self.sm) if self.image == "cubin" else sm >= self.sm
+
+    @property
+    def runs_on_text(self) -> str:
+        """The GPUs that load its kernels, for people."""
+        if self.image == "ptx":
+            return f"SM {self.sm} and later"
+        return "SM " + ", ".join(
+            str(sm) for sm in sorted({gpu.sm for gpu in GPUS.values()} | {self.sm}) if self.runs_on(sm)
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def programs_of(manifest: Mapping[str, Any]) -> list[Program]:
+    """All programs of a `cuda` plan, by SM."""
+    ptx = (manifest.get("graphs") or {}).get("ptx", ())  # plans of older versions have none and do not say so
+    return [Program(sm, image) for sm in manifest["sm"] for image in ("cubin", "ptx") if image == "cubin" or sm in ptx]
+
+
+def best_first(programs: Iterable[Program], sm: int) -> list[Program]:
+    """Those that a GPU of compute capability `sm` runs: made for it, then machine code, then PTX, the latest SM first."""
+    fitting = [each for each in programs if each.runs_on(sm)]
+    return sorted(fitting, key=lambda each: (each.sm == sm, each.image == "cubin", each.sm), reverse=True)
+
+
+def shared_bytes_of(schedule: Mapping[str, Any]) -> int:
+    """The most shared memory that a thread block of the schedule asks for."""
+    launches = (launch for variant in schedule["variants"] for launch in [*variant["prefix"], *variant["step"]])
+    return max((launch["shared"] for launch in launches if "shared" in launch), default=0)
+
+
+def has_kernels(sm: int) -> bool:
+    """Whether duq compiles for this SM."""
+    try:
+        gpu_of(sm)
+    except KernelError:
+        return False
+    return True
+
+
+def sm_to_compile_for(sm: int, shared_bytes: int) -> int:
+    """The --sm whose program a GPU runs best: its own; where there is none, the latest whose PTX fits it.
+
+    shared_bytes: that a thread block can have on the GPU.
+    """
+    rows = [gpu for gpu in GPUS.values() if gpu.ptx_architecture and not gpu.is_tegra]
+    fitting = [gpu.sm for gpu in rows if gpu.sm < sm and gpu.block_shared_bytes <= shared_bytes]
+    return sm if has_kernels(sm) else max(fitting, default=sm)
