@@ -196,7 +196,8 @@ def on_a_gpu(on_the_host, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("gpu", "program", "image"), [(86, 86, "cubin"), (89, 86, "cubin"), (87, 86, "ptx"), (90, 90, "cubin"), (120, 86, "ptx")]
+    ("gpu", "program", "image"),
+    [(86, 86, "cubin"), (89, 86, "cubin"), (87, 86, "ptx"), (90, 90, "cubin"), (120, 86, "ptx")],
 )
 def test_runs_the_program_that_suits_the_gpu(gpu, program, image, on_a_gpu, tiny_plans, caplog):
     caplog.set_level(logging.INFO, "duq")
@@ -217,7 +218,9 @@ def test_runs_the_program_that_is_asked_for(on_a_gpu, tiny_plans):
     on_a_gpu(90)
     plan = Plan(tiny_plans("pi0", "none", "cuda").plan)
     assert executor.CudaExecutor(plan, program=86).program.to_json() == {"sm": 86, "image": "ptx"}
-    with pytest.raises(PlanError, match=r"no program for SM 89 that a GPU of SM 90 runs; it has SM 86 \(cubin\), SM 86 \(ptx\)"):
+    with pytest.raises(
+        PlanError, match=r"no program for SM 89 that a GPU of SM 90 runs; it has SM 86 \(cubin\), SM 86 \(ptx\)"
+    ):
         executor.CudaExecutor(plan, program=89)
 
 

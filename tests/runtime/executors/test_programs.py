@@ -57,7 +57,13 @@ def test_the_best_program(sms, ptx, gpu, expected):
 
 def test_all_that_run_best_first():
     found = best_first(programs_of(manifest([80, 86, 89, 90], [80, 86])), 89)
-    assert found == [Program(89, "cubin"), Program(86, "cubin"), Program(80, "cubin"), Program(86, "ptx"), Program(80, "ptx")]
+    assert found == [
+        Program(89, "cubin"),
+        Program(86, "cubin"),
+        Program(80, "cubin"),
+        Program(86, "ptx"),
+        Program(80, "ptx"),
+    ]
 
 
 def test_machine_code_goes_up_within_a_major_version():
@@ -89,7 +95,14 @@ def test_shared_memory_is_that_of_the_largest_launch():
 
 @pytest.mark.parametrize(
     ("gpu", "shared", "sm"),
-    [(90, 227 * KB, 90), (87, 163 * KB, 87), (75, 64 * KB, 75), (999, 227 * KB, 89), (999, 99 * KB, 89), (81, 163 * KB, 80)],
+    [
+        (90, 227 * KB, 90),
+        (87, 163 * KB, 87),
+        (75, 64 * KB, 75),
+        (999, 227 * KB, 89),
+        (999, 99 * KB, 89),
+        (81, 163 * KB, 80),
+    ],
 )
 def test_what_to_compile_for(gpu, shared, sm):
     assert sm_to_compile_for(gpu, shared) == sm
