@@ -31,7 +31,9 @@ from duq.compiler.pipeline import compile_policy, quantize_checkpoint
 from duq.compiler.quant import load_recipe
 from duq.compiler.quantize_cli import progress_bar
 from duq.compiler.targets import Options
+from duq.plugins.driver import open_device
 from duq.plugins.errors import DuqError
+from duq.plugins.gpu import gpu_of, runs_code_of
 from duq.runtime.cli_errors import one_line_errors
 from duq.runtime.config import IMAGE_SLOTS, ModelConfig
 from duq.runtime.executors.cpu import CpuExecutor
@@ -67,6 +69,13 @@ def _bench(
         bool, typer.Option("--torch-compile/--no-torch-compile", help="Inductor needs a C++ compiler and minutes.")
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print all times as JSON.")] = False,
+    program: Annotated[
+        int | None,
+        typer.Option(
+            help="gpu: an SM, e.g. 86, whose program to run instead of this GPU's own, from PTX: foreign to this GPU, and "
+            "no measure of a GPU of that SM."
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="gpu: directory for all times as JSON and a plot.")] = None,
 ) -> None:
     """Measure whole policy calls: engine plans of several recipes, PyTorch eager and torch.compile, in turn.
@@ -85,6 +94,7 @@ def _bench(
     """
     if suite not in ("cpu", "gpu"):
         raise DuqError(f"--suite {suite}: unknown, cpu or gpu")
+    _check_program(suite, program)
     variant = variant or (["full"] if suite == "gpu" else ["tiny", "small"])
     if checkpoint is None and (unknown := [name for name in variant if name not in VARIANTS]):
         raise DuqError(f"--variant {unknown[0]}: unknown, one of {', '.join(VARIANTS)}")
@@ -98,7 +108,7 @@ def _bench(
             directory.mkdir()
             path = checkpoint or make_checkpoint(directory / "checkpoint", variant=str(each), pi05=pi05)
             if suite == "gpu":
-                records = bench_gpu.measure(load_checkpoint(path), recipes, directory, torch_compile, progress)
+                records = bench_gpu.measure(load_checkpoint(path), recipes, directory, torch_compile, progress, program)
                 results.append({"policy": f"{each}{' pi0.5' if pi05 else ' pi0'}", "records": records})
                 continue
             times = _measure(path, recipes, directory, cameras, prompt_tokens, threads, rounds, torch_compile, progress)
@@ -120,6 +130,17 @@ def _bench(
             Console(width=160).print(bench_gpu.table(result["records"]), bench_gpu.host_table(result["records"]))
         else:
             Console().print(_table(result))
+
+
+def _check_program(suite: str, program: int | None) -> None:
+    """Finds out before anything is compiled whether this machine's GPU runs a program of that SM."""
+    if program is None:
+        return
+    if suite != "gpu":
+        raise DuqError(f"--program {program}: is for --suite gpu; leave it out for {suite}")
+    sm, as_ptx = open_device(), gpu_of(program).ptx_architecture is not None
+    if not (runs_code_of(sm, program) or (as_ptx and sm > program)):
+        raise DuqError(f"--program {program}: this machine's GPU, SM {sm}, runs no program made for SM {program}")
 
 
 def _measure(

@@ -29,6 +29,7 @@ from duq.compiler.targets.cuda import CudaOptions
 from duq.plugins.driver import free_memory, open_device
 from duq.runtime.config import IMAGE_SLOTS, ModelConfig
 from duq.runtime.executors.cuda import CudaExecutor
+from duq.runtime.executors.programs import Program
 from duq.runtime.plan import Plan
 from duq.runtime.policy import Policy
 from duq.runtime.preprocess import ModelInputs, Preprocessor
@@ -43,8 +44,12 @@ def measure(
     directory: Path,
     compile_pytorch: bool,
     progress: Progress,
+    program: int | None = None,
 ) -> list[dict]:
-    """One record for each contender and case: milliseconds of all calls, and what the engine reports of itself."""
+    """One record for each contender and case: milliseconds of all calls, and what the engine reports of itself.
+
+    program: an SM whose program the engines run on this GPU, in place of the GPU's own. Raises PlanError where it cannot.
+    """
     shape = checkpoint.config.action_horizon, checkpoint.config.action_dim
     noise = np.random.default_rng(1).standard_normal(shape, np.float32)
     observations = {case: observation(checkpoint.config, *case) for case in CASES}
@@ -60,7 +65,7 @@ def measure(
         integers = (
             quantize_checkpoint(checkpoint, recipe, inputs, progress, device="cuda") if quantized else Quantization(recipe)
         )
-        compile_policy(checkpoint, integers, plan, CudaOptions(sm=(open_device(),)), progress)
+        compile_policy(checkpoint, integers, plan, CudaOptions(sm=(program or open_device(),)), progress)
         seconds = time.perf_counter() - start
         del integers
         torch.cuda.empty_cache()
@@ -128,9 +133,18 @@ def _measure_engine(
         records.append(_record(name, case, actions, times, replay_ms=replay, host_ms=host, **split, **facts))
     executor, preprocessor = CudaExecutor(Plan(plan, verify=False)), Preprocessor(config)
     for record, obs in zip(records, observations.values(), strict=True):
+        record["contender"] += _foreign(executor.program, open_device())
         size = executor.stage(preprocessor.model_inputs(obs), noise)
         record["loop_ms"] = executor.milliseconds_in_turn(size)[1]
     return records
+
+
+def _foreign(program: Program, sm: int) -> str:
+    """Says of a program that was not made for the GPU of compute capability `sm` that it was not."""
+    if program.sm == sm:
+        return ""
+    how = "PTX" if program.image == "ptx" else "machine code"
+    return f"; foreign program: made for SM {program.sm}, run as {how} on SM {sm}"
 
 
 def _host(stages: list[dict]) -> dict[str, list[float]]:

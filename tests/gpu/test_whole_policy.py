@@ -25,10 +25,12 @@ from duq.compiler.settings import Choices, settle
 from duq.compiler.targets import Options
 from duq.compiler.targets.cuda import CudaOptions
 from duq.plugins.driver import free_memory, open_device
+from duq.plugins.gpu import runs_code_of
 from duq.runtime import Policy
 from duq.runtime.errors import PlanError
 from duq.runtime.executors.cpu import CpuExecutor
 from duq.runtime.executors.cuda import CudaExecutor
+from duq.runtime.executors.programs import Program
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import ModelInputs, Preprocessor
 
@@ -44,16 +46,16 @@ TIMED = ("pi0", "llm+expert-mlp")  # with tactics by timing, the others with the
 
 
 @functools.cache
-def policy(name: str, quant: str, directory, float_images: bool = False):
-    """The checkpoint's config and the paths of its cpu and cuda plans."""
+def policy(name: str, quant: str, directory, float_images: bool = False, program: int | None = None):
+    """The checkpoint's config and the paths of its cpu and cuda plans, the latter for this GPU or for the SM `program`."""
     sizes = dict(depth=3, vision_depth=2, action_horizon=50)
-    stem = directory / f"{name}.{quant}{'.float_images' * float_images}"
+    stem = directory / f"{name}.{quant}{'.float_images' * float_images}{f'.sm{program}' if program else ''}"
     checkpoint = load_checkpoint(make_checkpoint(stem, pi05=name == "pi05", robot="libero", **sizes))
     preprocessor = Preprocessor(checkpoint.config)
     inputs = [preprocessor.model_inputs(each) for each in synthetic_observations(checkpoint.config, cameras=3, count=2)]
     preset, settings = RECIPES.get(quant, (quant, {}))
     timing = (name, quant) == TIMED and not float_images
-    return checkpoint.config, both_plans(checkpoint, preset, settings, inputs, stem, timing, float_images)
+    return checkpoint.config, both_plans(checkpoint, preset, settings, inputs, stem, timing, float_images, program)
 
 
 def both_plans(
@@ -64,12 +66,13 @@ def both_plans(
     stem: Path,
     timing: bool = False,
     float_images: bool = False,
+    program: int | None = None,
 ) -> dict[str, Path]:
     recipe = load_recipe(preset, settings, environment={})
     integers = Quantization(recipe) if preset == "none" else quantize_checkpoint(checkpoint, recipe, inputs, SILENT)
     plans = {}
     common = dict(num_steps=NUM_STEPS, float_images=float_images)
-    for options in (Options(**common), CudaOptions(sm=(open_device(),), timing=timing, **common)):
+    for options in (Options(**common), CudaOptions(sm=(program or open_device(),), timing=timing, **common)):
         plans[options.target] = stem.with_name(f"{stem.name}.{options.target}.plan")
         compile_policy(checkpoint, integers, plans[options.target], options, SILENT)
     return plans
@@ -114,6 +117,21 @@ def test_float_images_equal_cpu_engine(quant, cameras, prompt, directory):
     as_floats = replace(inputs, images=inputs.pixels().transpose(0, 2, 3, 1))
     executor = cuda_executor(plans["cuda"])
     np.testing.assert_array_equal(executor.run(inputs, noise)[0], executor.run(as_floats, noise)[0])
+
+
+@pytest.mark.parametrize("quant", ["none", "llm+expert-mlp"])
+@pytest.mark.parametrize("program", [80, 86, 89])
+def test_a_program_of_an_older_gpu_runs_as_ptx(program, quant, directory):
+    """Compiled by the driver for the GPU at hand; without what only that GPU has."""
+    if runs_code_of(open_device(), program) or open_device() < program:
+        pytest.skip(f"PTX for SM {program} is for other GPUs than this")
+    config, plans = policy("pi0", quant, directory, program=program)
+    executor = CudaExecutor(Plan(plans["cuda"]), program=program)
+    assert executor.program == Program(program, "ptx")
+    for case in CASES:
+        inputs, noise = make_inputs(config, *case)
+        check_stages(plans, inputs, noise, at_least=0.9999 if quant == "none" else 0.9995)
+        np.testing.assert_array_equal(executor.run(inputs, noise)[0], cuda_executor(plans["cuda"]).run(inputs, noise)[0])
 
 
 def test_shipped_policy_equals_cpu_engine(directory):
