@@ -41,7 +41,7 @@ def inspect(
         _quantization_table(plan.manifest.get("quantization") or {}),
         _layer_table((plan.manifest.get("quantization") or {}).get("linears") or {}),
         _program_table(_programs(plan)),
-        *(_graph_table(name, graph) for name, graph in (plan.manifest.get("graphs") or {}).items()),
+        *(_graph_table(name, graph) for name, graph in _graphs(plan.manifest).items()),
         *(_kernel_table(plan, name, layers) for name in plan.names if name.startswith("schedule/")),
         _entry_table(plan.manifest["entries"], each_weight=entries),
     ):
@@ -196,6 +196,11 @@ def _graph_table(name: str, graph: Any) -> Table:
             value = ", ".join(f"{op} x{count}" for op, count in Counter(value).most_common())
         table.add_row(key, _text(value))
     return table
+
+
+def _graphs(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The sections about the graphs, without what the table of programs says."""
+    return {name: graph for name, graph in (manifest.get("graphs") or {}).items() if name != "ptx"}
 
 
 def _programs(plan: Plan) -> list[dict[str, Any]]:

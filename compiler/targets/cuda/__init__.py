@@ -54,7 +54,7 @@ class CudaOptions(GpuOptions):
 
     Attributes:
         timing: beside a GPU of one of the `sm`, choose tactics by timing; without, equal inputs give equal plans.
-        ptx: carry PTX of one program, so that the plan runs on later GPUs too.
+        ptx: carry PTX of a program, so that the plan runs on later GPUs too.
     """
 
     target: ClassVar[str] = "cuda"
@@ -62,19 +62,31 @@ class CudaOptions(GpuOptions):
     ptx: bool = True
 
     @property
-    def ptx_sm(self) -> int | None:
-        """The SM whose program is carried as PTX: the lowest one that later GPUs run; None where there is none."""
-        return min((sm for sm in self.sm if self.ptx and gpu_of(sm).ptx_architecture), default=None)
+    def ptx_sms(self) -> tuple[int, ...]:
+        """The SMs whose programs are carried as PTX: the lowest that later GPUs run, and each higher one for a GPU with less
+        shared memory, since a program may need all that its own GPU has."""
+        carried: list[Gpu] = []
+        for gpu in map(gpu_of, sorted(self.sm)):
+            needs_less = all(gpu.block_shared_bytes < each.block_shared_bytes for each in carried)
+            if self.ptx and gpu.ptx_architecture and needs_less:
+                carried.append(gpu)
+        return tuple(gpu.sm for gpu in carried)
 
     @property
     def coverage(self) -> str:
         made_for = f"runs on SM {', '.join(map(str, self.sm))}"
-        if self.ptx_sm is not None:
-            return f"{made_for}; on later GPUs from PTX of its program for SM {self.ptx_sm}, which the driver compiles"
         if not self.ptx:
             return f"{made_for}; carries no PTX for later GPUs (--no-ptx)"
-        only_here = ", ".join(gpu_of(sm).architecture for sm in self.sm)
-        return f"{made_for}; carries no PTX, as that of {only_here} runs on no other GPU: add --sm 86 for later ones"
+        if not self.ptx_sms:
+            architectures = ", ".join(gpu_of(sm).architecture for sm in self.sm)
+            return (
+                f"{made_for}; carries no PTX, as that of {architectures} runs on no other GPU: add --sm 86 for later ones"
+            )
+        of = " and ".join(map(str, self.ptx_sms))
+        shared = gpu_of(self.ptx_sms[-1]).block_shared_bytes
+        least = shared <= min(gpu.block_shared_bytes for gpu in GPUS.values())
+        more = "" if least else f"; add --sm 86 for those with less than {shared >> 10} KB of shared memory a thread block"
+        return f"{made_for}; on later GPUs from PTX of its program for SM {of}, which the driver compiles{more}"
 
 
 def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options: CudaOptions, keep: Path | None) -> dict[str, Any]:
@@ -87,11 +99,11 @@ def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options: CudaOp
         check_covered(model, ops[name])
         report(f"fuse-{name}", fusing.describe(ops[name]))
     weights, schedules = Weights(), {}
-    sections: dict[str, Any] = {"ptx": [] if options.ptx_sm is None else [options.ptx_sm]}
+    sections: dict[str, Any] = {"ptx": list(options.ptx_sms)}
     for sm in options.sm:
         planned, timed = _plan_for(gpu_of(sm), graphs, ops, weights, progress, options, report)
         pixel = _pixel(options)
-        schedules[sm] = emit_schedule(planned, gpu_of(sm), pixel, sm == options.ptx_sm, writer, progress)
+        schedules[sm] = emit_schedule(planned, gpu_of(sm), pixel, sm in options.ptx_sms, writer, progress)
         sections[f"sm{sm}"] = _summary(planned, schedules[sm], timed)
     offsets = _write_weights(weights, writer, progress)
     (table,) = [op.table for op in ops["prefix"] if isinstance(op, Prompt)]

@@ -31,15 +31,33 @@ def test_what_is_given_becomes_the_target_s_options():
 @pytest.mark.parametrize(
     ("sm", "ptx", "carried", "says"),
     [
-        ((86, 90), True, 86, "runs on SM 86, 90; on later GPUs from PTX of its program for SM 86"),
-        ((90, 80), True, 80, "later GPUs from PTX of its program for SM 80"),
-        ((90,), True, None, "runs on SM 90; carries no PTX, as that of sm_90a runs on no other GPU: add --sm 86"),
-        ((86, 90), False, None, "runs on SM 86, 90; carries no PTX for later GPUs (--no-ptx)"),
+        (
+            (86, 90),
+            True,
+            (86,),
+            "runs on SM 86, 90; on later GPUs from PTX of its program for SM 86, which the driver compiles",
+        ),
+        ((86, 89), True, (86,), "later GPUs from PTX of its program for SM 86,"),
+        (
+            (90, 80),
+            True,
+            (80,),
+            "program for SM 80, which the driver compiles; add --sm 86 for those with less than 163 KB",
+        ),
+        (
+            (89, 87, 86, 80),
+            True,
+            (80, 86),
+            "later GPUs from PTX of its program for SM 80 and 86, which the driver compiles",
+        ),
+        ((90,), True, (), "runs on SM 90; carries no PTX, as that of sm_90a runs on no other GPU: add --sm 86"),
+        ((86, 90), False, (), "runs on SM 86, 90; carries no PTX for later GPUs (--no-ptx)"),
     ],
 )
-def test_the_lowest_program_is_carried_as_ptx(sm, ptx, carried, says):
+def test_programs_carried_as_ptx(sm, ptx, carried, says):
     options = CudaOptions(sm=sm, ptx=ptx)
-    assert options.ptx_sm == carried and says in options.coverage
+    assert options.ptx_sms == carried and says in options.coverage
+    assert ("add --sm 86" in options.coverage) == (86 not in sm)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from duq.runtime import Policy
 from duq.runtime.config import ModelConfig
 from duq.runtime.errors import PlanError
 from duq.runtime.executors import cuda as executor
+from duq.runtime.executors.programs import Program
 from duq.runtime.plan import Plan
 from tests.support import emulate, recording
 from tests.support.inputs import cosine, make_inputs, make_noise, with_float_images
@@ -266,3 +267,21 @@ def test_a_driver_that_does_not_compile_the_ptx_is_named(on_a_gpu, tiny_plans, m
     monkeypatch.setattr(executor.driver, "load", load)
     with pytest.raises(PlanError, match="does not compile its PTX .*unsupported toolchain.*; update the driver"):
         executor.CudaExecutor(Plan(tiny_plans("pi0", "none", "cuda").plan))
+
+
+def test_a_program_that_takes_too_much_shared_memory_is_passed_over(on_a_gpu, tiny_plans, monkeypatch):
+    """That of an Orin on a GPU with 99 KB a thread block."""
+    on_a_gpu(120, 99 << 10)
+    plan = Plan(tiny_plans("pi0", "none", "cuda").plan)
+    plan.manifest |= {"sm": [86, 87], "graphs": {"ptx": [86, 87]}}
+    needed = {"schedule/sm86.json": 90 << 10, "schedule/sm87.json": 136 << 10}
+
+    def schedule(plan, name):
+        return {"variants": [{"prefix": [{"shared": needed[name]}], "step": []}]}
+
+    monkeypatch.setattr(executor, "_schedule", schedule)
+    assert executor._choose(plan, 120, None)[0] == Program(86, "ptx")
+    with pytest.raises(
+        PlanError, match="the program for SM 87 takes 136 KB of shared memory a thread block, this GPU has 99 KB"
+    ):
+        executor._choose(plan, 120, 87)
