@@ -195,7 +195,7 @@ FEW_QUERIES: list[Attention | WgmmaAttention] = [
 # Few queries on GPUs without clusters: blocks that share the keys meet in memory.
 SPLIT_KEYS: list[Attention | WgmmaAttention] = [
     *(SplitAttention(256, 8, 2, 2, 16, 3, split) for split in (2, 4, 5, 6, 8, 10, 16)),
-    *(SplitAttention(256, 8, 1, 3, 16, 2, split) for split in (3, 4, 5, 8, 16)),
+    *(SplitAttention(256, 8, 1, 3, 16, 2, split) for split in (3, 4, 5)),
     *(SplitAttention(256, 8, 2, 4, 16, 2, split) for split in (4, 6, 8, 10)),  # for 163 KB of shared memory
 ]
 MOST_SPLIT = 10  # the last block reads what all have: from here on that takes longer than the keys
@@ -242,8 +242,7 @@ def for_suffix(cached: int, own: int) -> WgmmaAttention:
 
 
 def split_keys(tokens: int, gpu: Gpu) -> list[SplitAttention]:
-    """For GPUs without clusters: about as many blocks as multiprocessors, each of 32 rows or of the 16 that there are."""
-    row_warps, key_warps, stages = (2, 2, 3) if tokens * 8 > 16 else (1, 3, 2)
-    tile = SplitAttention(256, 8, row_warps, key_warps, 16, stages)
+    """For GPUs without clusters: about as many blocks as multiprocessors; none where 32 rows a block are enough of them."""
+    tile = SplitAttention(256, 8, 2, 2, 16, 3)
     split = min(gpu.multiprocessors // tile.row_tiles(tokens), MOST_SPLIT)
     return [replace(tile, split=split)] if split > 1 else []

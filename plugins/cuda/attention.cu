@@ -49,8 +49,9 @@ template <bool TRANSPOSED> __device__ inline void load_matrices(unsigned (&m)[4]
 }
 
 // Attention of the block's rows to its share of the keys, deposited in `shared` (attention.cuh). Moves `out` to the image's
-// and the KV head's.
-template <int DIMS, int HEADS, int ROW_WARPS, int KEY_WARPS, int KEYS, int STAGES, int SPLIT>
+// and the KV head's. Offset: of elements in k and v; int takes fewer instructions. CHAINS: sums over
+// dims that a score is made of; tensor cores do not wait for the product before.
+template <class Offset, int CHAINS, int DIMS, int HEADS, int ROW_WARPS, int KEY_WARPS, int KEYS, int STAGES, int SPLIT>
 __device__ __forceinline__ void
 attend(unsigned char* shared, const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, const Bf16* own_v,
        Bf16*& out, const int* past, int tokens, int keys, int own_keys, int q_stride, int kv_stride, int own_stride,
@@ -79,7 +80,7 @@ attend(unsigned char* shared, const Bf16* q, const Bf16* k, const Bf16* v, const
         const int piece = base + threadIdx.x, row = piece / PIECES, column = piece % PIECES * 8;
         if (COUNT % THREADS && piece >= COUNT) break;
         const int wanted = begin + tile * TILE + row, key = min(wanted, end - 1);
-        const size_t at = (key < keys ? size_t(key) * kv_stride : size_t(key - keys) * own_stride) + column;
+        const Offset at = (key < keys ? Offset(key) * kv_stride : Offset(key - keys) * own_stride) + column;
         const unsigned to = stage + (row * PITCH + column) * int(sizeof(Bf16));
         copy_async(to, (key < keys ? k : own_k) + at, wanted < end);
         copy_async(to + TILE * PITCH * int(sizeof(Bf16)), (key < keys ? v : own_v) + at, wanted < end);
@@ -116,7 +117,7 @@ attend(unsigned char* shared, const Bf16* q, const Bf16* k, const Bf16* v, const
     const Bf16* const k_tile = ring + (tile % STAGES * 2 * TILE + key_warp * KEYS) * PITCH;
     const Bf16* const v_tile = k_tile + TILE * PITCH;
 
-    float s[KEYS / 8][4] = {};
+    float sums[CHAINS][KEYS / 8][4] = {}, (&s)[KEYS / 8][4] = sums[0];
     const Bf16* const k_row = k_tile + (lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 8;
 #pragma unroll
     for (int step = 0; step < PADDED / 16; ++step)
@@ -124,9 +125,12 @@ attend(unsigned char* shared, const Bf16* q, const Bf16* k, const Bf16* v, const
       for (int j = 0; j < KEYS / 16; ++j) {
         unsigned b[4];
         load_matrices<false>(b, k_row + 16 * j * PITCH + 16 * step);
-        mma(s[2 * j], query[step], b[0], b[1]);
-        mma(s[2 * j + 1], query[step], b[2], b[3]);
+        mma(sums[step % CHAINS][2 * j], query[step], b[0], b[1]);
+        mma(sums[step % CHAINS][2 * j + 1], query[step], b[2], b[3]);
       }
+    for (int chain = 1; chain < CHAINS; ++chain)
+      for (int j = 0; j < KEYS / 8; ++j)
+        for (int i = 0; i < 4; ++i) s[j][i] += sums[chain][j][i];
 
     softmax(s, o, m, l, end - begin - tile * TILE - key_warp * KEYS, scale);
     const Bf16* const v_row = v_tile + (lane / 8 % 2 * 8 + lane % 8) * PITCH + lane / 16 * 8;
@@ -155,7 +159,7 @@ attention(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, const 
           int tokens, int keys, int own_keys, int q_stride, int kv_stride, int own_stride, int out_stride,
           int cache_ready, float scale) {
   extern __shared__ __align__(128) unsigned char shared[];
-  attend<DIMS, HEADS, ROW_WARPS, KEY_WARPS, KEYS, STAGES, SPLIT>(
+  attend<size_t, 1, DIMS, HEADS, ROW_WARPS, KEY_WARPS, KEYS, STAGES, SPLIT>(
       shared, q, k, v, own_k, own_v, out, past, tokens, keys, own_keys, q_stride, kv_stride, own_stride, out_stride, scale);
   constexpr int ROWS = 16 * ROW_WARPS;
   merge<DIMS, HEADS, ROWS, KEY_WARPS, SPLIT>(reinterpret_cast<float*>(shared), blockIdx.x % SPLIT,
@@ -170,7 +174,7 @@ attention_split(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
                 const int* past, int tokens, int keys, int own_keys, int q_stride, int kv_stride, int own_stride,
                 int out_stride, int cache_ready, float scale, float* partial, int* counters) {
   extern __shared__ __align__(128) unsigned char shared[];
-  attend<DIMS, HEADS, ROW_WARPS, KEY_WARPS, KEYS, STAGES, SPLIT>(
+  attend<int, 2, DIMS, HEADS, ROW_WARPS, KEY_WARPS, KEYS, STAGES, SPLIT>(
       shared, q, k, v, own_k, own_v, out, past, tokens, keys, own_keys, q_stride, kv_stride, own_stride, out_stride, scale);
   constexpr int ROWS = 16 * ROW_WARPS, PITCH = (DIMS + 15) / 16 * 16 + 8;
   const int first_row = blockIdx.x / SPLIT * ROWS;

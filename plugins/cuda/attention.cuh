@@ -136,8 +136,8 @@ __device__ inline void merge_in_block(const float* partial, int first_row, int r
 }
 
 // Over the block's KEY_WARPS and then, without a cluster, over SPLIT blocks: each writes its part of `rows` rows to memory,
-// `parts` [SPLIT][ROWS][PITCH], and the last one to have done so adds them, in the order of their ranks. A warp takes one or
-// two rows and asks for all of them at once; lane i weighs part i. `counter` is zero before and after.
+// `parts` [SPLIT][ROWS][PITCH], and the last one to have done so adds them, in the order of their ranks. A warp takes a row
+// or two and asks for all of them at once; lane i weighs part i. `counter` is zero before and after.
 template <int DIMS, int HEADS, int ROWS, int KEY_WARPS, int SPLIT>
 __device__ inline void merge_in_memory(const float* partial, float* parts, int* counter, int rank, int first_row, int rows,
                                        Bf16* out, int out_stride) {
