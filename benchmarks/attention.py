@@ -1,6 +1,6 @@
 """Times every candidate tile of the policy's attentions, with its error, beside torch's attention.
 
-    python -m benchmarks.attention [--json FILE]
+    python -m benchmarks.attention [--only prefix suffix state SigLIP rotary] [--json FILE]
 
 Launches are replayed from a CUDA graph on operands that rotate through several copies, which stay in L2 as they do in
 the policy, where the kernel ahead has just written them. torch gets K and V in one piece (copies are not counted), and
@@ -24,6 +24,7 @@ from tests.gpu.test_attention import definition, random
 from tests.support import launch
 
 COPIES = 16
+PARTS = ("prefix", "suffix", "state", "SigLIP", "rotary")
 BACKENDS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
 
@@ -104,15 +105,19 @@ def bench_rotary(tokens: int, to_cache: bool, overlap: bool) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts, by default all")
     parser.add_argument("--json", type=Path, help="all timings")
     options = parser.parse_args()
-    every = tactics.MANY_QUERIES + tactics.FEW_QUERIES + tactics.VISION
-    launch.compile_all(tactic.instance(1) for tactic in every if tactic.fits(launch.gpu()))
+    few, every_part = tactics.FEW_QUERIES + tactics.SPLIT_KEYS, options.only or PARTS
+    every = {"prefix": tactics.MANY_QUERIES, "suffix": few, "state": few, "SigLIP": tactics.VISION}
+    needed = {tactic for part in every_part for tactic in every.get(part, []) if tactic.fits(launch.gpu())}
+    launch.compile_all(tactic.instance(1) for tactic in needed)
     print(torch.cuda.get_device_name(), "torch", torch.__version__, "CUDA", torch.version.cuda)
-    results = [bench("prefix", tactics.MANY_QUERIES, tokens, tokens, 0) for tokens in (306, 562, 816)]
-    results += [bench("suffix", tactics.FEW_QUERIES, 50, keys, 50) for keys in (307, 817)]
-    results += [bench("SigLIP", tactics.VISION, 256, 256, 0, images) for images in (1, 2, 3)]
-    for tokens, to_cache in ((50, False), (816, False), (816, True)):
+    sizes = [("prefix", tokens, tokens, 0, 1) for tokens in (306, 562, 816)]
+    sizes += [("suffix", 50, keys, 50, 1) for keys in (307, 817)] + [("state", 1, 816, 1, 1)]
+    sizes += [("SigLIP", 256, 256, 0, images) for images in (1, 2, 3)]
+    results = [bench(part, every[part], *each) for part, *each in sizes if part in every_part]
+    for tokens, to_cache in ((50, False), (816, False), (816, True)) if "rotary" in every_part else ():
         times = ", overlapped ".join(f"{bench_rotary(tokens, to_cache, overlap):.2f}" for overlap in (False, True))
         print(f"rotary embedding of {tokens} tokens, {'with cache' if to_cache else 'in place'}: {times} us")
     if options.json:

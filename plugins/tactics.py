@@ -16,7 +16,7 @@ from pathlib import Path
 
 from duq.plugins.errors import KernelError
 from duq.plugins.gpu import MULTIPROCESSORS, Gpu
-from duq.plugins.kernels.attention import Attention
+from duq.plugins.kernels.attention import Attention, SplitAttention
 from duq.plugins.kernels.attention_wgmma import WgmmaAttention
 from duq.plugins.kernels.gemm_float import FLOAT_CHUNK, GemmFloat
 from duq.plugins.kernels.gemm_large import Large
@@ -192,6 +192,13 @@ FEW_QUERIES: list[Attention | WgmmaAttention] = [
     Attention(256, 8, 1, 4, 16, 2),
     Attention(256, 8, 1, 2, 16, 2),
 ]
+# Few queries on GPUs without clusters: blocks that share the keys meet in memory.
+SPLIT_KEYS: list[Attention | WgmmaAttention] = [
+    *(SplitAttention(256, 8, 2, 2, 16, 3, split) for split in (2, 4, 5, 6, 8, 10, 16)),
+    *(SplitAttention(256, 8, 1, 3, 16, 2, split) for split in (3, 4, 5)),
+    *(SplitAttention(256, 8, 2, 4, 16, 2, split) for split in (4, 6, 8, 10)),  # for 163 KB of shared memory
+]
+MOST_SPLIT = 10  # the last block reads what all have: from here on that takes longer than the keys
 VISION: list[Attention | WgmmaAttention] = [
     Attention(72, 1, 8, 1, 64, 2),
     Attention(72, 1, 4, 2, 64, 2),
@@ -211,7 +218,9 @@ def best_attention(
 
     Raises KernelError for heads that no kernel is made for.
     """
-    if dims == 256 and tokens <= SMALL_M:
+    if dims == 256 and tokens <= SMALL_M and not gpu.has_clusters:
+        order = [*split_keys(tokens, gpu), *FEW_QUERIES]
+    elif dims == 256 and tokens <= SMALL_M:
         order = [for_suffix(cached, own), *FEW_QUERIES]
     elif dims == 256:
         order = MANY_QUERIES[3:] if tokens <= 400 else MANY_QUERIES
@@ -230,3 +239,10 @@ def for_suffix(cached: int, own: int) -> WgmmaAttention:
     share, most = -(-cached // 8) + -(-own // 8), SUFFIX.keys
     tiles = -(-share // most) or 1
     return replace(SUFFIX, keys=max(-(-share // (16 * tiles)) * 16, 32))
+
+
+def split_keys(tokens: int, gpu: Gpu) -> list[SplitAttention]:
+    """For GPUs without clusters: about as many blocks as multiprocessors; none where 32 rows a block are enough of them."""
+    tile = SplitAttention(256, 8, 2, 2, 16, 3)
+    split = min(gpu.multiprocessors // tile.row_tiles(tokens), MOST_SPLIT)
+    return [replace(tile, split=split)] if split > 1 else []

@@ -99,8 +99,28 @@ __device__ inline void deposit(float* partial, const float (&o)[COLUMNS8][4], co
   }
 }
 
-// Both merges compute, from what was deposited, out = sum_i w_i o_i / sum_i w_i l_i, w_i = exp2(m_i - max m).
+// The merges compute, from what was deposited, out = sum_i w_i o_i / sum_i w_i l_i, w_i = exp2(m_i - max m).
 //
+// The parts of one row in a block's shared memory as one: sum_i w_i o_i of four columns, sum_i w_i l_i, and max m.
+struct Merged { float4 sum; float m, l; };
+
+template <int ROWS, int PITCH, int PARTS> __device__ inline Merged merged(const float* row, int column) {
+  constexpr int PADDED = PITCH - 8;
+  Merged v = {{}, row[PADDED], 0};
+#pragma unroll
+  for (int part = 1; part < PARTS; ++part) v.m = fmaxf(v.m, row[part * ROWS * PITCH + PADDED]);
+#pragma unroll
+  for (int part = 0; part < PARTS; ++part) {
+    const float* const at = row + part * ROWS * PITCH;
+    const float weight = exp2_fast(at[PADDED] - v.m);
+    const float4 o = *reinterpret_cast<const float4*>(at + column);
+    v.l = fmaf(weight, at[PADDED + 1], v.l);
+    v.sum.x = fmaf(weight, o.x, v.sum.x), v.sum.y = fmaf(weight, o.y, v.sum.y);
+    v.sum.z = fmaf(weight, o.z, v.sum.z), v.sum.w = fmaf(weight, o.w, v.sum.w);
+  }
+  return v;
+}
+
 // Over the block: a thread takes four columns of a row at a time.
 template <int DIMS, int HEADS, int ROWS, int PARTS>
 __device__ inline void merge_in_block(const float* partial, int first_row, int rows, Bf16* out, int out_stride) {
@@ -108,23 +128,76 @@ __device__ inline void merge_in_block(const float* partial, int first_row, int r
   for (int quad = threadIdx.x; quad < ROWS * QUADS; quad += blockDim.x) {
     const int row = first_row + quad / QUADS, column = quad % QUADS * 4;
     if (row >= rows) break;
-    const float* const from = partial + quad / QUADS * PITCH;
-    float m = from[PADDED], l = 0;
-#pragma unroll
-    for (int part = 1; part < PARTS; ++part) m = fmaxf(m, from[part * ROWS * PITCH + PADDED]);
-    float4 sum = {};
-#pragma unroll
-    for (int part = 0; part < PARTS; ++part) {
-      const float* const at = from + part * ROWS * PITCH;
-      const float weight = exp2_fast(at[PADDED] - m);
-      const float4 o = *reinterpret_cast<const float4*>(at + column);
-      l = fmaf(weight, at[PADDED + 1], l);
-      sum.x = fmaf(weight, o.x, sum.x), sum.y = fmaf(weight, o.y, sum.y);
-      sum.z = fmaf(weight, o.z, sum.z), sum.w = fmaf(weight, o.w, sum.w);
-    }
-    const float inverse = __fdividef(1.0f, l);
+    const Merged v = merged<ROWS, PITCH, PARTS>(partial + quad / QUADS * PITCH, column);
+    const float inverse = __fdividef(1.0f, v.l);
     *reinterpret_cast<uint2*>(out + size_t(row / HEADS) * out_stride + row % HEADS * DIMS + column) = {
-        pack2<Bf16>(sum.x * inverse, sum.y * inverse), pack2<Bf16>(sum.z * inverse, sum.w * inverse)};
+        pack2<Bf16>(v.sum.x * inverse, v.sum.y * inverse), pack2<Bf16>(v.sum.z * inverse, v.sum.w * inverse)};
+  }
+}
+
+// Over the block's KEY_WARPS and then, without a cluster, over SPLIT blocks: each writes its part of `rows` rows to memory,
+// `parts` [SPLIT][ROWS][PITCH], and the last one to have done so adds them, in the order of their ranks. A warp takes a row
+// or two and asks for all of them at once; lane i weighs part i. `counter` is zero before and after.
+template <int DIMS, int HEADS, int ROWS, int KEY_WARPS, int SPLIT>
+__device__ inline void merge_in_memory(const float* partial, float* parts, int* counter, int rank, int first_row, int rows,
+                                       Bf16* out, int out_stride) {
+  constexpr int PADDED = (DIMS + 15) / 16 * 16, PITCH = PADDED + 8, QUADS = DIMS / 4, PART = ROWS * PITCH;
+  constexpr int PIECES = (DIMS + 127) / 128, AT_ONCE = SPLIT * PIECES <= 16 ? 2 : 1;
+  static_assert(SPLIT <= 32);
+  __syncthreads();
+  for (int quad = threadIdx.x; quad < rows * QUADS; quad += blockDim.x) {
+    const int row = quad / QUADS, column = quad % QUADS * 4;
+    const Merged v = merged<ROWS, PITCH, KEY_WARPS>(partial + row * PITCH, column);
+    float* const to = parts + rank * PART + row * PITCH;
+    *reinterpret_cast<float4*>(to + column) = v.sum;
+    if (column == 0) *reinterpret_cast<float2*>(to + PADDED) = {v.m, v.l};
+  }
+  __threadfence();
+  __syncthreads();  // all of the part can be seen
+  const bool is_last = threadIdx.x == 0 && atomicAdd(counter, 1) == SPLIT - 1;
+  if (!__syncthreads_or(is_last)) return;
+  __threadfence();
+  if (threadIdx.x == 0) *counter = 0;
+
+  const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the compiler sees one for all lanes
+  for (int first = warp * AT_ONCE; first < rows; first += blockDim.x / 32 * AT_ONCE) {
+    float2 tail[AT_ONCE];
+    float4 o[AT_ONCE][PIECES][SPLIT];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const float* const row = parts + min(first + i, rows - 1) * PITCH;
+      tail[i] = {LOWEST, 0};
+      if (lane < SPLIT) tail[i] = __ldcg(reinterpret_cast<const float2*>(row + lane * PART + PADDED));
+#pragma unroll
+      for (int piece = 0; piece < PIECES; ++piece)
+#pragma unroll
+        for (int part = 0; part < SPLIT; ++part)
+          o[i][piece][part] =
+              __ldcg(reinterpret_cast<const float4*>(row + part * PART + min(128 * piece + 4 * lane, DIMS - 4)));
+    }
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const float factor = exp2_fast(tail[i].x - reduce_warp<true>(tail[i].x));
+      const float weight = __fdividef(factor, reduce_warp<false>(factor * tail[i].y));
+      float4 sum[PIECES] = {};
+#pragma unroll
+      for (int part = 0; part < SPLIT; ++part) {
+        const float w = __shfl_sync(~0u, weight, part);
+#pragma unroll
+        for (int piece = 0; piece < PIECES; ++piece) {
+          const float4 v = o[i][piece][part];
+          sum[piece].x = fmaf(w, v.x, sum[piece].x), sum[piece].y = fmaf(w, v.y, sum[piece].y);
+          sum[piece].z = fmaf(w, v.z, sum[piece].z), sum[piece].w = fmaf(w, v.w, sum[piece].w);
+        }
+      }
+      const int row = first_row + first + i;
+      Bf16* const to = out + size_t(row / HEADS) * out_stride + row % HEADS * DIMS + 4 * lane;
+#pragma unroll
+      for (int piece = 0; piece < PIECES; ++piece)
+        if (first + i < rows && 128 * piece + 4 * lane < DIMS)
+          *reinterpret_cast<uint2*>(to + 128 * piece) = {pack2<Bf16>(sum[piece].x, sum[piece].y),
+                                                         pack2<Bf16>(sum[piece].z, sum[piece].w)};
+    }
   }
 }
 

@@ -8,7 +8,7 @@ One module a source of plugins/cuda. Functions and tactics make an `Instance`, w
 from __future__ import annotations
 
 from duq.plugins.kernel import Kernel
-from duq.plugins.kernels.attention import ATTENTION, Attention
+from duq.plugins.kernels.attention import ATTENTION, ATTENTION_SPLIT, Attention, SplitAttention
 from duq.plugins.kernels.attention_wgmma import ATTENTION_WGMMA, WgmmaAttention
 from duq.plugins.kernels.bitblas import BITBLAS, Generated
 from duq.plugins.kernels.dequantize_weight import DEQUANTIZE_WEIGHT, dequantize_weight
@@ -35,6 +35,7 @@ __all__ = [
     "Generated",
     "Large",
     "Small",
+    "SplitAttention",
     "Wgmma",
     "WgmmaAttention",
     "WgmmaSmall",
@@ -56,6 +57,7 @@ KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
         ATTENTION,
+        ATTENTION_SPLIT,
         ATTENTION_WGMMA,
         BITBLAS,
         DEQUANTIZE_WEIGHT,

@@ -1,8 +1,14 @@
-"""softmax(scale q k^T) v for heads of 72 and 256, mma.sync: attention.cu, and what it shares with attention_wgmma.cu."""
+"""softmax(scale q k^T) v for heads of 72 and 256, mma.sync: attention.cu, and what it shares with attention_wgmma.cu.
+
+Thread blocks that share the keys of the same queries exchange what they have in a cluster (`Attention`), or in memory
+(`SplitAttention`), on any GPU.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 
@@ -34,10 +40,10 @@ def reference(
     cache_ready: int,
     scale: float,
 ) -> None:
-    """Of both kernels."""
+    """Of attention and attention_wgmma; of attention_split but for the memory that its blocks meet in."""
     dims, heads, rows = _tile(launch)
     blocks, kv_heads, images = launch.grid
-    assert blocks == -(-tokens * heads // rows) * launch.split
+    assert blocks == -(-tokens * heads // rows) * _split(launch)
     keys += int(past.read("int", 1).item()) if past is not None else 0
     for image in range(images):
         for group in range(kv_heads):
@@ -60,13 +66,54 @@ def _tile(launch: Launched) -> tuple[int, int, int]:
     return launch.number("DIMS"), launch.number("HEADS"), 16 * launch.number("ROW_WARPS")
 
 
-ATTENTION = Kernel(
+def _split(launch: Launched) -> int:
+    return launch.number("SPLIT") if launch.kernel == "attention_split" else launch.split
+
+
+def split_reference(
+    launch: Launched,
+    q: Pointer,
+    k: Pointer,
+    v: Pointer,
+    own_k: Pointer | None,
+    own_v: Pointer | None,
+    out: Pointer,
+    past: Pointer | None,
+    tokens: int,
+    keys: int,
+    own_keys: int,
+    q_stride: int,
+    kv_stride: int,
+    own_stride: int,
+    out_stride: int,
+    cache_ready: int,
+    scale: float,
+    partial: Pointer,
+    counters: Pointer,
+) -> None:
+    """Of attention_split: the counters are zero before and after a launch; `partial` holds nothing that lasts."""
+    dims, _, rows = _tile(launch)
+    blocks = math.prod(launch.grid)
+    assert not counters.read("int", blocks // launch.number("SPLIT")).any(), "the counters are zero ahead of a launch"
+    partial.write("float", np.full(blocks * rows * pitch_of(dims), np.nan, np.float32))
+    reference(launch, q, k, v, own_k, own_v, out, past, tokens, keys, own_keys, q_stride, kv_stride, own_stride, out_stride,
+              cache_ready, scale)  # fmt: skip
+
+
+TEMPLATE = "int DIMS, int HEADS, int ROW_WARPS, int KEY_WARPS, int KEYS, int STAGES, int SPLIT"
+ATTENTION = Kernel("attention.cu", "attention", TEMPLATE, PARAMETERS, reference)
+ATTENTION_SPLIT = Kernel(
     "attention.cu",
-    "attention",
-    "int DIMS, int HEADS, int ROW_WARPS, int KEY_WARPS, int KEYS, int STAGES, int SPLIT",
-    PARAMETERS,
-    reference,
+    "attention_split",
+    TEMPLATE,
+    f"{PARAMETERS}, float* partial, int* counters",
+    split_reference,
 )
+
+
+def pitch_of(dims: int) -> int:
+    """Elements between rows of a tile (PITCH in attention.cu)."""
+    return -(-dims // 16) * 16 + 8
 
 
 @dataclass(frozen=True)
@@ -81,20 +128,22 @@ class Attention:
     stages: int
     split: int = 1
 
+    kernel: ClassVar[Kernel] = ATTENTION
+
     def fits(self, gpu: Gpu) -> bool:
         return self.shape(1).shared_bytes <= gpu.block_shared_bytes and (self.split == 1 or gpu.has_clusters)
 
     def shape(self, tokens: int, kv_heads: int = 1, images: int = 1) -> Shape:
         rows = 16 * self.row_warps
         grid = (-(-tokens * self.heads // rows) * self.split, kv_heads, images)
-        pitch = -(-self.dims // 16) * 16 + 8
+        pitch = pitch_of(self.dims)
         ring = self.stages * 2 * self.key_warps * self.keys * pitch * 2
         partial = self.key_warps * rows * pitch * 4
         return Shape(grid, 32 * self.row_warps * self.key_warps, max(ring, partial), (self.split, 1, 1))
 
     def instance(self, tokens: int, kv_heads: int = 1, images: int = 1) -> Instance:
         """For `tokens` queries of each of `images`, and heads * kv_heads query heads."""
-        return ATTENTION.instance(
+        return self.kernel.instance(
             self.shape(tokens, kv_heads, images),
             DIMS=self.dims,
             HEADS=self.heads,
@@ -104,3 +153,28 @@ class Attention:
             STAGES=self.stages,
             SPLIT=self.split,
         )
+
+
+@dataclass(frozen=True)
+class SplitAttention(Attention):
+    """The same where the `split` thread blocks are no cluster: they meet in memory, the last to finish merges."""
+
+    kernel: ClassVar[Kernel] = ATTENTION_SPLIT
+
+    def fits(self, gpu: Gpu) -> bool:
+        return self.shape(1).shared_bytes <= gpu.block_shared_bytes
+
+    def shape(self, tokens: int, kv_heads: int = 1, images: int = 1) -> Shape:
+        return replace(super().shape(tokens, kv_heads, images), cluster=(1, 1, 1))
+
+    def row_tiles(self, tokens: int) -> int:
+        """How many groups of `split` blocks a KV head has."""
+        return -(-tokens * self.heads // (16 * self.row_warps))
+
+    def groups(self, tokens: int, kv_heads: int = 1, images: int = 1) -> int:
+        """Counters, int32, zero before and after a launch."""
+        return self.row_tiles(tokens) * kv_heads * images
+
+    def partial_words(self, tokens: int, kv_heads: int = 1, images: int = 1) -> int:
+        """Float32 numbers that the blocks leave for each other."""
+        return self.groups(tokens, kv_heads, images) * self.split * 16 * self.row_warps * pitch_of(self.dims)

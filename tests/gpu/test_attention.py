@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from duq.plugins import tactics
+from duq.plugins.kernels import SplitAttention
 from tests.support import launch
 
 DIMS, HEADS = 256, 8
@@ -67,7 +68,7 @@ def test_prefix(config, tokens):
 
 
 @pytest.mark.parametrize(("tokens", "keys"), [(50, 306), (50, 817), (50, 1018), (51, 5), (1, 816), (3, 0)])
-@pytest.mark.parametrize("config", tactics.FEW_QUERIES, ids=str)
+@pytest.mark.parametrize("config", [*tactics.FEW_QUERIES, *tactics.SPLIT_KEYS], ids=str)
 def test_suffix(config, tokens, keys):
     """The cache and the suffix's own keys and values, where they are."""
     skip_unless_fits(config)
@@ -96,7 +97,41 @@ def test_vision(config, images, tokens):
     check(out, torch.cat([definition(*operands, heads, heads) for operands in per_image]))
 
 
-EXTREME = [*tactics.MANY_QUERIES[:2], *tactics.MANY_QUERIES[5:7], tactics.FEW_QUERIES[0]]
+@pytest.mark.parametrize("tokens", [1, 50])
+@pytest.mark.parametrize("config", tactics.SPLIT_KEYS, ids=str)
+def test_split_keys_meet_in_memory(config, tokens):
+    """The same bits call after call, whichever block is last; counters zero afterwards; nothing written past `partial`."""
+    skip_unless_fits(config)
+    cache, qkv = random(817, 2 * DIMS, seed=1), random(tokens, (HEADS + 2) * DIMS, seed=2)
+    q, own_k, own_v = qkv.split([HEADS * DIMS, DIMS, DIMS], 1)
+    words, groups = config.partial_words(tokens), config.groups(tokens)
+    partial = torch.full((words + GUARD,), math.nan, device="cuda")
+    counters = torch.zeros(groups + GUARD, dtype=torch.int32, device="cuda")
+    outputs = []
+    for _ in range(50):
+        out = poisoned(tokens, HEADS * DIMS)
+        launch.attention(config, q, *cache.split(DIMS, 1), out[:tokens], own_k, own_v, meeting=(partial, counters))
+        outputs.append(out)
+        partial[:words] = math.nan  # nobody relies on what an earlier launch has left
+    check(
+        outputs[0], definition(q, *(torch.cat(x) for x in zip(cache.split(DIMS, 1), (own_k, own_v), strict=True)), HEADS, 1)
+    )
+    assert all(torch.equal(out[:tokens], outputs[0][:tokens]) for out in outputs)
+    assert not counters.any() and partial[words:].isnan().all()
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_split_keys_of_many_heads_and_images(images):
+    """A counter for each KV head of each image."""
+    config, tokens, heads, dims = SplitAttention(72, 1, 1, 2, 16, 2, 3), 40, 16, 72
+    q, k, v = random(images * tokens, 3 * heads * dims, seed=images).split(heads * dims, 1)
+    out = poisoned(images * tokens, heads * dims)
+    launch.attention(config, q, k, v, out[: images * tokens], images=images)
+    per_image = zip(*(x.split(tokens) for x in (q, k, v)), strict=True)
+    check(out, torch.cat([definition(*operands, heads, heads) for operands in per_image]))
+
+
+EXTREME = [*tactics.MANY_QUERIES[:2], *tactics.MANY_QUERIES[5:7], tactics.FEW_QUERIES[0], tactics.SPLIT_KEYS[3]]
 
 
 @pytest.mark.parametrize("config", EXTREME, ids=str)
@@ -140,7 +175,7 @@ def test_rotary(tokens, first_position, past, to_cache):
     assert qkv[tokens:].isnan().all() and cache[position + tokens if to_cache else 0 :].isnan().all()
 
 
-@pytest.mark.parametrize("config", [tactics.MANY_QUERIES[1], *tactics.FEW_QUERIES], ids=str)
+@pytest.mark.parametrize("config", [tactics.MANY_QUERIES[1], *tactics.FEW_QUERIES, *tactics.SPLIT_KEYS[2:6]], ids=str)
 def test_overlapped_launches_wait_for_their_inputs(config):
     """Chains of rotary embedding and attention, each started before the one ahead has ended, give the same bits."""
     skip_unless_fits(config)

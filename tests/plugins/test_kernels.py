@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from duq.plugins import kernels
 from duq.plugins.gpu import GPUS
 from duq.plugins.kernel import Instance
-from duq.plugins.kernels import KERNELS, Attention, GemmFloat, Large, Small, Wgmma, WgmmaSmall, reference
+from duq.plugins.kernels import KERNELS, Attention, GemmFloat, Large, Small, SplitAttention, Wgmma, WgmmaSmall, reference
 from duq.plugins.kernels.bitblas import BITBLAS
 from duq.plugins.kernels.gemm_wgmma import wgmma_header
 from duq.plugins.nvrtc import SOURCES, compile_cubin
@@ -107,6 +107,7 @@ SMALLEST = [
     GemmFloat(1, 1, 1, 1).instance(8, 16, "float", False, "GEGLU", bits=4),
     kernels.rotate_quantize(8, 1024, "Half", "RMS_NORM", 64),
     Attention(72, 1, 1, 2, 16, 2).instance(8),
+    SplitAttention(72, 1, 1, 2, 16, 2, 3).instance(8),
     kernels.rotary(8, 8, 256),
     kernels.normalize(1, 1152, "float", "Bf16", center=True),
     kernels.normalize(1, 8192, "Bf16", "float", center=False),

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from duq.plugins import tactics
 from duq.plugins.errors import KernelError
 from duq.plugins.gpu import GPUS, Gpu, gpu_of
+from duq.plugins.kernels import SplitAttention
 from duq.plugins.tactics import SMALL_M, best, best_attention, best_float, candidates, fits
 
 H100 = gpu_of(90)
@@ -92,6 +93,24 @@ def test_every_attention_of_the_policy_has_a_kernel(dims, tokens, images, gpu):
 )
 def test_a_suffix_has_tiles_of_its_share_of_the_keys(cached, own, keys):
     assert best_attention(256, 50, 1, H100, cached, own).keys == keys
+
+
+@pytest.mark.parametrize(
+    ("sm", "tokens", "blocks"), [(86, 50, 78), (80, 50, 104), (89, 50, 130), (87, 50, 25), (86, 1, 10)]
+)
+def test_without_clusters_few_queries_split_the_keys_over_the_multiprocessors(sm, tokens, blocks):
+    """As many blocks as multiprocessors at the most, 13 row tiles (state token: one) times the split; Orin has too few."""
+    gpu = gpu_of(sm)
+    tactic = best_attention(256, tokens, 1, gpu, 833, tokens)
+    assert isinstance(tactic, SplitAttention) == (blocks > 25 or tokens == 1) and tactic.fits(gpu)
+    assert tactic.shape(tokens).grid == (blocks, 1, 1)
+
+
+@EVERY_GPU
+@pytest.mark.parametrize("tokens", [1, 50])
+def test_keys_are_split_in_memory_only_without_clusters(tokens, gpu):
+    tactic = best_attention(256, tokens, 1, gpu, 833, tokens)
+    assert not (gpu.has_clusters and isinstance(tactic, SplitAttention))
 
 
 def test_refuses_heads_without_a_kernel():

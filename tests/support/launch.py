@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -15,7 +16,7 @@ import torch
 from duq.plugins import driver, kernels
 from duq.plugins.gpu import Gpu, gpu_of
 from duq.plugins.kernel import Code, Instance
-from duq.plugins.kernels import Attention, GemmFloat, WgmmaAttention
+from duq.plugins.kernels import Attention, GemmFloat, SplitAttention, WgmmaAttention
 from duq.plugins.layout import activation_slabs, pack_float_fragments, pack_fragments
 from duq.plugins.nvrtc import compile_cubin
 from duq.plugins.tactics import Tactic
@@ -221,8 +222,10 @@ def attention(
     past: torch.Tensor | None = None,
     cache_ready: bool = False,
     overlap: bool = False,
+    meeting: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
-    """One launch; every operand is a matrix with a row a token, dense within a row. `past`: int32, keys of k that count."""
+    """One launch; every operand is a matrix with a row a token, dense within a row. `past`: int32, keys of k that count.
+    meeting: `partial` and `counters` of a SplitAttention, by default `meeting_place`'s."""
     tokens, kv_heads = len(q) // images, k.shape[1] // tactic.dims
     own_keys, own_stride = (0, 0) if own_k is None else (len(own_k), own_k.stride(0))
     arguments = {
@@ -243,7 +246,18 @@ def attention(
         "cache_ready": int(cache_ready),
         "scale": tactic.dims**-0.5,
     }
+    if isinstance(tactic, SplitAttention):
+        partial, counters = meeting or meeting_place(tactic, tokens, kv_heads, images)
+        arguments |= {"partial": partial, "counters": counters}
     run(tactic.instance(tokens, kv_heads, images), arguments, overlap)
+
+
+@functools.cache
+def meeting_place(tactic: SplitAttention, tokens: int, kv_heads: int, images: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`partial`, NaN at first, and `counters`, zero, for the launches of one stream."""
+    sizes = tokens, kv_heads, images
+    partial = torch.full((tactic.partial_words(*sizes),), math.nan, device="cuda")
+    return partial, torch.zeros(tactic.groups(*sizes), dtype=torch.int32, device="cuda")
 
 
 def rotary(

@@ -203,18 +203,30 @@ def attention(binder: Binder, op: Attention) -> None:
     out = binder.new(str(op.out.name), q.rows, q.columns, "Bf16")
     expect(k.stride == v.stride and (own_k is None or own_v is None or own_k.stride == own_v.stride), op.name)
 
-    tactic = binder.chosen.attention[op]
-    instance = _with_heads(tactic, op).instance(rows, op.kv_heads, images)
+    tactic = _with_heads(binder.chosen.attention[op], op)
+    instance = tactic.instance(rows, op.kv_heads, images)
     arguments: Arguments = dict(
         q=q, k=k, v=v, own_k=own_k, own_v=own_v, out=out, past=past, tokens=rows, keys=keys, own_keys=own_rows,
         q_stride=q.stride, kv_stride=k.stride, own_stride=own_k.stride if own_k else 0, out_stride=out.stride,
         cache_ready=int(in_cache and binder.caches_complete),  # may be read before the launch ahead has ended
         scale=op.scale,
     )  # fmt: skip
+    shared = _shared_by_blocks(binder, op, tactic, rows, images)
     reads = [each for each in (q, k, v, own_k, own_v, past) if each]
     work = 4.0 * q.rows * (k.rows // images + own_rows) * q.columns
-    binder.launch(op, op.name, instance, arguments, reads, [out], work)
+    binder.launch(op, op.name, instance, arguments | shared, reads, [out, *shared.values()], work)
     binder.values[op.out] = out
+
+
+def _shared_by_blocks(binder: Binder, op: Attention, tactic: Any, rows: int, images: int) -> dict[str, Matrix]:
+    """Where blocks that share the keys meet, if it is in memory."""
+    if not isinstance(tactic, kernels.SplitAttention):
+        return {}
+    sizes = rows, op.kv_heads, images
+    return {
+        "partial": binder.partial(tactic.partial_words(*sizes), op.branch),
+        "counters": binder.counters(tactic.groups(*sizes), op.branch),
+    }
 
 
 def _with_heads(tactic: Any, op: Attention) -> Any:

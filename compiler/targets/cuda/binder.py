@@ -57,6 +57,7 @@ class Binder:
         self.caches: dict[str, Matrix] = {}
         streams = "the prefix", "the branch", "the step"
         self.workspaces = [Buffer(f"workspace of {stream}", 0, persistent=True) for stream in streams]
+        self.scratch = [Buffer(f"scratch of {stream}", 0, persistent=True) for stream in streams]
         self._joined: dict[ir.Value, Matrix] = {}
 
     def start(self, model: ir.Model, sized: Sized, chosen: Chosen) -> None:
@@ -107,10 +108,21 @@ class Binder:
         """Accumulators of the blocks that share K, on GPUs without clusters; zero before and after each launch."""
         if tactic.split == 1 or self.gpu.has_clusters:
             return None
-        words = gemm.workspace_words(tactic)
-        workspace = self.workspaces[2 if self.caches_complete else branch]
-        workspace.bytes = max(workspace.bytes, 4 * words)
-        return Matrix(workspace, 1, words, "int")
+        return self._of_stream(self.workspaces, gemm.workspace_words(tactic), "int", branch)
+
+    def counters(self, words: int, branch: bool) -> Matrix:
+        """Of blocks that are done; zero before and after each launch."""
+        return self._of_stream(self.workspaces, words, "int", branch)
+
+    def partial(self, words: int, branch: bool) -> Matrix:
+        """What the blocks of one launch leave for each other."""
+        return self._of_stream(self.scratch, words, "float", branch)
+
+    def _of_stream(self, buffers: list[Buffer], words: int, kind: str, branch: bool) -> Matrix:
+        """The start of its stream's buffer, which launches use one after the other."""
+        buffer = buffers[2 if self.caches_complete else branch]
+        buffer.bytes = max(buffer.bytes, words * BYTES[kind])
+        return Matrix(buffer, 1, words, kind)
 
     # Launches
 

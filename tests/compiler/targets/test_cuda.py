@@ -278,7 +278,7 @@ def test_arguments_are_those_of_the_kernels(preset, float_images, tiny_plans):
             assert list(KERNELS[name].parameters) == list(launch["args"]) == [each for each, _ in parameters]
             assert all(is_of(kind, launch["args"][each]) for each, kind in parameters), launch["name"]
             checked.add(name)
-    assert {"float_patches" if float_images else "patches", "attention", "gemm_float"} <= checked
+    assert {"float_patches" if float_images else "patches", "attention", "attention_split", "gemm_float"} <= checked
 
 
 def is_of(kind: str, argument: list | int | None) -> bool:
