@@ -198,7 +198,7 @@ SPLIT_KEYS: list[Attention | WgmmaAttention] = [
     *(SplitAttention(256, 8, 1, 3, 16, 2, split) for split in (3, 4, 5)),
     *(SplitAttention(256, 8, 2, 4, 16, 2, split) for split in (4, 6, 8, 10)),  # for 163 KB of shared memory
 ]
-MOST_SPLIT = 10  # the last block reads what all have: from here on that takes longer than the keys
+MOST_SPLIT = 10  # the last block reads what all have left, 32 KB each, while the others are idle
 VISION: list[Attention | WgmmaAttention] = [
     Attention(72, 1, 8, 1, 64, 2),
     Attention(72, 1, 4, 2, 64, 2),

@@ -176,6 +176,29 @@ def test_memory_notices_a_launch_that_overwrites_what_it_reads():
         memory.end_launch()
 
 
+@pytest.mark.parametrize("counter", [0, 1])
+def test_attention_split_needs_counters_of_zero_and_room_for_every_part(counter):
+    tactic, tokens, keys = SplitAttention(256, 8, 2, 2, 16, 3, 6), 5, 40
+    sizes = {"q": 2 * tokens * 2048, "k": 2 * keys * 256, "v": 2 * keys * 256, "out": 2 * tokens * 2048}
+    sizes |= {"partial": 4 * tactic.partial_words(tokens), "counters": 4 * tactic.groups(tokens)}
+    memory = {name: reference.Memory(np.zeros(size, np.uint8)) for name, size in sizes.items()}
+    memory["counters"].data[-4] = counter
+    one = reference.to_bf16(np.ones((keys, 256), np.float32))
+    memory["v"].data[:] = one.reshape(-1).view(np.uint8)
+    numbers = dict(tokens=tokens, keys=keys, own_keys=0, q_stride=2048, kv_stride=256, own_stride=0, out_stride=2048)
+    pointers = {name: reference.Pointer(each) for name, each in memory.items()}
+    instance = tactic.instance(tokens)
+    arguments = instance.bind(**pointers, **numbers, cache_ready=0, scale=1.0)
+    template = {name: str(value) for name, value in instance.template.items()}
+    launched = reference.Launched("attention_split", template, instance.shape.grid, instance.shape.threads)
+    if counter:
+        with pytest.raises(AssertionError, match="counters are zero"):
+            instance.kernel.reference(launched, **arguments)
+        return
+    instance.kernel.reference(launched, **arguments)
+    assert (memory["out"].data.view(np.uint16) == one[0, 0]).all()  # equal scores: the mean of the values
+
+
 # What the prologue's rounding relies on (rotate_quantize.cu, quantize8)
 
 
