@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from duq.plugins.errors import KernelError
-from duq.plugins.gpu import gpu_of
+from duq.plugins.gpu import Gpu, gpu_of
 
 SOURCES = Path(__file__).parent / "cuda"
 OPTIONS = ("--std=c++17", "--device-as-default-execution-space")  # the latter for lambdas
@@ -62,10 +62,10 @@ def compile_ptx(
 
     Raises KernelError also for an SM whose PTX runs on no other.
     """
-    architecture = gpu_of(sm).ptx_architecture
-    if architecture is None:
-        raise KernelError(f"{source}: PTX for {gpu_of(sm).architecture} runs on SM {sm} alone; compile a cubin")
-    return _compile_cached(source, (SOURCES / source).read_text(), architecture, kernels, headers, options, cache)
+    gpu = gpu_of(sm)
+    if gpu.ptx_architecture is None:
+        raise KernelError(f"{source}: PTX for {gpu.architecture} runs on SM {sm} alone; compile a cubin")
+    return _compile_cached(source, (SOURCES / source).read_text(), gpu, True, kernels, headers, options, cache)
 
 
 def compile_text(
@@ -78,36 +78,34 @@ def compile_text(
     cache: Path | None = None,
 ) -> Cubin:
     """As `compile_cubin`, of source that is no file; `name` is what the compiler calls it."""
-    return _compile_cached(name, text, gpu_of(sm).architecture, kernels, headers, options, cache)
+    return _compile_cached(name, text, gpu_of(sm), False, kernels, headers, options, cache)
 
 
 def _compile_cached(
     name: str,
     text: str,
-    architecture: str,
+    gpu: Gpu,
+    ptx: bool,
     kernels: Sequence[str],
     headers: Mapping[str, str] | None,
     options: Sequence[str],
     cache: Path | None,
 ) -> Cubin:
-    """architecture: "sm_86" for machine code, "compute_86" for PTX."""
+    """Machine code for the GPU, or PTX for it and later ones, compiled now or before."""
     nvrtc = _nvrtc()
     version = _checked(nvrtc, nvrtc.nvrtcVersion(), name)
     texts = {path.name: path.read_text() for path in sorted(SOURCES.glob("*.cuh"))} | dict(headers or {})
+    architecture = gpu.ptx_architecture if ptx else gpu.architecture
     arguments = [f"--gpu-architecture={architecture}", *OPTIONS, *options]
     key = hashlib.sha256(json.dumps([version, text, texts, arguments, list(kernels)]).encode()).hexdigest()
-    entry = (cache or default_cache()) / f"{key}.{'ptx' if _is_ptx(architecture) else 'cubin'}"
+    entry = (cache or default_cache()) / f"{key}.{'ptx' if ptx else 'cubin'}"
     body = read_cached(entry)
     if body is not None:
         symbols, image = body.split(b"\n", 1)
         return Cubin(image, json.loads(symbols))
-    cubin = _compile(nvrtc, name, text, texts, arguments, kernels, _is_ptx(architecture))
+    cubin = _compile(nvrtc, name, text, texts, arguments, kernels, ptx)
     write_cached(entry, json.dumps(dict(cubin.symbols)).encode() + b"\n" + cubin.image)
     return cubin
-
-
-def _is_ptx(architecture: str) -> bool:
-    return architecture.startswith("compute_")
 
 
 def _compile(nvrtc, source, text, headers, arguments, kernels, ptx) -> Cubin:

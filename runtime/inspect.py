@@ -217,7 +217,7 @@ def _programs(plan: Plan) -> list[dict[str, Any]]:
 def _program_table(programs: list[dict[str, Any]]) -> Table:
     table = _table("Programs", "made for", "image", "runs on", "shared memory of a thread block")
     for each in programs:
-        table.add_row(f"SM {each['sm']}", each["image"], each["runs_on"], _size(each["block_shared_bytes"]))
+        table.add_row(f"SM {each['sm']}", each["image"], each["runs_on"], f"{each['block_shared_bytes'] / 1024:.0f} KB")
     return table
 
 

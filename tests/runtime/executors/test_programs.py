@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from duq.plugins.gpu import runs_code_of
+from duq.plugins.gpu import gpu_of, runs_code_of
+from duq.runtime.executors import programs
 from duq.runtime.executors.programs import Program, best_first, programs_of, shared_bytes_of, sm_to_compile_for
 
 KB = 1 << 10
@@ -104,5 +105,6 @@ def test_shared_memory_is_that_of_the_largest_launch():
         (81, 163 * KB, 80),
     ],
 )
-def test_what_to_compile_for(gpu, shared, sm):
+def test_what_to_compile_for(gpu, shared, sm, monkeypatch):
+    monkeypatch.setattr(programs, "GPUS", {sm: gpu_of(sm) for sm in (80, 86, 87, 89, 90)})
     assert sm_to_compile_for(gpu, shared) == sm
