@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from duq.plugins.errors import KernelError
-from duq.plugins.gpu import gpu_of
+from duq.plugins.gpu import Gpu, gpu_of
 
 SOURCES = Path(__file__).parent / "cuda"
 OPTIONS = ("--std=c++17", "--device-as-default-execution-space")  # the latter for lambdas
@@ -57,11 +57,11 @@ def compile_text(
     cache: Path | None = None,
 ) -> Cubin:
     """The same for source that is no file; `name` is what the compiler calls it."""
-    architecture = gpu_of(sm).architecture
+    gpu = gpu_of(sm)
     nvrtc = _nvrtc()
     version = _checked(nvrtc, nvrtc.nvrtcVersion(), name)
     texts = {path.name: path.read_text() for path in sorted(SOURCES.glob("*.cuh"))} | dict(headers or {})
-    arguments = [f"--gpu-architecture={architecture}", *OPTIONS, *options]
+    arguments = [f"--gpu-architecture={gpu.architecture}", *OPTIONS, *_switched_off(gpu), *options]
     key = hashlib.sha256(json.dumps([version, text, texts, arguments, list(kernels)]).encode()).hexdigest()
     entry = (cache or default_cache()) / f"{key}.cubin"
     body = read_cached(entry)
@@ -71,6 +71,12 @@ def compile_text(
     cubin = _compile(nvrtc, name, text, texts, arguments, kernels)
     write_cached(entry, json.dumps(dict(cubin.symbols)).encode() + b"\n" + cubin.image)
     return cubin
+
+
+def _switched_off(gpu: Gpu) -> list[str]:
+    """Macros against features that the row of the GPU does not have, although the code's architecture may."""
+    features = {"-DNO_CLUSTER": gpu.has_clusters, "-DNO_PDL": gpu.has_pdl}
+    return [macro for macro, has in features.items() if not has]
 
 
 def _compile(nvrtc, source, text, headers, arguments, kernels) -> Cubin:

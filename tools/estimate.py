@@ -35,7 +35,7 @@ class Kernel(NamedTuple):
 def estimate(plan: Path, sm: int, cameras: int, prompt_tokens: int) -> Table:
     """For every part of a policy call: launches, operations, bytes and estimated time.
 
-    Of the plan only sizes and what is quantized matter. Raises DuqError for a GPU without numbers.
+    Of the plan only sizes and what is quantized matter. Raises DuqError for a GPU whose numbers are not known.
     """
     if sm not in GPUS:
         raise DuqError(f"--sm {sm}: no numbers for this GPU, there are some for {', '.join(map(str, sorted(GPUS)))}")
@@ -70,7 +70,8 @@ class Model:
 
     def __init__(self, sm: int):
         self.device = gpu_of(sm)
-        self.int8 = 2 * self.device.int8_rate * self.device.multiprocessors * self.device.clock
+        self.device.known("int8_rate")  # refuse before any work
+        self.bf16 = 2 * self.device.known("bf16_rate") * self.device.multiprocessors * self.device.clock
 
     def layer(self, part: str, model: str, config: GemmaConfig, layer: int, m: int, keys: int, quantized: set[str],
               only_cache: bool = False) -> Iterator[Kernel]:  # fmt: skip
@@ -112,7 +113,7 @@ class Model:
         return self.moved(part, "norms, rotary embeddings, sums", 3 * FLOAT * elements, elements)
 
     def product(self, part: str, kind: str, operations: float, moved: float) -> Kernel:
-        seconds = max(operations / (REACHED * self.int8 / 2), moved / self.device.memory_bandwidth)
+        seconds = max(operations / (REACHED * self.bf16), moved / self.device.memory_bandwidth)
         return Kernel(part, kind, operations, moved, seconds + LAUNCH)
 
     def moved(self, part: str, kind: str, moved: float, operations: float) -> Kernel:
@@ -125,7 +126,7 @@ def rotations(m: int, k: int, block: int = 64) -> float:
 
 
 def table(work: list[Kernel], sm: int) -> Table:
-    title = f"An estimate for SM {sm}, not a measurement"
+    title = f"An estimate for SM {sm}, {gpu_of(sm).name}; not a measurement"
     result = Table("part", "what", title=title, title_justify="left")
     for column in ("launches", "operations", "bytes", "ms"):
         result.add_column(column, justify="right")
