@@ -109,6 +109,8 @@ def _most_work(tactic: Tactic, m: int, n: int, k: int, gpu: Gpu) -> float:
 def best(m: int, n: int, k: int, bits: int, gpu: Gpu, slab_tokens: int | None = None) -> Tactic:
     """The tactic to use where nothing is timed: that of the nearest M in the table, else the first candidate.
 
+    The table is an H100's, so only GPUs with wgmma follow it: how many blocks others want is another number.
+
     slab_tokens: of the slabs that the activations lie in, 0 for rows, where another GEMM has settled it.
     Raises KernelError when no tactic fits.
     """
@@ -116,7 +118,8 @@ def best(m: int, n: int, k: int, bits: int, gpu: Gpu, slab_tokens: int | None = 
     if not fitting:
         shared = f" for activations in slabs of {slab_tokens} tokens" if slab_tokens else ""
         raise KernelError(f"no GEMM kernel for M, N, K = {m}, {n}, {k} at {bits} bits on SM {gpu.sm}{shared}")
-    timed = [(abs(m - at), tactic) for at, tactic in _timed().get((n, k, bits), []) if tactic in fitting]
+    table = _timed().get((n, k, bits), []) if gpu.has_wgmma else []
+    timed = [(abs(m - at), tactic) for at, tactic in table if tactic in fitting]
     return min(timed, key=lambda entry: entry[0])[1] if timed else fitting[0]
 
 

@@ -478,11 +478,13 @@ def test_architectures(good, out, refused, monkeypatch):
 
     monkeypatch.setattr(duq.compiler.cli, "open_device", no_driver)
     compiling = [compile_main, good[0], "--quant", "none", "--out", out / "engine.plan", "--target"]
-    refused([*compiling, "cuda", "--sm", 75], "--sm 75: --target cuda compiles for 80, 86, 89, 90")
-    refused([*compiling, "cuda", "--sm", 90, "--sm", 75], "--sm 75: --target cuda compiles for 80, 86, 89, 90")
+    refused([*compiling, "cuda", "--sm", 75], "--sm 75: --target cuda compiles for 80, 86, 87, 89, 90")
+    refused([*compiling, "cuda", "--sm", 90, "--sm", 75], "--sm 75: --target cuda compiles for 80, 86, 87, 89, 90")
     refused([*compiling, "cpu", "--sm", 90], "--sm 90: --target cpu runs on no GPU; leave --sm out")
     refused(
-        [*compiling, "cuda"], "--target cuda needs --sm, one of 80, 86, 89, 90", "no GPU to ask (no usable NVIDIA driver"
+        [*compiling, "cuda"],
+        "--target cuda needs --sm, one of 80, 86, 87, 89, 90",
+        "no GPU to ask (no usable NVIDIA driver",
     )
 
 
