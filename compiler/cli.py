@@ -6,7 +6,7 @@ import resource
 import time
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -40,6 +40,7 @@ from duq.compiler.settings import Choices, PolicySettings, missing_statistics, s
 from duq.compiler.targets import Options
 from duq.plugins.driver import open_device
 from duq.plugins.errors import KernelError
+from duq.plugins.gpu import CARDS, cards_by_sm
 from duq.runtime.cli_errors import check_output_directory, check_output_file, one_line_errors
 from duq.runtime.inspect import settings_table
 
@@ -62,6 +63,15 @@ def _compile(
             help="Compute capability of the GPU without its dot, e.g. 90; may be given several times. "
             "By default that of this machine's GPU."
         ),  # fmt: skip
+    ] = None,
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--gpu",
+            metavar="NAME",
+            help="Card to compile for, e.g. 'RTX 4090': its --sm, and for --target cuda kernels chosen for its "
+            f"multiprocessors. May be given several times. One of {', '.join(card.name for card in CARDS)}.",
+        ),
     ] = None,
     timing: Annotated[
         bool | None,
@@ -129,12 +139,14 @@ def _compile(
 
       duq-compile checkpoints/pi0_libero --robot libero --packs packs --target cuda --sm 90 --out engine.plan
 
+      duq-compile checkpoints/pi0_libero --robot libero --packs packs --target cuda --gpu rtx4090 --out engine.plan
+
       duq-compile checkpoints/pi0_libero --robot libero --packs packs --target tensorrt --sm 86 --out engine.plan
     """
     start = time.perf_counter()
     _check_options(target, recipe)
     check_device(device)
-    options = _target_options(target, sm, timing=timing, ptx=ptx, loop=loop, float_type=float_type)
+    options = _target_options(target, sm, gpu, timing=timing, ptx=ptx, loop=loop, float_type=float_type)
     check_output_file("--out", out)
     if keep_phases is not None:
         check_output_directory("--keep-phases", keep_phases)
@@ -166,7 +178,9 @@ def _check_options(target: str, recipe: Recipe) -> None:
         raise RecipeError("--scheme reference is a fake quantization for studies, without integer arithmetic to compile")
 
 
-def _target_options(target: str, sm: list[int] | None, **chosen: str | bool | None) -> Options:
+def _target_options(
+    target: str, sm: list[int] | None, gpu: list[str] | None = None, **chosen: str | bool | None
+) -> Options:
     """The options of the target, checked; `chosen` that are None were left out. DuqError for one that it does not have."""
     given = {name: value for name, value in chosen.items() if value is not None}
     for name, value in given.items():
@@ -175,8 +189,7 @@ def _target_options(target: str, sm: list[int] | None, **chosen: str | bool | No
             flag = name.replace("_", "-")
             shown = f"--{flag} {value}" if isinstance(value, str) else f"--{flag}" if value else f"--no-{flag}"
             raise DuqError(f"{shown}: is for --target {' and '.join(owners)}; leave it out for {target}")
-    architectures = _architectures(target, sm or [])
-    options = TARGETS[target].options(**given, **({"sm": architectures} if architectures else {}))
+    options = TARGETS[target].options(**given, **_gpus(target, sm or [], gpu or []))
     TARGETS[target].check(options)
     return options
 
@@ -185,15 +198,19 @@ def _names(options: type[Options]) -> set[str]:
     return {field.name for field in fields(options)}
 
 
-def _architectures(target: str, sm: list[int]) -> tuple[int, ...]:
-    """What --sm says, checked; for a target that needs one and without --sm, the GPU of this machine."""
+def _gpus(target: str, sm: list[int], gpu: list[str]) -> dict[str, Any]:
+    """What --sm and --gpu say, checked; for a target that needs a GPU and without both, that of this machine."""
     known = TARGETS[target].architectures
     if not known:
-        if sm:
-            raise DuqError(f"--sm {sm[0]}: --target {target} runs on no GPU; leave --sm out")
-        return ()
-    names = ", ".join(map(str, known))
-    if not sm:
+        for flag, values in (("--sm", sm), ("--gpu", gpu)):
+            if values:
+                raise DuqError(f"{flag} {values[0]}: --target {target} runs on no GPU; leave {flag} out")
+        return {}
+    names, cards = ", ".join(map(str, known)), cards_by_sm(gpu)
+    for card in cards.values():
+        if card.sm not in known:
+            raise DuqError(f"--gpu {card.name}: is SM {card.sm}, --target {target} compiles for {names}")
+    if not sm and not cards:
         try:
             sm = [open_device()]
         except KernelError as error:
@@ -203,7 +220,7 @@ def _architectures(target: str, sm: list[int]) -> tuple[int, ...]:
     for each in sm:
         if each not in known:
             raise DuqError(f"--sm {each}: --target {target} compiles for {names}")
-    return tuple(sorted(set(sm)))
+    return {"sm": tuple(sorted({*sm, *cards})), "gpu": tuple(card.name for card in cards.values())}
 
 
 def _check_robot(

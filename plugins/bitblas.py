@@ -122,7 +122,7 @@ def estimate(tile: Tile, m: int, n: int, k: int, gpu: Gpu) -> float:
 
     operands = tile.threads // 32 * (tile.warp_m + tile.warp_n)
     staged = tile.block_m + 2 * tile.block_n  # copied in; INT4 read and INT8 written by the widening
-    multiply_adds = tile.block_m * tile.block_n * DEPTH / gpu.int8_rate
+    multiply_adds = tile.block_m * tile.block_n * DEPTH / gpu.known("int8_rate")
     work = multiply_adds + (operands + staged) * DEPTH / 107 + 0.93 * tile.block_n
     latency = 190 + 335 / tile.stages + 15 * tile.warp_m * tile.warp_n / 64
 

@@ -59,6 +59,15 @@ def block_shared_bytes(ordinal: int = 0) -> int:
     return int(_call("cuDeviceGetAttribute", attribute, _call("cuDeviceGet", ordinal)))
 
 
+def device_properties(ordinal: int = 0) -> tuple[str, int]:
+    """The device's name, e.g. "H100 80GB HBM3", and its multiprocessors. Raises KernelError as `open_device` does."""
+    open_device(ordinal)
+    device = _call("cuDeviceGet", ordinal)
+    name = _call("cuDeviceGetName", 256, device).split(b"\0")[0].decode()
+    attribute = _driver().CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+    return name.removeprefix("NVIDIA "), _call("cuDeviceGetAttribute", attribute, device)
+
+
 @functools.cache
 def _device(ordinal: int) -> tuple[object, int]:
     """The device's primary context, kept from now on, and its compute capability."""

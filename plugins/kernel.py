@@ -23,12 +23,26 @@ _SCALARS: Mapping[str, type] = {"int": ctypes.c_int, "float": ctypes.c_float}
 
 @dataclass(frozen=True)
 class Shape:
-    """How a kernel is launched: thread blocks, threads a block, dynamic shared memory, blocks a cluster."""
+    """How a kernel is launched: thread blocks, threads a block, dynamic shared memory, blocks a cluster.
+
+    a_multiprocessor: of persistent blocks, which take their work in turn: so many run at once on a multiprocessor, and more
+    are not launched (`Instance.on`). 0: each block has work of its own.
+    """
 
     grid: tuple[int, int, int]
     threads: int
     shared_bytes: int = 0
     cluster: tuple[int, int, int] = (1, 1, 1)
+    a_multiprocessor: int = 0
+
+    def on(self, gpu: Gpu) -> Shape:
+        """The same on a GPU: without clusters where it has none, and no more persistent blocks than it runs at once."""
+        (x, y, z), most = self.grid, self.a_multiprocessor * gpu.multiprocessors
+        return replace(
+            self,
+            grid=(min(x, most), y, z) if most else self.grid,
+            cluster=self.cluster if gpu.has_clusters else (1, 1, 1),
+        )
 
 
 class Code(NamedTuple):
@@ -118,8 +132,8 @@ class Instance:
         return Code(self.source, self.expression, tuple(self.headers.items()))
 
     def on(self, gpu: Gpu) -> Instance:
-        """The same instance as `gpu` launches it: without thread block clusters where it has none."""
-        return self if gpu.has_clusters else replace(self, shape=replace(self.shape, cluster=(1, 1, 1)))
+        """The same instance as `gpu` launches it."""
+        return replace(self, shape=self.shape.on(gpu))
 
     def type_of(self, name: str) -> str:
         """The C++ type of a parameter with the template arguments in it: "const Bf16*"."""

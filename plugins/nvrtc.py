@@ -96,7 +96,7 @@ def _compile_cached(
     version = _checked(nvrtc, nvrtc.nvrtcVersion(), name)
     texts = {path.name: path.read_text() for path in sorted(SOURCES.glob("*.cuh"))} | dict(headers or {})
     architecture = gpu.ptx_architecture if ptx else gpu.architecture
-    arguments = [f"--gpu-architecture={architecture}", *OPTIONS, *options]
+    arguments = [f"--gpu-architecture={architecture}", *OPTIONS, *_switched_off(gpu), *options]
     key = hashlib.sha256(json.dumps([version, text, texts, arguments, list(kernels)]).encode()).hexdigest()
     entry = (cache or default_cache()) / f"{key}.{'ptx' if ptx else 'cubin'}"
     body = read_cached(entry)
@@ -106,6 +106,12 @@ def _compile_cached(
     cubin = _compile(nvrtc, name, text, texts, arguments, kernels, ptx)
     write_cached(entry, json.dumps(dict(cubin.symbols)).encode() + b"\n" + cubin.image)
     return cubin
+
+
+def _switched_off(gpu: Gpu) -> list[str]:
+    """Macros against features that the row of the GPU does not have, although the code's architecture may."""
+    features = {"-DNO_CLUSTER": gpu.has_clusters, "-DNO_PDL": gpu.has_pdl}
+    return [macro for macro, has in features.items() if not has]
 
 
 def _compile(nvrtc, source, text, headers, arguments, kernels, ptx) -> Cubin:

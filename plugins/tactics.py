@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from duq.plugins.errors import KernelError
-from duq.plugins.gpu import MULTIPROCESSORS, Gpu
+from duq.plugins.gpu import Gpu
 from duq.plugins.kernels.attention import Attention, SplitAttention
 from duq.plugins.kernels.attention_wgmma import WgmmaAttention
 from duq.plugins.kernels.gemm_float import FLOAT_CHUNK, GemmFloat
@@ -61,9 +61,9 @@ def fits(tactic: Tactic, m: int, n: int, k: int, bits: int, gpu: Gpu) -> bool:
 def candidates(m: int, n: int, k: int, bits: int, gpu: Gpu, slab_tokens: int | None = None) -> list[Tactic]:
     """The tactics worth timing for y[m, n] = x[m, k] w[n, k]^T on a GPU, perhaps only those that read such slabs.
 
-    For small M (up to SMALL_M), those that suit the GPU's size; for a small policy, which none does, all, those with the
-    most blocks first. For large M, those first whose busiest multiprocessor has the least to do. Sizes that the usual tiles
-    do not divide have tiles of their own: slow for large M, but there.
+    For small M (up to SMALL_M), those that suit the GPU's size. Where none does, all: those with the most blocks first for a
+    small policy, those with the fewest first for a small GPU. For large M, those first whose busiest multiprocessor has the
+    least to do. Sizes that the usual tiles do not divide have tiles of their own: slow for large M, but there.
     """
 
     def usable(tactics: list[Tactic]) -> list[Tactic]:
@@ -73,31 +73,43 @@ def candidates(m: int, n: int, k: int, bits: int, gpu: Gpu, slab_tokens: int | N
     padded = {tactic: -(-m // tactic.tile_tokens) * tactic.tile_tokens for tactic in fitting}
     least = min(padded.values(), default=0)
     fitting = [tactic for tactic in fitting if padded[tactic] <= 1.15 * least]
-    spread_well = [tactic for tactic in fitting if _spread_well(tactic, m, n, bits)]
+    spread_well = [tactic for tactic in fitting if _spread_well(tactic, m, n, bits, gpu)]
     if m > SMALL_M:
-        return sorted(spread_well or fitting, key=lambda tactic: _most_work(tactic, m, n, k))
-    return spread_well or sorted(fitting, key=lambda tactic: -math.prod(tactic.shape(m, n, bits).grid))
+        return sorted(spread_well or fitting, key=lambda tactic: _most_work(tactic, m, n, k, gpu))
+    return spread_well or sorted(fitting, key=lambda tactic: _off(_blocks(tactic, m, n, bits), gpu))
 
 
-def _spread_well(tactic: Tactic, m: int, n: int, bits: int) -> bool:
+def _blocks(tactic: Tactic, m: int, n: int, bits: int) -> int:
+    return math.prod(tactic.shape(m, n, bits).grid)
+
+
+def _off(blocks: int, gpu: Gpu) -> float:
+    """How far a number of blocks is from about as many as the GPU has multiprocessors, which small M wants; 0: it is that."""
+    fewest, most = min(64, gpu.multiprocessors / 2), 2.2 * gpu.multiprocessors
+    return max(fewest - blocks, blocks - most, 0)
+
+
+def _spread_well(tactic: Tactic, m: int, n: int, bits: int, gpu: Gpu) -> bool:
     """Splitting K is for problems with few tiles; and a small M wants about as many blocks as multiprocessors."""
-    x, y, z = tactic.shape(m, n, bits).grid
+    blocks = _blocks(tactic, m, n, bits)
     if isinstance(tactic, Small):
-        return 64 <= x * y * z <= 2.2 * MULTIPROCESSORS
-    return tactic.split == 1 or x * y * z <= 1.25 * MULTIPROCESSORS
+        return _off(blocks, gpu) == 0
+    return tactic.split == 1 or blocks <= 1.25 * gpu.multiprocessors
 
 
-def _most_work(tactic: Tactic, m: int, n: int, k: int) -> float:
+def _most_work(tactic: Tactic, m: int, n: int, k: int, gpu: Gpu) -> float:
     """Multiply-adds of the busiest multiprocessor, its tiles in full; mma.sync multiplies half as fast as wgmma. The tactic
     with the least is the fastest in three of four problems of large M in TABLE."""
     tiles = -(-m // tactic.tile_tokens) * (n // tactic.tile_rows)
-    turns = -(-tiles * tactic.split // MULTIPROCESSORS)
+    turns = -(-tiles * tactic.split // gpu.multiprocessors)
     each = tactic.tile_tokens * tactic.tile_rows * (k / tactic.split + EPILOGUE_CHANNELS)
     return turns * each * (1 if tactic.needs_wgmma else 2)
 
 
 def best(m: int, n: int, k: int, bits: int, gpu: Gpu, slab_tokens: int | None = None) -> Tactic:
     """The tactic to use where nothing is timed: that of the nearest M in the table, else the first candidate.
+
+    The table is an H100's, so only GPUs with wgmma follow it: how many blocks others want is another number.
 
     slab_tokens: of the slabs that the activations lie in, 0 for rows, where another GEMM has settled it.
     Raises KernelError when no tactic fits.
@@ -106,7 +118,8 @@ def best(m: int, n: int, k: int, bits: int, gpu: Gpu, slab_tokens: int | None = 
     if not fitting:
         shared = f" for activations in slabs of {slab_tokens} tokens" if slab_tokens else ""
         raise KernelError(f"no GEMM kernel for M, N, K = {m}, {n}, {k} at {bits} bits on SM {gpu.sm}{shared}")
-    timed = [(abs(m - at), tactic) for at, tactic in _timed().get((n, k, bits), []) if tactic in fitting]
+    table = _timed().get((n, k, bits), []) if gpu.has_wgmma else []
+    timed = [(abs(m - at), tactic) for at, tactic in table if tactic in fitting]
     return min(timed, key=lambda entry: entry[0])[1] if timed else fitting[0]
 
 
@@ -138,7 +151,7 @@ def float_candidates(m: int, n: int, k: int, gpu: Gpu) -> list[GemmFloat]:
         and tactic.shape(m, n).shared_bytes <= gpu.block_shared_bytes
     ]
     busy = [t for t in fitting if t.split * t.warps * FLOAT_CHUNK <= k]
-    spread = [t for t in busy if 64 <= n // (16 * t.rows16) * t.split <= 2.2 * MULTIPROCESSORS]
+    spread = [t for t in busy if _off(n // (16 * t.rows16) * t.split, gpu) == 0]
     return spread or fitting
 
 
@@ -165,7 +178,7 @@ def best_float(m: int, n: int, k: int, gpu: Gpu) -> GemmFloat:
     if timed:
         return timed[0]
     blocks = {t: n // (16 * t.rows16) * t.split for t in candidates if t.rows16 == candidates[0].rows16}
-    return next((t for t in blocks if blocks[t] > MULTIPROCESSORS), max(blocks, key=lambda tactic: blocks[tactic]))
+    return next((t for t in blocks if blocks[t] > gpu.multiprocessors), max(blocks, key=lambda tactic: blocks[tactic]))
 
 
 # What was timed for the policy's attentions, the best first (docs/performance.md); those with few rows and no cluster

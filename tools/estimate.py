@@ -1,4 +1,4 @@
-"""What a call of a policy should take on a GPU that is not at hand, for duq-profile --sm.
+"""What a call of a policy should take on a GPU that is not at hand, for duq-profile --sm and --gpu.
 
 A model, not a measurement: operations and bytes of every kernel against the GPU's rates. Integer products are estimated
 by the tile that would run (plugins/bitblas.py); the other kernels by the larger of bytes over bandwidth and operations over
@@ -14,8 +14,7 @@ from typing import NamedTuple
 from rich.table import Table
 
 from duq.plugins import bitblas
-from duq.plugins.errors import DuqError
-from duq.plugins.gpu import GPUS, gpu_of
+from duq.plugins.gpu import Gpu, gpu_of
 from duq.runtime.config import GemmaConfig, ModelConfig
 from duq.runtime.plan import Plan
 
@@ -32,21 +31,19 @@ class Kernel(NamedTuple):
     seconds: float
 
 
-def estimate(plan: Path, sm: int, cameras: int, prompt_tokens: int) -> Table:
+def estimate(plan: Path, gpu: Gpu, cameras: int, prompt_tokens: int) -> Table:
     """For every part of a policy call: launches, operations, bytes and estimated time.
 
-    Of the plan only sizes and what is quantized matter. Raises DuqError for a GPU without numbers.
+    Of the plan only sizes and what is quantized matter. Raises KernelError for a GPU whose rates are not public.
     """
-    if sm not in GPUS:
-        raise DuqError(f"--sm {sm}: no numbers for this GPU, there are some for {', '.join(map(str, sorted(GPUS)))}")
     manifest = Plan(plan, verify=False).manifest
     config = ModelConfig.from_json(manifest["model"])
-    return table(list(kernels(config, manifest, sm, cameras, prompt_tokens)), sm)
+    return table(list(kernels(config, manifest, gpu, cameras, prompt_tokens)), gpu)
 
 
-def kernels(config: ModelConfig, manifest: dict, sm: int, cameras: int, prompt_tokens: int) -> Iterator[Kernel]:
+def kernels(config: ModelConfig, manifest: dict, device: Gpu, cameras: int, prompt_tokens: int) -> Iterator[Kernel]:
     """Every launch of a call."""
-    gpu = Model(sm)
+    gpu = Model(device)
     quantized = {name for name, linear in manifest["quantization"]["linears"].items() if linear["activation_bits"] == 8}
     vision, patches = config.vision, config.vision.tokens
     prefix = cameras * patches + prompt_tokens
@@ -68,9 +65,9 @@ def kernels(config: ModelConfig, manifest: dict, sm: int, cameras: int, prompt_t
 class Model:
     """The kernels of one GPU and their times."""
 
-    def __init__(self, sm: int):
-        self.device = gpu_of(sm)
-        self.int8 = 2 * self.device.int8_rate * self.device.multiprocessors * self.device.clock
+    def __init__(self, device: Gpu):
+        device.known("int8_rate")  # refuse before any work
+        self.device, self.bf16 = device, 2 * device.known("bf16_rate") * device.multiprocessors * device.clock
 
     def layer(self, part: str, model: str, config: GemmaConfig, layer: int, m: int, keys: int, quantized: set[str],
               only_cache: bool = False) -> Iterator[Kernel]:  # fmt: skip
@@ -112,7 +109,7 @@ class Model:
         return self.moved(part, "norms, rotary embeddings, sums", 3 * FLOAT * elements, elements)
 
     def product(self, part: str, kind: str, operations: float, moved: float) -> Kernel:
-        seconds = max(operations / (REACHED * self.int8 / 2), moved / self.device.memory_bandwidth)
+        seconds = max(operations / (REACHED * self.bf16), moved / self.device.memory_bandwidth)
         return Kernel(part, kind, operations, moved, seconds + LAUNCH)
 
     def moved(self, part: str, kind: str, moved: float, operations: float) -> Kernel:
@@ -124,8 +121,8 @@ def rotations(m: int, k: int, block: int = 64) -> float:
     return m * k * (block.bit_length() - 1)
 
 
-def table(work: list[Kernel], sm: int) -> Table:
-    title = f"An estimate for SM {sm}, not a measurement"
+def table(work: list[Kernel], gpu: Gpu) -> Table:
+    title = f"An estimate for {gpu.name} (SM {gpu.sm}), not a measurement"
     result = Table("part", "what", title=title, title_justify="left")
     for column in ("launches", "operations", "bytes", "ms"):
         result.add_column(column, justify="right")

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from duq.plugins.errors import DuqError
+from duq.plugins.gpu import gpu_named, gpu_of
 from duq.runtime.cli_errors import one_line_errors
 from duq.runtime.executors.cuda import CudaExecutor
 from duq.runtime.plan import Plan
@@ -42,6 +43,7 @@ def _profile(
     sm: Annotated[
         int | None, typer.Option(help="Measure nothing: estimate a call on this GPU, e.g. 86 for an A40. Any plan will do.")
     ] = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", metavar="NAME", help="The same on this card, e.g. rtx4090.")] = None,
 ) -> None:
     """Time every launch of a call and print a table: kernel, launches, microseconds, bytes, share of the ceiling.
 
@@ -55,9 +57,14 @@ def _profile(
       duq-profile engine.plan --cameras 3
 
       duq-profile engine.plan --sm 86
+
+      duq-profile engine.plan --gpu rtx4090
     """
-    if sm is not None:
-        Console(width=110).print(estimate(plan, sm, cameras, prompt_tokens))
+    if sm is not None and gpu is not None:
+        raise DuqError(f"--sm {sm} and --gpu {gpu}: give one of them")
+    card = gpu_named(gpu) if gpu is not None else gpu_of(sm) if sm is not None else None
+    if card is not None:
+        Console(width=110).print(estimate(plan, card, cameras, prompt_tokens))
         return
     executor = CudaExecutor(Plan(plan))
     size = min((s for s in executor.sizes if s[0] == cameras and s[1] >= prompt_tokens), default=None)

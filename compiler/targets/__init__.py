@@ -13,9 +13,11 @@ from duq.compiler.checkpoint import Checkpoint
 from duq.compiler.graph.export import Graphs
 from duq.compiler.phases import Phase
 from duq.compiler.settings import PolicySettings, default_settings
+from duq.plugins.gpu import Gpu, cards_by_sm
 from duq.runtime.plan import PlanWriter
 
 O = TypeVar("O", bound="Options")  # noqa: E741
+G = TypeVar("G", bound="GpuOptions")
 O_contra = TypeVar("O_contra", bound="Options", contravariant=True)
 
 
@@ -60,9 +62,24 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class GpuOptions(Options):
-    """`sm`: compute capabilities of the GPUs that the plan runs on, e.g. (86, 90)."""
+    """What GPUs the plan runs on.
+
+    Attributes:
+        sm: their compute capabilities, e.g. (86, 90).
+        gpu: cards (plugins/gpu.py), at most one of an SM, whose SMs belong to `sm` as well. The others are typical ones.
+    """
 
     sm: tuple[int, ...] = ()
+    gpu: tuple[str, ...] = ()
+
+    @property
+    def cards(self) -> dict[int, Gpu]:
+        """The named cards by SM. Raises KernelError for an unknown one and for two of one SM."""
+        return cards_by_sm(self.gpu)
+
+    def settled(self: G, checkpoint: Checkpoint) -> G:
+        settled = super().settled(checkpoint)
+        return replace(settled, sm=tuple(sorted({*settled.sm, *settled.cards})))
 
 
 class Emit(Protocol[O_contra]):

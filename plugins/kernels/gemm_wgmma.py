@@ -6,7 +6,6 @@ import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
-from duq.plugins.gpu import MULTIPROCESSORS
 from duq.plugins.kernel import Instance, Kernel, Shape
 from duq.plugins.kernels.gemm import PARAMETERS, make_reference, staged_bytes, warp_staging_bytes
 from duq.plugins.kernels.reference import Launched, Pointer
@@ -60,14 +59,13 @@ class Wgmma:
 
     def shape(self, m: int, n: int, bits: int) -> Shape:
         tiles = -(-m // self.tile_tokens) * (n // self.tile_rows)
-        blocks = min(tiles, MULTIPROCESSORS) if self.split == 1 else tiles * self.split
         threads = 160 if self.groups == 1 else 128 * self.groups + 128
         ring, warps = self.stages * (self.tile_tokens * 128 + 64 * self.groups * 16 * bits), 4 * self.groups
         if self.split == 1:
-            return Shape((blocks, 1, 1), threads, ring + warps * warp_staging_bytes(1))
+            return Shape((tiles, 1, 1), threads, ring + warps * warp_staging_bytes(1), a_multiprocessor=1)
         groups = -(-self.tokens8 // self.split)  # of 8 tokens, that a block finishes
         accumulators = warps * (groups * self.split * 512 + staged_bytes(8 * groups, 16))
-        return Shape((blocks, 1, 1), threads, max(ring, accumulators), (self.split, 1, 1))
+        return Shape((tiles * self.split, 1, 1), threads, max(ring, accumulators), (self.split, 1, 1))
 
     def instance(self, m: int, n: int, bits: int, out: str, epilogue: str = "NONE") -> Instance:
         """For y [m, n] of the C++ type `out`, a weight of `bits`; epilogue: NONE, GELU or GEGLU."""

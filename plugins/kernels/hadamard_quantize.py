@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from duq.plugins.gpu import MULTIPROCESSORS
 from duq.plugins.kernel import Instance, Kernel, Shape
 from duq.plugins.kernels.reference import Launched, Pointer
 from duq.plugins.kernels.rotate_quantize import reference as rotate_and_quantize
@@ -41,5 +40,6 @@ HADAMARD_QUANTIZE = Kernel(
 def hadamard_quantize(tokens: int, depth: int) -> Instance:
     """bf16 rows of `depth` (HADAMARD_DEPTHS) channels, rotated by a block Hadamard of 64."""
     threads = depth // 32
-    blocks = min(tokens, MULTIPROCESSORS * (2 * MAX_THREADS // threads))
-    return HADAMARD_QUANTIZE.instance(Shape((blocks, 1, 1), threads, 6 * depth))
+    return HADAMARD_QUANTIZE.instance(
+        Shape((tokens, 1, 1), threads, 6 * depth, a_multiprocessor=2 * MAX_THREADS // threads)
+    )

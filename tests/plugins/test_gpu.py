@@ -1,4 +1,4 @@
-"""The rows of GPUs: what each promises, and that one row is all that another GPU needs."""
+"""The cards: what each promises, and that a row is all that another GPU needs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from duq.compiler.pipeline import compile_policy, quantize_checkpoint
 from duq.compiler.quant import load_recipe
 from duq.compiler.quant.recipe import DEFAULT_PRESET
 from duq.compiler.targets import Options, cuda
+from duq.compiler.targets.cuda import CudaOptions
 from duq.plugins.errors import KernelError
-from duq.plugins.gpu import GPUS, gpu_of
+from duq.plugins.gpu import CARDS, GPUS, gpu_named, gpu_of
+from duq.plugins.nvrtc import compile_text
 from duq.runtime.executors.cpu import CpuExecutor
 from duq.runtime.plan import Plan
 from tests.support import emulate
@@ -23,36 +25,109 @@ SILENT = Progress(disable=True)
 SETTINGS = {"num_steps": 2, "cameras": 1}
 
 
-def test_rows_are_of_one_piece():
-    for sm, gpu in GPUS.items():
-        assert gpu.sm == sm and gpu.architecture.removesuffix("a") == f"sm_{sm}" and gpu_of(sm) is gpu
-        assert gpu.block_shared_bytes < gpu.shared_bytes and gpu.threads % 32 == 0
-        assert gpu.has_clusters or not gpu.has_wgmma
+EACH_CARD = pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+TYPICAL = {80: "A100", 86: "A40", 87: "Jetson AGX Orin 64 GB", 89: "L40S", 90: "H100", 100: "B200", 103: "B300",
+           110: "Jetson Thor", 120: "RTX 5090", 121: "GB10"}  # fmt: skip
+LIMITS = ("architecture", "block_shared_bytes", "shared_bytes", "threads", "has_wgmma", "has_clusters", "has_pdl")
+
+
+@EACH_CARD
+def test_a_row_is_of_one_piece(card):
+    assert card.architecture.removesuffix("a") == f"sm_{card.sm}"
+    assert card.block_shared_bytes == card.shared_bytes - 1024 and card.threads % 32 == 0
+    assert card.has_clusters or not card.has_wgmma
+    assert all(getattr(card, limit) == getattr(gpu_of(card.sm), limit) for limit in LIMITS)
+
+
+def test_an_sm_has_a_typical_card():
+    assert {sm: gpu.name for sm, gpu in GPUS.items()} == TYPICAL and list(GPUS) == sorted(GPUS)
+    assert all(gpu_of(sm) is gpu and gpu.sm == sm for sm, gpu in GPUS.items())
+
+
+# Dense peaks of the data sheets: INT8 TOPS and bf16 TFLOPS with float32 sums.
+@pytest.mark.parametrize(
+    ("name", "int8", "bf16"),
+    [
+        ("A100", 624, 312), ("A40", 299.3, 149.7), ("RTX A6000", 309.7, 154.8), ("RTX 3090", 284, 71),
+        ("Jetson AGX Orin 64 GB", 85, None), ("Jetson AGX Orin 32 GB", 54, None), ("Jetson Orin NX 16 GB", 30, None),
+        ("L40S", 733, 362), ("RTX 4090", 660.6, 165.2), ("RTX 5090", 838, 209.5), ("RTX PRO 6000", None, 503.8),
+    ],
+)  # fmt: skip
+def test_rates_make_the_peaks_of_the_data_sheets(name, int8, bf16):
+    card = gpu_named(name)
+    for rate, peak in ((card.int8_rate, int8), (card.bf16_rate, bf16)):
+        assert peak is None or 2e-12 * rate * card.multiprocessors * card.clock == pytest.approx(peak, rel=0.02)
+
+
+def test_a_number_that_is_not_public_is_refused():
+    assert gpu_named("L40S").known("int8_rate") == 1024
+    with pytest.raises(KernelError, match="GB10: its int8_rate is not public"):
+        gpu_named("GB10").known("int8_rate")
+
+
+@EACH_CARD
+def test_a_card_has_its_names(card):
+    for name in (card.name, *card.also):
+        assert gpu_named(name) is card and gpu_named(name.lower().replace(" ", "-")) is card
+        assert gpu_named(f"NVIDIA {name.replace(' ', '')}") is card
 
 
 def test_an_unknown_one_is_refused():
-    with pytest.raises(KernelError, match="no kernels for SM 75; known are 80, 86, 87, 89, 90"):
+    with pytest.raises(KernelError, match="no kernels for SM 75; known are 80, 86, 87, 89, 90, 100, 103, 110, 120, 121"):
         gpu_of(75)
+    with pytest.raises(KernelError, match="--gpu RTX 9090: unknown; known are A100, A40, .*, GB10$"):
+        gpu_named("RTX 9090")
+    with pytest.raises(KernelError, match="--gpu : unknown"):
+        gpu_named("")
 
 
 def test_the_cuda_target_offers_every_row():
     assert list(cuda.ARCHITECTURES) == sorted(GPUS)
 
 
-@pytest.mark.parametrize("name", ["pi0", "pi05"])
-def test_all_kernels_of_a_policy_compile_for_orin(name, tiny_plans, tmp_path):
-    """SM 87 is a row and nothing else: its plan has machine code, and its schedule computes the policy."""
-    checkpoint = load_checkpoint(tiny_plans(name, "none").checkpoint)
+@pytest.mark.parametrize("sm", GPUS)
+def test_code_uses_the_features_of_the_row_alone(sm, tmp_path):
+    """A GPU without clusters in its row has code without, even where its architecture has them."""
+
+    def holds(condition: str) -> bool:
+        text = f'#include "common.cuh"\n#if !({condition})\n#error does not hold\n#endif\n__global__ void nothing() {{}}'
+        try:
+            return bool(compile_text("probe.cu", text, sm, ["nothing"], cache=tmp_path).image)
+        except KernelError as error:
+            assert "does not hold" in str(error)
+            return False
+
+    assert holds("CLUSTER") == gpu_of(sm).has_clusters and holds("!defined(NO_PDL)") == gpu_of(sm).has_pdl
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_plans):
+    checkpoint = load_checkpoint(tiny_plans("pi0", "none").checkpoint)
     recipe = load_recipe(DEFAULT_PRESET, environment={})
-    quantization = quantize_checkpoint(checkpoint, recipe, [observation(checkpoint.config, 0, cameras=1)], SILENT)
-    plans = {}
-    for options in (cuda.CudaOptions(sm=(87,), timing=False, **SETTINGS), Options(**SETTINGS)):
-        path = tmp_path / f"{options.target}.plan"
-        compile_policy(checkpoint, quantization, path, options, SILENT)
-        plans[options.target] = Plan(path)
-    cubins = [entry for entry in plans["cuda"].names if entry.startswith("cubin/sm87/")]
-    assert len(cubins) > 10 and all(bytes(plans["cuda"].read(each)[:4]) == b"\x7fELF" for each in cubins)
-    inputs, noise = make_inputs(checkpoint.config, (True, False, False), 5), make_noise(checkpoint.config)
-    expected, _ = CpuExecutor(plans["cpu"], threads=1).run(inputs, noise)
-    actions = emulate.run(plans["cuda"], 87, inputs, noise)
-    assert np.linalg.norm(actions - expected) < 0.02 * np.linalg.norm(expected)
+    return checkpoint, quantize_checkpoint(checkpoint, recipe, [observation(checkpoint.config, 0, cameras=1)], SILENT)
+
+
+@pytest.fixture(scope="module")
+def expected(policy, tmp_path_factory):
+    """Inputs, noise, and the CPU engine's actions for them."""
+    path = tmp_path_factory.mktemp("cpu") / "engine.plan"
+    compile_policy(*policy, path, Options(**SETTINGS), SILENT)
+    config = policy[0].config
+    inputs, noise = make_inputs(config, (True, False, False), 5), make_noise(config)
+    return inputs, noise, CpuExecutor(Plan(path), threads=1).run(inputs, noise)[0]
+
+
+# Those that never ran.
+@pytest.mark.parametrize("card", ["agxorin64gb", "orinnx16gb", "b200", "b300", "thor", "rtx5090", "gb10"])
+def test_all_kernels_of_a_policy_compile(card, policy, expected, tmp_path):
+    """A row is all that a GPU needs: its plan has machine code, and its schedule computes the policy."""
+    gpu, path = gpu_named(card), tmp_path / "engine.plan"
+    compile_policy(*policy, path, CudaOptions(gpu=(card,), timing=False, **SETTINGS), SILENT)
+    plan = Plan(path)
+    cubins = [entry for entry in plan.names if entry.startswith(f"cubin/sm{gpu.sm}/")]
+    assert len(cubins) > 10 and all(bytes(plan.read(each)[:4]) == b"\x7fELF" for each in cubins)
+    assert plan.manifest["sm"] == [gpu.sm] and plan.manifest["gpu"] == [card]
+    assert plan.manifest["graphs"][f"sm{gpu.sm}"]["gpu"] == f"{gpu.name}, {gpu.multiprocessors} multiprocessors"
+    inputs, noise, actions = expected
+    found = emulate.run(plan, gpu.sm, inputs, noise)
+    assert np.linalg.norm(found - actions) < 0.02 * np.linalg.norm(actions)

@@ -12,7 +12,7 @@ from duq.plugins import kernels
 from duq.plugins.errors import KernelError
 from duq.plugins.gpu import gpu_of
 from duq.plugins.kernel import Kernel, Shape
-from duq.plugins.kernels import GemmFloat, Large, Small
+from duq.plugins.kernels import GemmFloat, Large, Small, Wgmma, hadamard_quantize
 
 NORMALIZE = kernels.normalize(50, 1024, "float", "Bf16", center=True)
 
@@ -96,6 +96,15 @@ def test_a_gpu_without_clusters_gets_none():
     without = instance.on(gpu_of(86))
     assert without.shape.cluster == (1, 1, 1) and without.shape.grid == instance.shape.grid
     assert without.code == instance.code
+
+
+@pytest.mark.parametrize(("sm", "blocks"), [(90, 132), (87, 16), (121, 48)])
+def test_persistent_blocks_are_as_many_as_a_gpu_runs_at_once(sm, blocks):
+    few, many = Wgmma(2, 13, 4).instance(100, 256, 4, "int"), Wgmma(2, 13, 4).instance(1000, 2048, 4, "int")
+    assert few.on(gpu_of(sm)).shape.grid == few.shape.grid == (2, 1, 1)
+    assert many.shape.grid == (160, 1, 1) and many.on(gpu_of(sm)).shape.grid == (blocks, 1, 1)
+    of_4096 = [hadamard_quantize(tokens, 4096).on(gpu_of(sm)).shape.grid[0] for tokens in (5, 5000)]
+    assert of_4096 == [5, 8 * blocks]  # 128 threads each, of 1024
 
 
 def test_code_is_the_key_of_what_is_compiled():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from duq.plugins import tactics
 from duq.plugins.errors import KernelError
-from duq.plugins.gpu import GPUS, Gpu, gpu_of
+from duq.plugins.gpu import CARDS, Gpu, gpu_named, gpu_of
 from duq.plugins.kernels import SplitAttention
 from duq.plugins.tactics import SMALL_M, best, best_attention, best_float, candidates, fits
 
@@ -16,7 +18,7 @@ H100 = gpu_of(90)
 EXPERT = [(2560, 1024), (1024, 2048), (8192, 1024), (1024, 4096)]
 PREFIX = [(2560, 2048), (2048, 2048), (32768, 2048), (2048, 16384)]
 PROBLEMS = [(m, *s) for m in (50, 51, 64) for s in EXPERT] + [(m, *s) for m in (256, 306, 562, 818, 968) for s in PREFIX]
-EVERY_GPU = pytest.mark.parametrize("gpu", GPUS.values(), ids=lambda gpu: str(gpu.sm))
+EVERY_GPU = pytest.mark.parametrize("gpu", CARDS, ids=lambda gpu: gpu.name)
 
 
 @EVERY_GPU
@@ -35,13 +37,51 @@ def test_every_gemm_of_the_policy_has_a_tactic(m, n, k, bits, gpu):
     st.integers(1, 300),
     st.integers(1, 100),
     st.sampled_from([4, 8]),
-    st.sampled_from(list(GPUS.values())),
+    st.sampled_from(CARDS),
 )
 def test_every_gemm_of_whole_tiles_has_a_tactic(m: int, rows16: int, chunks: int, bits: int, gpu: Gpu):
     """N in multiples of 16 and K of 64, those of a fragment (plugins/layout.py)."""
     n, k = 16 * rows16, 64 * chunks
     found = candidates(m, n, k, bits, gpu)
     assert found and all(fits(tactic, m, n, k, bits, gpu) for tactic in found)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_h200_has_the_tactics_of_an_h100(bits):
+    """The table's, for 132 multiprocessors."""
+    for problem in PROBLEMS:
+        assert candidates(*problem, bits, gpu_named("H200")) == candidates(*problem, bits, H100)
+
+
+@EVERY_GPU
+@pytest.mark.parametrize(("n", "k"), EXPERT)
+def test_a_small_m_has_about_as_many_blocks_as_multiprocessors(n, k, gpu):
+    """At least half as many, and at most twice, but for what even the largest tiles have; a cluster of WgmmaSmall is free."""
+    tactic = best(50, n, k, 4, gpu)
+    blocks = math.prod(tactic.shape(50, n, 4).grid)
+    assert min(64, gpu.multiprocessors // 2) <= blocks
+    assert blocks <= 2.2 * gpu.multiprocessors or (tactic.split == 1 and (tactic.needs_wgmma or tactic.tile_rows == 64))
+
+
+def busiest(tactic, m: int, n: int, k: int, multiprocessors: int) -> float:
+    """Multiply-adds and epilogue of the multiprocessor with the most tiles, which are dealt out one by one."""
+    work = [0.0] * multiprocessors
+    for tile in range(-(-m // tactic.tile_tokens) * (n // tactic.tile_rows)):
+        work[tile % multiprocessors] += tactic.tile_tokens * tactic.tile_rows * (k + 256)
+    return max(work)
+
+
+@pytest.mark.parametrize("name", ["A100", "A40", "RTX 3090", "AGX Orin 64 GB", "Orin NX 16 GB", "RTX 4090", "RTX 5090"])
+@pytest.mark.parametrize(("n", "k"), PREFIX)
+def test_a_large_m_has_the_least_work_on_the_busiest_multiprocessor(n, k, name):
+    gpu = gpu_named(name)
+    work = [busiest(tactic, 818, n, k, gpu.multiprocessors) for tactic in candidates(818, n, k, 4, gpu)]
+    assert len(work) > 3 and work[0] == min(work)
+
+
+def test_cards_of_one_sm_may_differ():
+    tactics_of = [[best(818, n, k, 4, gpu_named(name)) for n, k in PREFIX] for name in ("L40S", "RTX 4090")]
+    assert tactics_of[0] != tactics_of[1]
 
 
 def test_timed_tactics_are_chosen():

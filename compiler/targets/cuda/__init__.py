@@ -54,6 +54,7 @@ class CudaOptions(GpuOptions):
 
     Attributes:
         timing: beside a GPU of one of the `sm`, choose tactics by timing; without, equal inputs give equal plans.
+            Tactics that are not timed are chosen for the multiprocessors of the SM's card.
         ptx: carry PTX of a program, so that the plan runs on later GPUs too.
     """
 
@@ -101,10 +102,10 @@ def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options: CudaOp
     weights, schedules = Weights(), {}
     sections: dict[str, Any] = {"ptx": list(options.ptx_sms)}
     for sm in options.sm:
-        planned, timed = _plan_for(gpu_of(sm), graphs, ops, weights, progress, options, report)
-        pixel = _pixel(options)
-        schedules[sm] = emit_schedule(planned, gpu_of(sm), pixel, sm in options.ptx_sms, writer, progress)
-        sections[f"sm{sm}"] = _summary(planned, schedules[sm], timed)
+        gpu, timed = _gpu_for(sm, options)
+        planned = _plan_for(gpu, timed, graphs, ops, weights, progress, options, report)
+        schedules[sm] = emit_schedule(planned, gpu, _pixel(options), sm in options.ptx_sms, writer, progress)
+        sections[f"sm{sm}"] = _summary(planned, schedules[sm], gpu, timed)
     offsets = _write_weights(weights, writer, progress)
     (table,) = [op.table for op in ops["prefix"] if isinstance(op, Prompt)]
     writer.write("embedding", to_bf16(array_of(table)))
@@ -113,21 +114,29 @@ def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options: CudaOp
     return sections
 
 
+def _gpu_for(sm: int, options: CudaOptions) -> tuple[Gpu, bool]:
+    """The card that tactics are chosen for, and whether by timing on it: on this machine's GPU, unless another is named."""
+    named, here = options.cards.get(sm), timing.gpu_at_hand(sm) if options.timing else None
+    if here is None or (named is not None and named.multiprocessors != here.multiprocessors):
+        return named or gpu_of(sm), False
+    return here, True
+
+
 def _plan_for(
     gpu: Gpu,
+    timed: bool,
     graphs: Graphs,
     ops: dict[str, list[fusing.Op]],
     weights: Weights,
     progress: Progress,
     options: CudaOptions,
     report: Report,
-) -> tuple[list[Planned], bool]:
-    """The planned programs of every size for a GPU, and whether their tactics were timed."""
+) -> list[Planned]:
+    """The planned programs of every size for a GPU; `timed`: which is at hand to time tactics on."""
     config = graphs.config
     sizes = [Size(c, p) for c in range(1, options.cameras + 1) for p in prompt_sizes(config.max_prompt_tokens)]
     models = dict(graphs.items())
     sized = [{name: specialize(ops[name], models[name], size, config) for name in models} for size in sizes]
-    timed = options.timing and timing.has_gpu(gpu)
     every = [each for graph in sized for each in graph.values()]
     tuner = timing.by_timing(gemms_of(every), gpu, progress) if timed else from_table(gpu)
     programs = []
@@ -140,7 +149,7 @@ def _plan_for(
         programs = timing.with_timed_algorithms(programs, progress)
     planned = [(program, plan_streams(program, gpu), plan_memory(program)) for program in programs]
     report.programs(gpu, planned)
-    return planned, timed
+    return planned
 
 
 def prompt_sizes(max_tokens: int) -> list[int]:
@@ -167,9 +176,10 @@ def _write_weights(weights: Weights, writer: PlanWriter, progress: Progress) -> 
     return offsets
 
 
-def _summary(planned: list[Planned], schedule: dict[str, Any], timed: bool) -> dict[str, Any]:
+def _summary(planned: list[Planned], schedule: dict[str, Any], gpu: Gpu, timed: bool) -> dict[str, Any]:
     largest = planned[-1][0]
     return {
+        "gpu": f"{gpu.name}, {gpu.multiprocessors} multiprocessors",
         "launches": {"prefix": len(largest.prefix), "step": len(largest.step)},
         "sizes": [f"{program.cameras} cameras, {program.prompt} prompt tokens" for program, _, _ in planned],
         "kernels": len(schedule["kernels"]),

@@ -14,9 +14,9 @@ from duq.compiler.targets.cuda.gemm import AnyGemm, Gemm, Tactic, Tuner
 from duq.compiler.targets.cuda.launches import Launch, Program
 from duq.compiler.targets.cuda.timing_inputs import FloatInputs, IntegerInputs
 from duq.plugins.cublas import CublasLt, Problem
-from duq.plugins.driver import Kernel, Stream, load, open_device
+from duq.plugins.driver import Kernel, Stream, device_properties, load, open_device
 from duq.plugins.errors import KernelError
-from duq.plugins.gpu import Gpu
+from duq.plugins.gpu import Gpu, gpu_of
 from duq.plugins.kernel import Code
 from duq.plugins.kernels import bitblas
 from duq.plugins.tactics import SMALL_M
@@ -28,12 +28,15 @@ from duq.plugins.timing import milliseconds
 FASTER, FASTER_THAN_IN_CHAIN = 1.05, 1.25
 
 
-def has_gpu(gpu: Gpu) -> bool:
-    """Whether this machine's GPU is of the architecture."""
+def gpu_at_hand(sm: int) -> Gpu | None:
+    """This machine's GPU, with its own name and multiprocessors; None where it has none of the architecture."""
     try:
-        return open_device() == gpu.sm
+        if open_device() != sm:
+            return None
     except KernelError:
-        return False
+        return None
+    name, multiprocessors = device_properties()
+    return replace(gpu_of(sm), name=name, multiprocessors=multiprocessors)
 
 
 def by_timing(gemms: Iterable[AnyGemm], gpu: Gpu, progress: Progress) -> Tuner:

@@ -6,11 +6,13 @@ from dataclasses import fields
 
 import pytest
 
+from duq.compiler.checkpoint import load_checkpoint
 from duq.compiler.cli import _target_options
 from duq.compiler.errors import DuqError
 from duq.compiler.pipeline import TARGETS
 from duq.compiler.targets import Options
 from duq.compiler.targets.cuda import CudaOptions
+from duq.plugins.gpu import gpu_named
 from duq.runtime.plan import Plan
 
 COMMON = {"robot", "num_steps", "cameras", "settings", "float_images"}
@@ -18,7 +20,7 @@ COMMON = {"robot", "num_steps", "cameras", "settings", "float_images"}
 
 def test_a_target_has_the_common_options_and_its_own():
     own = {name: {field.name for field in fields(target.options)} - COMMON for name, target in TARGETS.items()}
-    assert own == {"cpu": set(), "cuda": {"sm", "timing", "ptx"}, "tensorrt": {"sm", "loop", "float_type"}}
+    assert own == {"cpu": set(), "cuda": {"sm", "gpu", "timing", "ptx"}, "tensorrt": {"sm", "gpu", "loop", "float_type"}}
     for name, target in TARGETS.items():
         assert target.name == target.options.target == name and COMMON <= {field.name for field in fields(target.options)}
 
@@ -26,6 +28,30 @@ def test_a_target_has_the_common_options_and_its_own():
 def test_what_is_given_becomes_the_target_s_options():
     assert _target_options("cpu", None, timing=None, loop=None) == Options()
     assert _target_options("cuda", [90, 80, 90], timing=False, loop=None) == CudaOptions(sm=(80, 90), timing=False)
+    assert _target_options("cuda", [90], ["rtx-4090"]) == CudaOptions(sm=(89, 90), gpu=("RTX 4090",))
+    assert _target_options("cuda", None, ["gb10", "NVIDIA L40S"]) == CudaOptions(sm=(89, 121), gpu=("GB10", "L40S"))
+
+
+def test_a_card_brings_its_sm(tiny_plans):
+    checkpoint = load_checkpoint(tiny_plans("pi0", "none").checkpoint)
+    options = CudaOptions(sm=(90,), gpu=("rtx3090",)).settled(checkpoint)
+    assert options.sm == (86, 90) and options.cards == {86: gpu_named("RTX 3090")}
+
+
+@pytest.mark.parametrize(
+    ("target", "sm", "gpu", "says"),
+    [
+        ("cpu", None, ["a40"], "--gpu a40: --target cpu runs on no GPU; leave --gpu out"),
+        ("cuda", None, ["rtx 9090"], "--gpu rtx 9090: unknown; known are A100, A40, RTX A6000, RTX 3090, Jetson AGX"),
+        ("cuda", [90], ["a40", "rtx3090"], "--gpu A40 and RTX 3090: both are SM 86, and a plan has one schedule an SM; "
+         "compile two plans"),
+        ("tensorrt", [86], ["h100"], "--gpu H100: is SM 90, --target tensorrt compiles for 80, 86, 89"),
+    ],
+)  # fmt: skip
+def test_a_card_that_cannot_be_is_refused(target, sm, gpu, says):
+    with pytest.raises(DuqError) as error:
+        _target_options(target, sm, gpu)
+    assert str(error.value).startswith(says)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from duq.compiler.checkpoint import load_checkpoint
 from duq.compiler.pipeline import TARGETS, compile_policy, quantize_checkpoint
 from duq.compiler.quant import load_recipe
 from duq.compiler.quant.recipe import DEFAULT_PRESET
+from duq.compiler.targets import cuda
 from duq.compiler.targets.cuda import cubins, timing, timing_inputs
 from duq.compiler.targets.cuda.gemm import FloatGemm, Gemm
 from duq.plugins import bitblas as generator
@@ -114,6 +116,7 @@ def gpu(monkeypatch):
     def machine(sm: int) -> Gpu:
         device = Gpu(sm)
         monkeypatch.setattr(timing, "open_device", lambda: sm)
+        monkeypatch.setattr(timing, "device_properties", lambda: (f"card of SM {sm}", gpu_of(sm).multiprocessors))
         monkeypatch.setattr(timing, "load", device.load)
         monkeypatch.setattr(timing, "milliseconds", device.time)
         monkeypatch.setattr(timing_inputs, "Memory", device.allocate)
@@ -280,7 +283,8 @@ def test_a_plan_follows_the_timing(sm, plan, gpu, installed_bitblas, monkeypatch
     ]:  # BitBLAS's kernels do not wait for the one ahead themselves
         kernel = schedule(timed, sm)["kernels"][launch["kernel"]]["expression"] if "kernel" in launch else ""
         assert kernel != bitblas.SYMBOL or "overlap" not in launch
-    assert timed.manifest["graphs"][f"sm{sm}"]["tactics"] == "timed on a GPU"
+    section = timed.manifest["graphs"][f"sm{sm}"]
+    assert section["tactics"] == "timed on a GPU" and section["gpu"].startswith(f"card of SM {sm}, ")
 
     config = load_checkpoint(timed.manifest["checkpoint"]["path"]).config
     inputs, noise, expected, traced = make_inputs(config, (True, False, False), 5), make_noise(config), {}, {}
@@ -304,6 +308,20 @@ def test_without_its_gpu_a_plan_follows_the_table(plan, gpu, monkeypatch):
     without = plan(sm=(90,), timing=False)
     assert schedule(other, 90) == schedule(without, 90)
     assert schedule(other, 90)["variants"] == schedule(table, 90)["variants"]
+    assert table.manifest["graphs"]["sm90"]["gpu"] == "H100, 132 multiprocessors"
+
+
+def test_the_gpu_at_hand_counts_its_own_multiprocessors(gpu, monkeypatch):
+    gpu(90)
+    monkeypatch.setattr(timing, "device_properties", lambda: ("H100 PCIe", 114))
+    assert timing.gpu_at_hand(90) == replace(gpu_of(90), name="H100 PCIe", multiprocessors=114)
+    assert timing.gpu_at_hand(86) is None
+    h100 = cuda.CudaOptions(sm=(90,), gpu=("H100",))
+    assert cuda._gpu_for(90, replace(h100, gpu=())) == (timing.gpu_at_hand(90), True)
+    assert cuda._gpu_for(90, h100) == (gpu_of(90), False), "timed on a card that is not the named one"
+    assert cuda._gpu_for(90, replace(h100, gpu=(), timing=False)) == (gpu_of(90), False)
+    monkeypatch.setattr(timing, "device_properties", lambda: ("H100 80GB HBM3", 132))
+    assert cuda._gpu_for(90, h100) == (timing.gpu_at_hand(90), True)
 
 
 def test_a_gpu_without_the_library_is_an_error(monkeypatch):
