@@ -164,7 +164,7 @@ def check_compiler(environment: Environment) -> None:
     check("data:image/svg+xml" in (environment.work / "report.html").read_text(), "report.html: no plots")
     bench = run("duq-bench", "--variant", "tiny", "--quant", "none", "--rounds", 1, "--no-torch-compile", "--json")
     check(len(json.loads(bench.stdout)["results"][0]["milliseconds"]) == 2, "duq-bench: expected PyTorch and the engine")
-    check("An estimate for SM 86" in run("duq-profile", "cuda.plan", "--sm", 86).stdout, "duq-profile: no estimate")
+    check("An estimate for A40 (SM 86)" in run("duq-profile", "cuda.plan", "--sm", 86).stdout, "duq-profile: no estimate")
     run("python", "-c", INFER)
     check_server(environment)
 
