@@ -16,9 +16,9 @@ from duq.compiler.settings import PolicySettings, default_settings
 from duq.plugins.gpu import Gpu, cards_by_sm
 from duq.runtime.plan import PlanWriter
 
-O = TypeVar("O", bound="Options")  # noqa: E741
+OptionsT = TypeVar("OptionsT", bound="Options")
 G = TypeVar("G", bound="GpuOptions")
-O_contra = TypeVar("O_contra", bound="Options", contravariant=True)
+OptionsT_contra = TypeVar("OptionsT_contra", bound="Options", contravariant=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Options:
         assert self.num_steps is not None, "settled() fills it in"
         return self.num_steps
 
-    def settled(self: O, checkpoint: Checkpoint) -> O:
+    def settled(self: OptionsT, checkpoint: Checkpoint) -> OptionsT:
         """The same with the settings around the policy, and what follows from them, filled in."""
         settings = self.settings or default_settings(checkpoint, self.robot, self.num_steps)
         return replace(
@@ -82,9 +82,9 @@ class GpuOptions(Options):
         return replace(settled, sm=tuple(sorted({*settled.sm, *settled.cards})))
 
 
-class Emit(Protocol[O_contra]):
+class Emit(Protocol[OptionsT_contra]):
     def __call__(
-        self, graphs: Graphs, writer: PlanWriter, progress: Progress, options: O_contra, keep: Path | None
+        self, graphs: Graphs, writer: PlanWriter, progress: Progress, options: OptionsT_contra, keep: Path | None
     ) -> dict:
         """Writes everything the target's executor wants into the plan; returns the manifest's section about the graphs.
 
@@ -99,7 +99,7 @@ def _no_check(options: Options) -> None:
 
 
 @dataclass(frozen=True)
-class Target(Generic[O]):
+class Target(Generic[OptionsT]):
     """`name` is the key of `--target` and of the manifest.
 
     Attributes:
@@ -110,8 +110,8 @@ class Target(Generic[O]):
     """
 
     name: str
-    options: type[O]
-    emit: Emit[O]
+    options: type[OptionsT]
+    emit: Emit[OptionsT]
     phases: tuple[Phase, ...] = ()
     architectures: tuple[int, ...] = ()
-    check: Callable[[O], None] = _no_check
+    check: Callable[[OptionsT], None] = _no_check

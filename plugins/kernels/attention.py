@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -70,34 +70,13 @@ def _split(launch: Launched) -> int:
     return launch.number("SPLIT") if launch.kernel == "attention_split" else launch.split
 
 
-def split_reference(
-    launch: Launched,
-    q: Pointer,
-    k: Pointer,
-    v: Pointer,
-    own_k: Pointer | None,
-    own_v: Pointer | None,
-    out: Pointer,
-    past: Pointer | None,
-    tokens: int,
-    keys: int,
-    own_keys: int,
-    q_stride: int,
-    kv_stride: int,
-    own_stride: int,
-    out_stride: int,
-    cache_ready: int,
-    scale: float,
-    partial: Pointer,
-    counters: Pointer,
-) -> None:
+def split_reference(launch: Launched, partial: Pointer, counters: Pointer, **arguments: Any) -> None:
     """Of attention_split: the counters are zero before and after a launch; `partial` holds nothing that lasts."""
     dims, _, rows = _tile(launch)
     blocks = math.prod(launch.grid)
     assert not counters.read("int", blocks // launch.number("SPLIT")).any(), "the counters are zero ahead of a launch"
     partial.write("float", np.full(blocks * rows * pitch_of(dims), np.nan, np.float32))
-    reference(launch, q, k, v, own_k, own_v, out, past, tokens, keys, own_keys, q_stride, kv_stride, own_stride, out_stride,
-              cache_ready, scale)  # fmt: skip
+    reference(launch, **arguments)
 
 
 TEMPLATE = "int DIMS, int HEADS, int ROW_WARPS, int KEY_WARPS, int KEYS, int STAGES, int SPLIT"

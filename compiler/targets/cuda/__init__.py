@@ -26,7 +26,7 @@ from rich.progress import Progress
 from duq.compiler.graph.export import Graphs
 from duq.compiler.parallel import in_order, thread_pool
 from duq.compiler.targets import GpuOptions, Target
-from duq.compiler.targets import fuse as fusing
+from duq.compiler.targets import ops as fused
 from duq.compiler.targets.cuda import timing
 from duq.compiler.targets.cuda.bind import bind
 from duq.compiler.targets.cuda.choose import choose, gemms_of
@@ -37,8 +37,9 @@ from duq.compiler.targets.cuda.plan import plan_memory, plan_streams
 from duq.compiler.targets.cuda.report import Report
 from duq.compiler.targets.cuda.specialize import Size, specialize
 from duq.compiler.targets.cuda.weights import Weights, to_bf16
-from duq.compiler.targets.fuse import Prompt, check_covered, fuse
+from duq.compiler.targets.fuse import check_covered, fuse
 from duq.compiler.targets.gpu import GPU_PHASES
+from duq.compiler.targets.ops import Prompt
 from duq.compiler.targets.values import array_of
 from duq.plugins.gpu import GPUS, Gpu, gpu_of
 from duq.runtime.plan import PlanWriter
@@ -98,7 +99,7 @@ def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options: CudaOp
         common.ShapeInferencePass()(model)
         ops[name] = fuse(model)
         check_covered(model, ops[name])
-        report(f"fuse-{name}", fusing.describe(ops[name]))
+        report(f"fuse-{name}", fused.describe(ops[name]))
     weights, schedules = Weights(), {}
     sections: dict[str, Any] = {"ptx": list(options.ptx_sms)}
     for sm in options.sm:
@@ -126,7 +127,7 @@ def _plan_for(
     gpu: Gpu,
     timed: bool,
     graphs: Graphs,
-    ops: dict[str, list[fusing.Op]],
+    ops: dict[str, list[fused.Op]],
     weights: Weights,
     progress: Progress,
     options: CudaOptions,

@@ -16,23 +16,11 @@ import onnx_ir as ir
 from duq.compiler.targets.cuda.bind_linears import linear, matmul
 from duq.compiler.targets.cuda.binder import Binder, Quantized
 from duq.compiler.targets.cuda.choose import Chosen
-from duq.compiler.targets.cuda.gemm import Gemm
 from duq.compiler.targets.cuda.launches import Argument, Arguments, Launch, Matrix, Program, Weight
 from duq.compiler.targets.cuda.specialize import Size, Sized
 from duq.compiler.targets.cuda.weights import Weights
-from duq.compiler.targets.fuse import (
-    Attention,
-    JoinKeys,
-    JoinRows,
-    Linear,
-    Norm,
-    Op,
-    Patches,
-    Prompt,
-    Quantize,
-    Rotate,
-    expect,
-)
+from duq.compiler.targets.fuse import expect
+from duq.compiler.targets.ops import Attention, JoinKeys, JoinRows, Linear, Norm, Op, Patches, Prompt, Quantize, Rotate
 from duq.compiler.targets.patterns import source_of
 from duq.compiler.targets.values import array_of, shape_of
 from duq.plugins import kernels
@@ -131,9 +119,8 @@ def join_keys(binder: Binder, op: JoinKeys) -> None:
 def quantize(binder: Binder, op: Quantize) -> None:
     """Activations to INT8, with the norm in front, in the layout of the GEMMs that read them."""
     x = binder.values[op.x]
-    gemms = [gemm for reader in op.readers if isinstance(gemm := binder.sized.linears[reader].gemm, Gemm)]
-    padded, slab_tokens = max(gemms, key=lambda gemm: gemm.n).k, binder.chosen.slabs[op]
-    slabs = slab_tokens and -(-x.rows // slab_tokens) * slab_tokens
+    layout = binder.chosen.layouts[op]
+    padded, slabs = layout.columns, layout.slab_tokens and -(-x.rows // layout.slab_tokens) * layout.slab_tokens
     x_q = binder.new(f"{op.name}.x_q", slabs or x.rows, padded, "signed char")
     scale = binder.new(f"{op.name}.x_scale", x.rows, 1, "float")
     kind, turn, block, vectors = _transforms(binder, op.norm, op.operands)
@@ -146,7 +133,7 @@ def quantize(binder: Binder, op: Quantize) -> None:
         arguments = dict(vectors, depth=x.columns, padded_depth=padded, block=block, epsilon=_epsilon(op.norm))
     arguments |= dict(x=x, x_q=x_q, x_scale=scale, row_stride=x.stride, slab_tokens=slabs)
     binder.launch(op, f"{op.name} (quantize)", instance, arguments, [x], [x_q, scale])
-    binder.quantized[op.node.outputs[0]] = Quantized(x_q, scale, slab_tokens)
+    binder.quantized[op.node.outputs[0]] = Quantized(x_q, scale)
 
 
 def rotate(binder: Binder, op: Rotate) -> None:

@@ -19,7 +19,8 @@ from duq.compiler.targets.cuda.binder import Binder
 from duq.compiler.targets.cuda.gemm import FloatGemm, Gemm
 from duq.compiler.targets.cuda.launches import BYTES, Argument, Arguments, Matrix, Weight
 from duq.compiler.targets.cuda.specialize import float_weight_bits
-from duq.compiler.targets.fuse import Linear, Op, Rotation, expect
+from duq.compiler.targets.fuse import expect
+from duq.compiler.targets.ops import Linear, Op, Rotation
 from duq.compiler.targets.values import columns_of, shape_of
 from duq.plugins import kernels
 

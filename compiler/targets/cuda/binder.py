@@ -21,7 +21,8 @@ from duq.compiler.targets.cuda.launches import (
 )
 from duq.compiler.targets.cuda.specialize import Size, Sized
 from duq.compiler.targets.cuda.weights import Weights
-from duq.compiler.targets.fuse import Epilogue, Norm, Op, expect
+from duq.compiler.targets.fuse import expect
+from duq.compiler.targets.ops import Epilogue, Norm, Op
 from duq.plugins import kernels
 from duq.plugins.gpu import Gpu
 from duq.plugins.kernel import Instance
@@ -30,11 +31,10 @@ from duq.runtime.config import ModelConfig
 
 @dataclass(frozen=True)
 class Quantized:
-    """INT8 activations, in slabs of so many tokens or (0) in rows, and their scales."""
+    """INT8 activations, in the layout that was chosen, and their scales."""
 
     x: Matrix
     scale: Matrix
-    slab_tokens: int
 
 
 class Binder:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from duq.compiler.targets.cuda.gemm import AnyGemm, Gemm, IntegerTactic, Tactic, Tuner
 from duq.compiler.targets.cuda.specialize import Sized
-from duq.compiler.targets.fuse import Attention, Linear, Quantize
+from duq.compiler.targets.ops import Attention, Linear, Quantize
 from duq.plugins import kernels, tactics
 from duq.plugins.errors import KernelError
 from duq.plugins.gpu import Gpu
@@ -20,19 +20,28 @@ from duq.plugins.kernels import GemmFloat
 AttentionTactic = kernels.Attention | kernels.WgmmaAttention
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Of the INT8 activations that a quantizer writes: in slabs of so many tokens, or (0) in rows, and their channels, padding
+    included."""
+
+    slab_tokens: int
+    columns: int
+
+
 @dataclass
 class Chosen:
-    """The tactics of a graph at one size. slabs: tokens of a slab that a quantizer writes, 0 for rows."""
+    """The tactics of a graph at one size, and the layouts that ops share."""
 
     integer: dict[Linear, IntegerTactic] = field(default_factory=dict)
     floating: dict[Linear, GemmFloat] = field(default_factory=dict)
     attention: dict[Attention, AttentionTactic] = field(default_factory=dict)
-    slabs: dict[Quantize, int] = field(default_factory=dict)
+    layouts: dict[Quantize, Layout] = field(default_factory=dict)
 
     def __str__(self) -> str:
         each = [*self.integer.items(), *self.floating.items(), *self.attention.items()]
-        slabs = [f"{op.name} (quantize): {tokens or 'rows'}" for op, tokens in self.slabs.items()]
-        return "\n".join([*(f"{op.name}: {tactic}" for op, tactic in each), *slabs]) + "\n"
+        layouts = [f"{op.name} (quantize): {layout}" for op, layout in self.layouts.items()]
+        return "\n".join([*(f"{op.name}: {tactic}" for op, tactic in each), *layouts]) + "\n"
 
 
 def gemms_of(graphs: Iterable[Sized]) -> list[AnyGemm]:
@@ -47,9 +56,9 @@ def choose(sized: Sized, gpu: Gpu, tuner: Tuner) -> Chosen:
     for op in sized.ops:
         match op:
             case Quantize():
-                chosen.slabs[op] = _slab_tokens(op, sized, tuner)
+                chosen.layouts[op] = _layout(op, sized, tuner)
             case Linear() if op.quantize is not None:
-                tactic = _tactic(op.name, sized.linears[op].gemm, tuner, chosen.slabs[op.quantize])
+                tactic = _tactic(op.name, sized.linears[op].gemm, tuner, chosen.layouts[op.quantize].slab_tokens)
                 assert not isinstance(tactic, GemmFloat)
                 chosen.integer[op] = tactic
             case Linear() if sized.linears[op].gemm is not None:
@@ -61,11 +70,12 @@ def choose(sized: Sized, gpu: Gpu, tuner: Tuner) -> Chosen:
     return chosen
 
 
-def _slab_tokens(op: Quantize, sized: Sized, tuner: Tuner) -> int:
+def _layout(op: Quantize, sized: Sized, tuner: Tuner) -> Layout:
     gemms = [gemm for reader in op.readers if isinstance(gemm := sized.linears[reader].gemm, Gemm)]
-    tactic = _tactic(op.name, max(gemms, key=lambda gemm: gemm.n), tuner, None)
+    largest = max(gemms, key=lambda gemm: gemm.n)
+    tactic = _tactic(op.name, largest, tuner, None)
     assert not isinstance(tactic, GemmFloat)
-    return tactic.slab_tokens
+    return Layout(tactic.slab_tokens, largest.k)
 
 
 def _tactic(name: str, gemm: AnyGemm | None, tuner: Tuner, slab_tokens: int | None) -> Tactic:

@@ -13,18 +13,7 @@ import onnx_ir as ir
 
 from duq.compiler.errors import GraphError
 from duq.compiler.targets.cuda.gemm import AnyGemm, FloatGemm, Gemm
-from duq.compiler.targets.fuse import (
-    Attention,
-    JoinKeys,
-    JoinRows,
-    Linear,
-    Norm,
-    Op,
-    Patches,
-    Prompt,
-    Quantize,
-    Rotate,
-)
+from duq.compiler.targets.ops import Attention, JoinKeys, JoinRows, Linear, Norm, Op, Patches, Prompt, Quantize, Rotate
 from duq.compiler.targets.values import shape_of
 from duq.plugins import ops as duq_ops
 from duq.plugins.tactics import SMALL_M

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from rich.progress import Progress
 
 from duq.compiler.graph.export import Graphs
-from duq.compiler.targets.fuse import Op, describe
+from duq.compiler.targets.ops import Op, describe
 from duq.compiler.targets.tensorrt.builder import Engine, Profile, build
 from duq.compiler.targets.tensorrt.network import Network, unroll
 from duq.compiler.targets.tensorrt.options import FLOAT_TYPES, FloatType, TensorRTOptions

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from duq.compiler.graph.edit import is_weight, reader
 from duq.compiler.graph.passes.quantize import QuantizedTensor
 from duq.compiler.graph.weights import record
-from duq.compiler.targets.fuse import Linear, Norm, Op, Quantize
+from duq.compiler.targets.ops import Linear, Norm, Op, Quantize
 from duq.compiler.targets.patterns import other_input
 from duq.compiler.targets.tensorrt.network import Network
 from duq.compiler.targets.values import dims_of, input_of, name_of, shape_of, size_of

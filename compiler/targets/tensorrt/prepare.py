@@ -9,7 +9,8 @@ import onnx_ir.passes.common as common
 from duq.compiler.errors import GraphError
 from duq.compiler.graph.edit import expect, initializer, insert_before, reader, replace
 from duq.compiler.graph.weights import is_embedding
-from duq.compiler.targets.fuse import Fusions, Op, fuse
+from duq.compiler.targets.fuse import Fusions, fuse
+from duq.compiler.targets.ops import Op
 from duq.compiler.targets.values import dims_of, input_of, size_of
 from duq.plugins import ops
 from duq.plugins.nodes import NODES
