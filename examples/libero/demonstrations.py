@@ -1,0 +1,74 @@
+"""Demonstrations on disk: a folder for each task, a file for each episode, with simulator states and actions only.
+
+    DIR/task_3/seed_1000012.npz     states float64 [T, numbers], actions float32 [T, 7], pushed bool [T]
+    DIR/task_3/seed_1000012.SIZE.npy, .SIZE.npz     pictures and robot states, where `render` made them
+    DIR/episodes.jsonl              task, seed and steps (null: failed, and thrown away) of everything tried
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from duq.plugins.errors import DuqError
+
+JOURNAL = "episodes.jsonl"
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """An episode that succeeded, T steps.
+
+    actions: what the expert wanted to do in each state, without the pushes. pushed: whether something else was added to it.
+    """
+
+    states: np.ndarray
+    actions: np.ndarray
+    pushed: np.ndarray
+
+
+def path_of(directory: Path, task: int, seed: int) -> Path:
+    return directory / f"task_{task}" / f"seed_{seed}.npz"
+
+
+def listed(directory: Path) -> list[tuple[int, int]]:
+    """(task, seed) of every demonstration in `directory`, in order. DuqError if there is none."""
+    found = []
+    for file in directory.glob("task_*/seed_*.npz"):
+        if match := re.fullmatch(r"task_(\d+)/seed_(\d+)\.npz", f"{file.parent.name}/{file.name}"):
+            found.append((int(match[1]), int(match[2])))
+    if not found:
+        raise DuqError(f"{directory}: holds no demonstrations; examples/libero/collect.py records them")
+    return sorted(found)
+
+
+def load(file: Path) -> Demonstration:
+    """Raises DuqError unless `save` wrote the file."""
+    try:
+        with np.load(file) as found:
+            return Demonstration(found["states"], found["actions"], found["pushed"])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DuqError(f"{file}: is no demonstration ({error}); remove it and collect again") from error
+
+
+def save(file: Path, demonstration: Demonstration) -> None:
+    write_whole(file, lambda stream: np.savez_compressed(stream, **vars(demonstration)))
+
+
+def write_whole(file: Path, write: Callable[[Any], None]) -> None:
+    """The file appears when `write(stream)` has written everything."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as stream:
+            write(stream)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
