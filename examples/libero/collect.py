@@ -33,7 +33,11 @@ from duq.runtime.cli_errors import check_output_directory, one_line_errors
 
 SUITE = "libero_object"  # the expert's
 LIMIT = 220  # steps of an episode
-DRIFT, PUSH, NOISE = 0.7, 0.5, 0.05  # standard deviations of what is added to actions: before the episode, now and then, always
+DRIFT, PUSH, NOISE = (
+    0.7,
+    0.5,
+    0.05,
+)  # standard deviations of what is added to actions: before the episode, now and then, always
 TURN = 0.3  # of that, for rotations
 GIVE_UP = 3  # times the demonstrations asked for: so many starts are tried
 
@@ -162,9 +166,7 @@ def summary(tried: dict[tuple[int, int], int | None], prompts: dict[int, str]) -
     for task, prompt in prompts.items():
         steps = [steps for (of, _), steps in tried.items() if of == task]
         done = [each for each in steps if each is not None]
-        table.add_row(
-            str(task), prompt, f"{len(done)} of {len(steps)}", f"{min(done)} to {max(done)}" if done else ""
-        )
+        table.add_row(str(task), prompt, f"{len(done)} of {len(steps)}", f"{min(done)} to {max(done)}" if done else "")
     return table
 
 

@@ -1,8 +1,8 @@
 """Demonstrations on disk: a folder for each task, a file for each episode, with simulator states and actions only.
 
-    DIR/task_3/seed_1000012.npz     states float64 [T, numbers], actions float32 [T, 7], pushed bool [T]
-    DIR/task_3/seed_1000012.SIZE.npy, .SIZE.npz     pictures and robot states, where `render` made them
-    DIR/episodes.jsonl              task, seed and steps (null: failed, and thrown away) of everything tried
+DIR/task_3/seed_1000012.npz     states float64 [T, numbers], actions float32 [T, 7], pushed bool [T]
+DIR/task_3/seed_1000012.140.npz what a policy sees in these states, at 140 pixels, where render.py made it
+DIR/episodes.jsonl              task, seed and steps (null: failed, and thrown away) of everything tried
 """
 
 from __future__ import annotations
@@ -34,8 +34,27 @@ class Demonstration:
     pushed: np.ndarray
 
 
+@dataclass(frozen=True)
+class Seen:
+    """The same episode as a policy sees it.
+
+    pictures: uint8 [T, cameras, S, S, 3]. robot: its state, float32 [T, 8]. targets: where the object is that the expert is
+    after, m, float32 [T, 3], which a policy may learn to see.
+    """
+
+    pictures: np.ndarray
+    robot: np.ndarray
+    targets: np.ndarray
+    prompt: str
+
+
 def path_of(directory: Path, task: int, seed: int) -> Path:
     return directory / f"task_{task}" / f"seed_{seed}.npz"
+
+
+def seen_path(file: Path, size: int) -> Path:
+    """Where the pictures of the demonstration in `file` are."""
+    return file.with_suffix(f".{size}.npz")
 
 
 def listed(directory: Path) -> list[tuple[int, int]]:
@@ -60,6 +79,21 @@ def load(file: Path) -> Demonstration:
 
 def save(file: Path, demonstration: Demonstration) -> None:
     write_whole(file, lambda stream: np.savez_compressed(stream, **vars(demonstration)))
+
+
+def save_seen(file: Path, seen: Seen) -> None:
+    """Beside the demonstration in `file`; not compressed, as pictures hardly get smaller."""
+    write_whole(seen_path(file, seen.pictures.shape[2]), lambda stream: np.savez(stream, **vars(seen)))
+
+
+def load_seen(file: Path, size: int) -> Seen:
+    """Raises DuqError unless `save_seen` wrote what is beside `file`."""
+    beside = seen_path(file, size)
+    try:
+        with np.load(beside) as found:
+            return Seen(found["pictures"], found["robot"], found["targets"], str(found["prompt"]))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DuqError(f"{beside}: holds no pictures ({error}); remove it and render again") from error
 
 
 def write_whole(file: Path, write: Callable[[Any], None]) -> None:

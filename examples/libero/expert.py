@@ -24,7 +24,12 @@ OVER_BASKET = 0.025  # m between a carried object and the rim
 RELEASE = 0.145  # m above the ground, the hand's lowest over the basket: the palm stays clear of the rim
 CENTERED = 0.012  # m from above the object or the basket: near enough to go down
 GRIPPED = 0.009  # m between the hand and where it is to grip: near enough to close
-FAST, TURN_FAST = 2.2, 1.6  # gains of the hand's motion and rotation
+ELBOW = 0.68  # m from the shoulder to the wrist, a little less than with the arm straight, where it sticks
+SHOULDER, WRIST = (
+    0.333,
+    (0.088, 0.21),
+)  # m: its height; how far the wrist is behind and above the point between the fingertips
+FAST, TURN_FAST = 1.8, 1.6  # gains of the hand's motion and rotation
 MOVE, TURN = 0.05, 0.5  # of an action of 1: m, rad
 
 OPEN, CLOSE = -1.0, 1.0
@@ -130,7 +135,9 @@ class Expert:
 
     def _reach(self, hand: np.ndarray, grip: np.ndarray) -> np.ndarray:
         """Where to go for the object: over it, and down as far as the hand is over it."""
-        aside = np.linalg.norm((hand - grip)[:2]) + 0.02 * abs(_difference(self._grasp.yaw, _yaw(self._scene.hand_rotation())))
+        aside = np.linalg.norm((hand - grip)[:2]) + 0.02 * abs(
+            _difference(self._grasp.yaw, _yaw(self._scene.hand_rotation()))
+        )
         return grip + (0, 0, HOVER * np.clip((aside - GRIPPED) / CENTERED, 0, 1) if hand[2] > grip[2] + 0.03 else 0)
 
     def _carry(self, hand: np.ndarray, body: np.ndarray) -> tuple[np.ndarray, float]:
@@ -138,7 +145,7 @@ class Expert:
         scene, grasp = self._scene, self._grasp
         basket = scene.position(scene.goal)
         aside = basket[:2] - (body + grasp.offset * (1, 1, 0))[:2]
-        above = self._rim + OVER_BASKET + grasp.below
+        above = min(self._rim + OVER_BASKET + grasp.below, highest(np.linalg.norm((hand - scene.base())[:2])))
         far = np.linalg.norm(aside)
         if far < CENTERED + 0.02:
             lowest = max(RELEASE, grasp.below + 0.02)
@@ -160,6 +167,12 @@ class Expert:
         action[:6] = action[:6].clip(-1, 1)
         action[6] = gripper
         return action
+
+
+def highest(distance: float) -> float:
+    """How high, m, the hand can be held so far, m, from the arm's base."""
+    away = distance - WRIST[0]
+    return SHOULDER - WRIST[1] + float(np.sqrt(max(ELBOW**2 - away**2, 0.0)))
 
 
 def attitude(yaw: float) -> np.ndarray:

