@@ -20,6 +20,7 @@ MARGIN = 0.006  # m to leave between the hand and what it is not to touch
 YAWS = np.linspace(-np.pi / 2, np.pi / 2, 24, endpoint=False)  # the hand looks the same after half a turn
 
 HOVER = 0.06  # m above the object until the hand is over it
+PASS = 0.08  # m above that on the way, to pass over others
 OVER_BASKET = 0.025  # m between a carried object and the rim
 RELEASE = 0.145  # m above the ground, the hand's lowest over the basket: the palm stays clear of the rim
 CENTERED = 0.012  # m from above the object or the basket: near enough to go down
@@ -135,10 +136,12 @@ class Expert:
 
     def _reach(self, hand: np.ndarray, grip: np.ndarray) -> np.ndarray:
         """Where to go for the object: over it, and down as far as the hand is over it."""
-        aside = np.linalg.norm((hand - grip)[:2]) + 0.02 * abs(
-            _difference(self._grasp.yaw, _yaw(self._scene.hand_rotation()))
-        )
-        return grip + (0, 0, HOVER * np.clip((aside - GRIPPED) / CENTERED, 0, 1) if hand[2] > grip[2] + 0.03 else 0)
+        turn = abs(_difference(self._grasp.yaw, _yaw(self._scene.hand_rotation())))
+        aside = np.linalg.norm((hand - grip)[:2]) + 0.02 * turn
+        above = HOVER * np.clip((aside - GRIPPED) / CENTERED, 0, 1) + PASS * np.clip((aside - 0.03) / 0.05, 0, 1)
+        place = grip + (0, 0, above)
+        ready = np.clip(1.5 - (place[2] - hand[2]) / 0.04, 0, 1)  # rise first, then go aside
+        return np.append(hand[:2] + (place - hand)[:2] * ready, place[2])
 
     def _carry(self, hand: np.ndarray, body: np.ndarray) -> tuple[np.ndarray, float]:
         """Where to go with the object, and whether to hold it still."""
