@@ -172,6 +172,10 @@ class Scene:
                 self._renderer.scene.flags[flag] = False  # update_scene sets them
         return self._renderer.render()
 
+    def description(self) -> str:
+        """MuJoCo's XML of the scene, which names every mesh and picture."""
+        return self._env.model.get_xml()
+
     def renderer(self) -> str:
         """What draws the pictures, in OpenGL's words; two that differ draw differently."""
         from OpenGL import GL
