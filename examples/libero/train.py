@@ -415,13 +415,13 @@ def _train(
     check_output_directory("--out", out)
     if out.exists():
         raise DuqError(f"--out {out}: already exists; choose another directory or remove it")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise DuqError("--device cuda: PyTorch finds no GPU that it can use; --device cpu trains slowly")
     if deterministic:
         if minutes != math.inf:
             raise DuqError("--deterministic: the clock does not give the same steps again; give --steps, not --minutes")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DuqError("--device cuda: PyTorch finds no GPU that it can use; --device cpu trains slowly")
     schedule = Schedule(steps, minutes, batch, learning_rate)
     render(directory, POLICY.vision.image_size, jobs)
     recorded = read(directory, POLICY)

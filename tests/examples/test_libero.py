@@ -252,9 +252,9 @@ def test_an_episode_ends_with_success():
 
 
 def test_stress_is_the_same_for_everybody_and_none_by_default():
-    def run(stress, start=Start(0, 5)):
+    def run(stress, seed=5):
         scene = FakeScene(done_at=1000)
-        episode = Episode(scene, start, replace(CONDITIONS, limit=60, stress=stress))
+        episode = Episode(scene, Start(0, seed), replace(CONDITIONS, limit=60, stress=stress))
         images = [episode.observation()["observation/image"]]
         while not episode.done:
             episode.carry_out(np.zeros((5, 7)))
@@ -272,7 +272,7 @@ def test_stress_is_the_same_for_everybody_and_none_by_default():
     (step, name, velocity), *others = pushed.pushes
     assert not others and rollout.PUSH_AFTER <= step < rollout.PUSH_BEFORE and name == "soup"
     assert np.linalg.norm(velocity) == pytest.approx(0.3)
-    steps = {run(Stress(push=0.3), Start(0, seed))[1].pushes[0][0] for seed in range(5)}
+    steps = {run(Stress(push=0.3), seed)[1].pushes[0][0] for seed in range(5)}
     assert len(steps) > 2
 
 
