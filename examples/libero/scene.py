@@ -10,6 +10,7 @@ An action is [7], each number -1 to 1: position (0.05 m), rotation (0.5 rad), gr
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import logging
@@ -99,7 +100,7 @@ class Scene:
         self._env, self._sim = env.env, env.env.sim
         self.model, self.data = self._sim.model._model, self._sim.data._data
         self._robot, self._controller = self._env.robots[0], self._env.robots[0].controller
-        self._goal = np.array(self._controller.goal_pos), np.array(self._controller.goal_ori)
+        self._reset = _copied(vars(self._controller))  # LIBERO's own first step starts from these values, too
         self._grip = self._sim.model.site_name2id("gripper0_grip_site")
         self._hand = self._sim.model.body_name2id("robot0_right_hand")
         self._fingers = self._robot._ref_gripper_joint_pos_indexes
@@ -125,8 +126,7 @@ class Scene:
         self._mujoco.mj_resetData(self.model, self.data)
         self.model.cam_pos[:] = self._camera_pos
         self.show(state)
-        self._controller.goal_pos, self._controller.goal_ori = (np.array(part) for part in self._goal)
-        self._controller.new_update = True
+        vars(self._controller).update(_copied(self._reset))
         self._robot.gripper.current_action = np.zeros(2)
         self._env.timestep, self._env.cur_time, self._env.done = 0, 0.0, False
 
@@ -248,6 +248,10 @@ class Scene:
         self._sim.forward()
 
 
+def _copied(values: dict) -> dict:
+    return {name: value.copy() if isinstance(value, np.ndarray) else value for name, value in values.items()}
+
+
 def axis_angle(quaternion: np.ndarray) -> np.ndarray:
     """[w, x, y, z] -> axis times angle [3], the angle from 0 to 2 pi; openpi computes it so."""
     w, xyz = np.clip(quaternion[0], -1, 1), np.asarray(quaternion[1:], np.float64)
@@ -261,8 +265,13 @@ _held: dict[tuple, Scene] = {}
 def held_scene(*arguments) -> Scene:
     """A scene of this process, as `Scene(*arguments)`; the last one is kept, as a scene takes seconds to make."""
     if arguments not in _held:
-        for other in _held.values():
-            other.close()
-        _held.clear()
+        release_scene()
         _held[arguments] = Scene(*arguments)
     return _held[arguments]
+
+
+@atexit.register  # while OpenGL is still there
+def release_scene() -> None:
+    """Frees the scene that this process holds, if any."""
+    while _held:
+        _held.popitem()[1].close()
