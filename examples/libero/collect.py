@@ -78,7 +78,7 @@ def demonstrate(scene: Scene, start: Start, expert: Callable[[Scene], Expert] = 
         noise = direction(random, NOISE)
         if scene.step(actions[-1] + pushed[step] + noise):
             count = len(actions)
-            return Demonstration(np.array(states), np.array(actions, np.float32), pushed[:count].any(axis=1))
+            return Demonstration(np.array(states), np.array(actions, np.float32), np.asarray(pushed[:count].any(axis=1)))
     return None
 
 

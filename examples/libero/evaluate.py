@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # the checkout
@@ -100,7 +100,8 @@ class TorchArm:
         batch = [tensors(self._preprocessor.model_inputs(each)) for each in observations]
         images, mask, *others = (torch.cat(parts).to(self._device) for parts in zip(*batch, strict=True))
         inputs = images[:, : self._cameras], mask[:, : self._cameras], *others
-        actions = self._model.sample_actions(*inputs, torch.from_numpy(noise).to(self._device), self._steps)
+        sample = cast(Callable[..., torch.Tensor], self._model.sample_actions)
+        actions = sample(*inputs, torch.from_numpy(noise).to(self._device), self._steps)
         return [
             self._preprocessor.robot_actions(each, observation)
             for each, observation in zip(actions.cpu().numpy(), observations, strict=True)
@@ -182,8 +183,9 @@ def done_already(lines: list[dict], wanted: list[dict], journal: Path) -> set[tu
     """Keys of the wanted settings that `lines` have. DuqError if a line has another policy, renderer, ... for one of them."""
     found = {key_of(entry): entry for entry in lines}
     for each in wanted:
-        entry = found.get(key_of(each))
-        for name in each if entry else ():
+        if (entry := found.get(key_of(each))) is None:
+            continue
+        for name in each:
             if entry[name] != each[name]:
                 raise DuqError(
                     f"{journal}: has {each['arm']} with {name} {entry[name]}, not {each[name]}; they do not compare. Name "

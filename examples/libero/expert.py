@@ -148,7 +148,7 @@ class Expert:
         scene, grasp = self._scene, self._grasp
         basket = scene.position(scene.goal)
         aside = basket[:2] - (body + grasp.offset * (1, 1, 0))[:2]
-        above = min(self._rim + OVER_BASKET + grasp.below, highest(np.linalg.norm((hand - scene.base())[:2])))
+        above = min(self._rim + OVER_BASKET + grasp.below, highest(float(np.linalg.norm((hand - scene.base())[:2]))))
         far = np.linalg.norm(aside)
         if far < CENTERED + 0.02:
             lowest = max(RELEASE, grasp.below + 0.02)

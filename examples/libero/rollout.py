@@ -170,12 +170,13 @@ class Simulators:
 
     def run(self, starts: Sequence[Start], answer: Answer, noise_shape: tuple[int, int]) -> Iterator[tuple[Start, Result]]:
         """All episodes. Whatever simulators wait for actions at one time are answered together."""
-        waiting, running = list(starts), {}
+        waiting, running = list(starts), dict[Connection, _Running]()
         for connection in self._connections:
             self._next(connection, waiting, running)
         while running:
             asked = []
-            for connection in wait(list(running)):
+            ready: list[Any] = wait(list(running))
+            for connection in ready:
                 observation, success, count = self._receive(connection)
                 episode = running[connection]
                 if count:

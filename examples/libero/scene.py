@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -107,7 +108,8 @@ class Scene:
         movable = self._env.objects_dict
         self.bodies = {name: self._env.obj_body_id[name] for name in movable}  # of the objects that can be moved
         self._joints = {name: self.model.body(self.bodies[name]).jntadr[0] for name in movable}
-        self._plain, self._renderer, self._size = plain, None, image_size
+        self._plain, self._size = plain, image_size
+        self._renderer: Any = None  # is made when it is needed
         self._camera_pos = self.model.cam_pos.copy()
 
     # --- episodes -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # the checkout
@@ -254,6 +254,11 @@ class Learner(nn.Module):
         return (error * valid).sum() / valid.sum().clamp_min(1), located
 
 
+def drawn(batch: Moments) -> tuple[Tensor, Tensor]:
+    """Noise [B, DRAWS, H, A] and times [B, DRAWS]."""
+    return draw_noise(cast(Any, batch), DRAWS)  # of the actions' shape
+
+
 @torch.no_grad()
 def held_out_loss(learner: Learner, data: Moments) -> tuple[float, float]:
     """Both losses on a fixed sample of moments, noise and times."""
@@ -263,7 +268,7 @@ def held_out_loss(learner: Learner, data: Moments) -> tuple[float, float]:
         total, batches = torch.zeros(2), max(1, min(8, len(data) // 128))
         for _ in range(batches):
             batch = data.take(torch.randint(len(data), (min(128, len(data)),), device=device))
-            total += torch.tensor([x.item() for x in learner(augmented(batch.pictures), batch, *draw_noise(batch, DRAWS))])
+            total += torch.tensor([x.item() for x in learner(augmented(batch.pictures), batch, *drawn(batch))])
     return tuple((total / batches).tolist())
 
 
@@ -333,7 +338,7 @@ class Training:
         batch = data.take(torch.randint(len(data), (self.schedule.batch,), device=self.device))
         noise = STATE_NOISE * torch.randn_like(batch.states) * (batch.states != 0)  # not of the padding
         batch = replace(batch, states=batch.states + noise)
-        losses = self.forward(augmented(batch.pictures, SHIFT, BRIGHTNESS, COLOR), batch, *draw_noise(batch, DRAWS))
+        losses = self.forward(augmented(batch.pictures, SHIFT, BRIGHTNESS, COLOR), batch, *drawn(batch))
         self.optimizer.zero_grad()
         (losses[0] + TARGET_WEIGHT * losses[1]).backward()
         nn.utils.clip_grad_norm_(self.weights, 1.0)
@@ -433,7 +438,8 @@ def _train(
     restore(training, kept, settings)
     recorded = replace(recorded, kept=recorded.kept.to(device), held_out=recorded.held_out.to(device))
     with Progress() as progress:
-        bar = progress.add_task("Training", total=1.0, completed=training.progress)
+        bar = progress.add_task("Training", total=1.0)
+        progress.update(bar, completed=training.progress)
 
         def report(losses: dict) -> None:
             progress.update(bar, completed=training.progress)
