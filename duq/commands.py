@@ -1,6 +1,7 @@
 """The commands that duq-vla installs. A program is imported when its command runs, so that a missing extra is one line.
 
-Each is called without arguments, reads sys.argv, and ends the process: exit code 2 and a line on stderr for bad input.
+Each is called without arguments, reads sys.argv, and ends the process: exit code 2 and a line on stderr for bad input. What a
+program imports at its head is what its --help needs; the rest, and the packages of its extra, it imports when it works.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ def command(name: str, program: str, extra: str) -> Callable[[], NoReturn]:
     def run() -> NoReturn:
         sys.argv[0] = name  # shown by --help, also where a file of the checkout is run
         try:
-            main = getattr(importlib.import_module(module), function)
+            sys.exit(getattr(importlib.import_module(module), function)())
         except ModuleNotFoundError as missing:
-            if missing.name is None or missing.name.startswith("duq."):
+            if missing.name is None or missing.name.partition(".")[0] == "duq":
                 raise
-            requirement = f"duq-vla[{extra}]" if extra else "duq-vla"
-            print(f"error: {name} needs {missing.name}: pip install '{requirement}'", file=sys.stderr)
+            from duq.runtime.extras import missing_package
+
+            print(f"error: {missing_package(name, missing.name, extra)}", file=sys.stderr)
             raise SystemExit(2) from None
-        sys.exit(main())
 
     return run
 
 
-compile = command("duq-compile", "duq.compiler.cli:compile_main", "compile")
-quantize = command("duq-quantize", "duq.compiler.quantize_cli:quantize_main", "compile")
+compile = command("duq-compile", "duq.compiler.commands:compile_main", "compile")
+quantize = command("duq-quantize", "duq.compiler.commands:quantize_main", "compile")
 inspect = command("duq-inspect", "duq.runtime.inspect:main", "")
 serve = command("duq-serve", "duq.runtime.serve_cli:main", "server")
 compare = command("duq-compare", "duq.tools.compare:main", "compile")

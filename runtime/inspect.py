@@ -56,15 +56,24 @@ def main() -> None:
 
 def settings_table(manifest: dict[str, Any]) -> Table:
     """Every setting around the model that changes the actions, and who said it."""
-    table, model, transforms = _table("Settings", "", "", ""), manifest.get("model"), manifest.get("transforms")
-    if not (model and transforms):  # made by hand
-        return table
+    table = _table("Settings", "", "", "")
+    for row in settings_rows(manifest):
+        table.add_row(*row)
+    return table
+
+
+def settings_rows(manifest: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The same as (name, value, who said it); nothing of a plan that was made by hand."""
+    rows: list[tuple[str, str, str]] = []
+    model, transforms = manifest.get("model"), manifest.get("transforms")
+    if not (model and transforms):
+        return rows
     said = manifest.get("settings_from") or {}
     robot = manifest.get("robot_description")
     pi05, stats = model["pi05"], manifest.get("norm_stats") or {}
 
     def row(name: str, value: Any, key: str | None = None) -> None:
-        table.add_row(name, _text(value), said.get(key or name, ""))
+        rows.append((name, _text(value), said.get(key or name, "")))
 
     checkpoint = manifest.get("checkpoint") or {}
     row("policy", f"{'pi0.5' if pi05 else 'pi0'}, {checkpoint.get('form') or checkpoint.get('layout')}")
@@ -97,7 +106,7 @@ def settings_table(manifest: dict[str, Any]) -> Table:
         row("not known, ignored", line)
     for line in manifest.get("notes") or ():
         row("note", line)
-    return table
+    return rows
 
 
 def _state_names(robot: dict[str, Any]) -> list[str]:

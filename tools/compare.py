@@ -33,7 +33,8 @@ from duq.compiler.accuracy.thresholds import Thresholds
 from duq.compiler.checkpoint import load_checkpoint
 from duq.compiler.checks import check_weights
 from duq.compiler.data import DATASET_COUNT, load_calibration, robot_mapping
-from duq.compiler.quantize_cli import CHECKPOINT_HELP, BaseOption, print_line, progress_bar
+from duq.compiler.commands import CHECKPOINT_HELP, BaseOption
+from duq.runtime.command_line import print_line, progress_bar
 from duq.runtime.cli_errors import check_output_file, one_line_errors
 from duq.runtime.config import ModelConfig
 from duq.runtime.plan import Plan

@@ -17,7 +17,7 @@ from rich.progress import Progress
 
 from duq.compiler.accuracy.synthetic import synthetic_observations
 from duq.compiler.checkpoint import load_checkpoint
-from duq.compiler.cli import compile_main
+from duq.compiler.commands import compile_main
 from duq.compiler.errors import GraphError
 from duq.compiler.graph.export import export
 from duq.compiler.phases import rewrite
