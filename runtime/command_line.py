@@ -123,10 +123,13 @@ def print_line(line: str) -> None:
     typer.echo(line, err=True)
 
 
-def progress_bar() -> Progress:
-    """On stderr; nothing with --quiet, and with --verbose a line of the log for each task too."""
+def progress_bar(auto_refresh: bool = True) -> Progress:
+    """On stderr; nothing with --quiet, and with --verbose a line of the log for each task too.
+
+    Without auto_refresh no thread draws it: who measures times does, with `refresh`, between two calls.
+    """
     columns = (TextColumn("{task.description:<24}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    return _LoggedProgress(*columns, console=Console(stderr=True), disable=_quiet)
+    return _LoggedProgress(*columns, console=Console(stderr=True), disable=_quiet, auto_refresh=auto_refresh)
 
 
 class _LoggedProgress(Progress):

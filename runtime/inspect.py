@@ -13,11 +13,12 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from duq.runtime.cli_errors import one_line_errors
+from duq.runtime.command_line import command_app
 from duq.runtime.config import IMAGE_SLOTS
 from duq.runtime.executors.programs import programs_of, shared_bytes_of
 from duq.runtime.plan import Plan
 
-app = typer.Typer(add_completion=False)
+app = command_app()
 
 
 @app.command()
