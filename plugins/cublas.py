@@ -174,6 +174,14 @@ class CublasLt:
             raise KernelError(f"{function}: {name(status).decode()}")
 
 
+def version() -> int:
+    """Of the cuBLASLt library, as it counts: 130002. Raises KernelError, naming the extra, where it is not installed."""
+    get = _load().cublasLtGetVersion
+    get.restype = ctypes.c_size_t
+    found: int = get()
+    return found
+
+
 def _load() -> ctypes.CDLL:
     try:
         from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib

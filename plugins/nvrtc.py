@@ -137,6 +137,12 @@ def _compile(nvrtc, source, text, headers, arguments, kernels, ptx) -> Cubin:
         nvrtc.nvrtcDestroyProgram(program)
 
 
+def version() -> str:
+    """Of the NVRTC library, e.g. "13.0". Raises KernelError, naming the extra, where it is not installed."""
+    nvrtc = _nvrtc()
+    return ".".join(map(str, _checked(nvrtc, nvrtc.nvrtcVersion(), "nvrtcVersion")))
+
+
 def _nvrtc():
     """The bindings of a loaded NVRTC library."""
     try:

@@ -16,8 +16,11 @@ at once; what does the work is imported when the command runs.
 from __future__ import annotations
 
 import logging
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -41,7 +44,7 @@ class CommandApp(typer.Typer):
 
     def __init__(self, help: str | None = None):
         super().__init__(
-            cls=_Group, help=help, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False
+            cls=_Group, help=help, add_completion=_a_shell_asks(), rich_markup_mode="rich", pretty_exceptions_enable=False
         )
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
@@ -55,6 +58,17 @@ class CommandApp(typer.Typer):
 def command_app(help: str | None = None) -> CommandApp:
     """help: of an application with several commands; a single one's is its docstring."""
     return CommandApp(help)
+
+
+def completion_variable(name: str) -> str:
+    """What the shell sets when it asks a command for completions: "_DUQ_COMPILE_COMPLETE"."""
+    return f"_{name}_COMPLETE".replace("-", "_").upper()
+
+
+def _a_shell_asks() -> bool:
+    """Then typer sets its completion up. Otherwise it would offer to write into the user's files, for each command anew;
+    duq-completion prints the lines for all."""
+    return completion_variable(Path(sys.argv[0]).name) in os.environ
 
 
 class _Command(TyperCommand):
@@ -143,6 +157,12 @@ def choice(values: Iterable[str], *flags: str, metavar: str | None = None, **nam
     known = tuple(values)
     shown = metavar or "|".join(known)
     return typer.Option(*flags, metavar=shown, autocompletion=lambda: list(known), **named)
+
+
+def choice_argument(values: Iterable[str], **named: Any) -> Any:
+    """The same for an argument."""
+    known = tuple(values)
+    return typer.Argument(metavar="|".join(known), autocompletion=lambda: list(known), **named)
 
 
 def check_choice(flag: str, value: str, known: Iterable[str]) -> None:

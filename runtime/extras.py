@@ -34,10 +34,8 @@ PACKAGES = {
     "prometheus_client": ("prometheus-client", "server"),
     "cuda.bindings": ("cuda-bindings", "cuda-runtime"),
     "cuda.pathfinder": ("cuda-pathfinder", "cuda-runtime"),
-    "nvidia.cublas": ("nvidia-cublas", "cuda-runtime"),
-    "nvidia.cuda_nvrtc": ("nvidia-cuda-nvrtc", "cuda"),
     "onnx_graphsurgeon": ("onnx-graphsurgeon", "tensorrt"),
-    "tensorrt": ("tensorrt", "tensorrt"),
+    "tensorrt": ("tensorrt", "tensorrt-runtime"),
     "bitblas": ("bitblas", "bitblas"),
     "skimage": ("scikit-image", "demo"),
     "metaworld": ("metaworld", "examples"),
@@ -73,7 +71,7 @@ def missing_package(command: str, module: str, extras: str) -> str:
     own = extra_of(module)
     if own is None:
         return f"{command} needs {module}, which is not installed: pip install {module.partition('.')[0]}"
-    needed = extras if own in ("", *extras.split(",")) else own
+    needed = extras if own in extras.split(",") else own
     return f"{command} needs {module}: {install_command(needed)}"
 
 

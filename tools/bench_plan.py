@@ -19,10 +19,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 import duq
-from duq.plugins.driver import device_properties, free_memory
+from duq.plugins.driver import device_properties, free_memory, open_device
 from duq.plugins.errors import DuqError, KernelError
 from duq.runtime.config import ModelConfig
 from duq.runtime.extras import version_of
+from duq.runtime.machine import cores, cpu_name
 from duq.runtime.observations import load_observations
 from duq.runtime.plan import Plan
 from duq.runtime.policy import Policy
@@ -150,6 +151,7 @@ def _memory(target: str) -> dict[str, int]:
     found = {"host": pages * os.sysconf("SC_PAGE_SIZE")}
     if target != "cpu":
         try:
+            open_device()
             free, total = free_memory()
             found["device"] = total - free
         except KernelError:  # opening the plan will say so
@@ -167,17 +169,10 @@ def _machine(target: str) -> dict[str, Any]:
     """What the figures were measured on."""
     versions = {name: version for name in LIBRARIES if (version := version_of(name))}
     machine = {
-        "cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "system": platform.platform(),
+        "cpu": cpu_name(), "cores": cores(), "system": platform.platform(),
         "python": platform.python_version(), "duq": duq.__version__, "libraries": versions,
     }  # fmt: skip
     return machine | ({"gpu": device_properties()[0]} if target != "cpu" else {})
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def unsteady(result: dict[str, Any]) -> str:
