@@ -33,7 +33,6 @@ PACKAGES = {
     "msgpack": ("msgpack", "server"),
     "prometheus_client": ("prometheus-client", "server"),
     "cuda.bindings": ("cuda-bindings", "cuda-runtime"),
-    "cuda.pathfinder": ("cuda-pathfinder", "cuda-runtime"),
     "onnx_graphsurgeon": ("onnx-graphsurgeon", "tensorrt"),
     "tensorrt": ("tensorrt", "tensorrt-runtime"),
     "bitblas": ("bitblas", "bitblas"),

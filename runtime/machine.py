@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from duq.plugins.driver import OLDEST_12
 from duq.plugins.errors import KernelError
+from duq.plugins.libraries import Version
 
-OLDEST_DRIVER = 13000  # CUDA 13.0, as the driver counts: plugins/driver.py refuses older ones
 _MULTIPROCESSORS, _MAJOR, _MINOR, _SHARED_OPTIN = 16, 75, 76, 97  # CUdevice_attribute
 _NAME_BYTES = 256
 
@@ -34,22 +35,17 @@ class Gpus:
     """The GPUs and their driver; problem: why there are none to use, in the user's words, or nothing.
 
     Attributes:
-        cuda: the version of CUDA that the driver is for, as it counts: 13000 is 13.0.
+        cuda: the version of CUDA that the driver is for.
         driver: its own version, "580.65.06".
     """
 
     devices: tuple[Device, ...] = ()
-    cuda: int | None = None
+    cuda: Version | None = None
     driver: str | None = None
     problem: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"cuda": None if self.cuda is None else cuda_version(self.cuda)}
-
-
-def cuda_version(number: int) -> str:
-    """13000 -> "13.0"."""
-    return f"{number // 1000}.{number // 10 % 100}"
+        return asdict(self) | {"cuda": None if self.cuda is None else str(self.cuda)}
 
 
 def find_gpus(load: Callable[[str], Any] = ctypes.CDLL, proc: Path = Path("/proc/driver/nvidia/version")) -> Gpus:
@@ -64,14 +60,13 @@ def find_gpus(load: Callable[[str], Any] = ctypes.CDLL, proc: Path = Path("/proc
         return Gpus(driver=version, problem="no NVIDIA driver (libcuda.so.1 is not found)")
     try:
         _call(library, "cuInit", 0)
-        cuda = _integer(library, "cuDriverGetVersion")
+        cuda = Version.of(_integer(library, "cuDriverGetVersion"))
         devices = tuple(_device(library, ordinal) for ordinal in range(_integer(library, "cuDeviceGetCount")))
     except KernelError as error:
         return Gpus(driver=version, problem=f"the NVIDIA driver does not work: {error}")
     problem = "" if devices else "the NVIDIA driver finds no GPU"
-    if cuda < OLDEST_DRIVER:
-        needed = cuda_version(OLDEST_DRIVER)
-        problem = f"the NVIDIA driver is for CUDA {cuda_version(cuda)}; update it to one for CUDA {needed} (580 or newer)"
+    if cuda < OLDEST_12:
+        problem = f"the NVIDIA driver is for CUDA {cuda}, {Version(*OLDEST_12)} is the oldest"
     return Gpus(devices, cuda, version, problem)
 
 

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from duq import __version__
 from duq.compiler.choices import TARGETS
+from duq.plugins import libraries, nvrtc
 from duq.plugins.errors import DuqError, KernelError
 from duq.plugins.gpu import GPUS
 from duq.runtime.cli_errors import one_line_errors
@@ -40,8 +41,8 @@ IMPOSSIBLE = 1  # exit code; 2 is bad input
 PURPOSES = ("run", "compile")
 DRIVER = "install NVIDIA's driver, 580 or newer: https://www.nvidia.com/drivers"
 LIBRARIES = (
-    "numpy", "onnxruntime", "torch", "onnx", "cuda-bindings", "cuda-pathfinder", "nvidia-cublas", "nvidia-cuda-nvrtc",
-    "tensorrt", "tensorrt-rtx-cu13", "bitblas",
+    "numpy", "onnxruntime", "torch", "onnx", "cuda-bindings", "nvidia-cublas", "nvidia-cublas-cu12",
+    "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12", "tensorrt", "tensorrt-rtx-cu13", "bitblas",
 )  # fmt: skip
 TENSORRT = ("tensorrt", "tensorrt_rtx")
 
@@ -153,11 +154,11 @@ def can_compile(target: str) -> Ability:
     missing = _packages((module for module, (_, extra) in PACKAGES.items() if extra == "compile"), "compile")
     notes: tuple[str, ...] = ()
     if target == "cuda":
-        missing += _packages(("cuda.bindings",), "cuda") or _loads_nvrtc()
+        missing += _packages(("cuda.bindings",), "cuda") or _loads(nvrtc.nvrtc_version)
     if target == "tensorrt":
         if not any(map(is_importable, TENSORRT)):
             missing += (Missing("TensorRT", f"{install_command('tensorrt')}, or {requirement('tensorrt-rtx')}"),)
-        missing += _packages(("onnx_graphsurgeon", "bitblas"), "tensorrt") or _loads_nvrtc()
+        missing += _packages(("onnx_graphsurgeon", "bitblas"), "tensorrt") or _loads(nvrtc.nvrtc_version)
         notes = ("no engine of TensorRT was ever run by duq's tests: docs/tensorrt.md",)
     return Ability(_joined(missing), notes)
 
@@ -166,11 +167,12 @@ def can_run(target: str, gpus: Gpus) -> Ability:
     """Whether plans of a target can be run here, where they are for this machine's GPU."""
     if target == "cpu":
         return Ability(_packages(("onnxruntime",), ""))
-    missing: tuple[Missing, ...] = ()
-    if gpus.problem:
-        missing += (Missing(gpus.problem, DRIVER),)
+    missing = (Missing(gpus.problem, DRIVER),) if gpus.problem else _old_driver(gpus)
     if target == "cuda":
-        missing += _packages(("cuda.bindings", "cuda.pathfinder"), "cuda-runtime") or _loads_cublas()
+        runtime = "cuda12-runtime" if _cuda_major(gpus) == 12 else "cuda-runtime"
+        missing += _packages(("cuda.bindings",), runtime) or _loads(
+            lambda: libraries.load("cublasLt", "running cuda plans")
+        )
     else:
         missing += _packages(("cuda.bindings",), "tensorrt-runtime")
         if not any(map(is_importable, TENSORRT)):
@@ -181,6 +183,22 @@ def can_run(target: str, gpus: Gpus) -> Ability:
         if gpu.sm not in GPUS
     )
     return Ability(_joined(missing), notes)
+
+
+def _cuda_major(gpus: Gpus) -> int:
+    """The CUDA whose packages belong here: that of the installed ones; else that of the driver, of which 13 is the newest."""
+    if bindings := version_of("cuda-bindings"):
+        return int(bindings.partition(".")[0])
+    return 12 if gpus.cuda is not None and gpus.cuda.major == 12 else 13
+
+
+def _old_driver(gpus: Gpus) -> tuple[Missing, ...]:
+    """A driver that is too old for the packages of NVIDIA's that are installed (plugins/driver.py refuses it)."""
+    major = _cuda_major(gpus)
+    if gpus.cuda is None or gpus.cuda.major >= major:
+        return ()
+    what = f"a driver for CUDA {major}: this one is for CUDA {gpus.cuda}, and cuda-bindings for CUDA {major}"
+    return (Missing(what, f"{DRIVER}; or stay with it: {install_command('cuda12-runtime')}"),)
 
 
 def can_run_plan(path: Path, gpus: Gpus, found: dict[str, dict[str, Ability]]) -> PlanAbility:
@@ -217,16 +235,19 @@ def _on_gpu(plan: Any, gpus: Gpus, facts: dict[str, Any]) -> tuple[Missing, ...]
     from duq.runtime.inspect import read_schedule
 
     gpu = gpus.devices[0]
-    remedy = f"compile it again with --sm {sm_to_compile_for(gpu.sm, gpu.block_shared_bytes)}"
+    remedy, cuda = f"compile it again with --sm {sm_to_compile_for(gpu.sm, gpu.block_shared_bytes)}", gpus.cuda
+    assert cuda is not None  # the driver that found the GPU said it
     if facts["target"] == "tensorrt":
         fits = gpu.sm in plan.manifest["sm"]
         return () if fits else (Missing(f"engines for SM {gpu.sm} in {plan.path}", remedy),)
     programs = programs_of(plan.manifest)
     chosen = program_for(
-        best_first(programs, gpu.sm), gpu.sm, gpu.block_shared_bytes, lambda each: read_schedule(plan, each.schedule)
+        best_first(programs, gpu.sm, cuda), gpu.sm, gpu.block_shared_bytes, lambda each: read_schedule(plan, each.schedule)
     )
     if chosen is None:
-        held = ", ".join(f"SM {each.sm} ({each.image})" for each in programs)
+        if any(each.runs_on(gpu.sm) and each.driver > cuda for each in programs):
+            remedy = f"update the driver, or compile the plan with {requirement('cuda12')}"
+        held = ", ".join(f"SM {each.sm} ({each.image}, driver for CUDA {each.driver})" for each in programs)
         return (Missing(f"a program for {gpu.name} (SM {gpu.sm}) in {plan.path}, which has {held}", remedy),)
     facts["program"] = chosen.to_json()
     facts["memory_bytes"] = device_bytes_of(read_schedule(plan, chosen.schedule))
@@ -243,18 +264,6 @@ def _packages(modules: Iterable[str], extra: str) -> tuple[Missing, ...]:
     """Those that are not installed, as one thing to do."""
     absent = [PACKAGES[module][0] for module in modules if not is_importable(module)]
     return (Missing(", ".join(dict.fromkeys(absent)), install_command(extra)),) if absent else ()
-
-
-def _loads_nvrtc() -> tuple[Missing, ...]:
-    from duq.plugins import nvrtc
-
-    return _loads(nvrtc.version)
-
-
-def _loads_cublas() -> tuple[Missing, ...]:
-    from duq.plugins import cublas
-
-    return _loads(cublas.version)
 
 
 def _loads(version: Any) -> tuple[Missing, ...]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from duq.plugins.libraries import Version
 from duq.runtime import machine
 from duq.runtime.machine import Device, Gpus, find_gpus
 from duq.tools import doctor
@@ -17,6 +18,7 @@ from duq.tools import doctor
 ROOT = Path(__file__).parents[2]
 H200 = Device("H200", 90, 132, 141_000_000_000, 227 << 10)
 RTX3090 = Device("GeForce RTX 3090", 86, 82, 24_000_000_000, 99 << 10)
+CUDA13 = Version(13, 0)
 PROC = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 07:24:44 UTC 2025\nGCC version: gcc 12.2.0\n"
 
 
@@ -82,7 +84,7 @@ def proc(tmp_path):
 
 def test_the_driver_is_asked_for_every_gpu(proc):
     found = find_gpus(lambda name: Libcuda(H200, RTX3090), proc)
-    assert found == Gpus((H200, RTX3090), 13000, "580.65.06", "")
+    assert found == Gpus((H200, RTX3090), CUDA13, "580.65.06", "")
     assert found.to_json()["cuda"] == "13.0" and found.to_json()["devices"][1]["name"] == "GeForce RTX 3090"
 
 
@@ -92,7 +94,7 @@ def test_the_driver_is_asked_for_every_gpu(proc):
         (Libcuda(fails={"cuInit": 100}), "does not work: cuInit: CUDA_ERROR_100"),
         (Libcuda(H200, fails={"cuDeviceGetAttribute": 999}), "does not work: cuDeviceGetAttribute: CUDA_ERROR_999"),
         (Libcuda(), "finds no GPU"),
-        (Libcuda(H200, cuda=12040), "is for CUDA 12.4; update it to one for CUDA 13.0"),
+        (Libcuda(H200, cuda=12020), "is for CUDA 12.2, 12.4 is the oldest"),
     ],
 )
 def test_a_driver_that_cannot_be_used_is_a_problem_and_no_error(library, says, proc):
@@ -123,7 +125,10 @@ def test_the_context_for_free_memory_is_given_back():
 def complete(monkeypatch):
     """(gpus, absent modules): a machine on which everything but those is installed and loads."""
 
-    def make(gpus: Gpus, *absent: str, free: int | None = None) -> None:
+    def make(gpus: Gpus, *absent: str, free: int | None = None, bindings: str | None = "13.0.3") -> None:
+        original = doctor.version_of
+        versions = {"cuda-bindings": bindings}
+        monkeypatch.setattr(doctor, "version_of", lambda name: versions[name] if name in versions else original(name))
         monkeypatch.setattr(doctor, "find_gpus", lambda: gpus)
         monkeypatch.setattr(doctor, "free_device_bytes", lambda: free)
         monkeypatch.setattr(doctor, "is_importable", lambda module: module not in absent)
@@ -139,7 +144,7 @@ def report(command_line, *arguments):
 
 
 def test_with_everything_everything_is_possible(complete, command_line):
-    complete(Gpus((H200,), 13000, "580.65.06"))
+    complete(Gpus((H200,), CUDA13, "580.65.06"))
     code, found = report(command_line, *(f"--target={each}" for each in doctor.TARGETS))
     assert code == 0
     assert all(each["possible"] and not each["missing"] for pair in found["targets"].values() for each in pair.values())
@@ -151,13 +156,13 @@ def test_with_everything_everything_is_possible(complete, command_line):
         ("torch", "cpu", "compile", "pip install 'duq-vla[compile]'"),
         ("onnxruntime", "cpu", "run", "pip install 'duq-vla'"),
         ("cuda.bindings", "cuda", "compile", "pip install 'duq-vla[cuda]'"),
-        ("cuda.pathfinder", "cuda", "run", "pip install 'duq-vla[cuda-runtime]'"),
+        ("cuda.bindings", "cuda", "run", "pip install 'duq-vla[cuda-runtime]'"),
         ("cuda.bindings", "tensorrt", "run", "pip install 'duq-vla[tensorrt-runtime]'"),
         ("bitblas", "tensorrt", "compile", "pip install 'duq-vla[tensorrt]'"),
     ],
 )
 def test_what_is_missing_has_the_command_that_brings_it(absent, target, purpose, remedy, complete, command_line):
-    complete(Gpus((H200,), 13000, "580.65.06"), absent)
+    complete(Gpus((H200,), CUDA13, "580.65.06"), absent)
     code, found = report(command_line, "--target", target, "--do", purpose)
     assert code == 1
     assert [each["remedy"] for each in found["targets"][target][purpose]["missing"]] == [remedy]
@@ -174,8 +179,34 @@ def test_without_a_gpu_plans_are_compiled_and_not_run(complete, command_line):
     assert found["targets"]["cpu"]["run"]["possible"]
 
 
+ORIN = Device("Orin", 87, 16, 30_000_000_000, 163 << 10)
+
+
+def test_a_driver_of_cuda_12_is_offered_its_packages(complete, command_line):
+    complete(Gpus((ORIN,), Version(12, 6), "540.4.0"), "cuda.bindings", bindings=None)
+    _, found = report(command_line)
+    (missing,) = found["targets"]["cuda"]["run"]["missing"]
+    assert missing == {"what": "cuda-bindings", "remedy": "pip install 'duq-vla[cuda12-runtime]'"}
+
+
+@pytest.mark.parametrize(("bindings", "possible"), [("13.0.3", False), ("12.9.4", True)])
+def test_a_driver_older_than_the_packages_is_missing(bindings, possible, complete, command_line):
+    complete(Gpus((ORIN,), Version(12, 6), "540.4.0"), bindings=bindings)
+    code, found = report(command_line, "--target", "cuda")
+    assert (code == 0) is possible
+    for each in found["targets"]["cuda"]["run"]["missing"]:
+        assert "for CUDA 12.6" in each["what"] and "duq-vla[cuda12-runtime]" in each["remedy"]
+
+
+def test_a_plan_that_needs_a_newer_driver(complete, command_line, tiny_plans):
+    complete(Gpus((RTX3090,), Version(12, 6), "560.35"), bindings="12.9.4", free=10**10)
+    code, found = report(command_line, tiny_plans("pi0", "none", "cuda").plan)
+    (missing,) = found["plan"]["missing"]
+    assert code == 1 and "driver for CUDA 13.0" in missing["what"] and "duq-vla[cuda12]" in missing["remedy"]
+
+
 def test_a_gpu_without_kernels_of_its_own_is_said(complete, command_line):
-    complete(Gpus((Device("RTX 2080", 75, 46, 8_000_000_000, 64 << 10),), 13000, "580.65.06"))
+    complete(Gpus((Device("RTX 2080", 75, 46, 8_000_000_000, 64 << 10),), CUDA13, "580.65.06"))
     _, found = report(command_line)
     assert "SM 75" in found["targets"]["cuda"]["run"]["notes"][0]
 
@@ -202,13 +233,13 @@ def test_an_installed_library_that_does_not_load_is_missing():
 @pytest.mark.parametrize(
     ("gpu", "program"),
     [
-        (H200, {"sm": 90, "image": "cubin"}),
-        (RTX3090, {"sm": 86, "image": "cubin"}),
-        (Device("RTX 5090", 120, 170, 32_000_000_000, 99 << 10), {"sm": 86, "image": "ptx"}),
+        (H200, {"sm": 90, "image": "cubin", "driver": "13.0"}),
+        (RTX3090, {"sm": 86, "image": "cubin", "driver": "13.0"}),
+        (Device("RTX 5090", 120, 170, 32_000_000_000, 99 << 10), {"sm": 86, "image": "ptx", "driver": "13.0"}),
     ],
 )
 def test_a_plan_runs_with_the_program_that_the_executor_takes(gpu, program, complete, command_line, tiny_plans):
-    complete(Gpus((gpu,), 13000, "580.65.06"), free=10**10)
+    complete(Gpus((gpu,), CUDA13, "580.65.06"), free=10**10)
     code, found = report(command_line, tiny_plans("pi0", "none", "cuda").plan)
     assert code == 0 and found["plan"]["program"] == program
     assert 10**7 < found["plan"]["memory_bytes"] < 10**9
@@ -216,10 +247,10 @@ def test_a_plan_runs_with_the_program_that_the_executor_takes(gpu, program, comp
 
 def test_a_plan_that_does_not_fit(complete, command_line, tiny_plans):
     plan = tiny_plans("pi0", "none", "cuda").plan
-    complete(Gpus((RTX3090,), 13000, "580.65.06"), free=10**6)
+    complete(Gpus((RTX3090,), CUDA13, "580.65.06"), free=10**6)
     code, found = report(command_line, plan)
     assert code == 1 and "GB are needed, 0.00 GB are free" in found["plan"]["missing"][0]["what"]
-    complete(Gpus((Device("A100", 80, 108, 40_000_000_000, 163 << 10),), 13000, "580.65.06"), free=10**10)
+    complete(Gpus((Device("A100", 80, 108, 40_000_000_000, 163 << 10),), CUDA13, "580.65.06"), free=10**10)
     code, found = report(command_line, plan)
     assert code == 1 and found["plan"]["missing"][0]["remedy"] == "compile it again with --sm 80"
     assert "does not run here" in command_line(doctor.main, plan).out

@@ -396,5 +396,5 @@ def test_the_executor_finds_every_kernel_in_the_plan(compiled):
 def test_duq_inspect_needs_no_tensorrt_to_show_the_plan(compiled, command_line, monkeypatch):
     plan = compiled("pi0", "graph")
     monkeypatch.setattr(trt, "library", lambda: pytest.fail("TensorRT was loaded"))
-    ran = command_line(inspect_main, plan.path)
+    ran = command_line(inspect_main, plan.path, "--all")
     assert ran.code == 0 and "engine/sm86/step" in ran.out and "general_dequant_matmul_kernel" in ran.out
