@@ -28,6 +28,7 @@ from duq.runtime.errors import PlanError
 from duq.runtime.executors.programs import (
     Program,
     best_first,
+    device_bytes_of,
     has_kernels,
     programs_of,
     shared_bytes_of,
@@ -72,8 +73,7 @@ class CudaExecutor:
         self._stream, self._branch, self._ahead = (driver.Stream() for _ in range(3))
         self._events = [driver.Event() for _ in range(3)]  # before the prefix, after it, after the steps
         self._library = CublasLt() if _uses_library(schedule) else None
-        weight_bytes = sum(size for _, size in schedule["weights"].values())
-        _check_memory(plan, weight_bytes + schedule["arena_bytes"] + 3 * WORKSPACE_BYTES)
+        _check_memory(plan, device_bytes_of(schedule))
         self._weights, self._offsets = _upload_weights(plan, schedule["weights"], self._stream)
         self._arena = driver.Memory(schedule["arena_bytes"])
         streams = self._stream, self._branch, self._ahead

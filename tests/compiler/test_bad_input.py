@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import duq.compiler.accuracy.compare
+import duq.compiler.checkpoint.synthetic
 import duq.compiler.cli
 import duq.compiler.pipeline
 import duq.runtime.plan
 import duq.tools.compare
 import duq.tools.make_checkpoint
-from duq.compiler.cli import compile_main
-from duq.compiler.quantize_cli import quantize_main
+from duq.compiler.commands import compile_main, quantize_main
 from duq.plugins.errors import KernelError
 from duq.runtime import Policy
 from duq.runtime.errors import ObservationError, PlanError
@@ -122,7 +122,7 @@ def no_long_work(compiled, monkeypatch):
         (duq.compiler.pipeline, "export"),
         (duq.compiler.pipeline, "quantize"),
         (duq.compiler.accuracy.compare, "run_worker"),
-        (duq.tools.make_checkpoint, "make_checkpoint"),
+        (duq.compiler.checkpoint.synthetic, "make_checkpoint"),
     ):
         monkeypatch.setattr(module, name, began)
 
