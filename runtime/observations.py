@@ -21,6 +21,7 @@ import numpy as np
 from duq.runtime import checks
 from duq.runtime.archives import read_npz
 from duq.runtime.errors import ObservationError
+from duq.runtime.files import replacing
 
 NESTED = ("image", "image_mask", "images")
 _RESERVED = ("file", "allow_pickle")  # arguments of np.savez
@@ -51,8 +52,14 @@ def read_observations(places: Sequence[tuple[Path, int]]) -> list[dict[str, Any]
     return found
 
 
-def save_observations(path: str | os.PathLike[str], observations: Sequence[Mapping[str, Any]]) -> None:
-    """Writes one `.npz` file. ObservationError if the observations differ in their keys, shapes or dtypes."""
+def save_observations(
+    path: str | os.PathLike[str], observations: Sequence[Mapping[str, Any]], *, sweep: bool = True
+) -> None:
+    """Writes one `.npz` file, whole or not at all.
+
+    sweep: as `runtime.files.replacing` takes it. Raises ObservationError if the observations differ in their keys, shapes or
+    dtypes, or the file cannot be written.
+    """
     path = Path(path)
     if not observations:
         raise ObservationError(f"{path}: there are no observations to save")
@@ -62,13 +69,8 @@ def save_observations(path: str | os.PathLike[str], observations: Sequence[Mappi
             differing = sorted(row.keys() ^ rows[0].keys())
             raise ObservationError(f"{path}: {differing[0]} is not in every observation; save those in separate files")
     arrays = {key: _stack(path, key, [row[key] for row in rows]) for key in rows[0]}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]  # no key is allow_pickle
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path, ObservationError, sweep=sweep) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # no key is allow_pickle
 
 
 def _files(path: str | os.PathLike[str]) -> list[Path]:

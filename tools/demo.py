@@ -18,6 +18,7 @@ import typer
 
 from duq.runtime import Policy
 from duq.runtime.cli_errors import one_line_errors
+from duq.runtime.files import check_output_file
 from duq.runtime.observations import load_observations, save_observations
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ PROMPTS = ("pick up the cup", "open the drawer", "push the button")
 @app.command()
 def observations(out: Path, count: Annotated[int, typer.Option()], seed: Annotated[int, typer.Option()]) -> None:
     """Writes LIBERO observations whose cameras see crops of photographs that scikit-image ships."""
+    check_output_file("OUT", out)
     rng = np.random.default_rng(seed)
     photographs = [photograph() for photograph in PHOTOGRAPHS]
 

@@ -26,7 +26,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from duq.compiler.accuracy.metrics import jerk
-from duq.compiler.accuracy.plots import ENGINE, REFERENCE, STYLE
+from duq.compiler.accuracy.plots import ENGINE, REFERENCE, STYLE, check_figure, save_figure
 from duq.compiler.accuracy.rates import paired_difference, wilson
 from duq.compiler.checkpoint import Checkpoint, load_checkpoint
 from duq.compiler.pipeline import compile_policy, quantize_checkpoint
@@ -37,6 +37,7 @@ from duq.examples.collect_metaworld import TASKS
 from duq.examples.metaworld_env import PROMPTS
 from duq.plugins.errors import DuqError
 from duq.runtime.cli_errors import check_output_file, one_line_errors
+from duq.runtime.files import write_text
 from duq.tools import rollout
 
 CALIBRATION_SEED, OBSERVATION_SEED = 2_000_000, 3_000_000  # starts that are neither trained nor evaluated on
@@ -140,9 +141,10 @@ def _evaluate(
     chosen, tasks = scheme or list(SCHEMES), task or list(TASKS)
     _check_choice("--scheme", chosen, SCHEMES)
     _check_choice("--task", tasks, PROMPTS)
-    for flag, file in (("--plot", plot), ("--markdown", markdown)):
-        if file is not None:
-            check_output_file(flag, file)
+    if plot is not None:
+        check_figure("--plot", plot)
+    if markdown is not None:
+        check_output_file("--markdown", markdown)
     if "fp32" not in chosen:
         chosen = ["fp32", *chosen]  # what the others are compared with
     policy = load_checkpoint(checkpoint)
@@ -160,7 +162,7 @@ def _evaluate(
     if plot is not None:
         draw(found, plot)
     if markdown is not None:
-        markdown.write_text(f"{markdown_table(measures(found))}\n{markdown_table(successes(found))}")
+        write_text(markdown, f"{markdown_table(measures(found))}\n{markdown_table(successes(found))}")
     if as_json:
         typer.echo(to_json(found))
     else:
@@ -275,7 +277,7 @@ def draw(found: dict[str, Outcome], file: Path) -> None:
             axes.grid(axis="y", visible=False)
         success.set_xlim(min(80, success.get_xlim()[0]), 101)  # a tenth of a percent is not to look like a gap
         success.invert_yaxis()
-        canvas.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+        save_figure(canvas, file)
 
 
 def main() -> None:

@@ -6,9 +6,6 @@ A directory without ``recipe.json`` holds packs of the original scripts: transfo
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +24,7 @@ from duq.compiler.quant.quantize import Quantization
 from duq.compiler.quant.recipe import SELECTION, Recipe
 from duq.compiler.quant.transforms import LinearTransform
 from duq.runtime.config import ModelConfig
+from duq.runtime.files import check_output_folder, replacing_folder
 
 FORMAT_VERSION = 1
 RECIPE, FLOAT_WEIGHTS, VALUE_SCALES = "recipe.json", "float_weights.safetensors", "value_scales.safetensors"
@@ -36,6 +34,7 @@ def check_destination(directory: Path) -> None:
     """Raises PackError unless packs may be written there: nothing is there, or packs written here before."""
     if directory.exists() and not (is_quantization(directory) or (directory.is_dir() and not any(directory.iterdir()))):
         raise PackError(f"{directory} exists and is not a directory of packs; choose another --out")
+    check_output_folder("--out", directory, PackError, is_quantization)
 
 
 def save_quantization(quantization: Quantization, directory: Path, fingerprint: str, progress: Progress) -> None:
@@ -44,27 +43,22 @@ def save_quantization(quantization: Quantization, directory: Path, fingerprint: 
     ``fingerprint`` is that of the checkpoint the integers were made from. Raises PackError when the directory exists
     and holds something else.
     """
+    description = {
+        "format_version": FORMAT_VERSION,
+        "checkpoint_fingerprint": fingerprint,
+        "recipe": quantization.recipe.to_json(),
+        "linears": list(quantization.packs),
+    }
     check_destination(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
+    with replacing_folder(directory, PackError, is_quantization) as draft:
         for pack in progress.track(quantization.packs.values(), description="Writing packs"):
-            save_pack(pack, temporary)
-        save_file({k: v.contiguous() for k, v in quantization.float_weights.items()}, temporary / FLOAT_WEIGHTS)
-        _save_value_transforms(quantization, temporary)
-        description = {
-            "format_version": FORMAT_VERSION,
-            "checkpoint_fingerprint": fingerprint,
-            "recipe": quantization.recipe.to_json(),
-            "linears": list(quantization.packs),
-        }
-        (temporary / RECIPE).write_text(json.dumps(description, indent=2))
-        temporary.chmod(0o755)  # mkdtemp's is private
-        if directory.exists():
-            shutil.rmtree(directory)
-        os.rename(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            save_pack(pack, draft)
+        try:
+            save_file({k: v.contiguous() for k, v in quantization.float_weights.items()}, draft / FLOAT_WEIGHTS)
+            _save_value_transforms(quantization, draft)
+        except SafetensorError as error:  # the disk is full: safetensors has no OSError for it
+            raise PackError(f"{directory}: cannot be written ({error}); make room or name another place") from error
+        (draft / RECIPE).write_text(json.dumps(description, indent=2))
 
 
 def load_quantization(directory: Path, checkpoint) -> Quantization:
