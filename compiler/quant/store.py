@@ -25,8 +25,10 @@ from duq.compiler.quant.recipe import SELECTION, Recipe
 from duq.compiler.quant.transforms import LinearTransform
 from duq.runtime.config import ModelConfig
 from duq.runtime.files import check_output_folder, replacing_folder
+from duq.runtime.reading import brief, present, read_json, reading
 
 FORMAT_VERSION = 1
+AGAIN = "quantize again"
 RECIPE, FLOAT_WEIGHTS, VALUE_SCALES = "recipe.json", "float_weights.safetensors", "value_scales.safetensors"
 
 
@@ -78,10 +80,10 @@ def load_quantization(directory: Path, checkpoint) -> Quantization:
         if not isinstance(pack, LinearPack):
             raise PackError(f"{directory / name}.npz holds no integer weights; quantize again")
         packs[name] = pack
-    try:
-        float_weights, value_transforms = load_file(directory / FLOAT_WEIGHTS), _load_value_transforms(directory)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise PackError(f"{directory}: {error}; quantize again") from error
+    with reading(directory / FLOAT_WEIGHTS, PackError, AGAIN):
+        float_weights = load_file(directory / FLOAT_WEIGHTS)
+    with reading(directory / VALUE_SCALES, PackError, AGAIN):
+        value_transforms = _load_value_transforms(directory)
     _check_float_weights(directory, float_weights, checkpoint)
     _check_value_transforms(directory, value_transforms, checkpoint)
     return Quantization(recipe, packs, float_weights, value_transforms)
@@ -112,17 +114,20 @@ def check_recipe(directory: Path, recipe: Recipe, origins: Mapping[str, str], co
 
 def _description(directory: Path) -> dict:
     """recipe.json, each of its keys there and of the right kind."""
-    try:
-        description = json.loads((directory / RECIPE).read_text())
-        version = description["format_version"]
-        kinds = {"checkpoint_fingerprint": str, "recipe": dict, "linears": list}
-        wrong = [key for key, kind in kinds.items() if version == FORMAT_VERSION and not isinstance(description[key], kind)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PackError(f"{directory / RECIPE} is not readable: {error}") from error
+    file = directory / RECIPE
+    description = read_json(
+        file, lambda message: PackError(message.replace(f"{file}:", f"{file} is not readable:", 1)), AGAIN
+    )
+    version = description.get("format_version")
+    if type(version) is not int:
+        raise PackError(f"{file} is not readable: format_version is {brief(version)}; {AGAIN}")
     if version != FORMAT_VERSION:
-        raise PackError(f"{directory} has packs of format {version}, this duq reads {FORMAT_VERSION}; quantize again")
-    if wrong:
-        raise PackError(f"{directory / RECIPE} is not readable: {wrong[0]} is no {kinds[wrong[0]].__name__}")
+        raise PackError(f"{directory} has packs of format {version}, this duq reads {FORMAT_VERSION}; {AGAIN}")
+    for key, kind in {"checkpoint_fingerprint": str, "recipe": dict, "linears": list}.items():
+        if not isinstance(description.get(key), kind):
+            raise PackError(f"{file} is not readable: {key} is no {kind.__name__}; {AGAIN}")
+    if not all(isinstance(name, str) and name and "/" not in name and "\0" not in name for name in description["linears"]):
+        raise PackError(f"{file} is not readable: linears are {brief(description['linears'])}, expected names; {AGAIN}")
     return description
 
 
@@ -194,7 +199,7 @@ def load_transforms(directory: Path, checkpoint, recipe: Recipe) -> dict[str, Li
 
 def is_quantization(directory: Path) -> bool:
     """Whether the packs in the directory are complete with integer weights, written by :func:`save_quantization`."""
-    return (directory / RECIPE).is_file()
+    return present(directory / RECIPE, PackError)
 
 
 def _shape(checkpoint, name: str) -> tuple[int, int]:
@@ -214,7 +219,7 @@ def _save_value_transforms(quantization: Quantization, directory: Path) -> None:
 
 def _load_value_transforms(directory: Path) -> dict[int, LinearTransform]:
     with safe_open(directory / VALUE_SCALES, "np") as file:
-        block_size = int(file.metadata()["block_size"])
+        block_size = int((file.metadata() or {})["block_size"])
         scales = {int(layer): file.get_tensor(layer) for layer in file.keys()}
     return {
         layer: LinearTransform(input_scale=scales[layer], rotation="hadamard", block_size=block_size)

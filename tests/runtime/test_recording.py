@@ -91,7 +91,9 @@ def test_the_disk_limit_counts_what_is_there(tmp_path):
 
 def test_a_slow_disk_never_holds_a_call_up(tmp_path, monkeypatch, caplog):
     gate = threading.Event()
-    monkeypatch.setattr(recording, "save_observations", lambda *args, **more: (gate.wait(10), save_observations(*args, **more)))
+    monkeypatch.setattr(
+        recording, "save_observations", lambda *args, **more: (gate.wait(10), save_observations(*args, **more))
+    )
     recorder, outcomes = Recorder(tmp_path, every=1, limit_bytes=1 << 30), Outcomes()
     recorder.start(outcomes.append)
     start = time.perf_counter()
