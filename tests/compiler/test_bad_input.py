@@ -436,7 +436,7 @@ def test_recipe_files(good, programs, refused, tmp_path):
         ("preset: [1]", "unknown preset in "),
         ("weight_bits: .inf", "recipe key weight_bits is inf; expected int"),
         ("weight_bits: !!int abc", "does not parse: invalid literal"),
-        ("[" * 3000, "does not parse: maximum recursion depth"),
+        ("[" * 3000, "does not parse: RecursionError: maximum recursion depth"),
         ("damping: .nan", "damping is nan; it must be positive"),
         ("weight_bits: four", "recipe key weight_bits is 'four'; expected int"),
         ("[", "does not parse"),

@@ -121,7 +121,7 @@ def test_blocks_left_out_are_the_identity(tmp_path):
         ({"meta": "[]"}, "meta: must hold a JSON object, not a list"),
         ({"meta": "7"}, "meta: must hold a JSON object, not a int"),
         ({"meta": json.dumps({"block_size": -16})}, "does not divide"),
-        ({"meta": json.dumps({"block_size": "x"})}, "not a readable pack"),
+        ({"meta": json.dumps({"block_size": "x"})}, "the size of the blocks is .x."),
         (
             {"meta": json.dumps({"name": "llm.layers.1.mlp.down_proj"})},
             "pack of llm.layers.1.mlp.down_proj, not of llm.layers.0",
@@ -135,7 +135,7 @@ def test_blocks_left_out_are_the_identity(tmp_path):
         ({"Rout_1": np.eye(8, dtype=np.float32)}, "shape"),
         ({"R_in_blocks": np.arange(9)}, "does not divide"),
         ({"meta": json.dumps({"in_features": 256})}, "in_features 256"),
-        ({"meta": "{"}, "not a readable pack"),
+        ({"meta": "{"}, "meta: cannot be read as JSON"),
         ({"meta": json.dumps({"block_size": 48})}, "does not divide"),
     ],
 )
@@ -182,7 +182,7 @@ def our_pack(tmp_path, hadamard=False, **changes):
         ({"meta": {"weight_bits": 8}}, r"weight_q has shape \(64, 64\)"),
         ({"meta": {"activation_bits": 4}}, "activation_bits is 4, expected 8 or 0"),
         ({"meta": {"weight_bits": ...}}, "not a readable pack: KeyError: 'weight_bits'"),
-        ({"meta": {"sqnr_db": "high"}}, "not a readable pack"),
+        ({"meta": {"sqnr_db": "high"}}, "sqnr_db is .high."),
         ({"meta": {"out_features": 63}}, "made for out_features 63"),
         ({"weight_q": np.zeros((64, 64), np.int8)}, "weight_q has dtype int8, expected uint8 for 4 bits"),
         ({"weight_q": np.zeros((64, 64), np.float32)}, "weight_q has dtype float32"),
