@@ -343,7 +343,7 @@ def _coerce(key: str, value: Any, kind: type) -> Any:
         )
     except (TypeError, ValueError, OverflowError):
         number = value
-    if not isinstance(number, kind) or (kind is int and number != float(value)):
+    if not isinstance(number, kind) or (kind is int and isinstance(value, float) and number != value):
         raise RecipeError(f"recipe key {key} is {brief(value)}; expected {kind.__name__}")
     return number
 
