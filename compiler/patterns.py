@@ -18,7 +18,7 @@ LONGEST = 4000  # characters: a list of all linears' names has fewer
 MOST_REPEATS = (
     1000  # of counted repetitions within each other, "(a{10}){100}": names are shorter, and `regex` writes them out
 )
-PATIENCE_S = 0.5  # for all of a pattern's searches that are not quick
+PATIENCE_S = 0.5  # of the processor, for all of a pattern's searches that are not quick
 _QUICK_S = 1e-3
 _BRACE = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\{(?:(\d*)(,?)(\d*)\})?", re.DOTALL)
 
@@ -55,13 +55,13 @@ class Pattern:
         return self._timed("fullmatch", name)
 
     def _timed(self, method: str, name: str) -> bool:
-        spent, begin = _spent.get(self._text, 0.0), time.perf_counter()
+        spent, begin = _spent.get(self._text, 0.0), time.process_time()
         try:
             return getattr(self._compiled, method)(name, timeout=max(PATIENCE_S - spent, _QUICK_S)) is not None
         except TimeoutError as error:
             raise self._fault("takes too long to match; write it without repetitions within repetitions") from error
         finally:
-            seconds = time.perf_counter() - begin
+            seconds = time.process_time() - begin
             if seconds > _QUICK_S:
                 _spent[self._text] = spent + seconds
 

@@ -9,9 +9,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from duq.compiler.errors import CheckpointError
-from duq.runtime.reading import REMEDY, brief, present, reading, reason
+from duq.runtime.errors import PlanError
+from duq.runtime.reading import REMEDY, brief, present, read_bytes, reading, reason
 from duq.runtime.reading import read_json as reading_json
+from duq.runtime.tokenizer import Tokenizer
 
+TOKENIZER_BYTES = 64 << 20  # at most: PaliGemma's has 4 MB
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 LFS_HEAD = b"version https://git-lfs"
@@ -64,6 +67,16 @@ def is_lfs_pointer(file: Path) -> bool:
         return False
     with open(file, "rb") as stream:
         return stream.read(len(LFS_HEAD)) == LFS_HEAD
+
+
+def read_tokenizer(file: Path) -> bytes:
+    """A SentencePiece model. Raises CheckpointError, which names the file, for anything else."""
+    data = read_bytes(file, CheckpointError, limit=TOKENIZER_BYTES)
+    try:
+        Tokenizer(data)
+    except PlanError as error:
+        raise CheckpointError(f"{file}: {str(error).removeprefix('tokenizer.model: ')}") from error
+    return data
 
 
 def is_there(file: Path) -> bool:

@@ -24,6 +24,7 @@ from duq.compiler.errors import CalibrationError
 from duq.runtime.reading import brief, reading, reason
 
 VERSIONS = ("v3.0", "v2.1")
+LONGEST_NAME = 200  # of a feature
 MOST_NUMBERS = 1 << 24  # of a feature of a frame
 BOOKKEEPING = frozenset({"timestamp", "frame_index", "episode_index", "index", "task_index"})
 _NUMBERS = frozenset(
@@ -242,7 +243,8 @@ def _version(folder: Path, info: dict) -> str:
 def _features(folder: Path, info: dict) -> dict[str, dict]:
     features = info.get("features")
     if not isinstance(features, dict) or not all(
-        isinstance(feature, dict) and isinstance(feature.get("dtype"), str) for feature in features.values()
+        len(name) <= LONGEST_NAME and isinstance(feature, dict) and isinstance(feature.get("dtype"), str)
+        for name, feature in features.items()
     ):
         raise CalibrationError(f"{folder / 'meta' / 'info.json'}: lacks features, name -> dtype and shape; {_AGAIN}")
     return features
