@@ -52,7 +52,10 @@ def reading(file: Path | str, failure: Failure, remedy: str = REMEDY) -> Iterato
 def reason(error: BaseException) -> str:
     """What an exception says, in one short line."""
     text = " ".join(str(error).split())
-    speaks_for_itself = text and isinstance(error, (OSError, ValueError)) and not isinstance(error, UnicodeError)
+    named = type(error).__name__ != "error"  # as the errors of re, zlib and struct are
+    speaks_for_itself = text and (
+        isinstance(error, (OSError, ValueError)) and not isinstance(error, UnicodeError) or not named
+    )
     return brief_text(text if speaks_for_itself else f"{type(error).__name__}: {text}".removesuffix(": "))
 
 
