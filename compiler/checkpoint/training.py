@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from duq.compiler.checkpoint.metadata import Stub
 from duq.compiler.checkpoint.ranges import checked
 from duq.compiler.checkpoint.settings import Settings
 from duq.compiler.checkpoint.shapes import ACTION_HORIZON, PROMPT_SLOTS
@@ -132,5 +133,4 @@ def _text(value: Any) -> str | None:
 
 def _value(member: Any) -> Any:
     """The value of an enum's member, which the reader of metadata.pt leaves as a stub with its arguments."""
-    arguments = getattr(member, "args", None)
-    return arguments[0] if arguments else member
+    return member.arguments[0] if isinstance(member, Stub) and member.arguments else member

@@ -249,7 +249,10 @@ CHECKPOINTS = {
     "NaN": (weights(nan), "bad: 1 tensors hold NaN", "expert.layers.1.mlp.up_proj.weight: 1 of"),
     "contradiction": (contradiction, "bad: config.json contradicts", "action_dim: action_dim 24, but the tensors have 32"),
     "config no JSON": (no_json, "bad/config.json: cannot be read"),
-    "no tokenizer model": (no_tokenizer_model, "tokenizer.model: is not a SentencePiece model; give PaliGemma's SentencePiece model with --tokenizer"),
+    "no tokenizer model": (
+        no_tokenizer_model,
+        "tokenizer.model: is not a SentencePiece model; give PaliGemma's SentencePiece model with --tokenizer",
+    ),
     "no statistics": (no_statistics, "bad has no normalization statistics", "--without-norm-stats"),
 }
 
