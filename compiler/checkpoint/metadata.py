@@ -63,13 +63,13 @@ def read_metadata(file: Path) -> dict:
     return data
 
 
-class _InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
+class _InertUnpickler(pickle._Unpickler):
     """In Python, whose memo is a dict: C's is a table that grows to the largest number that the file says.
 
     Without the one operation that makes room for as many bytes as the file says, which is newer than torch.save's protocol.
     """
 
-    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}  # type: ignore[attr-defined]
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("builtins", "__builtin__") and name in CONTAINERS:
