@@ -270,7 +270,11 @@ def _unreadable(feature: Mapping) -> str:
     shape = feature.get("shape")
     if not isinstance(shape, (list, tuple)):
         return "without a shape"
-    if not all(type(size) is int and 0 < size <= MOST_NUMBERS for size in shape) or math.prod(shape) > MOST_NUMBERS:
+    if (
+        not all(type(size) is int and 0 < size <= MOST_NUMBERS for size in shape[:9])
+        or len(shape) > 8
+        or math.prod(shape) > MOST_NUMBERS
+    ):
         return f"of shape {brief(shape)}"
     return "several texts" if feature["dtype"] == "string" and list(feature["shape"]) not in ([], [1]) else ""
 

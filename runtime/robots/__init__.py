@@ -46,7 +46,7 @@ import numpy as np
 from duq.runtime import checks
 from duq.runtime.config import IMAGE_SLOTS
 from duq.runtime.errors import ObservationError, PlanError
-from duq.runtime.reading import brief, read_bytes, reading, reason
+from duq.runtime.reading import brief, brief_text, read_bytes, reading, reason
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -327,7 +327,7 @@ def read_robot(file: Path) -> Robot:
         try:
             return _robot(data)
         except _Fault as fault:
-            raise PlanError(f"{file}: {fault}") from fault
+            raise PlanError(f"{file}: {brief_text(str(fault), 1000)}") from fault
 
 
 class _Fault(Exception):
