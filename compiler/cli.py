@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from duq.compiler.checkpoint import Checkpoint
+from duq.compiler.checks import check_inputs, packs_kept
 from duq.compiler.commands import compile_main as compile_main
 from duq.compiler.errors import CalibrationError, CheckpointError, DuqError, PackError, RecipeError
 from duq.compiler.pipeline import TARGETS, compile_policy, quantize_checkpoint
@@ -66,6 +67,7 @@ def compile_checkpoint(
     check_output_file("--out", out)
     if keep_phases is not None:
         check_output_directory("--keep-phases", keep_phases)
+    check_inputs(None if recipe.include == NO_LINEAR else calibration, tokenizer)
     policy, settings = open_policy(checkpoint, choices, asset_id, tokenizer, base)
     _check_robot(policy, settings, without_norm_stats, without_tokenizer)
     with progress_bar() as progress:
@@ -73,7 +75,8 @@ def compile_checkpoint(
             policy, recipe, origins, packs, calibration, calibration_seed, settings, device, progress
         )
         options = replace(options, cameras=cameras, settings=settings)
-        compile_policy(policy, quantization, out, options, progress, keep_phases)
+        with packs_kept(quantization, policy, out, packs, print_line):
+            compile_policy(policy, quantization, out, options, progress, keep_phases)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     if as_json:

@@ -12,6 +12,7 @@ import torch
 
 import duq
 from duq.compiler.checkpoint import Checkpoint
+from duq.compiler.checkpoint.storage import read_tokenizer
 from duq.compiler.quant import Quantization
 from duq.compiler.quant.transforms import LinearTransform
 from duq.compiler.settings import settings_of
@@ -63,7 +64,7 @@ def value_basis_entry(layer: int) -> str:
 def write_extras(checkpoint: Checkpoint, quantization: Quantization, writer: PlanWriter) -> None:
     """Writes the entries beside graphs and weights: the tokenizer, and the basis of each layer's cached values."""
     if checkpoint.tokenizer is not None:
-        writer.write("tokenizer.model", checkpoint.tokenizer.read_bytes())
+        writer.write("tokenizer.model", read_tokenizer(checkpoint.tokenizer))
     for layer, transform in quantization.value_transforms.items():
         writer.write(value_basis_entry(layer), _value_basis(transform, checkpoint.config.llm))
 

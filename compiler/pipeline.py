@@ -33,6 +33,8 @@ from duq.compiler.phases import Pass, Phase, check_order, passes_of
 from duq.compiler.quant import Quantization, Recipe, quantize
 from duq.compiler.quant.transforms import LinearTransform
 from duq.compiler.targets import Options, Target, cpu, cuda, tensorrt
+from duq.runtime.errors import PlanError
+from duq.runtime.files import check_output_file
 from duq.runtime.plan import PlanWriter
 from duq.runtime.preprocess import ModelInputs
 
@@ -112,6 +114,7 @@ def compile_policy(
     keep: a directory for what each phase leaves: the graphs after each pass, and the target's own phases.
     Raises CheckpointError for weights that are not finite, GraphError for a graph that a pass does not know.
     """
+    check_output_file("", out, PlanError)
     check_weights(checkpoint, progress)
     target, options = TARGETS[options.target], options.settled(checkpoint)
     fingerprint = in_background(lambda: checkpoint.fingerprint)  # reads all weight files, and is needed last

@@ -21,8 +21,9 @@ from rich.table import Table
 
 from duq.compiler.checkpoint import Checkpoint, load_checkpoint
 from duq.compiler.checkpoint.training import training_config
+from duq.compiler.checks import check_inputs, check_tokenizer
 from duq.compiler.commands import quantize_main as quantize_main
-from duq.compiler.errors import CalibrationError, CheckpointError, DuqError
+from duq.compiler.errors import CalibrationError, DuqError
 from duq.compiler.pipeline import quantize_checkpoint
 from duq.compiler.quant import Quantization, Recipe, load_transforms, save_quantization
 from duq.compiler.quant.calibrate import calibration_inputs
@@ -59,6 +60,7 @@ def quantize_policy(
     check_device(device)
     check_output_directory("--out", out)
     check_destination(out)
+    check_inputs(calibration, tokenizer)
     policy, settings = open_policy(checkpoint, choices, asset_id, tokenizer, base)
     check_selection(recipe, policy.config)
     transforms = load_transforms(packs, policy, recipe) if packs is not None and use_packs(packs) else None
@@ -95,8 +97,7 @@ def open_policy(
     with _reading() as show:
         checkpoint = load_checkpoint(path, asset_id, base=base, preferred_asset=preferred, progress=show)
     if tokenizer is not None:
-        if not tokenizer.is_file():
-            raise CheckpointError(f"--tokenizer {tokenizer}: no such file; give a SentencePiece model")
+        check_tokenizer(tokenizer)
         checkpoint = replace(checkpoint, tokenizer=tokenizer)
     checkpoint, settings = settle(checkpoint, choices)
     for note in settings.notes:

@@ -24,6 +24,7 @@ from duq.examples.metaworld_env import ACTION_DIM, PROMPTS, MetaworldEnv
 from duq.plugins.errors import DuqError
 from duq.runtime import Policy
 from duq.runtime.cli_errors import check_output_file, one_line_errors
+from duq.runtime.files import replacing
 from duq.runtime.realtime import ChunkStream, Report, control_loop
 
 THUMBNAIL, COLUMNS = 112, 10  # of the contact sheet: pixels, moments
@@ -156,7 +157,8 @@ def _run(
             _print(task.value, start, episode, report)
     print(f"{sum(episode.success for episode in done)} of {episodes} episodes succeeded")
     if sheet is not None:
-        contact_sheet(done).save(sheet, "PNG")
+        with replacing(sheet) as file:
+            contact_sheet(done).save(file, "PNG")
 
 
 def _infer(

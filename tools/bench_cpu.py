@@ -29,6 +29,7 @@ from duq.plugins.gpu import gpu_of, runs_code_of
 from duq.runtime.command_line import progress_bar
 from duq.runtime.config import IMAGE_SLOTS, ModelConfig
 from duq.runtime.executors.cpu import CpuExecutor
+from duq.runtime.files import write_text, writing
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import ModelInputs
 from duq.tools import bench_gpu
@@ -62,6 +63,8 @@ def bench(
     if checkpoint is None and (unknown := [name for name in variant if name not in VARIANTS]):
         raise DuqError(f"--variant {unknown[0]}: unknown, one of {', '.join(VARIANTS)}")
     recipes = {name: load_recipe(name, environment={}) for name in quant or QUANT}
+    if out is not None:
+        check_output_directory("--out", out)
     threads = threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     results: list[dict[str, Any]] = []
@@ -77,8 +80,9 @@ def bench(
             times = _measure(path, recipes, directory, cameras, prompt_tokens, threads, rounds, torch_compile, progress)
             results.append({"policy": str(each), "cameras": cameras, "threads": threads, "milliseconds": times})
     if out is not None and suite == "gpu":
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "bench.json").write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "results": results}, indent=1))
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "bench.json", json.dumps({"gpu": torch.cuda.get_device_name(), "results": results}, indent=1))
         for result in results:
             stem = result["policy"].rpartition("/")[2].replace(" ", "-")
             bench_gpu.plot(

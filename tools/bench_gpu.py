@@ -20,6 +20,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from duq.compiler.accuracy.metrics import difference
+from duq.compiler.accuracy.plots import save_figure
 from duq.compiler.checkpoint import Checkpoint
 from duq.compiler.model import Pi0, build_model
 from duq.compiler.pipeline import compile_policy, quantize_checkpoint
@@ -282,4 +283,4 @@ def plot(records: list[dict], path: Path, title: str) -> None:
     axes.set_xticks(sorted({each["cameras"] for each in records}))
     axes.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path)
+    save_figure(figure, path)

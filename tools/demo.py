@@ -18,6 +18,7 @@ import typer
 from duq.runtime import Policy
 from duq.runtime.cli_errors import one_line_errors
 from duq.runtime.command_line import command_app
+from duq.runtime.files import check_output_file
 from duq.runtime.observations import load_observations, save_observations
 
 app = command_app("Make observations from photographs, and drive a policy with them as a robot's loop would.")
@@ -32,6 +33,7 @@ def observations(
     seed: Annotated[int, typer.Option(min=0, help="Of the crops and the states.")],
 ) -> None:
     """Writes LIBERO observations whose cameras see crops of photographs that scikit-image ships."""
+    check_output_file("OUT", out)
     import skimage.data
 
     rng = np.random.default_rng(seed)

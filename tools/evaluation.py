@@ -18,7 +18,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from duq.compiler.accuracy.metrics import jerk
-from duq.compiler.accuracy.plots import ENGINE, REFERENCE, STYLE
+from duq.compiler.accuracy.plots import ENGINE, REFERENCE, STYLE, check_figure, save_figure
 from duq.compiler.accuracy.rates import paired_difference, wilson
 from duq.compiler.checkpoint import Checkpoint, load_checkpoint
 from duq.compiler.pipeline import compile_policy, quantize_checkpoint
@@ -28,6 +28,7 @@ from duq.examples.collect_metaworld import TASKS
 from duq.examples.metaworld_env import PROMPTS
 from duq.runtime.cli_errors import check_output_file
 from duq.runtime.command_line import check_choice, progress_bar
+from duq.runtime.files import write_text
 from duq.tools import rollout
 from duq.tools.evaluate import SCHEMES
 
@@ -90,9 +91,10 @@ def evaluate(
     for flag, names, known in (("--scheme", chosen, SCHEMES), ("--task", tasks, PROMPTS)):
         for name in names:
             check_choice(flag, name, known)
-    for flag, file in (("--plot", plot), ("--markdown", markdown)):
-        if file is not None:
-            check_output_file(flag, file)
+    if plot is not None:
+        check_figure("--plot", plot)
+    if markdown is not None:
+        check_output_file("--markdown", markdown)
     if "fp32" not in chosen:
         chosen = ["fp32", *chosen]  # what the others are compared with
     policy = load_checkpoint(checkpoint)
@@ -110,7 +112,7 @@ def evaluate(
     if plot is not None:
         draw(found, plot)
     if markdown is not None:
-        markdown.write_text(f"{markdown_table(measures(found))}\n{markdown_table(successes(found))}")
+        write_text(markdown, f"{markdown_table(measures(found))}\n{markdown_table(successes(found))}")
     if as_json:
         typer.echo(to_json(found))
     else:
@@ -219,4 +221,4 @@ def draw(found: dict[str, Outcome], file: Path) -> None:
             axes.grid(axis="y", visible=False)
         success.set_xlim(min(80, success.get_xlim()[0]), 101)  # a tenth of a percent is not to look like a gap
         success.invert_yaxis()
-        canvas.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+        save_figure(canvas, file)

@@ -23,13 +23,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import duq
-from duq.compiler.accuracy.plots import ENGINE, REFERENCE, STYLE
+from duq.compiler.accuracy.plots import ENGINE, REFERENCE, STYLE, check_figure, save_figure
 from duq.compiler.quant import LinearPack, LinearTransform, Quantization, fake_quantize, load_recipe
 from duq.compiler.quant.calibrate import InputStatistics
 from duq.compiler.quant.linears import GEMMA_LINEARS, input_group
 from duq.compiler.quant.quantize import quantize_weights
 from duq.plugins.errors import DuqError
-from duq.runtime.cli_errors import check_output_file
 from duq.runtime.command_line import progress_bar
 from duq.tools import gemma3
 
@@ -223,7 +222,7 @@ def study(
         if key not in SCHEMES:
             raise DuqError(f"there is no scheme {key!r}; choose from {', '.join(SCHEMES)}")
     if plot is not None:
-        check_output_file("--plot", plot)
+        check_figure("--plot", plot)
     if evaluation_text is not None and not evaluation_text.is_file():
         raise DuqError(f"--evaluation-text {evaluation_text}: no such file")
     with progress_bar() as progress:
@@ -281,4 +280,4 @@ def draw(found: dict[str, Quality], file: Path) -> None:
         axes.set_xlim(right=16 * max(quality.kl for quality in shown.values()))  # room for the labels
         axes.grid(axis="y", visible=False)
         axes.invert_yaxis()
-        canvas.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+        save_figure(canvas, file)
