@@ -10,7 +10,6 @@ A plan has a schedule for each SM that it was compiled for, and the GPU at hand 
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -33,14 +32,13 @@ from duq.runtime.executors.programs import (
     shared_bytes_of,
     sm_to_compile_for,
 )
+from duq.runtime.executors.schedule import Data, read_schedule
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import ModelInputs
 
-SCHEDULE_VERSION = 4  # of what a plan's schedule says and how; up to 3 arguments had no names
 STAGING_BYTES = 64 << 20
 log = logging.getLogger("duq")
 _TYPES = {"float": np.float32, "Bf16": np.uint16, "unsigned char": np.uint8}
-Data = dict[str, Any]  # a piece of the schedule (compiler/targets/cuda/emit.py): a launch, a variant, ...
 AfterLaunch = Callable[[str, Data, driver.Stream], None]  # of the program, the launch and its stream
 
 
@@ -72,7 +70,7 @@ class CudaExecutor:
         self._stream, self._branch, self._ahead = (driver.Stream() for _ in range(3))
         self._events = [driver.Event() for _ in range(3)]  # before the prefix, after it, after the steps
         self._library = CublasLt() if _uses_library(schedule) else None
-        weight_bytes = sum(size for _, size in schedule["weights"].values())
+        weight_bytes = _end_of_weights(schedule["weights"])
         _check_memory(plan, weight_bytes + schedule["arena_bytes"] + 3 * WORKSPACE_BYTES)
         self._weights, self._offsets = _upload_weights(plan, schedule["weights"], self._stream)
         self._arena = driver.Memory(schedule["arena_bytes"])
@@ -85,6 +83,7 @@ class CudaExecutor:
         self._download = driver.PinnedArray(4 * int(np.prod(self._actions_shape)))
         self._graphs: dict[tuple[int, int], driver.Graph] = {}
         self._lock = threading.Lock()
+        plan.check_unchanged()  # while weights and kernels were read from it: what is on the GPU is what was verified
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -153,6 +152,7 @@ class CudaExecutor:
             image[:] = self._pixels(inputs.images[slot])
         rows = into["embeddings"].view(np.uint16).reshape(size[1], -1)
         np.take(self._table, tokens, axis=0, out=rows[: len(tokens)], mode="clip")
+        self._plan.check_unchanged()  # while embeddings were read from it
         rows[len(tokens) :] = 0  # padding, whose results nothing reads
         if "state" in into:
             into["state"].view(np.float32)[:] = inputs.state
@@ -362,7 +362,7 @@ def _choose(plan: Plan, sm: int, wanted: int | None) -> tuple[Program, Data]:
     for program in best_first(programs_of(plan.manifest), sm):
         if wanted not in (None, program.sm):
             continue
-        schedule = _schedule(plan, program.schedule)
+        schedule = read_schedule(plan, program.schedule)
         if program.sm == sm or (needed := shared_bytes_of(schedule)) <= limit:
             return program, schedule
         too_large = (
@@ -395,30 +395,6 @@ def _say(plan: Plan, program: Program, sm: int) -> None:
     )  # fmt: skip
 
 
-def _schedule(plan: Plan, name: str) -> Data:
-    schedule = json.loads(bytes(plan.read(name)))
-    if (version := schedule.get("version", 1)) != SCHEDULE_VERSION:
-        raise PlanError(
-            f"{plan.path}: {name} is of version {version}, this runtime follows version {SCHEDULE_VERSION}; compile it again"
-        )
-    _check_arguments(plan, name, schedule)
-    return schedule
-
-
-def _check_arguments(plan: Plan, name: str, schedule: Data) -> None:
-    """Every launch names exactly the arguments that its kernel has."""
-    kernels = [[parameter for parameter, _ in each["parameters"]] for each in schedule["kernels"]]
-    calls = {call: [parameter for parameter, _ in parameters] for call, parameters in schedule["calls"].items()}
-    for variant in schedule["variants"]:
-        for launch in [*variant["prefix"], *variant["step"]]:
-            parameters = calls.get(launch["call"]) if "call" in launch else kernels[launch["kernel"]]
-            if parameters != list(launch["args"]):
-                raise PlanError(
-                    f"{plan.path}: {name} gives {launch['name']} the arguments {', '.join(launch['args'])}, "
-                    f"its kernel takes {', '.join(parameters or ['others'])}; compile it again"
-                )
-
-
 def _uses_library(schedule: Data) -> bool:
     return any("call" in launch for variant in schedule["variants"] for launch in [*variant["prefix"], *variant["step"]])
 
@@ -426,6 +402,10 @@ def _uses_library(schedule: Data) -> bool:
 def _end_of_inputs(variant: Data) -> int:
     """The inputs lie at the start of the arena, side by side."""
     return max(offset + size for offset, size in variant["inputs"].values())
+
+
+def _end_of_weights(weights: dict[str, list[int]]) -> int:
+    return max(offset + size for offset, size in weights.values())
 
 
 def _check_memory(plan: Plan, needed: int) -> None:
@@ -441,8 +421,7 @@ def _upload_weights(
     plan: Plan, weights: dict[str, list[int]], stream: driver.Stream
 ) -> tuple[driver.Memory, dict[str, int]]:
     """All weights in one block of device memory, by way of two pieces of pinned memory: one fills while one is copied."""
-    end = max(offset + size for offset, size in weights.values())
-    block = driver.Memory(end)
+    block = driver.Memory(_end_of_weights(weights))
     staging = [(driver.PinnedArray(STAGING_BYTES), driver.Event()) for _ in range(2)]
     used, turn = 0, 0
     pieces = _pieces(plan, weights)
@@ -474,7 +453,7 @@ def _load_kernels(plan: Plan, kernels: list[Data], program: Program) -> list[dri
     for each in kernels:
         symbols.setdefault(each[program.image], {})[each["expression"]] = each["symbol"]
     try:
-        loaded = {entry: driver.load(Cubin(bytes(plan.read(entry)), names)) for entry, names in symbols.items()}
+        loaded = {entry: driver.load(Cubin(plan.copy(entry), names)) for entry, names in symbols.items()}
     except KernelError as error:
         if program.image == "cubin":
             raise

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import duq.runtime.plan
 from duq.runtime.errors import PlanError
 from duq.runtime.plan import FORMAT_VERSION, MANIFEST, Plan, PlanWriter
+from tests.support.plans import manifest, write_plan
 
 ENTRIES = {
     "graph/prefix.onnx": b"\x08\x0agraph" * 30,
@@ -24,26 +25,25 @@ ENTRIES = {
 }
 
 
-def write_plan(path, entries=ENTRIES, manifest=None):
-    with PlanWriter(path) as plan:
-        offsets = {name: plan.write(name, data) for name, data in entries.items()}
-        plan.finish(manifest or {"target": "cpu"})
-    return offsets
-
-
 def raw(data) -> bytes:
     return data.tobytes() if isinstance(data, np.ndarray) else bytes(data)
 
 
+@pytest.fixture(autouse=True)
+def no_wait(monkeypatch):
+    """Opening a plan that was just written waits for the clock, which these tests need not."""
+    monkeypatch.setattr(duq.runtime.plan, "_TICK_NS", 0)
+
+
 @pytest.fixture
 def path(tmp_path):
-    write_plan(tmp_path / "engine.plan")
+    write_plan(tmp_path / "engine.plan", ENTRIES)
     return tmp_path / "engine.plan"
 
 
 def test_round_trip_and_offsets(tmp_path):
     path = tmp_path / "engine.plan"
-    offsets = write_plan(path)
+    offsets = write_plan(path, ENTRIES)
     plan, file = Plan(path), path.read_bytes()
     assert plan.names == list(ENTRIES)
     assert plan.manifest["target"] == "cpu" and plan.manifest["format_version"] == FORMAT_VERSION
@@ -69,8 +69,8 @@ def test_standard_tools_read_it(path):
 
 
 def test_same_input_same_bytes(tmp_path):
-    write_plan(tmp_path / "a.plan")
-    write_plan(tmp_path / "b.plan")
+    write_plan(tmp_path / "a.plan", ENTRIES)
+    write_plan(tmp_path / "b.plan", ENTRIES)
     assert (tmp_path / "a.plan").read_bytes() == (tmp_path / "b.plan").read_bytes()
 
 
@@ -78,7 +78,7 @@ def test_streams_pieces(tmp_path):
     pieces = [os.urandom(n) for n in (3, 0, 2_500_000, 1)]
     with PlanWriter(tmp_path / "p") as plan:
         assert plan.write("stream", iter(pieces)) % 4096 == 0
-        plan.finish({})
+        plan.finish(manifest())
     assert Plan(tmp_path / "p").read("stream") == b"".join(pieces)
 
 
@@ -100,7 +100,7 @@ def test_every_header_has_room_for_64_bit_sizes(path):
 def test_any_entries_round_trip(tmp_path, entries, alignment):
     with PlanWriter(tmp_path / "p") as plan:
         offsets = {name: plan.write(name, data, alignment) for name, data in entries.items()}
-        plan.finish({})
+        plan.finish(manifest())
     plan = Plan(tmp_path / "p")
     assert {name: bytes(plan.read(name)) for name in plan.names} == entries
     assert all(offset % alignment == 0 for offset in offsets.values())
@@ -117,8 +117,8 @@ def small(tmp_path_factory):
     data = path.read_bytes()
     spans = {name: (entry["offset"], entry["bytes"]) for name, entry in Plan(path).manifest["entries"].items()}
     with zipfile.ZipFile(path) as archive:
-        manifest = archive.read(MANIFEST)
-    spans[MANIFEST] = (data.index(manifest), len(manifest))
+        text = archive.read(MANIFEST)
+    spans[MANIFEST] = (data.index(text), len(text))
     return data, spans
 
 
@@ -206,7 +206,7 @@ def test_repacked_plan_is_refused(tmp_path, path):
 @pytest.mark.parametrize("version, fix", [(FORMAT_VERSION + 1, "upgrade"), (0, "compile it again")])
 def test_other_format_version(tmp_path, monkeypatch, version, fix):
     monkeypatch.setattr(duq.runtime.plan, "FORMAT_VERSION", version)
-    write_plan(tmp_path / "p")
+    write_plan(tmp_path / "p", ENTRIES)
     monkeypatch.undo()
     with pytest.raises(PlanError, match=fix):
         Plan(tmp_path / "p")

@@ -20,6 +20,7 @@ from duq.runtime import Policy
 from duq.runtime.config import ModelConfig
 from duq.runtime.errors import PlanError
 from duq.runtime.executors import cuda as executor
+from duq.runtime.executors import schedule
 from duq.runtime.executors.programs import Program, has_kernels
 from duq.runtime.plan import Plan
 from tests.support import emulate, recording
@@ -174,7 +175,7 @@ def test_what_the_plan_is_not_for(on_the_host, tiny_plans, monkeypatch):
     monkeypatch.setattr(executor.driver, "free_memory", lambda: (1 << 20, 80 << 30))
     with pytest.raises(PlanError, match="needs .* GB of GPU memory, 0.00 of .* are free"):
         executor.CudaExecutor(plan)
-    monkeypatch.setattr(executor, "SCHEDULE_VERSION", 99)
+    monkeypatch.setattr(schedule, "SCHEDULE_VERSION", 99)
     with pytest.raises(
         PlanError, match=r"schedule/sm90.json is of version \d+, this runtime follows version 99; compile it"
     ):
@@ -281,7 +282,7 @@ def test_a_program_that_takes_too_much_shared_memory_is_passed_over(on_a_gpu, ti
     def schedule(plan, name):
         return {"variants": [{"prefix": [{"shared": needed[name]}], "step": []}]}
 
-    monkeypatch.setattr(executor, "_schedule", schedule)
+    monkeypatch.setattr(executor, "read_schedule", schedule)
     assert executor._choose(plan, 120, None)[0] == Program(86, "ptx")
     with pytest.raises(
         PlanError, match="the program for SM 87 takes 136 KB of shared memory a thread block, this GPU has 99 KB"
