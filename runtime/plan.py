@@ -171,7 +171,7 @@ class Plan:
             self._release = weakref.finalize(self, os.close, self._fd)
             self._map, self._identity = _mapped(self.path, self._fd)
             directory = _read_directory(self.path, self._fd)
-            text = self._contained(directory, MANIFEST)
+            text = self._text = self._contained(directory, MANIFEST)
             self.signature = self._signature(directory)
             if key is not None:
                 signing.check(self.path, key, self.signature, text)
@@ -230,6 +230,18 @@ class Plan:
                 f"{self.path}: was written to while in use, so it is no longer what was opened; replace a plan by rename "
                 "(mv new.plan engine.plan), and open it again"
             )
+
+    def is_signed(self) -> bool | None:
+        """Whether it has a signature that matches, by whatever key; None where `cryptography` is not installed to tell.
+
+        Raises PlanError where it has one that does not match.
+        """
+        if self.signature is None:
+            return False
+        if not signing.is_available():
+            return None
+        signing.check(self.path, self.signature.key, self.signature, self._text)
+        return True
 
     def close(self) -> None:
         """Gives file and mapping back. Views that `read` returned keep theirs as long as they are held."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -34,6 +35,8 @@ MAX_SHOWN = 60  # characters of a value in an error
 
 ENGINE_TENSORS = ("images", "embeddings", "state", "image_features", "x", "x_next", "step")  # and key.0, value.0, ...
 ENGINE_TYPES = ("float", "int64", "bfloat16", "float16")
+
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # controls but white space; lone surrogates
 
 M = TypeVar("M", bound=BaseModel)
 Count = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
@@ -78,8 +81,8 @@ class Vision(Section):
     depth: Depth
     mlp_width: Count
     heads: Count
-    image_size: Annotated[int, Field(ge=1, le=MAX_IMAGE)] = 224
-    patch_size: Annotated[int, Field(ge=1, le=MAX_IMAGE)] = 14
+    image_size: Annotated[int, Field(ge=1, le=MAX_IMAGE)]
+    patch_size: Annotated[int, Field(ge=1, le=MAX_IMAGE)]
 
     @model_validator(mode="after")
     def _is_whole(self) -> Vision:
@@ -105,9 +108,9 @@ class Model(Section):
     llm: Gemma
     expert: Gemma
     vocab_size: Annotated[int, Field(ge=1, le=MAX_VOCABULARY)]
-    action_dim: Annotated[int, Field(ge=1, le=MAX_HORIZON)] = 32
-    action_horizon: Annotated[int, Field(ge=1, le=MAX_HORIZON)] = 50
-    max_prompt_tokens: Annotated[int, Field(ge=1, le=MAX_PROMPT)] = 48
+    action_dim: Annotated[int, Field(ge=1, le=MAX_HORIZON)]
+    action_horizon: Annotated[int, Field(ge=1, le=MAX_HORIZON)]
+    max_prompt_tokens: Annotated[int, Field(ge=1, le=MAX_PROMPT)]
     state_dim: Annotated[int, Field(ge=1, le=MAX_HORIZON)] | None = None
     rotary: Literal[ROTARY] = "exact"  # type: ignore[valid-type]
 
@@ -218,12 +221,21 @@ class NormStats(Section):
     epsilon: Annotated[FiniteFloat, Field(ge=0)] = 1e-6
     rule: Literal["openpi", "lerobot", "lerobot-0.3"] = "openpi"
 
+    @model_validator(mode="after")
+    def _follow_the_rule(self) -> NormStats:
+        for name, stats in (("state", self.state), ("actions", self.actions)):
+            if (stats.mode is None) != (self.rule == "openpi"):
+                raise complaint(f"{name}.mode is {stats.mode}, which does not go with the rule {self.rule}")
+            if stats.mode not in (None, "IDENTITY") and stats.epsilon is None:
+                raise complaint(f"{name}.epsilon is missing")
+        return self
+
 
 class Checkpoint(Section):
     path: str
     layout: Literal["openpi", "lerobot"]
     form: str | None = None
-    fingerprint: str
+    fingerprint: str = ""  # computed last
 
 
 # --- the engine ----------------------------------------------------------------------------------------------------------
@@ -274,7 +286,7 @@ class Engine(Graph):
         return self
 
 
-class TensorRTSection(Open):
+class TensorRTSection(Graph):
     flavor: Name
     version: Name
     plugins_version: Size = 1
@@ -286,7 +298,7 @@ def _graphs(manifest: Manifest) -> None:
     sections, target = manifest.graphs or {}, manifest.target
     for name, section in sections.items():
         if target == "cuda":
-            _nested(Ptx if name == "ptx" else Open, {"ptx": section} if name == "ptx" else section, name)
+            _nested(Ptx if name == "ptx" else Graph, {"ptx": section} if name == "ptx" else section, name)
         elif target == "tensorrt" and "/" not in name:
             for engine in _nested(TensorRTSection, section, name).engines:
                 if f"{name}/{engine}" not in sections:
@@ -313,29 +325,43 @@ def _sorted(values: list[int]) -> list[int]:
     return values
 
 
-class Manifest(Section):
-    """The whole of `manifest.json`. What has a default may be absent: older versions did not write it."""
+class PolicySettings(Section):
+    """What a plan says of the policy, whatever runs it. What has a default may be absent: older versions did not write it."""
 
-    format_version: Size
-    entries: dict[Name, Entry]
-    target: Literal["cpu", "cuda", "tensorrt"]
     robot: Name
     num_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]
-    cameras: Annotated[int, Field(ge=1, le=3)]
     model: Model
     norm_stats: NormStats | None
     checkpoint: Checkpoint
-    sm: Annotated[list[Sm], AfterValidator(_sorted)] = []
     robot_description: RobotDescription | None = None
     transforms: Transforms | None = None
-    quantization: Quantization | None = None
-    graphs: dict[str, Any] | None = None
-    # what people want to know, and the options that the plan was made with
-    created_by: dict[str, str] = {}
     training_config: str | None = None
     settings_from: dict[str, str] = {}
     ignored_settings: list[str] = []
     notes: list[str] = []
+
+    @model_validator(mode="after")
+    def _names_its_robot(self) -> PolicySettings:
+        described = self.robot_description
+        if described is None and self.robot not in ROBOT_NAMES:
+            raise complaint(f"robot {shown(self.robot)} is unknown, and the plan does not describe it")
+        if described is not None and described.name != self.robot:
+            raise complaint(f"robot is {shown(self.robot)}, but robot_description.name is {shown(described.name)}")
+        return self
+
+
+class Manifest(PolicySettings):
+    """The whole of `manifest.json`."""
+
+    format_version: Size
+    entries: dict[Name, Entry]
+    target: Literal["cpu", "cuda", "tensorrt"]
+    cameras: Annotated[int, Field(ge=1, le=3)]
+    sm: Annotated[list[Sm], AfterValidator(_sorted)] = []
+    quantization: Quantization | None = None
+    graphs: dict[str, Any] | None = None
+    # what people want to know, and the options that the plan was made with
+    created_by: dict[str, str] = {}
     float_images: bool = False
     gpu: list[str] = []
     timing: bool = True
@@ -345,11 +371,8 @@ class Manifest(Section):
 
     @model_validator(mode="after")
     def _agrees(self) -> Manifest:
-        described = self.robot_description
-        if described is None and self.robot not in ROBOT_NAMES:
-            raise complaint(f"robot {shown(self.robot)} is unknown, and the plan does not describe it")
-        if described is not None and described.name != self.robot:
-            raise complaint(f"robot is {shown(self.robot)}, but robot_description.name is {shown(described.name)}")
+        if not self.checkpoint.fingerprint:
+            raise complaint("checkpoint.fingerprint is missing")
         if self.target != "cpu":
             self._check_gpu_entries()
         _graphs(self)
@@ -398,7 +421,7 @@ def _check_plain(value: Any, place: tuple[str | int, ...]) -> None:
         raise PlanError(f"{_dotted(place[:3])} is nested deeper than {MAX_NESTING}")
     if isinstance(value, float) and not math.isfinite(value):
         raise PlanError(f"{_dotted(place)} is {value}, expected a finite number")
-    if isinstance(value, str) and not value.isprintable():
+    if isinstance(value, str):
         _check_text(value, place)
     if isinstance(value, dict):
         for key, inner in value.items():
@@ -410,10 +433,9 @@ def _check_plain(value: Any, place: tuple[str | int, ...]) -> None:
 
 
 def _check_text(value: str, place: tuple[str | int, ...]) -> None:
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise PlanError(f"{_dotted(place)} is {shown(value)}, which is no text ({error.reason})") from error
+    """Text that can be printed: no halves of characters, and nothing that a terminal obeys."""
+    if not value.isprintable() and _UNPRINTABLE.search(value):
+        raise PlanError(f"{_dotted(place)} holds {shown(value)}, which is no text")
 
 
 def check(kind: type[M], data: Any) -> M:

@@ -8,6 +8,7 @@ does `unzip`. OpenSSL checks it as well (docs/plans.md).
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 from dataclasses import dataclass
@@ -117,6 +118,11 @@ def check(path: Path, key: PublicKey, signature: Signature | None, message: byte
         )
     if not signature.is_valid(message):
         raise PlanError(f"{path}: its signature does not match: it was altered after it was signed; do not run it")
+
+
+def is_available() -> bool:
+    """Whether the library is installed."""
+    return importlib.util.find_spec("cryptography") is not None
 
 
 def _read(file: str | os.PathLike[str]) -> bytes:
