@@ -210,6 +210,7 @@ class Plan:
 
     def copy(self, name: str) -> bytes:
         """The bytes of an entry, in memory of their own: later changes of the file are none of theirs."""
+        self.check_unchanged()
         data = _pread(self._fd, *self._place(name))
         self.check_unchanged()
         return data

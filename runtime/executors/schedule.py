@@ -7,6 +7,7 @@ from an address on is its own affair: it is code that came with the plan.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -246,4 +247,5 @@ def _is_argument(value: Any, kind: str, schedule: Data, context: Context) -> boo
 
 
 def _argument(value: Any) -> str:
-    return shown(", ".join(map(shown, value))) if isinstance(value, list) else shown(value)
+    text = json.dumps(value)
+    return text if len(text) <= schema.MAX_SHOWN else f"{text[: schema.MAX_SHOWN]}..."

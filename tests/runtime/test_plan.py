@@ -1,5 +1,6 @@
 """The plan file: round trips, alignment, and that every kind of damage is noticed."""
 
+import gc
 import io
 import os
 import struct
@@ -254,3 +255,120 @@ def test_bad_destinations_and_names(tmp_path):
         for name in ("a", MANIFEST):
             with pytest.raises(PlanError, match="twice"):
                 plan.write(name, b"")
+
+
+# --- a file that changes ----------------------------------------------------------------------------------------------
+
+
+def written_in_place(path):
+    with open(path, "r+b") as file:
+        file.write(b"PK")
+
+
+CHANGES = {
+    "written": written_in_place,
+    "cut short": lambda path: os.truncate(path, 100),
+    "emptied": lambda path: os.truncate(path, 0),
+    "touched": os.utime,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_plan_that_was_written_to_is_not_read(path, change, monkeypatch):
+    monkeypatch.undo()
+    plan = Plan(path)  # with the wait: the file is milliseconds old
+    plan.check_unchanged()
+    change(path)
+    for read in (plan.check_unchanged, lambda: plan.read("weights/scale"), lambda: plan.copy("weights/scale"),
+                 lambda: plan.mapping):  # fmt: skip
+        with pytest.raises(PlanError, match="engine.plan: was written to while in use.*replace a plan by rename"):
+            read()
+
+
+def test_a_write_within_the_file_system_s_tick_is_noticed(path, monkeypatch):
+    """Files are stamped with a clock that stands still for milliseconds: each round writes right after the opening."""
+    monkeypatch.undo()
+    for _ in range(20):
+        path.write_bytes(data := path.read_bytes())
+        plan = Plan(path)
+        path.write_bytes(data)
+        with pytest.raises(PlanError, match="was written to"):
+            plan.check_unchanged()
+
+
+def test_what_was_opened_stays_when_its_name_goes(path, tmp_path):
+    plan = Plan(path)
+    write_plan(tmp_path / "new", {"weights/scale": b"other"})
+    os.replace(tmp_path / "new", path)
+    assert plan.read("weights/scale") == plan.copy("weights/scale") == raw(ENTRIES["weights/scale"])
+    path.unlink()
+    plan.check_unchanged()
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("stage", ["_read_directory", "_read_manifest", "_check_entries", "_check_hashes"])
+def test_a_change_while_it_is_opened_is_found(path, change, stage, monkeypatch):
+    original = getattr(duq.runtime.plan, stage)
+
+    def then_change(*arguments):
+        result = original(*arguments)
+        change(path)
+        return result
+
+    monkeypatch.setattr(duq.runtime.plan, stage, then_change)
+    monkeypatch.setattr(duq.runtime.plan, "_TICK_NS", 12_000_000)
+    with pytest.raises(PlanError, match="engine.plan: "):
+        Plan(path)
+
+
+def test_close(path):
+    gc.collect()
+    descriptors = os.listdir("/proc/self/fd")
+    plan = Plan(path)
+    view = plan.read("graph/prefix.onnx")
+    plan.close()
+    plan.close()
+    assert view == ENTRIES["graph/prefix.onnx"]  # who holds a view keeps it
+    for read in (Plan.check_unchanged, lambda plan: plan.read("weights/scale"), lambda plan: plan.copy("weights/scale")):
+        with pytest.raises(PlanError, match="engine.plan: is closed; open it again"):
+            read(plan)
+    del view, plan
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == len(descriptors)
+
+
+def test_a_plan_let_go_or_refused_holds_no_descriptor(path, tmp_path):
+    (tmp_path / "bad").write_bytes(path.read_bytes()[:-10])
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        Plan(path)
+        with pytest.raises(PlanError):
+            Plan(tmp_path / "bad")
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, says in ((tmp_path / "pipe", "is no regular file"), ("/dev/null", "is no regular file"),
+                       (tmp_path / "a\0b", "embedded null"), ("x" * 300, "File name too long")):  # fmt: skip
+        with pytest.raises(PlanError, match=says):
+            Plan(path)
+
+
+def test_entries_that_overlap_are_refused(tmp_path, monkeypatch):
+    """Two entries of the zip whose headers lie in each other's data."""
+    inner = tmp_path / "inner"
+    write_plan(inner, {"weights/a": bytes(100)})
+    real = duq.runtime.plan._data_offset
+    write_plan(tmp_path / "p", {"weights/a": bytes(100), "weights/b": bytes(100)})
+    plan = Plan(tmp_path / "p")
+    entries = {"weights/a": plan.manifest["entries"]["weights/a"], "weights/b": dict(plan.manifest["entries"]["weights/b"])}
+    entries["weights/b"]["offset"] = entries["weights/a"]["offset"] + 50
+    monkeypatch.setattr(
+        duq.runtime.plan, "_data_offset", lambda path, fd, info: real(path, fd, info) and entries[info.filename]["offset"]
+    )
+    directory = duq.runtime.plan._read_directory(plan.path, plan._fd)
+    with pytest.raises(PlanError, match="entries weights/a and weights/b overlap"):
+        duq.runtime.plan._check_entries(plan.path, plan._fd, len(plan.mapping), directory, entries)
