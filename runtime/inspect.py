@@ -37,8 +37,9 @@ def inspect(
     size = len(plan.mapping)
     if as_json:
         programs = {"programs": found} if (found := _programs(plan)) else {}
-        signed = {"signature": plan.signature and {"key": plan.signature.key.fingerprint, "verified": plan.is_signed()}}
-        typer.echo(json.dumps({"path": str(path), "bytes": size, **plan.manifest, **programs, **signed}, indent=1))
+        signature = plan.signature and {"key": plan.signature.key.fingerprint, "verified": plan.is_signed()}
+        about = {"path": str(path), "bytes": size, **plan.manifest, **programs, "signature": signature}
+        typer.echo(json.dumps(about, indent=1))
         return
     tables = [  # all of them before the first is printed: an error stands alone
         settings_table(plan.manifest),

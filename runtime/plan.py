@@ -200,6 +200,12 @@ class Plan:
         self.check_unchanged()
         return self._map
 
+    @property
+    def descriptor_path(self) -> str:
+        """A path that leads to the open file, whatever is at its own path by now."""
+        self.check_unchanged()
+        return f"/proc/self/fd/{self._fd}"
+
     def read(self, name: str) -> memoryview:
         """The bytes of an entry: a read-only view into the mapped file, nothing is copied.
 
@@ -243,6 +249,10 @@ class Plan:
             return None
         signing.check(self.path, self.signature.key, self.signature, self._text)
         return True
+
+    def drop_pages(self) -> None:
+        """Takes what was read through the mapping out of this process's memory; reading brings it back."""
+        self._map.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         """Gives file and mapping back. Views that `read` returned keep theirs as long as they are held."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from functools import cached_property
 from typing import Any
@@ -20,8 +21,7 @@ _ERRORS = tuple(  # all that ONNX Runtime raises; they have no class in common
 )
 GRAPHS = ("prefix", "step")
 PLAN_FILE = "@" * 512
-"""The file that the graphs say their weights are in, by offset: the plan. ONNX Runtime opens no file of this name, it is given
-the mapped plan for it (see `_session`)."""
+"""The file that the graphs say their weights are in, by offset: the plan, under a name of fixed length (see `_with_weights`)."""
 
 
 class CpuExecutor:
@@ -101,8 +101,7 @@ class CpuExecutor:
         return session
 
     def _session(self, name: str) -> onnxruntime.InferenceSession:
-        """ONNX Runtime copies the weights out of the mapping while it creates a session. If the plan is as it was before and
-        after that, it has copied what was verified, and nothing that happens to the file later can reach it."""
+        """If the plan is as it was opened before and after this, what ONNX Runtime has read of it is what was verified."""
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.enable_mem_pattern = False  # it would keep memory for every combination of cameras and prompt length
@@ -111,14 +110,14 @@ class CpuExecutor:
         # Idle threads wait instead of spinning: alone on the machine a call takes 5 to 13 % longer, but beside one other
         # busy process about half the time (docs/performance.md), and a robot's processor is rarely idle.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        graph, mapping = self._plan.copy(_entry(name)), self._plan.mapping
-        options.add_external_initializers_from_files_in_memory([PLAN_FILE], [mapping], [len(mapping)])
+        graph = _with_weights(self._plan, self._plan.copy(_entry(name)), options)
         try:
             return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except _ERRORS as error:
             version = onnxruntime.__version__
             raise PlanError(f"{self._plan.path}: ONNX Runtime {version} cannot load its {name} graph: {error}") from error
         finally:
+            self._plan.drop_pages()
             self._plan.check_unchanged()
 
     def _check_inputs(
@@ -135,6 +134,23 @@ class CpuExecutor:
                     f"{self._plan.path}: its {name} graph takes {item.name} {item.shape}, its manifest describes "
                     f"{'none' if shape is None else shape}; compile the plan again"
                 )
+
+
+def _with_weights(plan: Plan, graph: bytes, options: onnxruntime.SessionOptions) -> bytes:
+    """The graph and options of a session that takes its weights from the open plan, not from what is at its path by now.
+
+    ONNX Runtime copies them out of the mapping, so nothing that happens to the file later can reach them. Releases without that
+    (1.23, the last for Python 3.10) open the plan by its descriptor and map it themselves.
+    """
+    if hasattr(options, "add_external_initializers_from_files_in_memory"):
+        options.add_external_initializers_from_files_in_memory([PLAN_FILE], [plan.mapping], [len(plan.mapping)])
+        return graph
+    folder, name = os.path.split(plan.descriptor_path)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    room = len(PLAN_FILE) - len(name)
+    return graph.replace(
+        PLAN_FILE.encode(), ("./" * (room // 2) + "/" * (room % 2) + name).encode()
+    )  # "./././3" or "././/13"
 
 
 def _entry(graph: str) -> str:

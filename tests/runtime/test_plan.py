@@ -221,6 +221,58 @@ def test_unverified_open_skips_the_hashes(tmp_path, small):
     assert Plan(tmp_path / "p", verify=False).read("weights/w")[0] == 1
 
 
+EDITS = ["drop", "repeat", "compress", "rename", "swap", "grow", "shrink", "add", "comment", "prepend", "append", "flag"]
+
+
+@given(edits=st.lists(st.tuples(st.sampled_from(EDITS), st.integers(0, 5)), min_size=1, max_size=3))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_zip_that_was_put_together_otherwise_is_harmless_or_an_error(tmp_path, small, edits):
+    original, spans = small
+    with zipfile.ZipFile(io.BytesIO(original)) as archive:
+        members = [[info, archive.read(info)] for info in archive.infolist()]
+    head, tail, comment = b"", b"", b""
+    for kind, at in edits:
+        info, data = members[at % len(members)] if members else (zipfile.ZipInfo("a"), b"")
+        match kind:
+            case "drop":
+                members = [each for each in members if each[0] is not info]
+            case "repeat":
+                members.append([info, data])
+            case "compress":
+                info.compress_type = zipfile.ZIP_DEFLATED
+            case "rename":
+                info.filename += "x"
+            case "swap":
+                members.reverse()
+            case "grow" | "shrink":
+                members = [[i, d + b"x" if kind == "grow" else d[:-1]] if i is info else [i, d] for i, d in members]
+            case "add":
+                members.append([zipfile.ZipInfo("weights/added"), b"x" * at])
+            case "comment":
+                comment = b"PK\x05\x06" + bytes(at)
+            case "prepend":
+                head += bytes(at + 1)
+            case "append":
+                tail += b"PK\x01\x02"[:at]
+            case "flag":
+                info.flag_bits |= 1 << at
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        archive.comment = comment
+        for info, data in members:
+            archive.writestr(info, data)
+    (tmp_path / "p").write_bytes(head + made.getvalue() + tail)
+    try:
+        plan = Plan(tmp_path / "p")
+    except PlanError as error:
+        assert str(tmp_path) in str(error) and "\n" not in str(error)
+        return
+    for name in plan.names:
+        offset, size = spans[name]
+        assert plan.read(name) == original[offset : offset + size]
+
+
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
