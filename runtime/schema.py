@@ -293,30 +293,33 @@ class TensorRTSection(Graph):
     engines: Annotated[list[Literal["prefix", "step", "policy"]], Field(min_length=1)]
 
 
+class CudaGraphs(Open):
+    """What all programs of a `cuda` plan have in common: the SMs that have PTX, the NVRTC that compiled them."""
+
+    ptx: list[Sm] = []
+    nvrtc: Annotated[str, Field(pattern=r"^[0-9]{1,3}[.][0-9]{1,3}$")] = "13.0"
+
+
 def _graphs(manifest: Manifest) -> None:
     """The section `graphs` is the target's own."""
     sections, target = manifest.graphs or {}, manifest.target
+    if target == "cuda":
+        _nested(CudaGraphs, sections)
     for name, section in sections.items():
-        if target == "cuda":
-            _nested(Ptx if name == "ptx" else Graph, {"ptx": section} if name == "ptx" else section, name)
-        elif target == "tensorrt" and "/" not in name:
+        if target == "tensorrt" and "/" not in name:
             for engine in _nested(TensorRTSection, section, name).engines:
                 if f"{name}/{engine}" not in sections:
                     raise complaint(f"graphs.{name}/{engine} is missing")
-        else:
+        elif not (target == "cuda" and name in CudaGraphs.model_fields):
             _nested(Engine if target == "tensorrt" else Graph, section, name)
 
 
-class Ptx(Section):
-    ptx: list[Sm]
-
-
-def _nested(kind: type[M], value: Any, name: str) -> M:
+def _nested(kind: type[M], value: Any, *place: str) -> M:
     """A part whose schema depends on others'; its errors say where it lies."""
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        raise complaint(in_words(error, "graphs", name)) from error
+        raise complaint(in_words(error, "graphs", *place)) from error
 
 
 def _sorted(values: list[int]) -> list[int]:

@@ -125,14 +125,15 @@ class CpuExecutor:
     ) -> None:
         """The graph takes what the manifest says it does. None: any size."""
         for item in session.get_inputs():
-            shape = expected.get(item.name)
-            sizes = [] if shape is None else [None if isinstance(size, str) else size for size in item.shape]
-            if shape is None or len(shape) != len(sizes) or any(
-                None not in pair and pair[0] != pair[1] for pair in zip(shape, sizes, strict=True)
-            ):  # fmt: skip
+            shape = expected.get(item.name, item.shape)
+            agree = len(shape) == len(item.shape) and all(
+                size is None or isinstance(found, str) or size == found
+                for size, found in zip(shape, item.shape, strict=True)
+            )
+            if not agree:
                 raise PlanError(
-                    f"{self._plan.path}: its {name} graph takes {item.name} {item.shape}, its manifest describes "
-                    f"{'none' if shape is None else shape}; compile the plan again"
+                    f"{self._plan.path}: its {name} graph takes {item.name} {item.shape}, its manifest describes {shape}; "
+                    "compile the plan again"
                 )
 
 
