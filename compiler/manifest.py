@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from dataclasses import fields
 
@@ -33,7 +34,7 @@ def manifest(checkpoint: Checkpoint, quantization: Quantization, options: Option
             "activation_bits": pack.activation_bits,
             "shape": list(pack.shape),
             "bytes": pack.weight_q.nbytes + pack.weight_scale.nbytes,
-            "sqnr_db": round(float(pack.sqnr_db), 2),
+            "sqnr_db": round(float(pack.sqnr_db), 2) if math.isfinite(pack.sqnr_db) else None,  # packs need not say
         }
         for name, pack in quantization.packs.items()
     }
