@@ -30,6 +30,7 @@ from duq.plugins.errors import KernelError
 from duq.plugins.gpu import cards_by_sm
 from duq.runtime.cli_errors import check_output_directory, check_output_file
 from duq.runtime.inspect import settings_table
+from duq.runtime.signing import Signer
 
 
 def compile_checkpoint(
@@ -53,6 +54,7 @@ def compile_checkpoint(
     asset_id: str | None,
     without_norm_stats: bool,
     without_tokenizer: bool,
+    sign: Path | None,
     keep_phases: Path | None,
     as_json: bool,
 ) -> None:
@@ -65,6 +67,7 @@ def compile_checkpoint(
     check_device(device)
     options = _target_options(target, sm, gpu, **chosen)
     check_output_file("--out", out)
+    signer = None if sign is None else Signer(sign)
     if keep_phases is not None:
         check_output_directory("--keep-phases", keep_phases)
     check_inputs(None if recipe.include == NO_LINEAR else calibration, tokenizer)
@@ -76,7 +79,7 @@ def compile_checkpoint(
         )
         options = replace(options, cameras=cameras, settings=settings)
         with packs_kept(quantization, policy, out, packs, print_line):
-            compile_policy(policy, quantization, out, options, progress, keep_phases)
+            compile_policy(policy, quantization, out, options, progress, keep_phases, signer)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     if as_json:
@@ -90,6 +93,8 @@ def compile_checkpoint(
         f"{seconds:.0f} s with a peak of {peak:.1f} GB of memory",
         soft_wrap=True,
     )
+    if signer:
+        console.print(f"{out}: signed with the key {signer.public.fingerprint}", soft_wrap=True)
     if options.coverage:
         console.print(f"{out}: {options.coverage}", soft_wrap=True)
 

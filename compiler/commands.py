@@ -216,6 +216,12 @@ def _compile(
     without_tokenizer: Annotated[
         bool, typer.Option("--without-tokenizer", help="Make a robot's plan that takes tokenized prompts only.")
     ] = False,
+    sign: Annotated[
+        Path | None,
+        typer.Option(
+            "--sign", metavar="KEY", help="Sign the plan with this Ed25519 private key (PEM); needs the extra sign."
+        ),
+    ] = None,
     keep_phases: Annotated[
         Path | None,
         typer.Option(
@@ -255,7 +261,7 @@ def _compile(
         chosen={"timing": timing, "ptx": ptx, "loop": loop, "float_type": float_type},
         calibration=calibration, calibration_seed=calibration_seed, device=device, packs=packs, tokenizer=tokenizer,
         base=base, cameras=cameras, asset_id=asset_id, without_norm_stats=without_norm_stats,
-        without_tokenizer=without_tokenizer, keep_phases=keep_phases, as_json=as_json,
+        without_tokenizer=without_tokenizer, sign=sign, keep_phases=keep_phases, as_json=as_json,
     )  # fmt: skip
 
 

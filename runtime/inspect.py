@@ -17,7 +17,9 @@ from duq.runtime.cli_errors import one_line_errors
 from duq.runtime.command_line import command_app
 from duq.runtime.config import IMAGE_SLOTS
 from duq.runtime.executors.programs import programs_of, shared_bytes_of
+from duq.runtime.executors.schedule import read_schedule
 from duq.runtime.plan import Plan
+from duq.runtime.robots import Robot
 
 app = command_app()
 
@@ -37,6 +39,9 @@ def inspect(
     layers: Annotated[
         bool, typer.Option("--layers", help="--all, and for cuda the kernel of every layer, not of all alike")
     ] = False,
+    verify_key: Annotated[
+        Path | None, typer.Option("--verify-key", help="A public key (PEM): fail unless the plan is signed with it")
+    ] = None,
 ) -> None:
     """Verify every hash of a plan and print what it holds: policy, robot, quantization, what it runs on.
 
@@ -46,27 +51,30 @@ def inspect(
 
       duq-inspect before.plan --diff after.plan
     """
-    plan = Plan(path)
+    plan = Plan(path, verify_key=verify_key)
     console = Console(markup=False, highlight=False)  # recipes hold regexes, which look like markup
     if diff is not None:
         _print_differences(console, plan, Plan(diff), as_json)
     elif as_json:
         programs = {"programs": found} if (found := _programs(plan)) else {}
-        typer.echo(json.dumps({"path": str(path), "bytes": path.stat().st_size, **plan.manifest, **programs}, indent=1))
+        signature = plan.signature and {"key": plan.signature.key.fingerprint, "verified": plan.is_signed()}
+        about = {"path": str(path), "bytes": len(plan.mapping), **plan.manifest, **programs, "signature": signature}
+        typer.echo(json.dumps(about, indent=1))
     elif everything or entries or layers:
-        _print_all(console, plan, entries, layers)
+        _print_all(console, plan, verify_key, entries, layers)
     else:
-        _print_summary(console, plan)
+        _print_summary(console, plan, verify_key)
 
 
-def _print_summary(console: Console, plan: Plan) -> None:
+def _print_summary(console: Console, plan: Plan, verify_key: Path | None) -> None:
+    rows = [*summary_rows(plan), ("signature", _signed(plan, verify_key))]  # all before the first is printed
     console.print(f"{_checked(plan)} (--all prints the rest)", soft_wrap=True)
-    for name, text in summary_rows(plan):
+    for name, text in rows:
         console.print(f"  {name:<13} {text}", soft_wrap=True)
 
 
 def _checked(plan: Plan) -> str:
-    return f"{plan.path}: {human_size(plan.path.stat().st_size)}, all {len(plan.names)} entries match their SHA-256"
+    return f"{plan.path}: {human_size(len(plan.mapping))}, all {len(plan.names)} entries match their SHA-256"
 
 
 def _print_differences(console: Console, first: Plan, second: Plan, as_json: bool) -> None:
@@ -83,18 +91,21 @@ def _print_differences(console: Console, first: Plan, second: Plan, as_json: boo
         console.print(table)
 
 
-def _print_all(console: Console, plan: Plan, entries: bool, layers: bool) -> None:
-    console.print(_checked(plan), soft_wrap=True)
-    for table in (
+def _print_all(console: Console, plan: Plan, verify_key: Path | None, entries: bool, layers: bool) -> None:
+    tables = [  # all of them before the first is printed: an error stands alone
         settings_table(plan.manifest),
         _policy_table(plan.manifest),
         _quantization_table(plan.manifest.get("quantization") or {}),
         _layer_table((plan.manifest.get("quantization") or {}).get("linears") or {}),
         _program_table(_programs(plan)),
         *(_graph_table(name, graph) for name, graph in _graphs(plan.manifest).items()),
-        *(_kernel_table(plan, name, layers) for name in plan.names if name.startswith("schedule/")),
+        *(_kernel_table(plan, name, layers) for name in _schedules(plan)),
         _entry_table(plan.manifest["entries"], each_weight=entries),
-    ):
+    ]
+    signed = _signed(plan, verify_key)
+    console.print(_checked(plan), soft_wrap=True)
+    console.print(signed, soft_wrap=True)
+    for table in tables:
         if table.row_count:
             console.print(table)
 
@@ -102,6 +113,18 @@ def _print_all(console: Console, plan: Plan, entries: bool, layers: bool) -> Non
 def main() -> None:
     with one_line_errors():
         app()
+
+
+def _signed(plan: Plan, verify_key: Path | None) -> str:
+    """Whether the plan is signed, by whom, and whether that was checked."""
+    if plan.signature is None:
+        return "not signed"
+    signed = f"signed with the key {plan.signature.key.fingerprint}"
+    if verify_key is not None:
+        return f"{signed}, which is that of {verify_key}"
+    if plan.is_signed() is None:
+        return f"{signed}; not checked: pip install 'duq-vla[sign]'"
+    return f"{signed}; the signature matches, whose the key is was not asked (--verify-key)"
 
 
 def settings_table(manifest: dict[str, Any]) -> Table:
@@ -119,7 +142,8 @@ def settings_rows(manifest: dict[str, Any]) -> list[tuple[str, str, str]]:
     if not (model and transforms):
         return rows
     said = manifest.get("settings_from") or {}
-    robot = manifest.get("robot_description")
+    described = manifest.get("robot_description")
+    robot = Robot.from_json(described).to_json() if described else None  # with what older plans left out
     pi05, stats = model["pi05"], manifest.get("norm_stats") or {}
 
     def row(name: str, value: Any, key: str | None = None) -> None:
@@ -228,7 +252,7 @@ def _normalization(stats: dict[str, Any], key: str, pi05: bool) -> str:
     entry = stats.get(key)
     if not entry:
         return "none"
-    if "mode" in entry:
+    if entry.get("mode"):
         return f"{entry['mode']} ({stats['rule']})" if entry["mode"] != "IDENTITY" else "IDENTITY"
     return f"{'q01..q99' if pi05 else 'mean, std'} (openpi)"
 
@@ -323,6 +347,10 @@ def _graphs(manifest: dict[str, Any]) -> dict[str, Any]:
     return {name: graph for name, graph in (manifest.get("graphs") or {}).items() if name not in ("ptx", "nvrtc")}
 
 
+def _schedules(plan: Plan) -> list[str]:
+    return [name for name in plan.names if name.startswith("schedule/")] if plan.manifest["target"] == "cuda" else []
+
+
 def _programs(plan: Plan) -> list[dict[str, Any]]:
     """Each program of a cuda plan, what its kernels are loaded from, and which GPUs run it; nothing of other targets."""
     if plan.manifest["target"] != "cuda":
@@ -340,12 +368,6 @@ def _program_table(programs: list[dict[str, Any]]) -> Table:
         shared = f"{each['block_shared_bytes'] / 1024:.0f} KB"
         table.add_row(f"SM {each['sm']}", each["image"], each["runs_on"], f"{each['driver']} and later", shared)
     return table
-
-
-def read_schedule(plan: Plan, name: str) -> dict[str, Any]:
-    """The launches of a program of a cuda plan, by the name of its entry."""
-    schedule: dict[str, Any] = json.loads(bytes(plan.read(name)))
-    return schedule
 
 
 def _kernel_table(plan: Plan, name: str, each_layer: bool) -> Table:

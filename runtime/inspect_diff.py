@@ -9,7 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
-from duq.runtime.inspect import human_size, launch_rows, read_schedule, settings_rows
+from duq.runtime.executors.schedule import read_schedule
+from duq.runtime.inspect import human_size, launch_rows, settings_rows
 from duq.runtime.plan import Plan
 
 ABSENT = "-"

@@ -23,14 +23,21 @@ class Policy:
     """A compiled policy with the interface of openpi's: `infer` takes and returns the same dicts.
 
     threads: CPU threads of the engine (None: all cores). verify: compare every hash of the plan while opening it.
-    seed: of the noise that `infer` draws when it is given none. Raises PlanError if the plan cannot be used.
+    seed: of the noise that `infer` draws when it is given none. verify_key: a file with an Ed25519 public key, PEM, that the
+    plan has to be signed with. Raises PlanError if the plan cannot be used.
     One policy may be shared by threads; they take turns on the engine.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, threads: int | None = None, verify: bool = True, seed: int | None = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        verify: bool = True,
+        seed: int | None = None,
+        verify_key: str | os.PathLike[str] | None = None,
     ):
-        plan = Plan(path, verify)
+        self._plan = plan = Plan(path, verify, verify_key)
         self._manifest = plan.manifest
         try:
             self._target = self._manifest["target"]
@@ -39,6 +46,7 @@ class Policy:
         except (KeyError, TypeError) as error:
             raise PlanError(f"{plan.path}: its manifest is incomplete ({error}); compile it again") from error
         self._executor = open_executor(plan, threads)
+        plan.check_unchanged()  # while it was read
         self._engine = threading.Lock()
         self._noise = np.random.default_rng(seed)
 
@@ -63,6 +71,7 @@ class Policy:
         """Does now what the first call would do once: page in the weights, allocate, import. Then no file is opened."""
         self._preprocessor.model_inputs(_blank_observation())
         with self._engine:
+            self._plan.check_unchanged()
             self._executor.warmup()
 
     def infer(self, obs: Mapping[str, Any], noise: np.ndarray | None = None) -> dict[str, Any]:
@@ -72,13 +81,15 @@ class Policy:
         noise: float32 [H, A], the start of the denoising; drawn if absent. The same noise gives the same actions.
         Returns {"actions": float32 [H, robot dims], "policy_timing": milliseconds: "infer_ms" is the whole call,
         "preprocess_ms", "prefix_ms", "denoise_ms" its parts; engines may add others}.
-        Raises ObservationError, before any work of the model, if the observation does not fit.
+        Raises ObservationError, before any work of the model, if the observation does not fit; PlanError if the plan's file
+        was written to (replacing it by rename is no harm).
         """
         start = time.perf_counter()
         inputs = self._preprocessor.model_inputs(obs)
         noise = self._draw_noise() if noise is None else self._checked_noise(noise)
         ready = time.perf_counter()
         with self._engine:
+            self._plan.check_unchanged()
             actions, timing = self._executor.run(inputs, noise)
         actions = self._preprocessor.robot_actions(actions, obs)
         end = time.perf_counter()
@@ -108,7 +119,7 @@ def preprocessor_of(plan: Plan, config: ModelConfig) -> Preprocessor:
         robot=Robot.from_json(described) if (described := manifest.get("robot_description")) else manifest["robot"],
         layout=manifest["checkpoint"]["layout"],
         norm_stats=manifest["norm_stats"],
-        tokenizer=bytes(plan.read("tokenizer.model")) if "tokenizer.model" in plan.names else None,
+        tokenizer=plan.copy("tokenizer.model") if "tokenizer.model" in plan.names else None,
         cameras=manifest["cameras"],
         transforms=manifest.get("transforms"),
     )

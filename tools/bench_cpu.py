@@ -29,7 +29,7 @@ from duq.plugins.gpu import gpu_of, runs_code_of
 from duq.runtime.command_line import progress_bar
 from duq.runtime.config import IMAGE_SLOTS, ModelConfig
 from duq.runtime.executors.cpu import CpuExecutor
-from duq.runtime.files import write_text, writing
+from duq.runtime.files import check_output_directory, write_text, writing
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import ModelInputs
 from duq.tools import bench_gpu

@@ -232,7 +232,7 @@ def _on_gpu(plan: Any, gpus: Gpus, facts: dict[str, Any]) -> tuple[Missing, ...]
         programs_of,
         sm_to_compile_for,
     )
-    from duq.runtime.inspect import read_schedule
+    from duq.runtime.executors.schedule import read_schedule
 
     gpu = gpus.devices[0]
     remedy, cuda = f"compile it again with --sm {sm_to_compile_for(gpu.sm, gpu.block_shared_bytes)}", gpus.cuda

@@ -253,6 +253,7 @@ def _value_basis(plan: Plan, layer: int) -> np.ndarray | None:
 def _linears(plan: Plan) -> dict:
     """The SQNR of each quantized linear as the plan records it, worst first."""
     linears = plan.manifest["quantization"]["linears"]
-    by_sqnr = sorted(linears, key=lambda name: linears[name]["sqnr_db"])
+    unknown = {name for name, linear in linears.items() if linear["sqnr_db"] is None}  # of packs that do not say
+    by_sqnr = sorted(linears.keys() - unknown, key=lambda name: linears[name]["sqnr_db"])
     keys = ("weight_bits", "activation_bits", "shape", "sqnr_db")
     return {"measured": SQNR_SOURCE, "sqnr": {name: {key: linears[name][key] for key in keys} for name in by_sqnr}}

@@ -10,7 +10,6 @@ A plan has a schedule for each SM that it was compiled for, and the GPU at hand 
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -29,19 +28,19 @@ from duq.runtime.executors.programs import (
     Program,
     best_first,
     device_bytes_of,
+    end_of_weights,
     has_kernels,
     programs_of,
     shared_bytes_of,
     sm_to_compile_for,
 )
+from duq.runtime.executors.schedule import Data, read_schedule
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import ModelInputs
 
-SCHEDULE_VERSION = 4  # of what a plan's schedule says and how; up to 3 arguments had no names
 STAGING_BYTES = 64 << 20
 log = logging.getLogger("duq")
 _TYPES = {"float": np.float32, "Bf16": np.uint16, "unsigned char": np.uint8}
-Data = dict[str, Any]  # a piece of the schedule (compiler/targets/cuda/emit.py): a launch, a variant, ...
 AfterLaunch = Callable[[str, Data, driver.Stream], None]  # of the program, the launch and its stream
 
 
@@ -85,6 +84,7 @@ class CudaExecutor:
         self._download = driver.PinnedArray(4 * int(np.prod(self._actions_shape)))
         self._graphs: dict[tuple[int, int], driver.Graph] = {}
         self._lock = threading.Lock()
+        plan.check_unchanged()  # while weights and kernels were read from it: what is on the GPU is what was verified
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -153,6 +153,7 @@ class CudaExecutor:
             image[:] = self._pixels(inputs.images[slot])
         rows = into["embeddings"].view(np.uint16).reshape(size[1], -1)
         np.take(self._table, tokens, axis=0, out=rows[: len(tokens)], mode="clip")
+        self._plan.check_unchanged()  # while embeddings were read from it
         rows[len(tokens) :] = 0  # padding, whose results nothing reads
         if "state" in into:
             into["state"].view(np.float32)[:] = inputs.state
@@ -363,7 +364,7 @@ def _choose(plan: Plan, sm: int, wanted: int | None) -> tuple[Program, Data]:
     for program in best_first(programs, sm, cuda):
         if wanted not in (None, program.sm):
             continue
-        schedule = _schedule(plan, program.schedule)
+        schedule = read_schedule(plan, program.schedule)
         if program.sm == sm or (needed := shared_bytes_of(schedule)) <= limit:
             return program, schedule
         too_large = (
@@ -402,30 +403,6 @@ def _say(plan: Plan, program: Program, sm: int) -> None:
     )  # fmt: skip
 
 
-def _schedule(plan: Plan, name: str) -> Data:
-    schedule = json.loads(bytes(plan.read(name)))
-    if (version := schedule.get("version", 1)) != SCHEDULE_VERSION:
-        raise PlanError(
-            f"{plan.path}: {name} is of version {version}, this runtime follows version {SCHEDULE_VERSION}; compile it again"
-        )
-    _check_arguments(plan, name, schedule)
-    return schedule
-
-
-def _check_arguments(plan: Plan, name: str, schedule: Data) -> None:
-    """Every launch names exactly the arguments that its kernel has."""
-    kernels = [[parameter for parameter, _ in each["parameters"]] for each in schedule["kernels"]]
-    calls = {call: [parameter for parameter, _ in parameters] for call, parameters in schedule["calls"].items()}
-    for variant in schedule["variants"]:
-        for launch in [*variant["prefix"], *variant["step"]]:
-            parameters = calls.get(launch["call"]) if "call" in launch else kernels[launch["kernel"]]
-            if parameters != list(launch["args"]):
-                raise PlanError(
-                    f"{plan.path}: {name} gives {launch['name']} the arguments {', '.join(launch['args'])}, "
-                    f"its kernel takes {', '.join(parameters or ['others'])}; compile it again"
-                )
-
-
 def _uses_library(schedule: Data) -> bool:
     return any("call" in launch for variant in schedule["variants"] for launch in [*variant["prefix"], *variant["step"]])
 
@@ -448,8 +425,7 @@ def _upload_weights(
     plan: Plan, weights: dict[str, list[int]], stream: driver.Stream
 ) -> tuple[driver.Memory, dict[str, int]]:
     """All weights in one block of device memory, by way of two pieces of pinned memory: one fills while one is copied."""
-    end = max(offset + size for offset, size in weights.values())
-    block = driver.Memory(end)
+    block = driver.Memory(end_of_weights(weights))
     staging = [(driver.PinnedArray(STAGING_BYTES), driver.Event()) for _ in range(2)]
     used, turn = 0, 0
     pieces = _pieces(plan, weights)
@@ -481,7 +457,7 @@ def _load_kernels(plan: Plan, kernels: list[Data], program: Program) -> list[dri
     for each in kernels:
         symbols.setdefault(each[program.image], {})[each["expression"]] = each["symbol"]
     try:
-        loaded = {entry: driver.load(Cubin(bytes(plan.read(entry)), names)) for entry, names in symbols.items()}
+        loaded = {entry: driver.load(Cubin(plan.copy(entry), names)) for entry, names in symbols.items()}
     except KernelError as error:
         if program.image == "cubin":
             raise

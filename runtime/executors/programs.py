@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -84,9 +84,13 @@ def program_for(
 
 def device_bytes_of(schedule: Mapping[str, Any]) -> int:
     """Device memory that a program takes at most: weights, activations, and the workspaces of cuBLASLt."""
-    weights: int = sum(size for _, size in schedule["weights"].values())
     arena: int = schedule["arena_bytes"]
-    return weights + arena + STREAMS * WORKSPACE_BYTES
+    return end_of_weights(schedule["weights"]) + arena + STREAMS * WORKSPACE_BYTES
+
+
+def end_of_weights(weights: Mapping[str, Sequence[int]]) -> int:
+    """Bytes of the memory that holds a schedule's weights, {name: (offset, bytes)}."""
+    return max(offset + size for offset, size in weights.values())
 
 
 def has_kernels(sm: int) -> bool:
