@@ -205,17 +205,16 @@ class Preprocessor:
 
     def model_inputs(self, observation: Mapping[str, Any]) -> ModelInputs:
         """Checks and converts an observation. ObservationError names the key, what it holds and what is expected."""
-        if not isinstance(observation, Mapping):
-            raise ObservationError(f"an observation is a dict, got {type(observation).__name__}")
+        observation = checks.observation(observation)
         if self.is_bare(observation):
             cameras, state = _bare_cameras(observation), self._bare_state(observation)
+            checked_state = checks.moderate(state, "state")
         else:
-            cameras, state = self._robot_cameras(observation), self._model_state(observation)
-            if self._state_norm:
-                state = self._state_norm.normalize(state)
+            cameras, state = self._robot_cameras(observation), self._normalized_state(observation)
+            checked_state = checks.moderate(state, "state, normalized")
         images, image_mask = self._stack(cameras)
         tokens, token_mask = self._prompt(observation, state)
-        return ModelInputs(images, image_mask, tokens, token_mask, self._pad(state).astype(np.float32))
+        return ModelInputs(images, image_mask, tokens, token_mask, self._pad(checked_state))
 
     def robot_actions(self, actions: np.ndarray, observation: Mapping[str, Any]) -> np.ndarray:
         """The model's actions, float32 [H, A], as the robot takes them: float32 [H, action_dim].
@@ -270,6 +269,12 @@ class Preprocessor:
         robot = self._described
         return robot.state_to_model(robot.read_state(observation), self.transforms["adapt_to_pi"])
 
+    def _normalized_state(self, observation: Mapping[str, Any]) -> np.ndarray:
+        """The robot's state as the model sees it, float64 or float32 [state_dim]; not finite where it is out of all range."""
+        state = self._model_state(observation)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self._state_norm.normalize(state) if self._state_norm else state
+
     def _robot_cameras(self, observation: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """The images that are there, by slot: uint8, or float32 in [0, 1] for a policy that resizes in float."""
         keep = self.transforms["resize"] != "openpi"
@@ -277,7 +282,11 @@ class Preprocessor:
         return {slot: checks.image(value, camera.key[-1], camera.layout, keep) for slot, (value, camera) in found.items()}
 
     def _bare_state(self, observation: Mapping[str, Any]) -> np.ndarray:
-        dims, width = checks.array(checks.required(observation, "state"), "state").shape, self.config.state_width
+        width = self.config.state_width
+        expected = f"1 to {width} numbers"
+        dims = checks.array(checks.required(observation, "state"), "state", expected, checks.MAX_VECTOR).shape
+        if dims == (0,):
+            raise ObservationError(f"state: has shape [0], expected {expected}")
         fits = len(dims) == 1 and dims[0] <= width
         return checks.vector(observation, "state", dims[0] if fits else width)
 
@@ -352,7 +361,7 @@ def _bare_cameras(observation: Mapping[str, Any]) -> dict[str, np.ndarray]:
     masks = checks.mapping(observation, "image_mask") if "image_mask" in observation else {}
     for slot in (*images, *masks):
         if slot not in IMAGE_SLOTS:
-            raise ObservationError(f"image: unknown slot {slot!r}; there are {', '.join(IMAGE_SLOTS)}")
+            raise ObservationError(f"image: unknown slot {checks.shown(slot)}; there are {', '.join(IMAGE_SLOTS)}")
     present = [slot for slot in IMAGE_SLOTS if _flag(masks.get(slot, slot in images), slot)]
     return {slot: _bare_image(checks.required(images, slot), f"image/{slot}") for slot in present}
 
@@ -365,7 +374,7 @@ def _bare_image(value: Any, key: str) -> np.ndarray:
 
 
 def _flag(value: Any, slot: str) -> bool:
-    value = checks.array(value, f"image_mask/{slot}", "one bool")
+    value = checks.array(value, f"image_mask/{slot}", "one bool", checks.MAX_VECTOR)
     if value.dtype != bool or value.size != 1:
         raise ObservationError(f"image_mask/{slot}: is {value.dtype} of shape {list(value.shape)}, expected one bool")
     return bool(value.item())
@@ -374,7 +383,9 @@ def _flag(value: Any, slot: str) -> bool:
 def _given_tokens(observation: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """tokenized_prompt and its mask, of equal length, at least one token of it valid."""
     keys = {"tokenized_prompt": "integers [tokens]", "tokenized_prompt_mask": "bools [tokens]"}
-    ids, mask = (checks.array(checks.required(observation, key), key, expected) for key, expected in keys.items())
+    ids, mask = (
+        checks.array(checks.required(observation, key), key, expected, checks.MAX_VECTOR) for key, expected in keys.items()
+    )
     if not np.issubdtype(ids.dtype, np.integer) or mask.dtype != bool:
         raise ObservationError(f"tokenized_prompt: is {ids.dtype}, its mask {mask.dtype}; expected integer and bool")
     if ids.ndim != 1 or ids.shape != mask.shape or not mask.any():

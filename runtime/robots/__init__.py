@@ -232,7 +232,7 @@ class Robot:
             if outer in observation:
                 for name in checks.mapping(observation, outer):
                     if name not in accepted:
-                        raise ObservationError(f"{outer}: unknown camera {name!r}; {self.name} has {', '.join(known)}")
+                        raise ObservationError(f"{outer}: unknown camera {checks.shown(name)}; {self.name} has {', '.join(known)}")
 
 
 def _present(observation: Mapping[str, Any], part: Camera | StatePart) -> Key | None:
