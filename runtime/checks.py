@@ -90,7 +90,9 @@ def _numbers(value: Any, key: str, expected: str, most: int) -> np.ndarray:
     """The value as an array of numbers in the machine's byte order; raises whatever its library does."""
     found = _converted(value, key, expected, most)
     if found.dtype.kind not in NUMERIC:
-        what = f"has dtype {str(found.dtype)[:60]}" if isinstance(value, (np.ndarray, np.generic)) else f"is a {_kind(value)}"
+        what = (
+            f"has dtype {str(found.dtype)[:60]}" if isinstance(value, (np.ndarray, np.generic)) else f"is a {_kind(value)}"
+        )
         raise ObservationError(f"{key}: {what}, expected {expected}")
     return found if found.dtype.isnative else found.astype(found.dtype.newbyteorder("="))
 
@@ -167,7 +169,7 @@ def _reason(error: Exception) -> str:
 
 def vector(observation: Mapping[str, Any], key: str, size: int) -> np.ndarray:
     """A finite [size] array as float64, from anything that `array` reads; a scalar counts as [1]."""
-    value = np.atleast_1d(array(required(observation, key), key, f"{size} numbers", MAX_VECTOR))
+    value = np.atleast_1d(array(required(observation, key), key, f"{size} {EXPECTED}", MAX_VECTOR))
     if value.shape != (size,):
         raise ObservationError(f"{key}: has shape {list(value.shape)}, expected [{size}]")
     return finite(value.astype(np.float64), key)

@@ -16,7 +16,7 @@ import numpy as np
 from duq.runtime import checks
 from duq.runtime.config import IMAGE_SLOTS, ModelConfig
 from duq.runtime.errors import ObservationError, PlanError
-from duq.runtime.images import resize_all
+from duq.runtime.images import check_shape, resize_all
 from duq.runtime.robots import Robot, load_robot
 from duq.runtime.tokenizer import Tokenizer
 from duq.runtime.transforms import checked, default_transforms
@@ -47,6 +47,16 @@ class ModelInputs:
                 planes[slot] /= np.float32(127.5)
                 planes[slot] -= np.float32(1)
         return planes
+
+
+@dataclass(frozen=True)
+class Checked:
+    """An observation that fits the policy, its images not resized yet."""
+
+    cameras: dict[str, np.ndarray]  # slot -> [H, W, 3], uint8 or float32
+    tokens: np.ndarray  # these as in ModelInputs
+    token_mask: np.ndarray
+    state: np.ndarray
 
 
 class Normalizer:
@@ -205,6 +215,10 @@ class Preprocessor:
 
     def model_inputs(self, observation: Mapping[str, Any]) -> ModelInputs:
         """Checks and converts an observation. ObservationError names the key, what it holds and what is expected."""
+        return self.finish(self.read(observation))
+
+    def read(self, observation: Mapping[str, Any]) -> Checked:
+        """All of `model_inputs` that can fail, and not its longest part: the resizing, which `finish` does."""
         observation = checks.observation(observation)
         if self.is_bare(observation):
             cameras, state = _bare_cameras(observation), self._bare_state(observation)
@@ -212,9 +226,20 @@ class Preprocessor:
         else:
             cameras, state = self._robot_cameras(observation), self._normalized_state(observation)
             checked_state = checks.moderate(state, "state, normalized")
-        images, image_mask = self._stack(cameras)
+        self._check_cameras(cameras)
         tokens, token_mask = self._prompt(observation, state)
-        return ModelInputs(images, image_mask, tokens, token_mask, self._pad(checked_state))
+        return Checked(cameras, tokens, token_mask, self._pad(checked_state))
+
+    def finish(self, checked: Checked) -> ModelInputs:
+        """The images resized and stacked in slot order; what is absent stays zero and masked off."""
+        cameras, size, rule = checked.cameras, self.config.vision.image_size, self.transforms["resize"]
+        if rule != "openpi" and all(
+            image.dtype == np.uint8 and image.shape[:2] == (size, size) for image in cameras.values()
+        ):
+            rule = "openpi"  # nothing is resized: bytes are the same pixels, to the bit, by every rule (see pixels)
+        images = resize_all([cameras.get(slot) for slot in IMAGE_SLOTS], size, size, rule)
+        mask = np.array([slot in cameras for slot in IMAGE_SLOTS])
+        return ModelInputs(images, mask, checked.tokens, checked.token_mask, checked.state)
 
     def robot_actions(self, actions: np.ndarray, observation: Mapping[str, Any]) -> np.ndarray:
         """The model's actions, float32 [H, A], as the robot takes them: float32 [H, action_dim].
@@ -283,7 +308,7 @@ class Preprocessor:
 
     def _bare_state(self, observation: Mapping[str, Any]) -> np.ndarray:
         width = self.config.state_width
-        expected = f"1 to {width} numbers"
+        expected = f"1 to {width} {checks.EXPECTED}"
         dims = checks.array(checks.required(observation, "state"), "state", expected, checks.MAX_VECTOR).shape
         if dims == (0,):
             raise ObservationError(f"state: has shape [0], expected {expected}")
@@ -293,17 +318,12 @@ class Preprocessor:
     def _pad(self, state: np.ndarray) -> np.ndarray:
         return _padded(state[: self.config.state_width], self.config.state_width)
 
-    def _stack(self, cameras: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Resizes and stacks the cameras in slot order; what is absent stays zero and masked off."""
+    def _check_cameras(self, cameras: dict[str, np.ndarray]) -> None:
         if not 1 <= len(cameras) <= self.cameras:
             raise ObservationError(f"observation has {len(cameras)} cameras, the plan takes 1 to {self.cameras}")
-        size, rule = self.config.vision.image_size, self.transforms["resize"]
-        if rule != "openpi" and all(
-            image.dtype == np.uint8 and image.shape[:2] == (size, size) for image in cameras.values()
-        ):
-            rule = "openpi"  # nothing is resized: bytes are the same pixels, to the bit, by every rule (see pixels)
-        images = resize_all([cameras.get(slot) for slot in IMAGE_SLOTS], size, size, rule)
-        return images, np.array([slot in cameras for slot in IMAGE_SLOTS])
+        size = self.config.vision.image_size
+        for image in cameras.values():
+            check_shape(image, size, size, self.transforms["resize"])
 
     def _prompt(self, observation: Mapping[str, Any], state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Token ids int64 [L] and their mask bool [L]. Too long a text is cut off, as by the policies' own code."""

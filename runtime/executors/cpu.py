@@ -9,18 +9,19 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from onnxruntime.capi import onnxruntime_pybind11_state as onnxruntime_errors
+from onnxruntime.capi import onnxruntime_pybind11_state
 
 from duq.runtime.config import IMAGE_SLOTS
-from duq.runtime.errors import PlanError
+from duq.runtime.errors import EngineError, PlanError
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import ModelInputs
 
-_SESSION_ERRORS = (
-    onnxruntime_errors.Fail,
-    onnxruntime_errors.InvalidGraph,
-    onnxruntime_errors.NotImplemented,
-    onnxruntime_errors.RuntimeException,
+# All that ONNX Runtime raises: a class for each of its status codes, and what its bindings make of C++'s own.
+ONNXRUNTIME_ERRORS: tuple[type[Exception], ...] = (
+    *(each for each in vars(onnxruntime_pybind11_state).values() if isinstance(each, type) and issubclass(each, Exception)),
+    RuntimeError,
+    ValueError,
+    MemoryError,
 )
 
 PLAN_FILE = "@" * 512
@@ -58,8 +59,31 @@ class CpuExecutor:
 
         trace: if given, receives what the stages produced, as numpy: "image_features", "key.0", ..., and "x", the
         states of the flow [num_steps + 1, H, A].
+        Raises EngineError where ONNX Runtime fails: there is not enough memory, or inputs that the graphs do not take.
         """
         prefix, step = self._prefix, self._step
+        try:
+            return self._run(prefix, step, inputs, noise, trace)
+        except ONNXRUNTIME_ERRORS as error:
+            raise EngineError(f"{self._plan.path}: ONNX Runtime failed ({type(error).__name__}: {error})") from error
+
+    def is_usable(self) -> bool:
+        """Always: a call leaves nothing behind in ONNX Runtime's sessions."""
+        return True
+
+    def close(self) -> None:
+        """Frees the sessions, with the weights that they unpacked."""
+        for name in ("_prefix", "_step"):
+            self.__dict__.pop(name, None)
+
+    def _run(
+        self,
+        prefix: onnxruntime.InferenceSession,
+        step: onnxruntime.InferenceSession,
+        inputs: ModelInputs,
+        noise: np.ndarray,
+        trace: dict[str, Any] | None,
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         start = time.perf_counter()
         # What is not there is not computed: absent cameras and prompt padding are left out here.
         feeds = {
@@ -108,7 +132,7 @@ class CpuExecutor:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         try:
             return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        except _SESSION_ERRORS as error:
+        except ONNXRUNTIME_ERRORS as error:
             version = onnxruntime.__version__
             raise PlanError(f"{path}: ONNX Runtime {version} cannot load its {name} graph: {error}") from error
 

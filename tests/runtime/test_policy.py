@@ -33,6 +33,16 @@ class FakeExecutor:
         self.inside -= 1
         return noise + inputs.state.mean(), {"prefix_ms": 1.0, "denoise_ms": 2.0}
 
+    def is_usable(self):
+        return True
+
+    def close(self):
+        self.closed = True
+
+
+def executor_of(policy) -> FakeExecutor:
+    return policy._opened.engine.executor
+
 
 @pytest.fixture
 def make_policy(tmp_path, monkeypatch):
@@ -79,7 +89,7 @@ def test_noise_is_given_or_drawn_from_the_seed(make_policy):
     assert np.array_equal(first.infer(observation, noise)["actions"], second.infer(observation, noise=noise)["actions"])
     drawn = [first.infer(observation)["actions"] for _ in range(2)]
     assert np.array_equal(drawn[0], second.infer(observation)["actions"]) and not np.array_equal(*drawn)
-    assert first._executor.calls[-1][1].dtype == np.float32
+    assert executor_of(first).calls[-1][1].dtype == np.float32
     assert not np.array_equal(make_policy().infer(observation)["actions"], make_policy().infer(observation)["actions"])
 
 
@@ -97,14 +107,14 @@ def test_bad_observation_reaches_no_executor_and_the_policy_goes_on(make_policy)
     for _ in range(2):
         with pytest.raises(ObservationError):
             policy.infer(bare_observation(state=None))
-    assert not policy._executor.calls
+    assert not executor_of(policy).calls
     assert policy.infer(bare_observation())["actions"].shape == (50, 32)
 
 
 def test_usable_after_the_executor_failed(make_policy, monkeypatch):
     policy = make_policy()
     with monkeypatch.context() as patch:
-        patch.setattr(policy._executor, "run", lambda *_: 1 / 0)
+        patch.setattr(executor_of(policy), "run", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             policy.infer(bare_observation())
     assert policy.infer(bare_observation())["actions"].shape == (50, 32)
@@ -117,7 +127,7 @@ def test_threads_take_turns(make_policy):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(policy._executor.calls) == 8 and policy._executor.largest_inside == 1
+    assert len(executor_of(policy).calls) == 8 and executor_of(policy).largest_inside == 1
 
 
 def test_prompt_uses_the_plan_s_tokenizer(make_policy, tokenizer_bytes):
@@ -125,14 +135,14 @@ def test_prompt_uses_the_plan_s_tokenizer(make_policy, tokenizer_bytes):
     prompts = bare_observation(prompt="red cup", tokenized_prompt=None, tokenized_prompt_mask=None)
     policy.infer(prompts)
     policy.infer(prompts | {"prompt": "open the drawer, then close it"})
-    lengths = [inputs.token_mask.sum() for inputs, _ in policy._executor.calls]
+    lengths = [inputs.token_mask.sum() for inputs, _ in executor_of(policy).calls]
     assert 0 < lengths[0] < lengths[1]
 
 
 def test_warm_calls_open_no_file(make_policy, tokenizer_bytes):
     policy = make_policy("aloha", tokenizer=tokenizer_bytes, threads=2)
     policy.warmup()
-    assert policy._executor.warm and policy._executor.threads == 2
+    assert executor_of(policy).warm and executor_of(policy).threads == 2
     opened, watching = [], [True]
     sys.addaudithook(lambda event, args: opened.append(args) if watching[0] and event == "open" else None)
     observation = OBSERVATIONS["aloha"]() | {"prompt": "cup"}

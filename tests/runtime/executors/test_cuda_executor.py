@@ -25,12 +25,12 @@ from duq.runtime.plan import Plan
 from tests.support import emulate, recording
 from tests.support.inputs import cosine, make_inputs, make_noise, with_float_images
 from tests.support.same_integers import run_given
-from tests.support.stand_ins import Event, Stream
+from tests.support.stand_ins import Event, Resource, Stream
 
 CALLS = [((True, False, True), 37), ((False, True, False), 1)]  # the second finds the first one's rows as padding
 
 
-class Block:
+class Block(Resource):
     """Memory that is NaN, and remembered for whoever has but an address."""
 
     all: list[Block] = []
@@ -60,14 +60,14 @@ def pointer(address: int | None) -> Pointer | None:
 
 class Kernel:
     def __init__(self, expression: str):
-        self.expression = expression
+        self.expression, self.module = expression, Resource()
 
     def launch(self, shape: Shape, arguments, stream: int, overlap: bool) -> None:
         values = [pointer(each.value) if isinstance(each, ctypes.c_void_p) else each.value for each in arguments]
         emulate.launch(self.expression, shape, values)
 
 
-class Library:
+class Library(Resource):
     def prepare(self, problem, algorithm: int) -> None:
         pass
 
