@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import threading
 import time
 from functools import cached_property
 from typing import Any
@@ -27,6 +29,21 @@ ONNXRUNTIME_ERRORS: tuple[type[Exception], ...] = (
 PLAN_FILE = "@" * 512
 """Stands in the graphs for the plan's file name, which only the opened plan knows; same length, so that replacing it
 does not disturb the protobuf around it (see `_session`)."""
+
+
+_opening = threading.RLock()  # ONNX Runtime has locks of its own while it creates a session: a fork waits until it is done
+_libc = ctypes.CDLL(None)
+
+
+def _after_in_child() -> None:
+    """Once Python is done with its exit, the process ends, before ONNX Runtime's destructors. They wait for
+    threads, which are the parent's, for ever: in any child of a process that has imported it."""
+    if hasattr(_libc, "on_exit"):  # in glibc; what is registered last is called first, with the exit status
+        _libc.on_exit(_libc._exit, None)
+    _opening.release()
+
+
+os.register_at_fork(before=_opening.acquire, after_in_parent=_opening.release, after_in_child=_after_in_child)
 
 
 class CpuExecutor:
@@ -61,7 +78,8 @@ class CpuExecutor:
         states of the flow [num_steps + 1, H, A].
         Raises EngineError where ONNX Runtime fails: there is not enough memory, or inputs that the graphs do not take.
         """
-        prefix, step = self._prefix, self._step
+        with _opening:
+            prefix, step = self._prefix, self._step
         try:
             return self._run(prefix, step, inputs, noise, trace)
         except ONNXRUNTIME_ERRORS as error:
