@@ -101,12 +101,13 @@ class Module:
 
     def __init__(self, image: bytes):
         self.handle = _call("cuModuleLoadData", image)
-        self._process = os.getpid()
+        self._unload: Callable[[], None] | None = _giver_back("cuModuleUnload", self.handle)
 
     def close(self) -> None:
-        if self.handle is not None:
-            _give_back(self._process, "cuModuleUnload", self.handle)
-        self.handle = None
+        """Unloads it now; once."""
+        if self._unload is not None:
+            self._unload()
+        self._unload = None
 
 
 class Kernel:
@@ -201,14 +202,20 @@ def copy(to: int, source: int, size: int, stream: int) -> None:
     _call("cuMemcpyDtoDAsync", to, source, size, stream)
 
 
-def _give_back(process: int, function: str, handle: object) -> None:
-    """Whichever thread this is; of a process' own. After an error that left the device unusable the driver frees nothing,
-    and what it says then is of no more use."""
-    if process == os.getpid():
-        driver, (context, *_) = _driver(), _device(0)
-        driver.cuCtxPushCurrent(context)
-        getattr(driver, function)(handle)
-        driver.cuCtxPopCurrent()
+def _giver_back(function: str, handle: object) -> Callable[[], None]:
+    """What gives a handle back, from whichever thread; in a forked child, whose it is not, it does nothing.
+
+    After an error that left the device unusable the driver frees nothing: what it says then is of no use.
+    """
+    driver, (context, _, process) = _driver(), _device(0)
+
+    def give_back() -> None:
+        if process == os.getpid():
+            driver.cuCtxPushCurrent(context)
+            getattr(driver, function)(handle)
+            driver.cuCtxPopCurrent()
+
+    return give_back
 
 
 class Resource:
@@ -216,7 +223,7 @@ class Resource:
 
     def _own(self, function: str, handle: object) -> None:
         """function: what gives the handle back."""
-        finalizer = weakref.finalize(self, _give_back, os.getpid(), function, handle)
+        finalizer = weakref.finalize(self, _giver_back(function, handle))
         self._finalizers = [finalizer, *getattr(self, "_finalizers", [])]
 
     def close(self) -> None:
@@ -288,7 +295,7 @@ class Stream(Resource):
         except BaseException:
             status, graph = _driver().cuStreamEndCapture(self.handle)  # leaves the stream usable
             if status == _driver().CUresult.CUDA_SUCCESS:  # what was recorded until it failed
-                _give_back(os.getpid(), "cuGraphDestroy", graph)
+                _giver_back("cuGraphDestroy", graph)()
             raise
         return Graph(_call("cuStreamEndCapture", self.handle))
 
