@@ -13,6 +13,7 @@ from duq.runtime.errors import ObservationError
 
 MAX_NESTING = 8  # of one text
 MAX_SIZE = 1 << 27  # numbers of one array: an image of 44 megapixels. A view may claim more than there is memory
+MAX_LISTED = 1 << 24  # of nested lists, each of which has to be looked at
 MAX_VECTOR = 1 << 16  # of a state, a mask, or a prompt's tokens
 # Of a normalized state or a noise, which are near 1. The model squares what it makes of them, and float32 ends at 3.4e38:
 # from 1e19 on a sum of squares is infinite, a norm divides by it, and finite actions come out that do not depend on them.
@@ -99,7 +100,7 @@ def _numbers(value: Any, key: str, expected: str, most: int) -> np.ndarray:
 
 def _converted(value: Any, key: str, expected: str, most: int) -> np.ndarray:
     """The value as a numpy array of some dtype."""
-    if isinstance(value, (list, tuple)) and not _all_numbers(value, [most]):
+    if isinstance(value, (list, tuple)) and not _all_numbers(value, [min(most, MAX_LISTED)]):
         return _stacked(value, key, expected, most)
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
         raise ObservationError(f"{key}: is an array with {value.mask.sum()} masked values, expected {expected}")
