@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,3 +119,12 @@ def test_the_rest_of_the_interface(policy):
     assert policy.metadata["action_horizon"] == HORIZON
     reply = policy.infer(OBSERVATIONS["libero"](), noise=np.zeros((HORIZON, 32), np.float32))
     assert reply["actions"].shape == (HORIZON, 7)
+
+
+def test_the_example_of_the_docs_runs(tiny_plans, tmp_path, monkeypatch, capsys):
+    (tmp_path / "engine.plan").symlink_to(tiny_plans("pi0", "none").plan)
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "policy.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(example, "docs/policy.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("libero (8, 7) {'infer_ms': ")
