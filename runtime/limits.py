@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from duq.runtime.robots import Robot
 
 log = logging.getLogger(__name__)
+_counting = threading.Lock()
 
 
 class LimitCheck:
@@ -41,8 +43,10 @@ class LimitCheck:
         return {"action": name, "low": low, "high": high, "steps": len(steps), "first": int(steps[0]), "worst": worst}
 
     def _count(self, found: Mapping[str, Any]) -> None:
-        self.counts[found["action"]] += 1
-        if self.counts[found["action"]] == 1:
+        with _counting:
+            self.counts[found["action"]] += 1
+            count = self.counts[found["action"]]
+        if count == 1:
             log.warning(
                 "robot %s: action %s is %.6g at step %d, outside of %.6g..%.6g (said once; it is sent as it is)",
                 self._robot.name, found["action"], found["worst"], found["first"], found["low"], found["high"],

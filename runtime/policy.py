@@ -106,10 +106,10 @@ class Policy:
         """
         start = time.perf_counter()
         with self._call() as opened:
-            obs = checks.observation(obs)
-            inputs = opened.preprocessor.model_inputs(obs)
+            checked = opened.preprocessor.read(obs)
+            inputs = opened.preprocessor.finish(checked)
             noise = self._noise_of(opened, noise)
-            return opened.answer(obs, inputs, noise, time.perf_counter() - start)
+            return opened.answer(checked, inputs, noise, time.perf_counter() - start)
 
     def infer_batch(
         self, obs: Sequence[Mapping[str, Any]], noise: Sequence[np.ndarray] | np.ndarray | None = None
@@ -120,13 +120,13 @@ class Policy:
         Raises as `infer`; an ObservationError names the first observation that does not fit, before any work of the model.
         """
         with self._call() as opened:
-            listed = [_item(index, checks.observation, each) for index, each in enumerate(_items(obs, "a list of dicts"))]
+            listed = _items(obs, "a list of dicts")
             noises = [None] * len(listed) if noise is None else _items(noise, "noise: a list")
             if len(noises) != len(listed):
                 raise ObservationError(f"noise: there are {len(noises)} for {len(listed)} observations")
             read = [_item(index, opened.preprocessor.read, each) for index, each in enumerate(listed)]
             drawn = [_item(index, partial(self._noise_of, opened), each) for index, each in enumerate(noises)]
-            return list(opened.answers(listed, read, drawn))
+            return list(opened.answers(read, drawn))
 
     def reset(self) -> None:
         """Of openpi's interface, called between episodes: there is nothing that one leaves to the next."""
@@ -216,37 +216,34 @@ class _Opened:
         self.preprocessor.model_inputs(_blank_observation())
         self.engine.warmup()
 
-    def answer(
-        self, obs: Mapping[str, Any], inputs: ModelInputs, noise: np.ndarray, preprocessing: float
-    ) -> dict[str, Any]:
+    def answer(self, checked: Checked, inputs: ModelInputs, noise: np.ndarray, preprocessing: float) -> dict[str, Any]:
         """The engine's turn, and what follows it. preprocessing: seconds that the inputs took."""
         ready = time.perf_counter()
         actions, timing = self.engine.run(inputs, noise)
         with np.errstate(over="ignore", invalid="ignore"):
-            actions = self.preprocessor.robot_actions(actions, obs)
+            actions = self.preprocessor.actions_at(actions, checked.robot_state)
         finite(actions, f"{self.plan.path}: in the robot's units there are", "its norm stats may be of another robot")
         reply: dict[str, Any] = {"actions": actions}
-        if self.limits and not self.preprocessor.is_bare(obs):
+        if self.limits and checked.robot_state is not None:
             reply["limits"] = self.limits.outside(actions)
         seconds = preprocessing + time.perf_counter() - ready
         return reply | {"policy_timing": {"infer_ms": seconds * 1e3, "preprocess_ms": preprocessing * 1e3, **timing}}
 
-    def answers(
-        self, observations: Sequence[Mapping[str, Any]], read: Sequence[Checked], noises: Sequence[np.ndarray]
-    ) -> Iterator[dict[str, Any]]:
+    def answers(self, read: Sequence[Checked], noises: Sequence[np.ndarray]) -> Iterator[dict[str, Any]]:
         """Those of a batch in its order. While the engine runs, threads preprocess what comes next, a few ahead."""
 
         def prepare(checked: Checked) -> tuple[ModelInputs, float]:
             start = time.perf_counter()
-            return self.preprocessor.finish(checked), time.perf_counter() - start
+            inputs = self.preprocessor.finish(checked)
+            return inputs, time.perf_counter() - start
 
         with ThreadPoolExecutor(AHEAD, "duq-preprocess") as pool:
             left = iter(read)
             ahead = deque(pool.submit(prepare, each) for each in islice(left, AHEAD))
-            for obs, noise in zip(observations, noises, strict=True):
+            for checked, noise in zip(read, noises, strict=True):
                 inputs, preprocessing = ahead.popleft().result()
                 ahead.extend(pool.submit(prepare, each) for each in islice(left, 1))
-                yield self.answer(obs, inputs, noise, preprocessing)
+                yield self.answer(checked, inputs, noise, preprocessing)
 
     def check_serves_clients_of(self, other: _Opened) -> None:
         """Raises PlanError unless a client of the other plan may go on with this one."""

@@ -57,6 +57,7 @@ class Checked:
     tokens: np.ndarray  # these as in ModelInputs
     token_mask: np.ndarray
     state: np.ndarray
+    robot_state: np.ndarray | None  # float64 [state_dim], in the model's units; None: the inputs are bare
 
 
 class Normalizer:
@@ -221,14 +222,15 @@ class Preprocessor:
         """All of `model_inputs` that can fail, and not its longest part: the resizing, which `finish` does."""
         observation = checks.observation(observation)
         if self.is_bare(observation):
-            cameras, state = _bare_cameras(observation), self._bare_state(observation)
+            cameras, state, robot_state = _bare_cameras(observation), self._bare_state(observation), None
             checked_state = checks.moderate(state, "state")
         else:
-            cameras, state = self._robot_cameras(observation), self._normalized_state(observation)
+            cameras, robot_state = self._robot_cameras(observation), self._model_state(observation)
+            state = self._normalized(robot_state)
             checked_state = checks.moderate(state, "state, normalized")
         self._check_cameras(cameras)
         tokens, token_mask = self._prompt(observation, state)
-        return Checked(cameras, tokens, token_mask, self._pad(checked_state))
+        return Checked(cameras, tokens, token_mask, self._pad(checked_state), robot_state)
 
     def finish(self, checked: Checked) -> ModelInputs:
         """The images resized and stacked in slot order; what is absent stays zero and masked off."""
@@ -246,14 +248,18 @@ class Preprocessor:
 
         Un-normalized, made absolute with the observation's state and converted; unchanged if the inputs were bare.
         """
-        if self.is_bare(observation):
+        return self.actions_at(actions, None if self.is_bare(observation) else self._model_state(observation))
+
+    def actions_at(self, actions: np.ndarray, robot_state: np.ndarray | None) -> np.ndarray:
+        """The same for `Checked.robot_state`: the state that the model saw, whatever became of the observation since."""
+        if robot_state is None:
             return actions
         norm, actions = self._action_norm, actions[:, : self._described.action_dim]
         actions = actions.astype(norm.dtype if norm else np.float64)
         if norm:
             actions = norm.unnormalize(actions)
         if self._delta is not None:
-            state = self._model_state(observation)[: self._delta.size].astype(actions.dtype)
+            state = robot_state[: self._delta.size].astype(actions.dtype)
             actions = actions.copy()
             actions[:, : self._delta.size] += np.where(self._delta, state, 0).astype(actions.dtype)
         return self._described.actions_to_robot(actions, self.transforms["adapt_to_pi"]).astype(np.float32)
@@ -294,9 +300,8 @@ class Preprocessor:
         robot = self._described
         return robot.state_to_model(robot.read_state(observation), self.transforms["adapt_to_pi"])
 
-    def _normalized_state(self, observation: Mapping[str, Any]) -> np.ndarray:
+    def _normalized(self, state: np.ndarray) -> np.ndarray:
         """The robot's state as the model sees it, float64 or float32 [state_dim]; not finite where it is out of all range."""
-        state = self._model_state(observation)
         with np.errstate(over="ignore", invalid="ignore"):
             return self._state_norm.normalize(state) if self._state_norm else state
 

@@ -65,7 +65,8 @@ def make_policy(tmp_path, monkeypatch):
     def make(robot="none", config=CONFIG, tokenizer=None, drop=None, **options):
         manifest = {
             "model": config.to_json(), "robot": robot, "num_steps": 10, "cameras": 3, "target": "cpu",
-            "norm_stats": None, "robot_description": None, "checkpoint": {"path": "/x", "layout": "openpi", "fingerprint": "ab"},
+            "norm_stats": None, "robot_description": None, "transforms": None,
+            "checkpoint": {"path": "/x", "layout": "openpi", "fingerprint": "ab"},
         }  # fmt: skip
         manifest |= {key: options.pop(key) for key in list(options) if key in manifest}
         manifest.pop(drop, None)
@@ -262,6 +263,21 @@ def test_the_checks_take_no_time(make_policy):
         finite(actions, "", "")
 
     assert min(timeit.repeat(all_of_a_call, number=200, repeat=5)) / 200 < 200e-6  # 15 to 25 us on a quiet core
+
+
+def test_actions_are_relative_to_the_state_that_the_model_saw(make_policy, monkeypatch):
+    """Though the robot's driver writes the next one into the same array meanwhile."""
+    policy = make_policy("libero", transforms={"delta_actions": True})
+    observation, noise = OBSERVATIONS["libero"](), np.zeros((50, 32), np.float32)
+    expected = policy.infer(observation, noise)["actions"]
+    run = executor_of(policy).run
+
+    def meanwhile(*arguments):
+        observation["observation/state"][:] = 7
+        return run(*arguments)
+
+    monkeypatch.setattr(executor_of(policy), "run", meanwhile)
+    assert np.array_equal(policy.infer(observation, noise)["actions"], expected) and np.ptp(expected[0, :6]) > 0.1
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------
