@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from duq.plugins.errors import DeviceError, KernelError
-from duq.runtime.errors import EngineError
+from duq.runtime.errors import EngineError, PlanError
 from duq.runtime.executors import Executor, open_executor
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import ModelInputs
@@ -37,7 +37,7 @@ class Engine:
     """
 
     def __init__(self, plan: Plan, threads: int | None = None):
-        self._path, self._process = plan.path, os.getpid()
+        self._plan, self._path, self._process = plan, plan.path, os.getpid()
         self._turn = threading.Lock()
         self._count = threading.RLock()  # also taken by a signal handler that interrupts its holder and closes the policy
         self._calls, self._closing, self._failure = 0, False, ""
@@ -45,7 +45,13 @@ class Engine:
         try:
             self._executor = open_executor(plan, threads)
         except DeviceError as error:  # a KernelError of another kind says itself what is missing
+            plan.close()
             raise EngineError(f"{self._path}: cannot be opened: {_said(error)}") from error
+        try:
+            plan.check_unchanged()  # while it was read
+        except PlanError:
+            self.close()
+            raise
         _engines.add(self)
 
     @property
@@ -89,14 +95,17 @@ class Engine:
     def warmup(self) -> None:
         """As `Executor.warmup`; raises as `run`."""
         with self._turn, self._errors():
+            self._plan.check_unchanged()
             self.executor.warmup()
 
     def run(self, inputs: ModelInputs, noise: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
-        """As `Executor.run`, within a call. EngineError: the executor failed, or its actions are not finite."""
+        """As `Executor.run`, within a call. EngineError: the executor failed, or its actions are not finite; PlanError: the
+        plan's file was written to."""
         with self._turn:
             if self._failure:  # by the call before
                 raise EngineError(self._failure)
             with self._errors():
+                self._plan.check_unchanged()
                 actions, timing = self.executor.run(inputs, noise)
         return finite(
             actions, f"{self._path}: the engine gave", "the plan's weights or this machine may be damaged"
@@ -115,6 +124,7 @@ class Engine:
             executor, self._executor = self._executor, None
         if executor is not None:
             executor.close()
+            self._plan.close()
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

@@ -38,7 +38,8 @@ class Policy:
     """A compiled policy with the interface of openpi's: `infer` takes and returns the same dicts.
 
     threads: CPU threads of the engine (None: all cores). verify: compare every hash of the plan while opening it.
-    seed: of the noise that `infer` draws when it is given none.
+    seed: of the noise that `infer` draws when it is given none. verify_key: a file with an Ed25519 public key, PEM, that the
+    plan has to be signed with; so does one that `reload` takes.
     Raises PlanError if the plan cannot be used, EngineError if the GPU refuses: it has too little memory, or failed.
 
     One policy may be shared by threads; they take turns on the engine. After an error it can be used as before, or says at
@@ -52,8 +53,9 @@ class Policy:
         threads: int | None = None,
         verify: bool = True,
         seed: int | None = None,
+        verify_key: str | os.PathLike[str] | None = None,
     ):
-        self._path, self._threads, self._verify = path, threads, verify
+        self._path, self._threads, self._verify, self._verify_key = path, threads, verify, verify_key
         self._outside: Counter[str] = Counter()
         self._noise = np.random.default_rng(seed)
         self._swap = threading.RLock()  # between taking the opened plan and beginning a call of it; never held for long
@@ -102,7 +104,8 @@ class Policy:
         "preprocess_ms", "prefix_ms", "denoise_ms" its parts; engines may add others}; for a robot with limits also
         "limits": the actions outside of them (`runtime.limits.LimitCheck.outside`).
         Raises ObservationError, before any work of the model, if the observation or the noise does not fit; EngineError if
-        the engine fails or its actions are not finite, or if the policy is closed, failed before or was forked.
+        the engine fails or its actions are not finite, or if the policy is closed, failed before or was forked; PlanError if
+        the plan's file was written to (replacing it by rename is no harm).
         """
         start = time.perf_counter()
         with self._call() as opened:
@@ -159,7 +162,7 @@ class Policy:
             old.engine.close()
 
     def _open(self, path: str | os.PathLike[str]) -> _Opened:
-        return _Opened.of(Plan(path, self._verify), self._threads, self._outside)
+        return _Opened.of(Plan(path, self._verify, self._verify_key), self._threads, self._outside)
 
     @contextmanager
     def _call(self) -> Iterator[_Opened]:
@@ -300,7 +303,7 @@ def preprocessor_of(plan: Plan, config: ModelConfig) -> Preprocessor:
         robot=Robot.from_json(described) if (described := manifest.get("robot_description")) else manifest["robot"],
         layout=manifest["checkpoint"]["layout"],
         norm_stats=manifest["norm_stats"],
-        tokenizer=bytes(plan.read("tokenizer.model")) if "tokenizer.model" in plan.names else None,
+        tokenizer=plan.copy("tokenizer.model") if "tokenizer.model" in plan.names else None,
         cameras=manifest["cameras"],
         transforms=manifest.get("transforms"),
     )

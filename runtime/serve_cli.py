@@ -37,6 +37,9 @@ def _serve(
     api_key_file: Annotated[Path | None, typer.Option(help="A file that holds the API key.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of the engine; by default one a core.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the noise that actions start from; by default random.")] = None,
+    verify_key: Annotated[
+        Path | None, typer.Option(help="A public key (PEM): serve no plan that is not signed with it.")
+    ] = None,
     max_message_mb: Annotated[int, typer.Option(min=1, help="Largest observation accepted, in MiB.")] = 64,
     record: Annotated[
         Path | None, typer.Option(help="Folder to write observations to, for duq-compile --calibration.")
@@ -68,7 +71,7 @@ def _serve(
         if key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
             log.warning("anyone who reaches %s can use this policy: set $%s", host, API_KEY_VARIABLE)
         recorder = None if record is None else Recorder(record, every=every, limit_bytes=int(record_limit * 1e9))
-        policy = Policy(plan, threads=threads, seed=seed)
+        policy = Policy(plan, threads=threads, seed=seed, verify_key=verify_key)
         policy.warmup()
         server = PolicyServer(policy, api_key=key, max_message_bytes=max_message_mb << 20, recorder=recorder)
         asyncio.run(_run(server, listener))

@@ -10,7 +10,6 @@ A plan has a schedule for each SM that it was compiled for, and the GPU at hand 
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -34,10 +33,10 @@ from duq.runtime.executors.programs import (
     shared_bytes_of,
     sm_to_compile_for,
 )
+from duq.runtime.executors.schedule import Data, read_schedule
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import ModelInputs
 
-SCHEDULE_VERSION = 4  # of what a plan's schedule says and how; up to 3 arguments had no names
 STAGING_BYTES = 64 << 20
 # What the driver says of an image that it does not take, and not of the GPU's state.
 NOT_COMPILED = tuple(
@@ -49,7 +48,6 @@ NOT_COMPILED = tuple(
 )  # fmt: skip
 log = logging.getLogger("duq")
 _TYPES = {"float": np.float32, "Bf16": np.uint16, "unsigned char": np.uint8}
-Data = dict[str, Any]  # a piece of the schedule (compiler/targets/cuda/emit.py): a launch, a variant, ...
 Closable = TypeVar("Closable", bound="driver.Resource | driver.Module | CublasLt")
 AfterLaunch = Callable[[str, Data, driver.Stream], None]  # of the program, the launch and its stream
 
@@ -90,10 +88,10 @@ class CudaExecutor:
         self._stream, self._branch, self._ahead = (self._own(driver.Stream()) for _ in range(3))
         self._events = [self._own(driver.Event()) for _ in range(3)]  # before the prefix, after it, after the steps
         self._library = self._own(CublasLt()) if _uses_library(schedule) else None
-        weight_bytes = sum(size for _, size in schedule["weights"].values())
+        weight_bytes = _end_of_weights(schedule["weights"])
         _check_memory(plan, weight_bytes + schedule["arena_bytes"] + 3 * WORKSPACE_BYTES)
         self._offsets = {name: offset for name, (offset, _) in schedule["weights"].items()}
-        self._weights = self._own(driver.Memory(max(offset + size for offset, size in schedule["weights"].values())))
+        self._weights = self._own(driver.Memory(weight_bytes))
         _upload_weights(plan, schedule["weights"], self._weights, self._stream)
         self._arena = self._own(driver.Memory(schedule["arena_bytes"]))
         workspace_bytes = WORKSPACE_BYTES if self._library else 1
@@ -105,6 +103,7 @@ class CudaExecutor:
         self._download = self._own(driver.PinnedArray(4 * int(np.prod(self._actions_shape))))
         self._graphs: dict[tuple[int, int], driver.Graph] = {}
         self._lock = threading.Lock()
+        plan.check_unchanged()  # while weights and kernels were read from it: what is on the GPU is what was verified
 
     def _own(self, resource: Closable) -> Closable:
         """To be given back by `close`, the latest first."""
@@ -191,6 +190,7 @@ class CudaExecutor:
             image[:] = self._pixels(inputs.images[slot])
         rows = into["embeddings"].view(np.uint16).reshape(size[1], -1)
         np.take(self._table, tokens, axis=0, out=rows[: len(tokens)], mode="clip")
+        self._plan.check_unchanged()  # while embeddings were read from it
         rows[len(tokens) :] = 0  # padding, whose results nothing reads
         if "state" in into:
             into["state"].view(np.float32)[:] = inputs.state
@@ -400,7 +400,7 @@ def _choose(plan: Plan, sm: int, wanted: int | None) -> tuple[Program, Data]:
     for program in best_first(programs, sm, cuda):
         if wanted not in (None, program.sm):
             continue
-        schedule = _schedule(plan, program.schedule)
+        schedule = read_schedule(plan, program.schedule)
         if program.sm == sm or (needed := shared_bytes_of(schedule)) <= limit:
             return program, schedule
         too_large = (
@@ -439,30 +439,6 @@ def _say(plan: Plan, program: Program, sm: int) -> None:
     )  # fmt: skip
 
 
-def _schedule(plan: Plan, name: str) -> Data:
-    schedule = json.loads(bytes(plan.read(name)))
-    if (version := schedule.get("version", 1)) != SCHEDULE_VERSION:
-        raise PlanError(
-            f"{plan.path}: {name} is of version {version}, this runtime follows version {SCHEDULE_VERSION}; compile it again"
-        )
-    _check_arguments(plan, name, schedule)
-    return schedule
-
-
-def _check_arguments(plan: Plan, name: str, schedule: Data) -> None:
-    """Every launch names exactly the arguments that its kernel has."""
-    kernels = [[parameter for parameter, _ in each["parameters"]] for each in schedule["kernels"]]
-    calls = {call: [parameter for parameter, _ in parameters] for call, parameters in schedule["calls"].items()}
-    for variant in schedule["variants"]:
-        for launch in [*variant["prefix"], *variant["step"]]:
-            parameters = calls.get(launch["call"]) if "call" in launch else kernels[launch["kernel"]]
-            if parameters != list(launch["args"]):
-                raise PlanError(
-                    f"{plan.path}: {name} gives {launch['name']} the arguments {', '.join(launch['args'])}, "
-                    f"its kernel takes {', '.join(parameters or ['others'])}; compile it again"
-                )
-
-
 def _uses_library(schedule: Data) -> bool:
     return any("call" in launch for variant in schedule["variants"] for launch in [*variant["prefix"], *variant["step"]])
 
@@ -470,6 +446,10 @@ def _uses_library(schedule: Data) -> bool:
 def _end_of_inputs(variant: Data) -> int:
     """The inputs lie at the start of the arena, side by side."""
     return max(offset + size for offset, size in variant["inputs"].values())
+
+
+def _end_of_weights(weights: dict[str, list[int]]) -> int:
+    return max(offset + size for offset, size in weights.values())
 
 
 def _check_memory(plan: Plan, needed: int) -> None:
@@ -520,7 +500,7 @@ def _load_kernels(
     loaded: dict[str, dict[str, driver.Kernel]] = {}
     try:
         for entry, names in symbols.items():
-            loaded[entry] = driver.load(Cubin(bytes(plan.read(entry)), names))
+            loaded[entry] = driver.load(Cubin(plan.copy(entry), names))
             own(next(iter(loaded[entry].values())).module)
     except KernelError as error:
         if program.image == "cubin" or isinstance(error, DeviceError) and error.status not in NOT_COMPILED:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing, suppress
@@ -18,9 +17,11 @@ from duq.plugins import driver, trt
 from duq.plugins.errors import KernelError
 from duq.plugins.nodes import KernelName, Kernels
 from duq.plugins.nvrtc import Cubin
+from duq.runtime import schema
 from duq.runtime.errors import PlanError
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import ModelInputs
+from duq.runtime.schema import Name, Open
 
 ALIGNMENT = 256
 # Of what plugins store in an engine and pass to the plan's kernels, which are compiled with them; 1 passed fewer arguments.
@@ -60,6 +61,8 @@ class TensorRTExecutor:
         signatures = {name: engine["inputs"] | engine["outputs"] for name, engine in described.items()}
         table = np.frombuffer(plan.read("embedding"), np.uint16).reshape(plan.manifest["model"]["vocab_size"], -1)
         self._calls = Calls(engines, signatures, plan.manifest, table)
+        self._plan = plan
+        plan.check_unchanged()  # while engines and kernels were read from it
 
     def is_usable(self) -> bool:
         """Whether the GPU takes work, once it has done what it was given."""
@@ -77,7 +80,9 @@ class TensorRTExecutor:
     def run(self, inputs: ModelInputs, noise: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
         """Denoises `noise` float32 [H, A] into normalized actions [H, A]; returns them with the stages' milliseconds."""
         driver.open_device()  # the caller may be another thread than the one that loaded the plan
-        return self._calls.run(inputs, noise)
+        result = self._calls.run(inputs, noise)
+        self._plan.check_unchanged()  # while embeddings were read from it
+        return result
 
 
 def section_of(plan: Plan, sm: int) -> dict[str, Any]:
@@ -111,10 +116,33 @@ def check_library(plan: Plan, section: dict[str, Any]) -> None:
 def kernels_of(plan: Plan, sm: int) -> Kernels:
     """What the plan's plugins launch."""
     found = {}
-    for each in json.loads(bytes(plan.read(f"engine/sm{sm}/kernels.json")))["kernels"]:
-        cubin = Cubin(bytes(plan.read(each["cubin"])), {each["expression"]: each["symbol"]})
+    for each in _read_kernels(plan, f"engine/sm{sm}/kernels.json"):
+        cubin = Cubin(plan.copy(each["cubin"]), {each["expression"]: each["symbol"]})
         found[KernelName(each["source"], each["expression"])] = cubin
     return Kernels(found)
+
+
+class _Kernel(Open):
+    """What kernels.json says of one."""
+
+    source: Name
+    expression: Name
+    cubin: Name
+    symbol: Name
+
+
+class _KernelList(Open):
+    kernels: list[_Kernel]
+
+
+def _read_kernels(plan: Plan, name: str) -> list[dict[str, str]]:
+    try:
+        found = schema.parse_json(plan.copy(name))
+        schema.check(_KernelList, found)
+    except PlanError as error:
+        raise PlanError(f"{plan.path}: {name}: {error}; compile it again") from error
+    kernels: list[dict[str, str]] = found["kernels"]
+    return kernels
 
 
 class _LoadedEngine:

@@ -12,6 +12,7 @@ import pytest
 from duq.runtime.errors import PlanError
 from duq.runtime.limits import LimitCheck
 from duq.runtime.robots import Robot, load_robot, read_robot
+from duq.runtime.schema import RobotDescription, check
 
 LIBERO = load_robot("libero")
 LIMITED = replace(LIBERO, limits={"x": (-1.1, 1.1), "gripper": (0.0, 1.0)})
@@ -51,6 +52,14 @@ def test_what_is_no_range_is_refused(tmp_path, limits):
         described(tmp_path, limits)
 
 
+@pytest.mark.parametrize("limits", [{"x": [1.0, -1.0]}, {"x": [0.0]}, {"x": [0.0, "1"]}, {"knee": [0.0, 1.0]}, {"x": 3}, 3])
+def test_a_plan_s_limits_are_checked_when_it_is_opened(limits):
+    described = LIBERO.to_json()
+    check(RobotDescription, described | {"limits": {"x": [-1.0, 1.0]}})
+    with pytest.raises(PlanError, match="limits"):
+        check(RobotDescription, described | {"limits": limits})
+
+
 def test_limits_of_no_action_are_refused(tmp_path):
     with pytest.raises(PlanError, match="limits: 'knee' is no action, of elbow, grip"):
         described(tmp_path, "{ knee = [0, 1] }")
@@ -67,11 +76,11 @@ def chunk(**values) -> np.ndarray:
 
 
 def test_what_is_outside_is_reported_by_action():
-    check = LimitCheck(LIMITED)
-    assert check.outside(chunk()) == []
+    limits = LimitCheck(LIMITED)
+    assert limits.outside(chunk()) == []
     actions = chunk(x=[0, 1.5, -9, 1], gripper=[0, 1, 2, 0], y=100)
     before = actions.copy()
-    assert check.outside(actions) == [
+    assert limits.outside(actions) == [
         {"action": "x", "low": -1.1, "high": 1.1, "steps": 2, "first": 1, "worst": -9.0},
         {"action": "gripper", "low": 0.0, "high": 1.0, "steps": 1, "first": 2, "worst": 2.0},
     ]
@@ -80,18 +89,18 @@ def test_what_is_outside_is_reported_by_action():
 
 def test_a_limit_itself_is_inside():
     """1.1 as a float32 is more than 1.1."""
-    check = LimitCheck(LIMITED)
-    assert check.outside(chunk(x=[1.1, -1.1, 1.1, -1.1], gripper=[0, 1, 0, 1])) == []
-    assert check.outside(chunk(x=np.nextafter(np.float32(1.1), np.float32(2))))
+    limits = LimitCheck(LIMITED)
+    assert limits.outside(chunk(x=[1.1, -1.1, 1.1, -1.1], gripper=[0, 1, 0, 1])) == []
+    assert limits.outside(chunk(x=np.nextafter(np.float32(1.1), np.float32(2))))
 
 
 def test_each_action_is_counted_by_chunks_and_said_once(caplog):
     caplog.set_level(logging.WARNING)
     counts: Counter[str] = Counter()
-    for check in (LimitCheck(LIMITED, counts), LimitCheck(LIMITED, counts)):  # as before and after a reload
+    for limits in (LimitCheck(LIMITED, counts), LimitCheck(LIMITED, counts)):  # as before and after a reload
         for _ in range(3):
-            check.outside(chunk(x=5))
-    check.outside(chunk(gripper=-1))
+            limits.outside(chunk(x=5))
+    limits.outside(chunk(gripper=-1))
     assert counts == {"x": 6, "gripper": 1}
     assert [record.message.split(" (")[0] for record in caplog.records] == [
         "robot libero: action x is 5 at step 0, outside of -1.1..1.1",

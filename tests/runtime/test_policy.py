@@ -22,7 +22,9 @@ from duq.runtime.engine import finite
 from duq.runtime.errors import EngineError, ObservationError, PlanError
 from duq.runtime.plan import PlanWriter
 from duq.runtime.robots import load_robot
+from duq.runtime.transforms import default_transforms
 from tests.support.observations import ACTION_DIMS, CONFIG, OBSERVATIONS, bare_observation, image
+from tests.support.plans import manifest
 from tests.support.serving import wait_until
 
 
@@ -63,17 +65,14 @@ def make_policy(tmp_path, monkeypatch):
     monkeypatch.setitem(duq.runtime.executors.EXECUTORS, "cpu", ("fake_executor", "FakeExecutor"))
 
     def make(robot="none", config=CONFIG, tokenizer=None, drop=None, **options):
-        manifest = {
-            "model": config.to_json(), "robot": robot, "num_steps": 10, "cameras": 3, "target": "cpu",
-            "norm_stats": None, "robot_description": None, "transforms": None,
-            "checkpoint": {"path": "/x", "layout": "openpi", "fingerprint": "ab"},
-        }  # fmt: skip
-        manifest |= {key: options.pop(key) for key in list(options) if key in manifest}
-        manifest.pop(drop, None)
+        made = manifest(robot=robot, model=config.to_json(), robot_description=None, transforms=None)
+        made |= {key: options.pop(key) for key in list(options) if key in made}
+        made.pop(drop, None)
+        monkeypatch.setattr(duq.runtime.plan.schema, "parse_manifest", lambda text: None)  # what is wrong is for the reader
         with PlanWriter(tmp_path / "engine.plan") as plan:
             if tokenizer:
                 plan.write("tokenizer.model", tokenizer)
-            plan.finish(manifest)
+            plan.finish(made)
         return duq.runtime.Policy(tmp_path / "engine.plan", **options)
 
     return make
@@ -172,12 +171,12 @@ def test_metadata_is_plain(make_policy):
 
 
 def test_plans_that_cannot_be_run(make_policy, tmp_path):
-    with pytest.raises(PlanError, match="target 'tpu', this runtime has cpu, cuda, tensorrt"):
+    with pytest.raises(PlanError, match="target is 'tpu'; it should be 'cpu', 'cuda' or 'tensorrt'"):
         make_policy(target="tpu")
-    with pytest.raises(PlanError, match="robot 'kuka' is unknown"):
+    with pytest.raises(PlanError, match="robot 'kuka' is unknown, and the plan does not describe it"):
         make_policy("kuka")
     for key in ("model", "robot", "target", "checkpoint", "cameras"):
-        with pytest.raises(PlanError, match=f"manifest is incomplete .'{key}'"):
+        with pytest.raises(PlanError, match=f"manifest.json: {key} is missing"):
             make_policy(drop=key)
     with pytest.raises(PlanError, match="No such file"):
         duq.runtime.Policy(tmp_path / "none.plan")
@@ -267,7 +266,7 @@ def test_the_checks_take_no_time(make_policy):
 
 def test_actions_are_relative_to_the_state_that_the_model_saw(make_policy, monkeypatch):
     """Though the robot's driver writes the next one into the same array meanwhile."""
-    policy = make_policy("libero", transforms={"delta_actions": True})
+    policy = make_policy("libero", transforms=default_transforms(load_robot("libero"), pi05=False, layout="openpi"))
     observation, noise = OBSERVATIONS["libero"](), np.zeros((50, 32), np.float32)
     expected = policy.infer(observation, noise)["actions"]
     run = executor_of(policy).run
@@ -491,22 +490,25 @@ def test_a_batch_that_does_not_fit_reaches_no_executor(make_policy, batch, noise
 
 
 def test_a_batch_s_images_are_resized_while_the_engine_runs(make_policy, monkeypatch):
-    policy, overlapped = make_policy(), []
-    executor, finish = executor_of(policy), policy._opened.preprocessor.finish
-    monkeypatch.setattr(type(policy._opened.preprocessor), "finish",
-                        lambda _, checked: overlapped.append(executor.inside) or finish(checked))  # fmt: skip
-    run = executor.run
+    """The third item's wait for the first call to begin, and that call waits for them."""
+    policy, running, resizing, resized = make_policy(), threading.Event(), threading.Event(), []
+    finish, run = policy._opened.preprocessor.finish, executor_of(policy).run
 
-    def patient(*arguments):
-        executor.inside += 1
-        seen = len(overlapped)
-        wait_until(lambda: len(overlapped) > seen or len(overlapped) == 6)
-        executor.inside -= 1
+    def watched(_, checked):
+        resized.append(checked)
+        if len(resized) == 3:
+            resizing.set()
+            assert running.wait(10)
+        return finish(checked)
+
+    def watching(*arguments):
+        running.set()
+        assert resizing.wait(10)
         return run(*arguments)
 
-    monkeypatch.setattr(executor, "run", patient)
-    policy.infer_batch([varied(index) for index in range(6)])
-    assert any(overlapped)
+    monkeypatch.setattr(type(policy._opened.preprocessor), "finish", watched)
+    monkeypatch.setattr(executor_of(policy), "run", watching)
+    assert len(policy.infer_batch([varied(index) for index in range(6)])) == len(resized) == 6
 
 
 def test_a_failure_in_a_batch_ends_it(make_policy, monkeypatch):
