@@ -59,6 +59,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(driver, "_driver", lambda: fake)
     monkeypatch.setattr(cuda, "CublasLt", Library)
     monkeypatch.setattr(cuda, "STAGING_BYTES", 2 << 10)  # of which a piece takes a quarter
+    monkeypatch.setattr(cuda, "WORKSPACE_BYTES", 1 << 10)
     driver._device.cache_clear()
     yield fake
     driver._device.cache_clear()
