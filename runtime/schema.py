@@ -162,6 +162,16 @@ class RobotDescription(Open):
     defaults: dict[str, Any] = {}
     ask: list[str] = []
     dataset: dict[str, list[str]] = {}
+    limits: dict[Name, Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)]] = {}
+
+    @model_validator(mode="after")
+    def _has_limits_of_its_actions(self) -> RobotDescription:
+        for name, (low, high) in self.limits.items():
+            if name not in self.action_names or low >= high:
+                raise complaint(
+                    f"limits of {shown(name)} are {low} to {high}, expected those of an action, from low to high"
+                )
+        return self
 
 
 def _padding(value: Any) -> Any:

@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import threading
 import time
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import onnxruntime
-from onnxruntime.capi import onnxruntime_pybind11_state as onnxruntime_errors
+from onnxruntime.capi import onnxruntime_pybind11_state
 
 from duq.runtime.config import IMAGE_SLOTS
-from duq.runtime.errors import PlanError
+from duq.runtime.errors import EngineError, PlanError
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import ModelInputs
 
-_ERRORS = tuple(  # all that ONNX Runtime raises; they have no class in common
-    each for each in vars(onnxruntime_errors).values() if isinstance(each, type) and issubclass(each, Exception)
+# All that ONNX Runtime raises: a class for each of its status codes, and what its bindings make of C++'s own.
+ONNXRUNTIME_ERRORS: tuple[type[Exception], ...] = (
+    *(each for each in vars(onnxruntime_pybind11_state).values() if isinstance(each, type) and issubclass(each, Exception)),
+    RuntimeError,
+    ValueError,
+    MemoryError,
 )
 GRAPHS = ("prefix", "step")
 PLAN_FILE = "@" * 512
 """The file that the graphs say their weights are in, by offset: the plan, under a name of fixed length (see `_with_weights`)."""
+
+
+_opening = threading.RLock()  # ONNX Runtime has locks of its own while it creates a session: a fork waits until it is done
+_libc = ctypes.CDLL(None)
+
+
+def _after_in_child() -> None:
+    """Once Python is done with its exit, the process ends, before ONNX Runtime's destructors. They wait for
+    threads, which are the parent's, for ever: in any child of a process that has imported it."""
+    if hasattr(_libc, "on_exit"):  # in glibc; what is registered last is called first, with the exit status
+        _libc.on_exit(_libc._exit, None)
+    _opening.release()
+
+
+os.register_at_fork(before=_opening.acquire, after_in_parent=_opening.release, after_in_child=_after_in_child)
 
 
 class CpuExecutor:
@@ -59,8 +80,32 @@ class CpuExecutor:
 
         trace: if given, receives what the stages produced, as numpy: "image_features", "key.0", ..., and "x", the
         states of the flow [num_steps + 1, H, A].
+        Raises EngineError where ONNX Runtime fails: there is not enough memory, or inputs that the graphs do not take.
         """
-        prefix, step = self._prefix, self._step
+        with _opening:
+            prefix, step = self._prefix, self._step
+        try:
+            return self._run(prefix, step, inputs, noise, trace)
+        except ONNXRUNTIME_ERRORS as error:
+            raise EngineError(f"{self._plan.path}: ONNX Runtime failed ({type(error).__name__}: {error})") from error
+
+    def is_usable(self) -> bool:
+        """Always: a call leaves nothing behind in ONNX Runtime's sessions."""
+        return True
+
+    def close(self) -> None:
+        """Frees the sessions, with the weights that they unpacked."""
+        for name in ("_prefix", "_step"):
+            self.__dict__.pop(name, None)
+
+    def _run(
+        self,
+        prefix: onnxruntime.InferenceSession,
+        step: onnxruntime.InferenceSession,
+        inputs: ModelInputs,
+        noise: np.ndarray,
+        trace: dict[str, Any] | None,
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         start = time.perf_counter()
         # What is not there is not computed: absent cameras and prompt padding are left out here.
         feeds = {
@@ -83,7 +128,7 @@ class CpuExecutor:
         end = time.perf_counter()
         if trace is not None:
             trace.update({name: value.numpy() for name, value in past.items()}, x=np.stack(flow))
-        return x.numpy(), {"prefix_ms": (prefix_end - start) * 1e3, "denoise_ms": (end - prefix_end) * 1e3}
+        return x.numpy().copy(), {"prefix_ms": (prefix_end - start) * 1e3, "denoise_ms": (end - prefix_end) * 1e3}
 
     @cached_property
     def _prefix(self) -> onnxruntime.InferenceSession:
@@ -113,7 +158,7 @@ class CpuExecutor:
         graph = _with_weights(self._plan, self._plan.copy(_entry(name)), options)
         try:
             return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        except _ERRORS as error:
+        except ONNXRUNTIME_ERRORS as error:
             version = onnxruntime.__version__
             raise PlanError(f"{self._plan.path}: ONNX Runtime {version} cannot load its {name} graph: {error}") from error
         finally:

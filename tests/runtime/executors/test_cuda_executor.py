@@ -30,12 +30,12 @@ from tests.support import emulate, recording
 from tests.support.inputs import cosine, make_inputs, make_noise, with_float_images
 from tests.support.plans import CONFIG, write_cuda_plan
 from tests.support.same_integers import run_given
-from tests.support.stand_ins import Event, Stream
+from tests.support.stand_ins import Event, Resource, Stream
 
 CALLS = [((True, False, True), 37), ((False, True, False), 1)]  # the second finds the first one's rows as padding
 
 
-class Block:
+class Block(Resource):
     """Memory that is NaN, and remembered for whoever has but an address."""
 
     all: list[Block] = []
@@ -65,14 +65,14 @@ def pointer(address: int | None) -> Pointer | None:
 
 class Kernel:
     def __init__(self, expression: str):
-        self.expression = expression
+        self.expression, self.module = expression, Resource()
 
     def launch(self, shape: Shape, arguments, stream: int, overlap: bool) -> None:
         values = [pointer(each.value) if isinstance(each, ctypes.c_void_p) else each.value for each in arguments]
         emulate.launch(self.expression, shape, values)
 
 
-class Library:
+class Library(Resource):
     def prepare(self, problem, algorithm: int) -> None:
         pass
 
@@ -333,7 +333,9 @@ def test_a_plan_that_changes_while_it_goes_to_the_gpu(when, on_the_host, tmp_pat
             file.write(b"PK")
 
     if when == "kernels are loaded":
-        monkeypatch.setattr(executor.driver, "load", lambda cubin: change() or {each: None for each in cubin.symbols})
+        monkeypatch.setattr(
+            executor.driver, "load", lambda cubin: change() or {each: Kernel(each) for each in cubin.symbols}
+        )
     else:
         monkeypatch.setattr(OneStream, "upload", change)
     with pytest.raises(PlanError, match="engine.plan: was written to while in use"):
