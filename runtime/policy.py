@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import threading
 import time
@@ -58,6 +60,12 @@ class Policy:
             "max_prompt_tokens": self._config.max_prompt_tokens,
             "checkpoint": self._manifest["checkpoint"]["fingerprint"],
         } | ({"program": program.to_json()} if program else {})
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells plans apart: 16 hexadecimal digits of the SHA-256 of the manifest, which has the hashes of all else."""
+        text = json.dumps(self._manifest, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def warmup(self) -> None:
         """Does now what the first call would do once: page in the weights, allocate, import. Then no file is opened."""

@@ -48,6 +48,7 @@ class StandIn:
     """A policy that takes `infer_ms` without using a core, and answers with the observation's first state value."""
 
     metadata = {"action_horizon": 50}
+    fingerprint = "stand-in"
 
     def __init__(self, infer_ms: float):
         self._seconds = infer_ms / 1e3

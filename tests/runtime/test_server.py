@@ -23,6 +23,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 import duq.runtime
 from duq.compiler.quant.recipe import DEFAULT_PRESET
 from duq.runtime import serve_cli
+from duq.runtime.limits import Limits
 from duq.runtime.messages import pack, unpack
 from duq.runtime.metrics import ERROR_KINDS, Metrics
 from duq.tools import bench_server
@@ -209,7 +210,7 @@ def test_an_error_of_the_engine_is_told_with_its_traceback(served, policy):
 
 @pytest.mark.parametrize("size", [100_001, 30_000_000])
 def test_an_oversized_message(policy, size):
-    with serving(policy, max_message_bytes=100_000) as served:
+    with serving(policy, limits=Limits(message_bytes=100_000)) as served:
         client, other = served.client(), served.client()
         with pytest.raises(ConnectionClosed, match=r"1009 \(message too big\).*limit of 100000 bytes"):
             client.infer({"value": 1, "image": np.zeros(size, np.uint8)})
@@ -285,6 +286,7 @@ from duq.runtime import serve_cli
 
 class Policy:
     metadata = {"robot": "none"}
+    fingerprint = "0"
     def __init__(self, plan, threads, seed): self.port = int(sys.argv[-1])
     def warmup(self): self.refused = bool(socket.socket().connect_ex(("127.0.0.1", self.port)))
     def infer(self, obs): time.sleep(0.5); return {"actions": np.array([self.refused]), "policy_timing": {}}

@@ -22,6 +22,7 @@ class FakePolicy:
     """Answers with the observation's "value". `gate` holds calls back while it is cleared."""
 
     metadata = {"robot": "none", "action_horizon": 4}
+    fingerprint = "0123456789abcdef"
 
     def __init__(self):
         self.gate, self.calls = threading.Event(), []
