@@ -25,6 +25,8 @@ from duq.runtime.metrics import Metrics
 
 FRAGMENT_BYTES = 1024  # what a fragment is charged beside its bytes: an empty one is not free to hold and to parse
 MAX_HEAD = 16 << 10  # bytes of an HTTP request
+_SMALL = 4096  # bytes of a frame below which it counts as small
+_SLICE = 16 << 10  # bytes that are parsed at a time
 _GRACE = 1.0  # seconds in which a refused peer may read why
 _REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) (\S+) HTTP/(\d)\.(\d)")
 _LINE_END = re.compile(rb"\r?\n")
@@ -48,8 +50,13 @@ class GuardedConnection(ServerConnection):
         self._head = bytearray()  # of the HTTP request, until it is whole
         self._opened = False  # the head is whole, and websockets has it
         self.dropped = False  # what still comes is not read
+        self._backlog = b""  # what has come and is not parsed yet, while the peer is slowed down
+        self._small = 0  # small frames since the last look at the allowance
+        self._allowance, self._allowed = float(guard.limits.small_frames_per_second), self._made
+        self._slowed = False
         self._frames = 0  # cost of the frames that have come, until their message is answered
         self._taken = 0  # of these, cost of the message that `receive` returned last
+        self._unread: deque[Frame] = deque()  # websockets' parser keeps the last one, whose data would stay with it
         self._fragmented = False
         self._began: float | None = None  # the time at which an unfinished message began
         self._waiting: float | None = None  # the time since which `receive` waits
@@ -66,6 +73,10 @@ class GuardedConnection(ServerConnection):
         self._guard.count(self)
         parts = []
         async for part in self.recv_streaming():
+            if not self._unread:  # it has ended, and what still waited was dropped
+                await self.wait_closed()
+                raise self.protocol.close_exc
+            self._unread.popleft().data = b""
             if isinstance(part, str):
                 raise MessageError("message: is a text frame, expected a binary one as openpi-client sends it")
             self._taken += len(part) + FRAGMENT_BYTES
@@ -96,7 +107,7 @@ class GuardedConnection(ServerConnection):
     @property
     def held(self) -> int:
         """Bytes that this peer makes us hold: unfinished frames, and messages until they are answered."""
-        return len(self.protocol.reader.buffer) + self._frames
+        return len(self.protocol.reader.buffer) + len(self._backlog) + self._frames
 
     def overdue(self, now: float) -> tuple[str, str] | None:
         """The kind and the reason for which the peer is to be cut, if its time is up. now: of the event loop."""
@@ -120,10 +131,14 @@ class GuardedConnection(ServerConnection):
         if peer := transport.get_extra_info("peername"):  # None if it has left already
             self.name, self.network = f"{peer[0]}:{peer[1]}", _network(peer[0])
         super().connection_made(transport)
+        self.recv_messages.resume = self._read_on  # there are more reasons to pause than a full queue
         self._guard.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._backlog = b""
+        while self._unread:
+            self._unread.popleft().data = b""
         self._guard.remove(self)
 
     def data_received(self, data: bytes) -> None:
@@ -131,15 +146,46 @@ class GuardedConnection(ServerConnection):
             return
         if not self._opened:
             data = self._whole_request(data)
-        if data:
-            super().data_received(data)
-            if not (self.protocol.reader.buffer or self._fragmented):
-                self._began = None
-            elif self._began is None:
-                self._began = self.loop.time()
-            if self._stalled is not None:  # it takes no pongs, so it need not send pings
-                self.transport.pause_reading()
-            self._guard.count(self)
+        self._parse(data)
+
+    def _parse(self, data: bytes) -> None:
+        """Hands data on, a slice at a time, as long as the peer's small frames are within its allowance."""
+        for start in range(0, len(data), _SLICE):
+            if self.dropped or self.transport.is_closing():
+                break
+            if self._slowed:
+                self._backlog += data[start:]
+                break
+            super().data_received(data[start : start + _SLICE])
+            self._spend_allowance()
+        if not (self.protocol.reader.buffer or self._fragmented):
+            self._began = None
+        elif self._began is None:
+            self._began = self.loop.time()
+        if self._slowed or self._stalled is not None:  # it takes no pongs, so it need not send pings
+            self.transport.pause_reading()
+        self._guard.count(self)
+
+    def _spend_allowance(self) -> None:
+        """Each frame costs time, whatever is in it: whoever sends many small ones is read more slowly."""
+        rate, now = self._guard.limits.small_frames_per_second, self.loop.time()
+        self._allowance = min(rate, self._allowance + (now - self._allowed) * rate) - self._small
+        self._allowed, self._small = now, 0
+        if self._allowance < 0:
+            self._slowed = True
+            self._guard.metrics.refusal("small_frames_per_second")
+            self.loop.call_later(-self._allowance / rate, self._speed_up)
+
+    def _speed_up(self) -> None:
+        self._slowed = False
+        backlog, self._backlog = self._backlog, b""
+        self._parse(backlog)
+        self._read_on()
+
+    def _read_on(self) -> None:
+        """Reads what the peer sends, unless there is a reason not to."""
+        if not (self._slowed or self._stalled is not None or self.recv_messages.paused):
+            self.transport.resume_reading()
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """A peer that only asks may close its half at once, and is answered all the same."""
@@ -152,12 +198,23 @@ class GuardedConnection(ServerConnection):
         return self._opened
 
     def process_event(self, event: Any) -> None:
+        if isinstance(event, Frame):
+            self._small += len(event.data) < _SMALL
         if isinstance(event, Frame) and event.opcode in DATA_OPCODES:
             self._frames += len(event.data) + FRAGMENT_BYTES
+            self._unread.append(event)
             self._fragmented = not event.fin
             if event.fin:
                 self._began = None
         super().process_event(event)
+
+    def send_data(self) -> None:
+        """Sends in one write what there is to send: hundreds of pongs, where a peer that has left sent as many pings."""
+        writes = self.protocol.data_to_send()
+        if data := b"".join(writes):
+            self.transport.write(data)
+        if writes and not writes[-1]:  # websockets' sign for the end
+            self.transport.write_eof()
 
     def pause_writing(self) -> None:
         self._stalled = self.loop.time()
@@ -166,8 +223,7 @@ class GuardedConnection(ServerConnection):
 
     def resume_writing(self) -> None:
         self._stalled = None
-        if not self.recv_messages.paused:
-            self.transport.resume_reading()
+        self._read_on()
         super().resume_writing()
 
     # --- the HTTP request -----------------------------------------------------------------------------------------------
@@ -195,12 +251,14 @@ class GuardedConnection(ServerConnection):
             return b""
         self.head_only = method == b"HEAD"
         self.plain_http = self.head_only or version == [b"1", b"0"]
-        rest = bytes(self._head[first.start() : end.end()])
-        head = b"GET " + target + b" HTTP/1.1" + rest  # the only form that websockets reads
+        head = (
+            b"GET " + target + b" HTTP/1.1" + self._head[first.start() : end.end()]
+        )  # the only form that websockets reads
         if error := _unreadable(head):
             return self._answer(HTTPStatus.BAD_REQUEST, error)
-        self._opened = True
-        return head + bytes(self._head[end.end() :])
+        self._opened, rest = True, bytes(self._head[end.end() :])
+        self._head.clear()
+        return head + rest
 
     def _answer(self, status: HTTPStatus, text: str, **headers: str) -> bytes:
         """Answers what websockets would pass over in silence, and reads nothing more."""
@@ -296,7 +354,7 @@ class Guard:
     def cut_all(self) -> None:
         """Cuts every connection, at the end of the server's patience."""
         for connection in list(self.connections):
-            connection.transport.abort()
+            connection.cut("stop_seconds", "the server shuts down")
 
 
 def _network(host: str) -> str:

@@ -23,6 +23,7 @@ class Limits:
     buffered_bytes: int = 256 << 20  # received and not yet answered, of all clients; above, the largest holder has to go
     clients: int = 128  # open websockets
     clients_per_address: int = 64  # of one IPv4 address, or one /64 of IPv6
+    small_frames_per_second: int = 500  # frames below 4 KiB of a client; above, it is read more slowly
     handshakes: int = 32  # connections that are no websocket yet; above, the oldest has to go
     open_seconds: float = 10.0  # from the connection to the end of its HTTP request
     message_seconds: float = 30.0  # from a message's first byte to its last

@@ -16,7 +16,7 @@ import typer
 
 from duq.plugins.errors import DuqError
 from duq.runtime.cli_errors import one_line_errors
-from duq.runtime.limits import Limits, reserve_files
+from duq.runtime.limits import Limits, RateLimit, reserve_files
 from duq.runtime.policy import Policy
 from duq.runtime.recording import Recorder
 
@@ -67,6 +67,9 @@ def _serve(
     max_handshakes: Annotated[
         int, typer.Option(min=1, help="Connections that are no client yet; above, the oldest has to go.")
     ] = _DEFAULT.handshakes,
+    max_small_frames: Annotated[
+        int, typer.Option(min=1, help="Frames below 4 KiB a second from a client; above, it is read more slowly.")
+    ] = _DEFAULT.small_frames_per_second,
     open_timeout: Annotated[float, _Seconds("for a connection's HTTP request.")] = _DEFAULT.open_seconds,
     message_timeout: Annotated[float, _Seconds("from a message's first byte to its last.")] = _DEFAULT.message_seconds,
     send_timeout: Annotated[float, _Seconds("for a client to take what is sent to it.")] = _DEFAULT.send_seconds,
@@ -105,12 +108,14 @@ def _serve(
         raise DuqError(f"duq-serve needs {error.name}: pip install 'duq-vla[server]'") from error
     key = _api_key(api_key, api_key_file)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("asyncio").addFilter(RateLimit())
     limits = Limits(
         message_bytes=max_message_mb << 20,
         buffered_bytes=max_buffered_mb << 20,
         clients=max_clients,
         clients_per_address=max_clients_per_address,
         handshakes=max_handshakes,
+        small_frames_per_second=max_small_frames,
         open_seconds=open_timeout,
         message_seconds=message_timeout,
         send_seconds=send_timeout,

@@ -266,6 +266,8 @@ class PolicyServer:
                 code = closed.sent.code if closed.sent and not closed.rcvd_then_sent else None
                 if code in _REFUSALS:
                     self.metrics.error(_REFUSALS[code])
+                if closed.sent and closed.sent.reason == "keepalive ping timeout":
+                    self.metrics.refusal("ping_seconds")
                 log.info("%s: left (%s)", connection.name, one_line(str(closed)))
             finally:
                 gone.cancel()

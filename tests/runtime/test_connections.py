@@ -26,7 +26,15 @@ UPGRADE = (
     b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
 )
-SHORT = Limits(open_seconds=0.3, message_seconds=0.3, send_seconds=0.3, close_seconds=0.3, ping_seconds=0.3, stop_seconds=1)
+SHORT = Limits(
+    small_frames_per_second=10**9,
+    open_seconds=0.3,
+    message_seconds=0.3,
+    send_seconds=0.3,
+    close_seconds=0.3,
+    ping_seconds=0.3,
+    stop_seconds=1,
+)
 
 
 @pytest.fixture
@@ -228,7 +236,7 @@ def test_who_is_refused_for_its_bytes_is_told_why(policy):
 @pytest.mark.parametrize("opcode", [2, 1])
 def test_empty_fragments_are_not_free(policy, opcode):
     """A message of 300,000 empty fragments would pass for one of 0 bytes."""
-    with serving(policy, limits=Limits(message_bytes=1 << 20, close_seconds=0.5)) as served:
+    with serving(policy, limits=Limits(message_bytes=1 << 20, close_seconds=0.5, small_frames_per_second=10**9)) as served:
         peer = upgraded(served)
         try:
             peer.sendall(frame(opcode=opcode, fin=False))
@@ -243,6 +251,34 @@ def test_empty_fragments_are_not_free(policy, opcode):
         else:
             assert b"MessageError: message: is a text frame" in left
         in_turn(served, 1)
+
+
+@pytest.mark.parametrize("flood", [frame(opcode=9), frame(b"x", opcode=10), frame(opcode=0, fin=False), frame()])
+def test_many_small_frames_do_not_slow_others_down(policy, flood):
+    """Each costs the event loop some microseconds: a megabyte of pings more than a second."""
+    with serving(policy, limits=Limits(small_frames_per_second=200)) as served:
+        client, peer = served.client(), upgraded(served)
+        peer.setblocking(False)
+        peer.send(frame(b"x", fin=False) if flood[0] & 15 == 0 else frame(pack({"value": 5})))
+        peer.send(flood * 100_000)
+        longest = 0
+        for number in range(200):
+            start = time.monotonic()
+            assert client.infer({"value": number})["actions"][0, 0] == number
+            longest = max(longest, time.monotonic() - start)
+        assert longest < 0.3
+        assert refusals(served, "small_frames_per_second") >= 1
+        peer.close()
+
+
+def test_a_client_that_was_slowed_down_is_answered_in_full(policy):
+    with serving(policy, limits=Limits(small_frames_per_second=50)) as served:
+        connection = served.raw()
+        for value in range(120):
+            connection.send(pack({"value": value}))
+        assert [unpack(connection.recv(5))["actions"][0, 0] for _ in range(120)] == list(range(120))
+        assert refusals(served, "small_frames_per_second") >= 1
+        connection.close()
 
 
 def test_a_message_in_some_fragments_is_a_message(policy):
@@ -365,6 +401,7 @@ def test_a_peer_that_answers_no_ping(policy):
         peer, start = upgraded(served), time.monotonic()
         all_that_comes(peer)
         assert 0.3 < time.monotonic() - start < 4
+        wait_until(lambda: refusals(served, "ping_seconds") == 1)
 
 
 def test_a_peer_that_does_not_close(policy):
