@@ -26,7 +26,7 @@ from duq.runtime.metrics import Metrics
 FRAGMENT_BYTES = 1024  # what a fragment is charged beside its bytes: an empty one is not free to hold and to parse
 MAX_HEAD = 16 << 10  # bytes of an HTTP request
 _SMALL = 4096  # bytes of a frame below which it counts as small
-_SLICE = 16 << 10  # bytes that are parsed at a time
+_SLICE = 32 << 10  # bytes that are parsed at a time
 _GRACE = 1.0  # seconds in which a refused peer may read why
 _REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) (\S+) HTTP/(\d)\.(\d)")
 _LINE_END = re.compile(rb"\r?\n")

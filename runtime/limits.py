@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import logging
 import resource
@@ -54,6 +55,18 @@ def reserve_files(limits: Limits) -> None:
                 f"open {hard}; lower --max-clients, or raise ulimit -n"
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep up to 64 MiB of freed memory, and give larger blocks than 1 MiB back at once.
+
+    By default it gives back what each message took, and takes it again for the next: 0.7 ms of page faults for one of
+    450 KB. And blocks of some MiB, once they are freed, become part of a heap that they leave full of holes.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # glibc's
+        mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
+        mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
 
 
 class RateLimit(logging.Filter):

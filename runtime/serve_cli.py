@@ -16,7 +16,7 @@ import typer
 
 from duq.plugins.errors import DuqError
 from duq.runtime.cli_errors import one_line_errors
-from duq.runtime.limits import Limits, RateLimit, reserve_files
+from duq.runtime.limits import Limits, RateLimit, keep_freed_memory, reserve_files
 from duq.runtime.policy import Policy
 from duq.runtime.recording import Recorder
 
@@ -140,6 +140,7 @@ def _serve(
 
 async def run_until_signal(server: PolicyServer, listener: socket.socket) -> None:
     """Serves until SIGTERM or SIGINT; SIGHUP has the plan loaded again."""
+    keep_freed_memory()
     loop = asyncio.get_running_loop()
     signals = (signal.SIGTERM, signal.SIGINT)
 

@@ -256,7 +256,7 @@ def test_empty_fragments_are_not_free(policy, opcode):
 @pytest.mark.parametrize("flood", [frame(opcode=9), frame(b"x", opcode=10), frame(opcode=0, fin=False), frame()])
 def test_many_small_frames_do_not_slow_others_down(policy, flood):
     """Each costs the event loop some microseconds: a megabyte of pings more than a second."""
-    with serving(policy, limits=Limits(small_frames_per_second=200)) as served:
+    with serving(policy, limits=Limits(small_frames_per_second=200, close_seconds=0.5)) as served:
         client, peer = served.client(), upgraded(served)
         peer.setblocking(False)
         peer.send(frame(b"x", fin=False) if flood[0] & 15 == 0 else frame(pack({"value": 5})))

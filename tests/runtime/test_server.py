@@ -1,5 +1,6 @@
 """The server as openpi's own client sees it, over loopback. (The Makefile installs openpi-client.)"""
 
+import json
 import os
 import re
 import signal
@@ -583,6 +584,38 @@ def test_every_option_metric_and_limit_is_documented():
         "1011",
     ):
         assert name in DOCS or name.endswith("_created"), name
+
+
+def series(registry) -> dict[str, list[dict[str, str]]]:
+    """Name of a series -> the labels of each of its samples."""
+    found = {}
+    for metric in registry.collect():
+        for sample in metric.samples:
+            found.setdefault(sample.name, []).append(sample.labels)
+    return found
+
+
+def test_every_query_of_the_dashboard_finds_its_metrics_and_every_metric_is_on_it(served):
+    dashboard = json.loads((Path(__file__).parents[2] / "docs" / "grafana.json").read_text())
+    served.client().infer({"value": 1})
+    there, shown = series(served.server.metrics.registry), set()
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    for query in queries:
+        assert query.count("(") == query.count(")") and query.count("{") == query.count("}")
+        selectors = re.findall(r"\b((?:duq|process)_\w+)\{(.*?)\}", query)
+        assert selectors
+        shown |= {name for name, _ in selectors}
+        for name, matchers in selectors:
+            assert name in there, name
+            labels = dict(re.findall(r'(\w+)="(.*?)"', matchers))
+            assert any(labels.items() <= each.items() for each in there[name]), (name, labels)
+            grouped = re.findall(r"by \((.*?)\)", query)
+            for label in {each.strip() for group in grouped for each in group.split(",")} - {"instance"}:
+                assert all(label in each for each in there[name]), (query, label)
+    own = {re.sub("_(bucket|sum|count)$", "", name) for name in there if re.fullmatch("duq_(?!.*_created).*", name)}
+    assert own == {re.sub("_(bucket|sum|count)$", "", name) for name in shown if name.startswith("duq_")}
+    places = [tuple(panel["gridPos"].values()) for panel in dashboard["panels"]]
+    assert len(set(places)) == len(places) and all(x + w <= 24 for _, w, x, _ in places)
 
 
 def test_the_runtime_needs_neither_torch_nor_the_compiler():
