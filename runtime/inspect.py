@@ -200,7 +200,7 @@ def _graph_table(name: str, graph: Any) -> Table:
 
 def _graphs(manifest: dict[str, Any]) -> dict[str, Any]:
     """The sections about the graphs, without what the table of programs says."""
-    return {name: graph for name, graph in (manifest.get("graphs") or {}).items() if name != "ptx"}
+    return {name: graph for name, graph in (manifest.get("graphs") or {}).items() if name not in ("ptx", "nvrtc")}
 
 
 def _programs(plan: Plan) -> list[dict[str, Any]]:
@@ -215,9 +215,10 @@ def _programs(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _program_table(programs: list[dict[str, Any]]) -> Table:
-    table = _table("Programs", "made for", "image", "runs on", "shared memory of a thread block")
+    table = _table("Programs", "made for", "image", "runs on", "driver for CUDA", "shared memory of a thread block")
     for each in programs:
-        table.add_row(f"SM {each['sm']}", each["image"], each["runs_on"], f"{each['block_shared_bytes'] / 1024:.0f} KB")
+        shared = f"{each['block_shared_bytes'] / 1024:.0f} KB"
+        table.add_row(f"SM {each['sm']}", each["image"], each["runs_on"], f"{each['driver']} and later", shared)
     return table
 
 
