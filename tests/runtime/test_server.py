@@ -1,5 +1,6 @@
 """The server as openpi's own client sees it, over loopback. (The Makefile installs openpi-client.)"""
 
+import dataclasses
 import json
 import os
 import re
@@ -550,7 +551,7 @@ def test_two_observations_with_the_same_actions_test_nothing(command_line, monke
 
 # --- docs/serving.md -------------------------------------------------------------------------------------------------
 
-DOCS = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+DOCS, RELIABILITY = ((Path(__file__).parents[2] / "docs" / f"{name}.md").read_text() for name in ("serving", "reliability"))
 
 
 @pytest.mark.parametrize("example", re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL), ids=["client", "real time"])
@@ -570,7 +571,8 @@ def test_every_option_metric_and_limit_is_documented():
     options = [each for each in typer.main.get_command(serve_cli.app).params if each.param_type_name == "option"]
     assert list(documented) == [each.opts[0] for each in options]
     for each in options:
-        assert each.default is None or documented[each.opts[0]] == f"`{each.default}`"
+        shown = "off" if each.default is False else f"`{each.default}`"
+        assert each.default is None or documented[each.opts[0]] == shown
     metrics = re.findall(r"^# TYPE (duq_\w+) ", generate_latest(Metrics().registry).decode(), re.MULTILINE)
     for name in (
         *metrics,
@@ -583,7 +585,15 @@ def test_every_option_metric_and_limit_is_documented():
         "1009",
         "1011",
     ):
-        assert name in DOCS or name.endswith("_created"), name
+        assert name in DOCS + RELIABILITY or name.endswith("_created"), name
+
+
+def test_the_table_of_limits_has_their_options_and_defaults():
+    rows = re.findall(r"^\| `(\w+)` \| `(--\S+)` \| (\d+)(.*?) \|", RELIABILITY, re.MULTILINE)
+    defaults = {each.opts[0]: each.default for each in typer.main.get_command(serve_cli.app).params}
+    scale = {" MiB": 1 << 20, "": 1, " s": 1}
+    assert {name: int(number) * scale[unit] for name, _, number, unit in rows} == dataclasses.asdict(Limits())
+    assert all(defaults[option] == int(number) for _, option, number, _ in rows)
 
 
 def series(registry) -> dict[str, list[dict[str, str]]]:
