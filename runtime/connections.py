@@ -20,8 +20,8 @@ from websockets.protocol import State
 from websockets.streams import StreamReader
 
 from duq.runtime.errors import MessageError
-from duq.runtime.limits import Limits, RateLimit, one_line
 from duq.runtime.metrics import Metrics
+from duq.runtime.server_limits import Limits, RateLimit, one_line
 
 FRAGMENT_BYTES = 1024  # what a fragment is charged beside its bytes: an empty one is not free to hold and to parse
 MAX_HEAD = 16 << 10  # bytes of an HTTP request

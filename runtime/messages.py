@@ -17,7 +17,7 @@ import msgpack
 import numpy as np
 
 from duq.runtime.errors import MessageError
-from duq.runtime.limits import one_line
+from duq.runtime.server_limits import one_line
 
 KINDS = "biufU"  # bool, integers, floating point, text: what observations and actions consist of
 MAX_LENGTH = 1024  # of a map or list that is not an ndarray

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
-from duq.runtime.limits import Limits
 from duq.runtime.recording import OUTCOMES
+from duq.runtime.server_limits import Limits
 
 ERROR_KINDS = ("observation", "malformed", "oversized", "unauthorized", "disconnected", "internal")
 # What is refused without being a request: by the limit that it exceeds, "http" (no request of a websocket), "handshake"

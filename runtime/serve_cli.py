@@ -16,9 +16,9 @@ import typer
 
 from duq.plugins.errors import DuqError
 from duq.runtime.cli_errors import one_line_errors
-from duq.runtime.limits import Limits, RateLimit, keep_freed_memory, reserve_files
 from duq.runtime.policy import Policy
 from duq.runtime.recording import Recorder
+from duq.runtime.server_limits import Limits, RateLimit, keep_freed_memory, reserve_files
 
 if TYPE_CHECKING:
     from duq.runtime.server import PolicyServer

@@ -32,10 +32,10 @@ from websockets.frames import CloseCode
 from duq.plugins.errors import DuqError
 from duq.runtime.connections import Guard, GuardedConnection
 from duq.runtime.errors import MessageError, ObservationError
-from duq.runtime.limits import Limits, RateLimit, one_line
 from duq.runtime.messages import pack, unpack
 from duq.runtime.metrics import Metrics
 from duq.runtime.recording import Recorder
+from duq.runtime.server_limits import Limits, RateLimit, one_line
 
 # Why the websocket layer itself ends a connection, as the metrics name it.
 _REFUSALS: dict[int, str] = {

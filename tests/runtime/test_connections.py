@@ -18,8 +18,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from duq.plugins.errors import DuqError
 from duq.runtime.connections import _network
 from duq.runtime.errors import ObservationError
-from duq.runtime.limits import Limits, RateLimit, one_line, reserve_files
 from duq.runtime.messages import pack, unpack
+from duq.runtime.server_limits import Limits, RateLimit, one_line, reserve_files
 from tests.support.serving import FakePolicy, serving, wait_until
 
 UPGRADE = (
@@ -471,7 +471,7 @@ def test_the_server_ends_while_a_call_hangs(policy, caplog):
 WITHOUT_FILES = """
 import asyncio, logging, os, resource, socket, sys, threading, time
 from duq.runtime.errors import ObservationError
-from duq.runtime.limits import Limits
+from duq.runtime.server_limits import Limits
 from duq.runtime.server import PolicyServer
 from tests.support.serving import FakePolicy
 logging.basicConfig(level=logging.INFO)

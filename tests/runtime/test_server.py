@@ -27,10 +27,10 @@ import duq.runtime
 from duq.compiler.quant.recipe import DEFAULT_PRESET
 from duq.runtime import serve_cli
 from duq.runtime.errors import PlanError
-from duq.runtime.limits import Limits
 from duq.runtime.messages import pack, unpack
 from duq.runtime.metrics import ERROR_KINDS, REFUSAL_KINDS, Metrics
 from duq.runtime.server import PlanWatch
+from duq.runtime.server_limits import Limits
 from duq.tools import bench_server
 from tests.support.observations import libero
 from tests.support.serving import FakePolicy, serving, wait_until
