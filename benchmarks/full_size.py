@@ -113,7 +113,7 @@ def _stages(expected: dict, found: dict) -> dict[str, Difference]:
 
 def endure(policy: Policy, calls: int) -> tuple[str, bool]:
     """What `calls` calls took, and whether memory stayed as it was after the first tenth."""
-    obs, tenth = observation(policy._config, CAMERAS, PROMPT_TOKENS), calls // 10
+    obs, tenth = observation(policy._opened.config, CAMERAS, PROMPT_TOKENS), calls // 10
     times, memory = [], []
     for index in range(calls):
         if index in (tenth, calls - 1):

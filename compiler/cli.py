@@ -43,6 +43,7 @@ from duq.plugins.errors import KernelError
 from duq.plugins.gpu import CARDS, cards_by_sm
 from duq.runtime.cli_errors import check_output_directory, check_output_file, one_line_errors
 from duq.runtime.inspect import settings_table
+from duq.runtime.signing import Signer
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -113,6 +114,12 @@ def _compile(
     without_tokenizer: Annotated[
         bool, typer.Option("--without-tokenizer", help="Make a robot's plan that takes tokenized prompts only.")
     ] = False,
+    sign: Annotated[
+        Path | None,
+        typer.Option(
+            "--sign", metavar="KEY", help="Sign the plan with this Ed25519 private key (PEM); needs the extra sign."
+        ),
+    ] = None,
     keep_phases: Annotated[
         Path | None,
         typer.Option(
@@ -148,6 +155,7 @@ def _compile(
     check_device(device)
     options = _target_options(target, sm, gpu, timing=timing, ptx=ptx, loop=loop, float_type=float_type)
     check_output_file("--out", out)
+    signer = None if sign is None else Signer(sign)
     if keep_phases is not None:
         check_output_directory("--keep-phases", keep_phases)
     policy, settings = open_policy(checkpoint, choices, asset_id, tokenizer, base)
@@ -157,7 +165,7 @@ def _compile(
             policy, recipe, origins, packs, calibration, calibration_seed, settings, device, progress
         )
         options = replace(options, cameras=cameras, settings=settings)
-        compile_policy(policy, quantization, out, options, progress, keep_phases)
+        compile_policy(policy, quantization, out, options, progress, keep_phases, signer)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     console = Console(markup=False, highlight=False)
@@ -167,6 +175,8 @@ def _compile(
         f"{seconds:.0f} s with a peak of {peak:.1f} GB of memory",
         soft_wrap=True,
     )
+    if signer:
+        console.print(f"{out}: signed with the key {signer.public.fingerprint}", soft_wrap=True)
     if options.coverage:
         console.print(f"{out}: {options.coverage}", soft_wrap=True)
 

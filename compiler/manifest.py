@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from dataclasses import fields
 
@@ -16,7 +17,9 @@ from duq.compiler.quant import Quantization
 from duq.compiler.quant.transforms import LinearTransform
 from duq.compiler.settings import settings_of
 from duq.compiler.targets import Options
+from duq.runtime import schema
 from duq.runtime.config import GemmaConfig
+from duq.runtime.errors import PlanError
 from duq.runtime.plan import PlanWriter
 
 
@@ -50,6 +53,15 @@ def manifest(checkpoint: Checkpoint, quantization: Quantization, options: Option
         "quantization": {"recipe": quantization.recipe.to_json(), "linears": linears},
         "checkpoint": policy["checkpoint"] | {"fingerprint": checkpoint.fingerprint},
     }
+
+
+def check_policy(checkpoint: Checkpoint, options: Options) -> None:
+    """Raises PlanError, before the work, for a policy that no plan can hold: of dimensions or statistics out of bounds."""
+    assert options.settings is not None
+    try:
+        schema.check(schema.PolicySettings, json.loads(json.dumps(settings_of(checkpoint, options.settings))))
+    except PlanError as error:
+        raise PlanError(f"{checkpoint.path}: cannot become a plan: {error}") from error
 
 
 def value_basis_entry(layer: int) -> str:

@@ -7,8 +7,10 @@ changes the actions, the user is asked; nothing is guessed.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from duq.compiler.checkpoint import Checkpoint
@@ -88,8 +90,13 @@ def settings_of(checkpoint: Checkpoint, settings: PolicySettings) -> dict:
         "model": checkpoint.config.to_json(),
         **settings.to_json(),
         "norm_stats": checkpoint.norm_stats,
-        "checkpoint": {"path": str(checkpoint.path), "layout": checkpoint.layout, "form": checkpoint.form},
+        "checkpoint": {"path": _printable(checkpoint.path), "layout": checkpoint.layout, "form": checkpoint.form},
     }
+
+
+def _printable(path: Path) -> str:
+    """A path as text; names on disk need not be."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def default_settings(checkpoint: Checkpoint, robot: str | Robot = "none", num_steps: int | None = None) -> PolicySettings:

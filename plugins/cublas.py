@@ -14,7 +14,7 @@ from typing import Any
 
 from duq.plugins import libraries
 from duq.plugins.driver import Memory, Stream
-from duq.plugins.errors import KernelError
+from duq.plugins.errors import DeviceError, KernelError
 from duq.plugins.timing import copies_of, milliseconds
 
 WORKSPACE_BYTES = 32 << 20  # NVIDIA's advice for Hopper
@@ -72,6 +72,12 @@ class CublasLt:
         self._handle = ctypes.c_void_p()
         self._call("cublasLtCreate", ctypes.byref(self._handle))
         self._prepared: dict[tuple[Problem, int], tuple[Any, Any, Any]] = {}
+
+    def close(self) -> None:
+        """Gives the handle back. Graphs that it recorded may be launched on."""
+        if self._handle:
+            self._library.cublasLtDestroy(self._handle)
+        self._handle = ctypes.c_void_p()
 
     def matmul(
         self,
@@ -172,4 +178,5 @@ class CublasLt:
         if status != 0:
             name = self._library.cublasLtGetStatusString
             name.restype = ctypes.c_char_p
-            raise KernelError(f"{function}: {name(status).decode()}")
+            text = name(status).decode()
+            raise DeviceError(f"{function}: {text}", text)

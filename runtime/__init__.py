@@ -5,6 +5,7 @@ if __name__ == "runtime":
 
     hand_over(__name__)
 else:
+    from duq.runtime.errors import EngineError, ObservationError, PlanError
     from duq.runtime.policy import Policy
 
-    __all__ = ["Policy"]
+    __all__ = ["EngineError", "ObservationError", "PlanError", "Policy"]

@@ -15,7 +15,9 @@ from rich.table import Table
 from duq.runtime.cli_errors import one_line_errors
 from duq.runtime.config import IMAGE_SLOTS
 from duq.runtime.executors.programs import programs_of, shared_bytes_of
+from duq.runtime.executors.schedule import read_schedule
 from duq.runtime.plan import Plan
+from duq.runtime.robots import Robot
 
 app = typer.Typer(add_completion=False)
 
@@ -26,25 +28,34 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON")] = False,
     entries: Annotated[bool, typer.Option("--entries", help="List every weight, not their sum")] = False,
     layers: Annotated[bool, typer.Option("--layers", help="cuda: the kernel of every layer, not of all alike")] = False,
+    verify_key: Annotated[
+        Path | None, typer.Option("--verify-key", help="A public key (PEM): fail unless the plan is signed with it")
+    ] = None,
 ) -> None:
     """Print what a plan holds: policy, quantization, ops and bytes per layer, inputs and outputs, entries, hashes."""
-    plan = Plan(path)
+    plan = Plan(path, verify_key=verify_key)
+    size = len(plan.mapping)
     if as_json:
         programs = {"programs": found} if (found := _programs(plan)) else {}
-        typer.echo(json.dumps({"path": str(path), "bytes": path.stat().st_size, **plan.manifest, **programs}, indent=1))
+        signature = plan.signature and {"key": plan.signature.key.fingerprint, "verified": plan.is_signed()}
+        about = {"path": str(path), "bytes": size, **plan.manifest, **programs, "signature": signature}
+        typer.echo(json.dumps(about, indent=1))
         return
-    console = Console(markup=False, highlight=False)  # recipes hold regexes, which look like markup
-    console.print(f"{path}: {_size(path.stat().st_size)}, all {len(plan.names)} entries match their SHA-256")
-    for table in (
+    tables = [  # all of them before the first is printed: an error stands alone
         settings_table(plan.manifest),
         _policy_table(plan.manifest),
         _quantization_table(plan.manifest.get("quantization") or {}),
         _layer_table((plan.manifest.get("quantization") or {}).get("linears") or {}),
         _program_table(_programs(plan)),
         *(_graph_table(name, graph) for name, graph in _graphs(plan.manifest).items()),
-        *(_kernel_table(plan, name, layers) for name in plan.names if name.startswith("schedule/")),
+        *(_kernel_table(plan, name, layers) for name in _schedules(plan)),
         _entry_table(plan.manifest["entries"], each_weight=entries),
-    ):
+    ]
+    signed = _signed(plan, verify_key)
+    console = Console(markup=False, highlight=False)  # recipes hold regexes, which look like markup
+    console.print(f"{path}: {_size(size)}, all {len(plan.names)} entries match their SHA-256")
+    console.print(signed, soft_wrap=True)
+    for table in tables:
         if table.row_count:
             console.print(table)
 
@@ -54,13 +65,26 @@ def main() -> None:
         app()
 
 
+def _signed(plan: Plan, verify_key: Path | None) -> str:
+    """Whether the plan is signed, by whom, and whether that was checked."""
+    if plan.signature is None:
+        return "not signed"
+    signed = f"signed with the key {plan.signature.key.fingerprint}"
+    if verify_key is not None:
+        return f"{signed}, which is that of {verify_key}"
+    if plan.is_signed() is None:
+        return f"{signed}; not checked: pip install 'duq-vla[sign]'"
+    return f"{signed}; the signature matches, whose the key is was not asked (--verify-key)"
+
+
 def settings_table(manifest: dict[str, Any]) -> Table:
     """Every setting around the model that changes the actions, and who said it."""
     table, model, transforms = _table("Settings", "", "", ""), manifest.get("model"), manifest.get("transforms")
     if not (model and transforms):  # made by hand
         return table
     said = manifest.get("settings_from") or {}
-    robot = manifest.get("robot_description")
+    described = manifest.get("robot_description")
+    robot = Robot.from_json(described).to_json() if described else None  # with what older plans left out
     pi05, stats = model["pi05"], manifest.get("norm_stats") or {}
 
     def row(name: str, value: Any, key: str | None = None) -> None:
@@ -108,7 +132,7 @@ def _normalization(stats: dict[str, Any], key: str, pi05: bool) -> str:
     entry = stats.get(key)
     if not entry:
         return "none"
-    if "mode" in entry:
+    if entry.get("mode"):
         return f"{entry['mode']} ({stats['rule']})" if entry["mode"] != "IDENTITY" else "IDENTITY"
     return f"{'q01..q99' if pi05 else 'mean, std'} (openpi)"
 
@@ -203,11 +227,15 @@ def _graphs(manifest: dict[str, Any]) -> dict[str, Any]:
     return {name: graph for name, graph in (manifest.get("graphs") or {}).items() if name not in ("ptx", "nvrtc")}
 
 
+def _schedules(plan: Plan) -> list[str]:
+    return [name for name in plan.names if name.startswith("schedule/")] if plan.manifest["target"] == "cuda" else []
+
+
 def _programs(plan: Plan) -> list[dict[str, Any]]:
     """Each program of a cuda plan, what its kernels are loaded from, and which GPUs run it; nothing of other targets."""
     if plan.manifest["target"] != "cuda":
         return []
-    shared = {each.sm: shared_bytes_of(_schedule(plan, each.schedule)) for each in programs_of(plan.manifest)}
+    shared = {each.sm: shared_bytes_of(read_schedule(plan, each.schedule)) for each in programs_of(plan.manifest)}
     return [
         each.to_json() | {"runs_on": each.runs_on_text, "block_shared_bytes": shared[each.sm]}
         for each in programs_of(plan.manifest)
@@ -222,14 +250,9 @@ def _program_table(programs: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _schedule(plan: Plan, name: str) -> dict[str, Any]:
-    schedule: dict[str, Any] = json.loads(bytes(plan.read(name)))
-    return schedule
-
-
 def _kernel_table(plan: Plan, name: str, each_layer: bool) -> Table:
     """The launches of the largest size: what they compute, with which kernel, on which weights."""
-    schedule = _schedule(plan, name)
+    schedule = read_schedule(plan, name)
     variant = schedule["variants"][-1]
     title = f"{name}: {variant['cameras']} cameras, {variant['prompt']} prompt tokens"
     table = _table(title, "program", "computes", "kernel", "launches", "weights", "size")

@@ -54,6 +54,9 @@ def _serve(
     seed: Annotated[
         int | None, typer.Option(min=0, help="Of the noise that actions start from; by default random.")
     ] = None,
+    verify_key: Annotated[
+        Path | None, typer.Option(help="A public key (PEM): serve no plan that is not signed with it.")
+    ] = None,
     max_message_mb: Annotated[
         int, typer.Option(min=1, max=1024, help="Largest observation accepted, in MiB.")
     ] = _DEFAULT.message_bytes >> 20,
@@ -129,7 +132,7 @@ def _serve(
             log.warning("anyone who reaches %s can use this policy: set $%s", host, API_KEY_VARIABLE)
         recorder = None if record is None else Recorder(record, every=every, limit_bytes=int(record_limit * 1e9))
         watched = PlanWatch(plan) if watch else None  # before the plan is opened: no replacement is missed
-        policy = Policy(plan, threads=threads, seed=seed)
+        policy = Policy(plan, threads=threads, seed=seed, verify_key=verify_key)
         policy.warmup()
         server = PolicyServer(policy, api_key=key, limits=limits, recorder=recorder, watch=watched)
         asyncio.run(run_until_signal(server, listener))

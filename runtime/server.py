@@ -320,6 +320,11 @@ class PolicyServer:
             self.metrics.error("malformed")
             await connection.send(one_line(f"MessageError: {error}"))
             await connection.close(CloseCode.UNSUPPORTED_DATA, "Not a request of openpi-client: see the previous frame.")
+        elif isinstance(error, DuqError):  # of the engine or the plan: it says what to do
+            self.metrics.error("internal")
+            log.error("%s: the call failed: %s", connection.name, one_line(str(error), 1000))
+            await connection.send(one_line(f"{type(error).__name__}: {error}", 1000))
+            await connection.close(CloseCode.INTERNAL_ERROR, "The policy failed: see the previous frame.")
         else:
             self.metrics.error("internal")
             text = "".join(traceback.format_exception(error))

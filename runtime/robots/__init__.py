@@ -20,6 +20,7 @@ openpi's policies take. A plan carries its robot's description, so the machine t
     names = ["shoulder", "elbow", "gripper"]
     units = ["deg", "deg", "0..100"]
     delta = [2, -1]                                    # two joints relative to the state, one absolute
+    limits = { elbow = [0.0, 135.0] }                  # actions outside are reported, and sent as they are
 
     [[convert]]                                        # robot's units -> those the model was trained in, and back
     kind = "linear"                                    # or "negate", "aloha_gripper"
@@ -34,6 +35,7 @@ openpi's policies take. A plan carries its robot's description, so the machine t
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -114,6 +116,7 @@ class Robot:
     defaults: Mapping[str, Any] = field(default_factory=dict)  # settings of training: a value, or {"pi0": ..., "pi05": ...}
     ask: tuple[str, ...] = ()  # settings in which this robot's published policies differ
     dataset: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # key -> features of a LeRobotDataset
+    limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # name of an action -> lowest, highest
 
     @property
     def state_dim(self) -> int:
@@ -203,7 +206,10 @@ class Robot:
 
     def to_json(self) -> dict[str, Any]:
         """A description in plain JSON types; `from_json` is its inverse."""
-        return _plain(asdict(self))
+        described = _plain(asdict(self))
+        if not self.limits:  # so that a duq which knows none reads the robots that have none
+            del described["limits"]
+        return described
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Robot:
@@ -219,12 +225,13 @@ class Robot:
                     "state": tuple(StatePart(**_tuples(part)) for part in data["state"]),
                     "conversions": tuple(Conversion(**_tuples(each)) for each in data.get("conversions", ())),
                     "dataset": {key: tuple(values) for key, values in data.get("dataset", {}).items()},
+                    "limits": {name: (low, high) for name, (low, high) in data.get("limits", {}).items()},
                     "ignored": tuple(tuple(key) for key in data.get("ignored", ())),
                     **{name: tuple(data.get(name, ())) for name in ("action_names", "action_units", "delta", "ask")},
                     "prompt_keys": tuple(data.get("prompt_keys", ("prompt",))),
                 }
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"robot: its description is incomplete ({error}); compile again") from error
 
     def _check_unknown(self, observation: Mapping[str, Any]) -> None:
@@ -232,7 +239,9 @@ class Robot:
             if outer in observation:
                 for name in checks.mapping(observation, outer):
                     if name not in accepted:
-                        raise ObservationError(f"{outer}: unknown camera {name!r}; {self.name} has {', '.join(known)}")
+                        raise ObservationError(
+                            f"{outer}: unknown camera {checks.shown(name)}; {self.name} has {', '.join(known)}"
+                        )
 
 
 def _present(observation: Mapping[str, Any], part: Camera | StatePart) -> Key | None:
@@ -335,7 +344,7 @@ def _robot(data: dict[str, Any]) -> Robot:
                 {"ignored": list, "convert": list, "defaults": dict, "dataset": dict, "default_prompt": str,
                  "prompt_keys": list})  # fmt: skip
     actions = data["actions"]
-    _check_keys(actions, "[actions]", {"names": list}, {"units": list, "delta": list})
+    _check_keys(actions, "[actions]", {"names": list}, {"units": list, "delta": list, "limits": dict})
     names = _names(actions, "[actions]")
     robot = Robot(
         name=data["name"],
@@ -351,6 +360,7 @@ def _robot(data: dict[str, Any]) -> Robot:
         defaults={name: value for name, value in data.get("defaults", {}).items() if name != "ask"},
         ask=tuple(data.get("defaults", {}).get("ask", ())),
         dataset={key: tuple(_list(value)) for key, value in data.get("dataset", {}).items()},
+        limits={name: _limits(name, value, names) for name, value in actions.get("limits", {}).items()},
     )
     _check_robot(robot)
     return robot
@@ -470,6 +480,16 @@ def _mask(runs: list[Any], size: int) -> tuple[bool, ...]:
     if len(mask) > size:
         raise _Fault(f"[actions] delta: is about {len(mask)} actions, there are {size}")
     return mask + (False,) * (size - len(mask)) if any(mask) else ()
+
+
+def _limits(name: str, value: Any, names: tuple[str, ...]) -> tuple[float, float]:
+    """The lowest and the highest value of an action."""
+    if name not in names:
+        raise _Fault(f"[actions] limits: {name!r} is no action, of {', '.join(names)}")
+    numbers = [each for each in value if type(each) in (int, float)] if isinstance(value, list) else []
+    if len(numbers) != 2 or len(value) != 2 or not -math.inf < numbers[0] < numbers[1] < math.inf:
+        raise _Fault(f"[actions] limits: {name} is {value!r}, expected [lowest, highest], two finite numbers")
+    return float(numbers[0]), float(numbers[1])
 
 
 def _list(value: Any) -> list[Any]:

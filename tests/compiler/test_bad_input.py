@@ -28,6 +28,7 @@ from duq.runtime.inspect import main as inspect_main
 from duq.runtime.observations import save_observations
 from duq.runtime.plan import Plan, PlanWriter
 from duq.runtime.serve_cli import main as serve_main
+from tests.support.plans import manifest
 
 W4A8 = "llm+expert-mlp"
 UNWRITABLE = Path("/proc")  # also for root
@@ -381,7 +382,7 @@ def test_a_plan_cut_short(kept, good, plan_refused, tmp_path):
 def test_a_plan_of_a_newer_format(plan_refused, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, PlanWriter(tmp_path / "engine.plan") as plan:
         patch.setattr(duq.runtime.plan, "FORMAT_VERSION", duq.runtime.plan.FORMAT_VERSION + 1)
-        plan.finish({"target": "cpu"})
+        plan.finish(manifest())
     plan_refused("has format version 3, this runtime reads 2; upgrade duq", tmp_path / "engine.plan")
 
 

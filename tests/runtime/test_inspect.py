@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from duq.runtime.plan import PlanWriter
+from tests.support.plans import write_plan
 
 
 def inspect(*arguments) -> subprocess.CompletedProcess:
@@ -21,16 +21,23 @@ def path(tmp_path_factory):
     linear = {"weight_bits": 4, "activation_bits": 8, "op": "duq::W4A8Linear", "bytes": 1500}
     linears = {f"llm.layers.{i}.{name}": linear | {"sqnr_db": 20.0 + i} for i in (0, 1) for name in ("mlp.up_proj",
                "self_attn.q_proj")}  # fmt: skip
-    with PlanWriter(path) as plan:
-        plan.write("graph/prefix.onnx", b"onnx")
-        plan.write("weights/a", np.zeros(1000, np.float32))
-        plan.write("weights/b", np.zeros(500, np.float32))
-        plan.finish({
-            "model": {"pi05": False, "vision": {"width": 32}}, "robot": "libero", "target": "cpu",
-            "quantization": {"recipe": {"scheme": "balanced", "include": "[a-z]+"}, "linears": linears},
-            "norm_stats": {"state": {"mean": [0.0] * 8}, "epsilon": 1e-6},
-            "graphs": {"prefix": {"ops": {"Add": 2, "duq::W4A8Linear": 4}, "inputs": [{"name": "images"}]}},
-        })  # fmt: skip
+    entries = {
+        "graph/prefix.onnx": b"onnx", "weights/a": np.zeros(1000, np.float32), "weights/b": np.zeros(500, np.float32)
+    }  # fmt: skip
+    statistics = {"state": {"mean": [0.0] * 8, "std": [1.0] * 8}, "actions": {"mean": [0.0] * 7, "std": [1.0] * 7}}
+    write_plan(
+        path,
+        entries,
+        robot="libero",
+        quantization={"recipe": {"scheme": "balanced", "include": "[a-z]+"}, "linears": linears},
+        norm_stats=statistics | {"epsilon": 1e-6},
+        graphs={
+            "prefix": {
+                "ops": {"Add": 2, "duq::W4A8Linear": 4},
+                "inputs": {"images": {"dtype": "float", "shape": ["cameras", 3, 224, 224]}},
+            }
+        },
+    )
     return path
 
 
@@ -39,7 +46,7 @@ def test_text(path):
     assert result.returncode == 0, result.stderr
     for text in ("libero", "balanced", "[a-z]+", "llm.layers.1", "up_proj, q_proj", "W4A8", "3.0 KB", "21.0 dB",
                  "state [8]",
-                 "duq::W4A8Linear x4, Add x2", "name images", "graph/prefix.onnx", "2 tensors", "6.0 KB",
+                 "duq::W4A8Linear x4, Add x2", "images (dtype float", "not signed", "graph/prefix.onnx", "2 tensors", "6.0 KB",
                  "all 3 entries match"):  # fmt: skip
         assert text in result.stdout, text
     assert "weights/a" not in result.stdout and "weights/a" in inspect(path, "--entries").stdout

@@ -43,6 +43,7 @@ from duq.compiler.targets.ops import Prompt
 from duq.compiler.targets.values import array_of
 from duq.plugins.gpu import GPUS, Gpu, gpu_of
 from duq.plugins.nvrtc import nvrtc_version
+from duq.runtime.executors.schedule import Context, check_schedule
 from duq.runtime.plan import PlanWriter
 
 ARCHITECTURES = tuple(sorted(GPUS))
@@ -111,8 +112,11 @@ def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options: CudaOp
     offsets = _write_weights(weights, writer, progress)
     (table,) = [op.table for op in ops["prefix"] if isinstance(op, Prompt)]
     writer.write("embedding", to_bf16(array_of(table)))
+    context = Context(graphs.config.to_json(), graphs.num_steps, options.cameras, writer.sizes)
     for sm, data in schedules.items():
-        writer.write(f"schedule/sm{sm}.json", json.dumps(data | {"weights": offsets}).encode())
+        schedule = json.dumps(data | {"weights": offsets}).encode()
+        check_schedule(json.loads(schedule), context)
+        writer.write(f"schedule/sm{sm}.json", schedule)
     return sections
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import os
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -22,17 +23,19 @@ from duq.runtime import Policy
 from duq.runtime.config import ModelConfig
 from duq.runtime.errors import PlanError
 from duq.runtime.executors import cuda as executor
+from duq.runtime.executors import schedule
 from duq.runtime.executors.programs import Program, has_kernels
 from duq.runtime.plan import Plan
 from tests.support import emulate, recording
 from tests.support.inputs import cosine, make_inputs, make_noise, with_float_images
+from tests.support.plans import CONFIG, write_cuda_plan
 from tests.support.same_integers import run_given
-from tests.support.stand_ins import Event, Stream
+from tests.support.stand_ins import Event, Resource, Stream
 
 CALLS = [((True, False, True), 37), ((False, True, False), 1)]  # the second finds the first one's rows as padding
 
 
-class Block:
+class Block(Resource):
     """Memory that is NaN, and remembered for whoever has but an address."""
 
     all: list[Block] = []
@@ -62,14 +65,14 @@ def pointer(address: int | None) -> Pointer | None:
 
 class Kernel:
     def __init__(self, expression: str):
-        self.expression = expression
+        self.expression, self.module = expression, Resource()
 
     def launch(self, shape: Shape, arguments, stream: int, overlap: bool) -> None:
         values = [pointer(each.value) if isinstance(each, ctypes.c_void_p) else each.value for each in arguments]
         emulate.launch(self.expression, shape, values)
 
 
-class Library:
+class Library(Resource):
     def prepare(self, problem, algorithm: int) -> None:
         pass
 
@@ -176,7 +179,7 @@ def test_what_the_plan_is_not_for(on_the_host, tiny_plans, monkeypatch):
     monkeypatch.setattr(executor.driver, "free_memory", lambda: (1 << 20, 80 << 30))
     with pytest.raises(PlanError, match="needs .* GB of GPU memory, 0.00 of .* are free"):
         executor.CudaExecutor(plan)
-    monkeypatch.setattr(executor, "SCHEDULE_VERSION", 99)
+    monkeypatch.setattr(schedule, "SCHEDULE_VERSION", 99)
     with pytest.raises(
         PlanError, match=r"schedule/sm90.json is of version \d+, this runtime follows version 99; compile it"
     ):
@@ -311,9 +314,40 @@ def test_a_program_that_takes_too_much_shared_memory_is_passed_over(on_a_gpu, ti
     def schedule(plan, name):
         return {"variants": [{"prefix": [{"shared": needed[name]}], "step": []}]}
 
-    monkeypatch.setattr(executor, "_schedule", schedule)
+    monkeypatch.setattr(executor, "read_schedule", schedule)
     assert executor._choose(plan, 120, None)[0] == Program(86, "ptx")
     with pytest.raises(
         PlanError, match="the program for SM 87 takes 136 KB of shared memory a thread block, this GPU has 99 KB"
     ):
         executor._choose(plan, 120, 87)
+
+
+@pytest.mark.parametrize("when", ["kernels are loaded", "weights are uploaded"])
+def test_a_plan_that_changes_while_it_goes_to_the_gpu(when, on_the_host, tmp_path, monkeypatch):
+    path = tmp_path / "engine.plan"
+    write_cuda_plan(path)
+    plan = Plan(path)
+
+    def change(*_):
+        with open(path, "r+b") as file:
+            file.write(b"PK")
+
+    if when == "kernels are loaded":
+        monkeypatch.setattr(executor.driver, "load", lambda cubin: change() or {each: None for each in cubin.symbols})
+    else:
+        monkeypatch.setattr(OneStream, "upload", change)
+    with pytest.raises(PlanError, match="engine.plan: was written to while in use"):
+        executor.CudaExecutor(plan)
+
+
+def test_what_a_gpu_plan_uploaded_stays_and_embeddings_are_checked(on_the_host, tmp_path):
+    """Its token table is read from the file in each call."""
+    path = tmp_path / "engine.plan"
+    write_cuda_plan(path)
+    policy = executor.CudaExecutor(Plan(path))
+    inputs, noise = make_inputs(CONFIG, (True, False, False), 3), make_noise(CONFIG)
+    path.rename(tmp_path / "elsewhere")
+    assert policy.stage(inputs, noise) == (1, 48)
+    os.utime(tmp_path / "elsewhere")
+    with pytest.raises(PlanError, match="engine.plan: was written to while in use"):
+        policy.stage(inputs, noise)
