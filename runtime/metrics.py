@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from duq.runtime.recording import OUTCOMES
 from duq.runtime.server_limits import Limits
@@ -16,6 +18,19 @@ ERROR_KINDS = ("observation", "malformed", "oversized", "unauthorized", "disconn
 REFUSAL_KINDS = (*(field.name for field in dataclasses.fields(Limits)), "http", "handshake", "files")
 RELOADS = ("ok", "failed")
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
+
+
+class _OutsideLimits(Collector):
+    def __init__(self, counts: Callable[[], Mapping[str, int]]):
+        self._counts = counts
+
+    def collect(self) -> Iterator[Metric]:
+        found = CounterMetricFamily(
+            "duq_outside_limits", "Replies with actions outside of the robot's limits", labels=["action"]
+        )
+        for action, count in self._counts().items():
+            found.add_metric([action], count)
+        yield found
 
 
 class Metrics:
@@ -66,6 +81,10 @@ class Metrics:
         """Publishes the limits themselves."""
         for name, value in dataclasses.asdict(limits).items():
             self._limits.labels(name).set(value)
+
+    def outside_limits(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        """Publishes how many chunks had actions outside of the robot's limits, by action, as `counts` says each time."""
+        self.registry.register(_OutsideLimits(counts))
 
     def plan(self, fingerprint: str) -> None:
         """Says which plan runs from now on."""

@@ -95,6 +95,12 @@ class Policy:
         text = json.dumps(self._opened.plan.manifest, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def check(self) -> None:
+        """Raises EngineError or PlanError, which say what to do, if no call can succeed any more. Waits for nothing."""
+        opened = self._opened
+        opened.engine.check()
+        opened.plan.check_unchanged()
+
     def warmup(self) -> None:
         """Does now what the first call would do once: page in the weights, allocate, import. Then no file is opened.
 

@@ -58,6 +58,9 @@ class ServedPolicy(Protocol):
     def metadata(self) -> dict[str, Any]: ...
     @property
     def fingerprint(self) -> str: ...
+    @property
+    def outside_limits(self) -> Mapping[str, int]: ...
+    def check(self) -> None: ...
     def infer(self, obs: Mapping[str, Any]) -> dict[str, Any]: ...
     def reload(self) -> None: ...
 
@@ -98,6 +101,7 @@ class PolicyServer:
         self._busy: set[ServerConnection] = set()
         self._stop, self._outdated = asyncio.Event(), asyncio.Event()
         self.metrics.plan(policy.fingerprint)
+        self.metrics.outside_limits(lambda: policy.outside_limits)
 
     async def run(self, listener: socket.socket) -> None:
         """Serves on a bound TCP socket until `stop` is called; then answers the requests it has, and returns.
@@ -212,7 +216,7 @@ class PolicyServer:
         assert isinstance(connection, GuardedConnection)
         path = request.path.partition("?")[0]
         if path == "/healthz":
-            return connection.respond(HTTPStatus.OK, "OK\n")
+            return self._health(connection)
         if not self._authorized(request):
             self.metrics.error("unauthorized")
             log.warning("%s: wrong or no API key", connection.name)
@@ -231,6 +235,14 @@ class PolicyServer:
         if refusal := self._guard.admit(connection):
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, f"{refusal}\n")
         return None
+
+    def _health(self, connection: ServerConnection) -> Response:
+        """Whether calls can succeed: after some faults of a GPU they cannot, until the process is started again."""
+        try:
+            self._policy.check()
+        except DuqError as error:
+            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, f"{one_line(str(error), 1000)}\n")
+        return connection.respond(HTTPStatus.OK, "OK\n")
 
     def _http_response(self, connection: ServerConnection, request: Request, response: Response) -> None:
         assert isinstance(connection, GuardedConnection)

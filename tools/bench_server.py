@@ -54,7 +54,19 @@ PlanOption = Annotated[Path | None, typer.Option("--plan", help="Serve this engi
 InferOption = Annotated[float, typer.Option("--infer-ms", min=0, help="Time that the stand-in takes for a call.")]
 
 
-class StandIn:
+class Served:
+    """What a server asks of a policy, beside its calls."""
+
+    outside_limits: Mapping[str, int] = {}
+
+    def check(self) -> None:
+        pass
+
+    def reload(self) -> None:
+        pass
+
+
+class StandIn(Served):
     """A policy that takes `infer_ms` without using a core, and answers with the observation's first state value."""
 
     metadata = {"action_horizon": 50}
@@ -73,11 +85,8 @@ class StandIn:
             "policy_timing": {"infer_ms": self._seconds * 1e3},
         }
 
-    def reload(self) -> None:
-        pass
 
-
-class Repeatable:
+class Repeatable(Served):
     """A plan's policy whose actions depend on the observation alone: the noise is drawn by its seed, "noise_seed"."""
 
     def __init__(self, plan: Path):
@@ -92,9 +101,6 @@ class Repeatable:
         shape = self.metadata["action_horizon"], self.metadata["model_action_dim"]
         noise = np.random.default_rng(int(obs["noise_seed"])).standard_normal(shape, np.float32)
         return self._policy.infer({key: value for key, value in obs.items() if key != "noise_seed"}, noise)
-
-    def reload(self) -> None:
-        pass
 
 
 @app.command()

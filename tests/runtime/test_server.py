@@ -26,7 +26,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 import duq.runtime
 from duq.compiler.quant.recipe import DEFAULT_PRESET
 from duq.runtime import serve_cli
-from duq.runtime.errors import PlanError
+from duq.runtime.errors import EngineError, PlanError
 from duq.runtime.messages import pack, unpack
 from duq.runtime.metrics import ERROR_KINDS, REFUSAL_KINDS, Metrics
 from duq.runtime.server import PlanWatch
@@ -213,6 +213,34 @@ def test_an_error_of_the_engine_is_told_with_its_traceback(served, policy):
     assert served.metric('duq_errors_total{kind="internal"}') == 1
 
 
+@pytest.mark.parametrize(
+    "error", [EngineError("engine.plan: must be opened again"), PlanError("engine.plan: was written to")]
+)
+def test_a_policy_that_can_answer_no_more_says_so_in_a_line_and_is_not_healthy(served, policy, error):
+    def fail(*arguments):
+        raise error
+
+    assert served.get("/healthz") == "OK\n"
+    policy.infer = policy.check = fail
+    client = served.client()
+    with pytest.raises(RuntimeError, match=f"{type(error).__name__}: {error}$") as told:
+        client.infer({"value": 1})
+    assert "Traceback" not in str(told.value)
+    with pytest.raises(ConnectionClosed, match="1011"):
+        client.infer({"value": 1})
+    with pytest.raises(urllib.error.HTTPError, match="503") as unhealthy:
+        served.get("/healthz")
+    assert unhealthy.value.read().decode() == f"{error}\n"
+    del policy.infer, policy.check
+    assert served.get("/healthz") == "OK\n"
+    in_turn(served, 1)
+
+
+def test_actions_outside_of_the_limits_are_counted(served, policy):
+    policy.outside_limits = {"gripper": 3, "shoulder": 1}
+    assert served.metric('duq_outside_limits_total{action="gripper"}') == 3
+
+
 @pytest.mark.parametrize("size", [100_001, 30_000_000])
 def test_an_oversized_message(policy, size):
     with serving(policy, limits=Limits(message_bytes=100_000)) as served:
@@ -378,6 +406,7 @@ from duq.runtime import serve_cli
 class Policy:
     metadata = {"robot": "none"}
     fingerprint = "0"
+    outside_limits = {}
     def __init__(self, plan, **options): self.port = int(sys.argv[-1])
     def warmup(self): self.refused = bool(socket.socket().connect_ex(("127.0.0.1", self.port)))
     def infer(self, obs):
