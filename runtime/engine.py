@@ -98,15 +98,17 @@ class Engine:
             self._plan.check_unchanged()
             self.executor.warmup()
 
-    def run(self, inputs: ModelInputs, noise: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
-        """As `Executor.run`, within a call. EngineError: the executor failed, or its actions are not finite; PlanError: the
-        plan's file was written to."""
+    def run(self, inputs: ModelInputs, noise: np.ndarray, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        """As `Executor.run`, within a call. options: what this executor takes beside inputs and noise.
+
+        Raises EngineError: the executor failed, or its actions are not finite; PlanError: the plan's file was written to.
+        """
         with self._turn:
             if self._failure:  # by the call before
                 raise EngineError(self._failure)
             with self._errors():
                 self._plan.check_unchanged()
-                actions, timing = self.executor.run(inputs, noise)
+                actions, timing = self.executor.run(inputs, noise, **options)
         return finite(
             actions, f"{self._path}: the engine gave", "the plan's weights or this machine may be damaged"
         ), timing

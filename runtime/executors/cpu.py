@@ -128,7 +128,7 @@ class CpuExecutor:
         end = time.perf_counter()
         if trace is not None:
             trace.update({name: value.numpy() for name, value in past.items()}, x=np.stack(flow))
-        return x.numpy(), {"prefix_ms": (prefix_end - start) * 1e3, "denoise_ms": (end - prefix_end) * 1e3}
+        return x.numpy().copy(), {"prefix_ms": (prefix_end - start) * 1e3, "denoise_ms": (end - prefix_end) * 1e3}
 
     @cached_property
     def _prefix(self) -> onnxruntime.InferenceSession:

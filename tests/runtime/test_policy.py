@@ -376,6 +376,21 @@ def test_reload_takes_the_new_plan_warm_and_frees_the_old(make_policy):
     assert policy.infer(bare_observation())["actions"].shape == (50, 32) and len(new.calls) == 1
 
 
+def test_reload_ends_the_refusals_of_a_plan_that_was_written_to(make_policy, tmp_path):
+    policy, path = make_policy(), tmp_path / "engine.plan"
+    whole = path.read_bytes()
+    with open(path, "r+b") as file:
+        file.write(b"PK")
+    for call in (lambda: policy.infer(bare_observation()), policy.warmup, lambda: policy.infer_batch([bare_observation()])):
+        with pytest.raises(PlanError, match="was written to while in use"):
+            call()
+    assert not executor_of(policy).calls
+    (tmp_path / "new").write_bytes(whole)
+    os.replace(tmp_path / "new", path)
+    policy.reload()
+    assert policy.infer(bare_observation())["actions"].shape == (50, 32)
+
+
 def test_reload_of_another_path_is_remembered(make_policy, tmp_path):
     policy = make_policy()
     make_policy(num_steps=7)

@@ -148,7 +148,7 @@ def test_weights_are_in_memory_of_their_own(path, other, expected):
     """Below Policy's check: after the first call, nothing is read from the file any more."""
     plan = Plan(path)
     executor, policy = CpuExecutor(plan), Policy(path)
-    inputs = policy._preprocessor.model_inputs(observation())
+    inputs = policy._opened.preprocessor.model_inputs(observation())
     before, _ = executor.run(inputs, NOISE)
     copied_over(path, other)
     os.truncate(path, 0)

@@ -333,7 +333,9 @@ def test_a_plan_that_changes_while_it_goes_to_the_gpu(when, on_the_host, tmp_pat
             file.write(b"PK")
 
     if when == "kernels are loaded":
-        monkeypatch.setattr(executor.driver, "load", lambda cubin: change() or {each: None for each in cubin.symbols})
+        monkeypatch.setattr(
+            executor.driver, "load", lambda cubin: change() or {each: Kernel(each) for each in cubin.symbols}
+        )
     else:
         monkeypatch.setattr(OneStream, "upload", change)
     with pytest.raises(PlanError, match="engine.plan: was written to while in use"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 import numpy as np
@@ -12,11 +11,11 @@ from duq.plugins import driver
 from duq.plugins.errors import DuqError, KernelError
 from duq.runtime import EngineError, PlanError, Policy
 from duq.runtime.executors import cuda
-from duq.runtime.plan import Plan
 from tests.support.fake_driver import GIVES_BACK, ILLEGAL_ADDRESS, OUT_OF_MEMORY, FakeDriver
 from tests.support.observations import image
+from tests.support.plans import schedule, write_cuda_plan
 
-NOISE = np.random.default_rng(0).standard_normal((8, 32), np.float32)
+NOISE = np.random.default_rng(0).standard_normal((50, 32), np.float32)
 OBSERVATION = {
     "image": {"base_0_rgb": image(0)}, "state": np.ones(8, np.float32),
     "tokenized_prompt": np.arange(5), "tokenized_prompt_mask": np.ones(5, bool),
@@ -30,7 +29,7 @@ OPENING = (
 )  # fmt: skip
 FIRST_CALL = (  # with the recording of its graph
     "cuCtxSetCurrent", "cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate", "cuEventCreate", "cuEventRecord",
-    "cuEventRecordWithFlags", "cuStreamWaitEvent", "cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync",
+    "cuEventRecordWithFlags", "cuStreamWaitEvent", "cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync", "cuMemsetD8Async",
     "cuLaunchKernelEx", "cuFuncSetAttribute", "cuGraphLaunch", "cuStreamSynchronize", "cuEventElapsedTime",
 )  # fmt: skip
 LATER_CALL = ("cuCtxSetCurrent", "cuGraphLaunch", "cuStreamSynchronize", "cuEventElapsedTime")
@@ -48,17 +47,19 @@ class Library:
 
 
 @pytest.fixture(scope="module")
-def plan(tiny_plans):
-    return tiny_plans("pi0", "none", "cuda").plan
+def plan(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gpu") / "engine.plan"
+    write_cuda_plan(path)
+    return path
 
 
 @pytest.fixture
-def gpu(plan, monkeypatch):
-    opened = Plan(plan)
-    fake = FakeDriver(json.loads(bytes(opened.read("schedule/sm90.json"))))
+def gpu(monkeypatch):
+    fake = FakeDriver(schedule())
     monkeypatch.setattr(driver, "_driver", lambda: fake)
     monkeypatch.setattr(cuda, "CublasLt", Library)
-    monkeypatch.setattr(cuda, "STAGING_BYTES", 1 << 20)
+    monkeypatch.setattr(cuda, "STAGING_BYTES", 2 << 10)  # of which a piece takes a quarter
+    monkeypatch.setattr(cuda, "WORKSPACE_BYTES", 1 << 10)
     driver._device.cache_clear()
     yield fake
     driver._device.cache_clear()
