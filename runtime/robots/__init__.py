@@ -35,7 +35,6 @@ openpi's policies take. A plan carries its robot's description, so the machine t
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
