@@ -269,6 +269,7 @@ def _evaluate(
         try:
             for name, kind, what in arms:
                 arm = opened(kind, what, plans, execute)
+                check_chunks(name, arm, execute)
                 wanted = [setting(name, arm.identity, start, conditions, renderer) for start in starts]
                 done = done_already(lines, wanted, out)
                 todo = [start for start, each in zip(starts, wanted, strict=True) if key_of(each) not in done]
@@ -284,6 +285,12 @@ def _evaluate(
             if simulators is not None:
                 simulators.__exit__()
     print_tables(journal.read(), Console())
+
+
+def check_chunks(name: str, arm: Arm, execute: int) -> None:
+    """Raises DuqError where fewer actions would be carried out than was asked for."""
+    if not isinstance(arm, ReplayArm) and arm.noise_shape[0] < execute:
+        raise DuqError(f"--execute {execute}: a chunk of {name} has {arm.noise_shape[0]} actions")
 
 
 def checked_starts(

