@@ -131,7 +131,7 @@ def cells(row: Row) -> list[str]:
     return [
         f"{100 * row.rate:.1f} ({100 * low:.1f} to {100 * high:.1f})",
         against,
-        "" if row.p is None else f"{row.p:.3f}",
+        "" if row.p is None else "< 0.001" if row.p < 0.0005 else f"{row.p:.3f}",
         "" if row.steps is None else f"{row.steps:.0f}",
         "" if row.error is None else f"{row.error:.4f}",
         "" if row.jerk is None else f"{row.jerk:.4f}",
