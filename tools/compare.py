@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import asdict, replace
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -22,14 +24,15 @@ from duq.compiler.accuracy.report import (
     STAGES,
     WORST_LINEARS,
     decibels,
-    dimension_table,
+    joint_table,
     megabytes,
     number,
+    percent,
     to_json,
     write_report,
 )
 from duq.compiler.accuracy.synthetic import synthetic_observations
-from duq.compiler.accuracy.thresholds import Thresholds
+from duq.compiler.accuracy.thresholds import CRITERIA, RESULTS, Thresholds, criteria, judge, with_unit
 from duq.compiler.checkpoint import load_checkpoint
 from duq.compiler.checks import check_weights
 from duq.compiler.data import DATASET_COUNT, load_calibration, robot_mapping
@@ -41,6 +44,9 @@ from duq.runtime.policy import preprocessor_of
 from duq.runtime.robots import Robot
 
 PAST_THRESHOLDS = 1  # exit code; 2 is bad input
+DEFAULT_CRITERIA = ", ".join(f"{name}={each.look:g},{each.fail:g}" for name, each in CRITERIA.items())
+VERDICT_STYLES = {"pass": "green", "look": "yellow", "fail": "red"}
+FailOn = Enum("FailOn", {name: name for name in ("look", "fail", "never")}, type=str)  # type: ignore[misc]
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -60,7 +66,17 @@ def _compare(
         int | None, typer.Option(min=1, help=f"Of observations; by default {DATASET_COUNT} of a dataset, all of .npz.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measures as JSON.")] = False,
-    report: Annotated[Path | None, typer.Option(help="HTML page to write, self-contained, with plots.")] = None,
+    report: Annotated[Path | None, typer.Option(help="HTML page to write, self-contained, with charts.")] = None,
+    criterion: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=LOOK,FAIL",
+            help=f"Other thresholds of the verdict; repeatable. By default {DEFAULT_CRITERIA}.",
+        ),
+    ] = None,
+    fail_on: Annotated[
+        FailOn, typer.Option(help="The verdict that ends in exit code 1, or a worse one. Bounds below always do.")
+    ] = FailOn.fail,
     min_cosine: Annotated[float | None, typer.Option(help="Fail if an observation's actions are below.")] = None,
     max_error: Annotated[float | None, typer.Option(help="Fail if an action (normalized) is further off.")] = None,
     max_robot_error: Annotated[
@@ -76,9 +92,10 @@ def _compare(
     ] = False,
     base: BaseOption = None,
 ) -> None:
-    """Run the same observations and noise through PyTorch fp32 and through the engine, and report the differences.
+    """Run the same observations and noise through PyTorch fp32 and through the engine, and say whether they agree.
 
-    Exit code 1: past a threshold, or actions that are not finite. 2: bad input.
+    The verdict is pass, look or fail. Exit code 1: a verdict of --fail-on, past a bound, or actions that are not finite.
+    2: bad input.
 
     [bold]Examples[/bold]
 
@@ -86,7 +103,7 @@ def _compare(
 
       duq-compare checkpoints/pi0 engine.plan --min-sqnr 20 --json
     """
-    thresholds = Thresholds(min_cosine, max_error, min_sqnr, max_robot_error)
+    thresholds, by = Thresholds(min_cosine, max_error, min_sqnr, max_robot_error), criteria(criterion or [])
     if report is not None:
         check_output_file("--report", report)
     engine = Plan(plan)
@@ -103,20 +120,30 @@ def _compare(
     with progress_bar() as progress:
         check_weights(policy, progress)
         comparison = compare(policy, engine, found, progress, threads=threads, seed=seed, base=base)
-    set_thresholds = {name: bound for name, bound in asdict(thresholds).items() if bound is not None}
-    source = "made up, not a robot's (--observations gives those)" if observations is None else f"from {observations}"
-    comparison = replace(comparison, summary={"source": source, "thresholds": set_thresholds, **comparison.summary})
     failures = thresholds.failures(comparison.summary["observations"])
+    verdict = judge(comparison.summary, by, failures, made_up=observations is None)
+    known = {
+        "source": "made up, not a robot's (--observations gives those)" if observations is None else f"from {observations}",
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "verdict": verdict,
+        "thresholds": {name: bound for name, bound in asdict(thresholds).items() if bound is not None},
+    }
+    comparison = replace(comparison, summary=known | comparison.summary)
     if report is not None:
-        write_report(comparison, failures, report)
+        write_report(comparison, report)
     if as_json:
         typer.echo(to_json(comparison, failures))
     else:
         _print(comparison, report)
     for line in failures:
         typer.echo(f"failed: {line}", err=True)
-    if failures:
+    if failures or verdict["result"] in _fails(fail_on):
         raise typer.Exit(PAST_THRESHOLDS)
+
+
+def _fails(fail_on: FailOn) -> tuple[str, ...]:
+    """The verdicts that end in exit code 1."""
+    return () if fail_on == FailOn.never else RESULTS[RESULTS.index(fail_on.value) :]
 
 
 def _observations(path: Path, count: int | None, seed: int, robot: Robot | None) -> list[dict]:
@@ -130,12 +157,28 @@ def _print(comparison: Comparison, report: Path | None) -> None:
     console, summary = Console(highlight=False, markup=False), comparison.summary
     count = len(summary["observations"])
     console.print(f"{summary['plan']['path']} on {count} observations, {summary['source']}", soft_wrap=True)
-    for draw in (_stage_table, _dimension_table, _linear_table, _jerk_table, _cost_table):
+    _print_verdict(console, summary["verdict"])
+    for draw in (_check_table, _dimension_table, _stage_table, _linear_table, _jerk_table, _cost_table):
         table = draw(summary)
         if table.row_count:
             console.print(table)
     if report is not None:
-        console.print(f"{report}: the report, with plots", soft_wrap=True)
+        console.print(f"{report}: the report", soft_wrap=True)
+
+
+def _print_verdict(console: Console, verdict: dict) -> None:
+    console.print(f"Verdict: {verdict['result']}", style=VERDICT_STYLES[verdict["result"]])
+    for line in verdict["reasons"]:
+        console.print(f"  {line}", soft_wrap=True)
+
+
+def _check_table(summary: dict) -> Table:
+    table = _table("Checks", "check", "found", "where", "look past", "fail past", "result")
+    for check in summary["verdict"]["checks"]:
+        unit = "%" if "%" in check["unit"] else check["unit"]
+        row = check["title"], with_unit(check["value"], unit), check["where"], f"{check['look']:g}", f"{check['fail']:g}"
+        table.add_row(*row, check["result"])
+    return table
 
 
 def _stage_table(summary: dict) -> Table:
@@ -164,9 +207,11 @@ def _worst(stage: str, summary: dict) -> str:
 
 
 def _dimension_table(summary: dict) -> Table:
-    table = _table("The actions that the robot reads, one by one", "action", "unit", "max error", "RMS error", "SQNR")
-    for name, unit, found in dimension_table(summary):
-        table.add_row(name, unit, number(found["max_error"]), number(found["rms_error"]), decibels(found["sqnr_db"]))
+    columns = "joint", "unit", "RMS error", "max error", "RMS, of range", "SQNR"
+    table = _table("The actions that the robot reads, one by one", *columns)
+    for name, unit, found, shares in joint_table(summary) if summary["plan"]["robot"] != "none" else ():
+        errors = number(found["rms_error"]), number(found["max_error"]), percent(shares["rms"])
+        table.add_row(name, unit, *errors, decibels(found["sqnr_db"]))
     return table
 
 

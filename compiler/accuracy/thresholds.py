@@ -1,13 +1,137 @@
-"""When a comparison has failed."""
+"""Whether an engine is good enough: the verdict by default criteria, and bounds of the user's own.
+
+docs/accuracy.md gives the reasons for the criteria's thresholds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
 from duq.plugins.errors import DuqError
+
+RESULTS = ("pass", "look", "fail")  # from good to bad
+INNER_STAGES = ("image_features", "keys", "values", "velocity_at_engine_x", "velocity")
+MADE_UP = "the observations are made up: judge the plan on those of your robot (--observations)"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A value of a criterion, and of what: the joint, say."""
+
+    value: float
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """Something that a good engine keeps small, or large. A value past `look` is worth a look, one past `fail` fails.
+
+    title and unit say what `measure` takes from a comparison's summary.
+    """
+
+    title: str
+    unit: str
+    look: float
+    fail: float
+    measure: Callable[[Mapping], Measured]
+    larger_is_better: bool = False
+
+    def result(self, value: float) -> str:
+        """Of RESULTS. NaN fails."""
+        sign = -1 if self.larger_is_better else 1
+        if not sign * value <= sign * self.fail:
+            return "fail"
+        return "pass" if sign * value <= sign * self.look else "look"
+
+
+def _worst_joint(share: str) -> Callable[[Mapping], Measured]:
+    def measure(summary: Mapping) -> Measured:
+        shares = [joint["percent_of_range"][share] for joint in summary["dimensions"]]
+        worst = int(np.argmax(shares))  # NaN, if there is one
+        return Measured(shares[worst], summary["dimensions"][worst]["name"])
+
+    return measure
+
+
+def _cosine(summary: Mapping) -> Measured:
+    return Measured(summary["stages"]["actions"]["cosine"])
+
+
+def _worst_stage(summary: Mapping) -> Measured:
+    found = {name: summary["stages"][name]["sqnr_db"] for name in INNER_STAGES}
+    worst = list(found)[int(np.argmin(list(found.values())))]  # NaN, if there is one
+    return Measured(found[worst], worst.replace("_", " "))
+
+
+CRITERIA = {
+    "joint-error": Criterion("RMS error of the worst joint", "% of its range", 2.0, 5.0, _worst_joint("rms")),
+    "joint-peak": Criterion("99th percentile of the worst joint", "% of its range", 10.0, 25.0, _worst_joint("p99")),
+    "cosine": Criterion("cosine of the actions", "", 0.99, 0.95, _cosine, larger_is_better=True),
+    "stage": Criterion("SQNR of the worst stage", "dB", 12.0, 6.0, _worst_stage, larger_is_better=True),
+}
+
+
+def criteria(changes: Sequence[str] = ()) -> dict[str, Criterion]:
+    """CRITERIA with other thresholds: "joint-error=1,3" looks past 1 and fails past 3.
+
+    Raises DuqError for an unknown name, for what are not two finite numbers, and for a `fail` stricter than its `look`.
+    """
+    found = dict(CRITERIA)
+    for change in changes:
+        name, _, bounds = change.partition("=")
+        if name not in found:
+            raise DuqError(f"--criterion {change}: there is no {name!r}, one of {', '.join(CRITERIA)}")
+        try:
+            look, fail = (float(bound) for bound in bounds.split(","))
+        except ValueError:
+            look = fail = math.nan
+        if not (math.isfinite(look) and math.isfinite(fail)):
+            raise DuqError(f"--criterion {change}: expected {name}=LOOK,FAIL with two finite numbers")
+        changed = replace(found[name], look=look, fail=fail)
+        if changed.result(look) == "fail":
+            order = "at most" if changed.larger_is_better else "at least"
+            raise DuqError(f"--criterion {change}: FAIL must be {order} LOOK, {look:g}")
+        found[name] = changed
+    return found
+
+
+def judge(summary: Mapping, by: Mapping[str, Criterion], failures: Sequence[str], made_up: bool) -> dict:
+    """The verdict in JSON types.
+
+    "result": one of RESULTS, the worst of all; "reasons": a line for everything that is not a pass; "checks": by criterion
+    its "name", "title", "unit", "look", "fail", the "value" and "where" found, the "result", and its "reason" if not a pass.
+    failures: bounds of the user's that are broken. made_up: a plan cannot pass on observations that are no robot's.
+    """
+    checks = [_check(name, criterion, criterion.measure(summary)) for name, criterion in by.items()]
+    results = ["fail"] * bool(failures) + ["look"] * made_up + [check["result"] for check in checks]
+    reasons = [*failures, *(check["reason"] for check in checks if check["reason"]), *[MADE_UP] * made_up]
+    return {"result": max(results, key=RESULTS.index), "reasons": reasons, "checks": checks}
+
+
+def _check(name: str, criterion: Criterion, found: Measured) -> dict:
+    known = {key: value for key, value in vars(criterion).items() if key != "measure"}
+    result = criterion.result(found.value)
+    reason = None if result == "pass" else _reason(criterion, found, result)
+    return {"name": name, **known, **asdict(found), "result": result, "reason": reason}
+
+
+def _reason(criterion: Criterion, found: Measured, result: str) -> str:
+    where = f" ({found.where})" if found.where else ""
+    bound = f"{criterion.fail if result == 'fail' else criterion.look:g}"
+    side = "at least" if criterion.larger_is_better else "at most"
+    return f"{criterion.title}{where}: {with_unit(found.value, criterion.unit)}, expected {side} {bound}"
+
+
+def with_unit(value: float, unit: str) -> str:
+    """Three significant digits; five of a cosine, whose news is in the last ones."""
+    if math.isnan(value):
+        return "not finite"
+    shown = f"{value:.5f}" if not unit else f"{value:.3g}"
+    return f"{shown} {unit}".rstrip().replace(" %", "%")
 
 
 @dataclass(frozen=True)
