@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from markupsafe import Markup
 
-WIDTH, LEFT, RIGHT = 320, 42, 8  # pixels of a chart, and what its labels take of them
+WIDTH, LEFT, RIGHT = 320, 56, 8  # pixels of a chart, and what its labels take of them
 DECIBELS = (0.0, 60.0)  # every axis of SQNR; 60 dB is an error of a thousandth, float arithmetic is beyond
 STRIP = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)  # where the axis of a strip may end, times a power of ten
+TINY = 1e-30  # what is smaller is zero
 COLORS = ("first", "second", "third")
 
 
@@ -47,9 +49,13 @@ class Series(NamedTuple):
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About `count` round numbers (1, 2 or 5 times a power of ten apart) that hold low..high between the outer two."""
-    if not high > low:
-        room = abs(low) / 10 or 1.0
+    """About `count` round numbers (1, 2 or 5 times a power of ten apart) that hold low..high between the outer two.
+
+    Around values that are as good as constant they are a tenth of it wide: labels tell no finer differences apart.
+    """
+    size = max(abs(low), abs(high))
+    if not high - low > max(1e-4 * size, TINY):
+        room = size / 10 if size > TINY else 1.0
         low, high = low - room, high + room
     step = _round_up((high - low) / count)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -175,7 +181,7 @@ def _x_labels(x: Scale, values: Sequence[float], y: float) -> Markup:
 
 def _short(value: float) -> str:
     """Of a round number, without the noise of its binary digits."""
-    return f"{value:.6g}".replace("-", "\N{MINUS SIGN}")
+    return re.sub(r"e([+-])0?", r"e\1", f"{value:.6g}").replace("-", "\N{MINUS SIGN}")
 
 
 def _curve(points: Sequence[tuple[float, float]], kind: str) -> Markup:

@@ -228,7 +228,9 @@ def decibels(value: float) -> str:
 
 
 def number(value: float | None) -> str:
-    return "-" if value is None else _unless_nan(value, f"{value:.3g}")
+    if value is None:
+        return "-"
+    return _unless_nan(value, f"{value:,.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.3g}")
 
 
 def cosine(value: float) -> str:

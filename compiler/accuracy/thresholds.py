@@ -68,10 +68,10 @@ def _worst_stage(summary: Mapping) -> Measured:
 
 
 CRITERIA = {
-    "joint-error": Criterion("RMS error of the worst joint", "% of its range", 2.0, 5.0, _worst_joint("rms")),
-    "joint-peak": Criterion("99th percentile of the worst joint", "% of its range", 10.0, 25.0, _worst_joint("p99")),
+    "joint-error": Criterion("RMS error, worst joint", "% of its range", 2.0, 5.0, _worst_joint("rms")),
+    "joint-peak": Criterion("99th percentile of the error, worst joint", "% of its range", 10.0, 25.0, _worst_joint("p99")),
     "cosine": Criterion("cosine of the actions", "", 0.99, 0.95, _cosine, larger_is_better=True),
-    "stage": Criterion("SQNR of the worst stage", "dB", 12.0, 6.0, _worst_stage, larger_is_better=True),
+    "stage": Criterion("SQNR, worst stage", "dB", 12.0, 6.0, _worst_stage, larger_is_better=True),
 }
 
 

@@ -158,10 +158,10 @@ def check_compiler(environment: Environment) -> None:
     run("duq-demo", "run", "engine.plan", "observations.npz")
     compared = json.loads(
         run("duq-compare", "checkpoint", "engine.plan", "--observations", "observations.npz", "--report", "report.html",
-            "--min-cosine", 0.9, "--json").stdout
+            "--min-cosine", 0.9, "--fail-on", "never", "--json").stdout
     )  # fmt: skip
     check("stages" in compared, "duq-compare: no stages")
-    check("data:image/svg+xml" in (environment.work / "report.html").read_text(), "report.html: no plots")
+    check("<svg" in (environment.work / "report.html").read_text(), "report.html: no charts")
     bench = run("duq-bench", "--variant", "tiny", "--quant", "none", "--rounds", 1, "--no-torch-compile", "--json")
     check(len(json.loads(bench.stdout)["results"][0]["milliseconds"]) == 2, "duq-bench: expected PyTorch and the engine")
     check("An estimate for A40 (SM 86)" in run("duq-profile", "cuda.plan", "--sm", 86).stdout, "duq-profile: no estimate")

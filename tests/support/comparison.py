@@ -37,11 +37,17 @@ UNITS = ("rad", "m", "deg", "-1..1", "0..100", "")
 
 
 def made_up_comparison(
-    joints: int = 7, observations: int = 4, horizon: int = 16, error: float = 0.05, quantized: bool = True
+    joints: int = 7,
+    observations: int = 4,
+    horizon: int = 16,
+    error: float = 0.05,
+    quantized: bool = True,
+    not_finite: bool = False,
 ) -> Comparison:
     """A comparison as `compare` returns and duq-compare completes it, of smooth random chunks; no policy runs.
 
-    error: of the engine, standard deviation of the normalized actions; 0 is a float plan's. Names are as long as robots' are.
+    error: of the engine, standard deviation of the normalized actions; 0 is a float plan's. not_finite: it
+    gives a NaN. Names are as long as robots' are.
     """
     random, steps, layers = np.random.default_rng(joints), 4, 3
     names = [f"left_arm_joint_{index}.position" for index in range(joints)]
@@ -50,6 +56,8 @@ def made_up_comparison(
     for _ in range(observations):
         actions = np.sin(time * random.uniform(0.5, 2, joints) + random.uniform(0, 6, joints)).astype(np.float32)
         off = (error * random.normal(size=actions.shape)).astype(np.float32)
+        if not_finite:
+            off[3, 1], not_finite = np.nan, False  # of the first observation
         features = random.normal(size=(8, 4)).astype(np.float32)
         kept = {f"{kind}.{layer}": random.normal(size=(1, 1, 6, 4)) for layer in range(layers) for kind in ("key", "value")}
         x = np.linspace(1, 0, steps + 1)[:, None, None] * (1 - actions) + actions
@@ -59,7 +67,7 @@ def made_up_comparison(
         far = x + np.linspace(0, 1, steps + 1)[:, None, None] * off
         stages.add(reference, noisy | {"image_features": features * (1 + 1e-7), "actions": actions + off, "x": far})
     reference, engine = np.stack(stages.reference_actions), np.stack(stages.engine_actions)
-    scale = np.geomspace(0.01, 30, joints).astype(np.float32)
+    scale = np.geomspace(1e-5, 3000, joints).astype(np.float32)
     robot = RobotActions(*({i: scale * side[i] for i in range(observations)} for side in (reference, engine)))
     ranges, basis = working_range(None, joints, pi05=False)
     per_observation = [
