@@ -175,9 +175,9 @@ def _print_verdict(console: Console, verdict: dict) -> None:
 def _check_table(summary: dict) -> Table:
     table = _table("Checks", "check", "found", "where", "look past", "fail past", "result")
     for check in summary["verdict"]["checks"]:
-        unit = "%" if "%" in check["unit"] else check["unit"]
-        row = check["title"], with_unit(check["value"], unit), check["where"], f"{check['look']:g}", f"{check['fail']:g}"
-        table.add_row(*row, check["result"])
+        unit = check["short_unit"]
+        bounds = [with_unit(check[key], unit, "g") for key in ("look", "fail")]
+        table.add_row(check["title"], with_unit(check["value"], unit), check["where"], *bounds, check["result"])
     return table
 
 

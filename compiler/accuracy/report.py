@@ -64,7 +64,6 @@ def page(comparison: Comparison) -> str:
         "cosine": cosine,
         "meter": meter,
         "with_unit": with_unit,
-        "bound": bound,
         "breakable": breakable,
     }
     summary = comparison.summary
@@ -243,10 +242,6 @@ def percent(value: float) -> str:
 
 def _unless_nan(value: float, shown: str) -> str:
     return "not finite" if math.isnan(value) else shown
-
-
-def bound(value: float, unit: str) -> str:
-    return f"{value:g}{'' if unit in ('', '%') else ' '}{unit}"
 
 
 def breakable(name: str) -> Markup:

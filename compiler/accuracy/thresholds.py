@@ -9,13 +9,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
-import numpy as np
-
 from duq.plugins.errors import DuqError
 
 RESULTS = ("pass", "look", "fail")  # from good to bad
 INNER_STAGES = ("image_features", "keys", "values", "velocity_at_engine_x", "velocity")
-MADE_UP = "the observations are made up: judge the plan on those of your robot (--observations)"
+MADE_UP = "the observations are made up; judge a plan on your robot's (--observations)"
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,11 @@ class Criterion:
     measure: Callable[[Mapping], Measured]
     larger_is_better: bool = False
 
+    @property
+    def short_unit(self) -> str:
+        """Without what it is a share of."""
+        return self.unit.partition(" ")[0]
+
     def result(self, value: float) -> str:
         """Of RESULTS. NaN fails."""
         sign = -1 if self.larger_is_better else 1
@@ -48,10 +51,15 @@ class Criterion:
         return "pass" if sign * value <= sign * self.look else "look"
 
 
+def _badness(error: float) -> float:
+    """To find the worst by: what is not finite is worse than everything."""
+    return math.inf if math.isnan(error) else error
+
+
 def _worst_joint(share: str) -> Callable[[Mapping], Measured]:
     def measure(summary: Mapping) -> Measured:
         shares = [joint["percent_of_range"][share] for joint in summary["dimensions"]]
-        worst = int(np.argmax(shares))  # NaN, if there is one
+        worst = max(range(len(shares)), key=lambda index: _badness(shares[index]))
         return Measured(shares[worst], summary["dimensions"][worst]["name"])
 
     return measure
@@ -63,7 +71,7 @@ def _cosine(summary: Mapping) -> Measured:
 
 def _worst_stage(summary: Mapping) -> Measured:
     found = {name: summary["stages"][name]["sqnr_db"] for name in INNER_STAGES}
-    worst = list(found)[int(np.argmin(list(found.values())))]  # NaN, if there is one
+    worst = max(found, key=lambda name: _badness(-found[name]))
     return Measured(found[worst], worst.replace("_", " "))
 
 
@@ -113,7 +121,9 @@ def judge(summary: Mapping, by: Mapping[str, Criterion], failures: Sequence[str]
 
 
 def _check(name: str, criterion: Criterion, found: Measured) -> dict:
-    known = {key: value for key, value in vars(criterion).items() if key != "measure"}
+    known = {key: value for key, value in vars(criterion).items() if key != "measure"} | {
+        "short_unit": criterion.short_unit
+    }
     result = criterion.result(found.value)
     reason = None if result == "pass" else _reason(criterion, found, result)
     return {"name": name, **known, **asdict(found), "result": result, "reason": reason}
@@ -121,16 +131,16 @@ def _check(name: str, criterion: Criterion, found: Measured) -> dict:
 
 def _reason(criterion: Criterion, found: Measured, result: str) -> str:
     where = f" ({found.where})" if found.where else ""
-    bound = f"{criterion.fail if result == 'fail' else criterion.look:g}"
     side = "at least" if criterion.larger_is_better else "at most"
+    bound = with_unit(criterion.fail if result == "fail" else criterion.look, criterion.short_unit, digits="g")
     return f"{criterion.title}{where}: {with_unit(found.value, criterion.unit)}, expected {side} {bound}"
 
 
-def with_unit(value: float, unit: str) -> str:
-    """Three significant digits; five of a cosine, whose news is in the last ones."""
+def with_unit(value: float, unit: str, digits: str = "") -> str:
+    """As in 1.23% and 18.4 dB: three significant digits, or five places of what has no unit, a cosine; or by `digits`."""
     if math.isnan(value):
         return "not finite"
-    shown = f"{value:.5f}" if not unit else f"{value:.3g}"
+    shown = format(value, digits or (".3g" if unit else ".5f"))
     return f"{shown} {unit}".rstrip().replace(" %", "%")
 
 
@@ -149,7 +159,7 @@ class Thresholds:
 
     def __post_init__(self) -> None:
         for name, bound in vars(self).items():
-            if bound is not None and not np.isfinite(bound):
+            if bound is not None and not math.isfinite(bound):
                 raise DuqError(f"--{name.replace('_', '-')} {bound}: must be a finite number")
 
     def failures(self, observations: Sequence[Mapping]) -> list[str]:
@@ -164,14 +174,13 @@ class Thresholds:
             measured = {index: each[stage] for index, each in enumerate(observations) if each.get(stage)}
             if bound is None or not measured:
                 continue
-            margins = [sign * found[key] for found in measured.values()]
-            worst = list(measured)[int(np.argmin(margins))]  # NaN, if there is one
+            worst = max(measured, key=lambda index: _badness(-sign * measured[index][key]))
             found = measured[worst][key]
             if not sign * found >= sign * bound:
                 where = f" ({measured[worst]['worst_dimension']})" if stage == "robot_actions" else ""
                 name = stage.replace("_", " ")
                 failures.append(f"{name} of observation {worst}: {key} {found:.6g}{where} is past {flag} {bound:g}")
         for index, observation in enumerate(observations):
-            if np.isnan(observation["actions"]["cosine"]):
+            if math.isnan(observation["actions"]["cosine"]):
                 failures.append(f"actions of observation {index} are not finite")
         return failures

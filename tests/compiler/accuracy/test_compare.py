@@ -453,7 +453,7 @@ def test_the_verdict_is_the_exit_code_that_was_asked_for(tool, tiny_plans, tmp_p
     quantized = (*tiny_plans("pi0", W4A8), "--observations", robot, "--criterion", "joint-error=0.001,0.002")
     result = tool(*quantized, "--fail-on", "fail", "--json")
     verdict = finite_json(result.out)["verdict"]
-    assert result.code == 1 and verdict["result"] == "fail" and "expected at most 0.002" in verdict["reasons"][0]
+    assert result.code == 1 and verdict["result"] == "fail" and "expected at most 0.002%" in verdict["reasons"][0]
     assert verdict["checks"][0]["value"] == max(
         joint["percent_of_range"]["rms"] for joint in compared("pi0", W4A8).summary["dimensions"]
     )
