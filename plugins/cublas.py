@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from duq.plugins import libraries
 from duq.plugins.driver import Memory, Stream
 from duq.plugins.errors import KernelError
 from duq.plugins.timing import copies_of, milliseconds
@@ -67,7 +68,7 @@ class CublasLt:
     """A handle of the library. Raises KernelError where it is not installed."""
 
     def __init__(self) -> None:
-        self._library = _load()
+        self._library = libraries.load("cublasLt", "running a cuda plan")
         self._handle = ctypes.c_void_p()
         self._call("cublasLtCreate", ctypes.byref(self._handle))
         self._prepared: dict[tuple[Problem, int], tuple[Any, Any, Any]] = {}
@@ -172,16 +173,3 @@ class CublasLt:
             name = self._library.cublasLtGetStatusString
             name.restype = ctypes.c_char_p
             raise KernelError(f"{function}: {name(status).decode()}")
-
-
-def _load() -> ctypes.CDLL:
-    try:
-        from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib
-    except ImportError as error:
-        raise KernelError(
-            f"running a cuda plan needs cuda-pathfinder ({error}): pip install 'duq-vla[cuda-runtime]'"
-        ) from error
-    try:
-        return ctypes.CDLL(load_nvidia_dynamic_lib("cublasLt").abs_path)
-    except DynamicLibNotFoundError as error:
-        raise KernelError("running a cuda plan needs nvidia-cublas: pip install 'duq-vla[cuda-runtime]'") from error

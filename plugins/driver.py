@@ -16,9 +16,10 @@ import numpy as np
 
 from duq.plugins.errors import KernelError
 from duq.plugins.kernel import Shape
+from duq.plugins.libraries import Version, bindings_version
 from duq.plugins.nvrtc import Cubin
 
-OLDEST_CUDA = 13000  # what the pinned NVRTC compiles for
+OLDEST_12 = (12, 4)  # drivers for CUDA 12 before it lack cuFuncGetParamInfo
 PORTABLE_CLUSTER = 8  # blocks of a cluster that every GPU with clusters takes
 
 
@@ -26,7 +27,7 @@ def _driver():
     try:
         from cuda.bindings import driver
     except ImportError as error:
-        raise KernelError(f"CUDA needs cuda-bindings ({error}): pip install 'duq-vla[cuda]'") from error
+        raise KernelError(f"CUDA needs cuda-bindings ({error}): pip install 'duq-vla[cuda-runtime]'") from error
     return driver
 
 
@@ -73,15 +74,28 @@ def _device(ordinal: int) -> tuple[object, int]:
     """The device's primary context, kept from now on, and its compute capability."""
     driver = _driver()
     _call("cuInit", 0)
-    version = _call("cuDriverGetVersion")
-    if version < OLDEST_CUDA:
-        found, needed = (f"{v // 1000}.{v // 10 % 100}" for v in (version, OLDEST_CUDA))
-        raise KernelError(f"the NVIDIA driver is for CUDA {found}; update it to one for CUDA {needed} (580 or newer)")
+    _check_driver(cuda_version(), bindings_version().major)
     device = _call("cuDeviceGet", ordinal)
     attribute = driver.CUdevice_attribute
     major = _call("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
     minor = _call("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
     return _call("cuDevicePrimaryCtxRetain", device), 10 * major + minor
+
+
+def cuda_version() -> Version:
+    """The newest CUDA that the driver is for. Raises KernelError where there is no driver."""
+    return Version.of(_call("cuDriverGetVersion"))
+
+
+def _check_driver(found: Version, bindings: int) -> None:
+    """Raises KernelError where the driver is older than the CUDA of the bindings and of the libraries beside them."""
+    if found.major < bindings:
+        release = {12: 525, 13: 580}.get(bindings)
+        stay = found.major == 12 and found >= OLDEST_12
+        raise KernelError(
+            f"the NVIDIA driver is for CUDA {found}; update it to one for CUDA {bindings}.0 ({release} or newer)"
+            + (", or stay with it (JetPack 6): pip install 'duq-vla[cuda12]', and compile the plan with that" * stay)
+        )
 
 
 class Kernel:

@@ -1,10 +1,23 @@
 """Runs engine plans: ``runtime.Policy("engine.plan").infer(observation)``. Needs neither torch nor the compiler."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 if __name__ == "runtime":
     from duq.short_names import hand_over
 
     hand_over(__name__)
-else:
+if TYPE_CHECKING:
     from duq.runtime.policy import Policy
 
-    __all__ = ["Policy"]
+__all__ = ["Policy"]
+
+
+def __getattr__(name: str) -> object:
+    """Policy is imported when it is asked for: the options of the commands do not need numpy."""
+    if name == "Policy":
+        from duq.runtime.policy import Policy
+
+        return Policy
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

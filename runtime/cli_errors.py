@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 import tempfile
 import warnings
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from duq.plugins.errors import DuqError, DuqWarning
+
+_warnings: list[str] = []
 
 
 @contextmanager
@@ -23,12 +26,24 @@ def one_line_errors() -> Iterator[None]:
             app()
     """
     _print_any_name()
+    _warnings.clear()
     with _one_line_warnings():
         try:
             yield
         except (DuqError, OSError) as error:
+            logging.getLogger("duq").debug("the error comes from here:", exc_info=error)
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
+
+
+def keep_warning(line: str) -> None:
+    """Remembers a warning that was printed, for `warnings_printed`."""
+    _warnings.append(line)
+
+
+def warnings_printed() -> list[str]:
+    """Every warning of this command so far, without "warning: "; for --json."""
+    return list(_warnings)
 
 
 def _print_any_name() -> None:
@@ -45,6 +60,7 @@ def _one_line_warnings() -> Iterator[None]:
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         if issubclass(category, DuqWarning):
+            keep_warning(str(message))
             print(f"warning: {message}", file=sys.stderr)
         else:
             original(message, category, *place, **more)

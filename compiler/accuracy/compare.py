@@ -109,7 +109,7 @@ def compare(
     *,
     threads: int | None = None,
     seed: int = 0,
-    base: Path | None = None,
+    base: str | None = None,
 ) -> Comparison:
     """Runs both sides over the observations, one after the other, each in a process of its own.
 
@@ -135,7 +135,7 @@ def compare(
             noise = random.standard_normal((config.action_horizon, config.action_dim), np.float32)
             write_inputs(directory, index, each, noise)
         job = [directory, count, threads]
-        adapted = [] if base is None else [Path(base).resolve()]
+        adapted = [] if base is None else [base if "://" in base else Path(base).resolve()]
         cost = {
             "engine": _run("engine", [*job, plan.path.resolve()], count, progress),
             "reference": _run(

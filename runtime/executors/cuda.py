@@ -28,6 +28,7 @@ from duq.runtime.errors import PlanError
 from duq.runtime.executors.programs import (
     Program,
     best_first,
+    device_bytes_of,
     has_kernels,
     programs_of,
     shared_bytes_of,
@@ -72,8 +73,7 @@ class CudaExecutor:
         self._stream, self._branch, self._ahead = (driver.Stream() for _ in range(3))
         self._events = [driver.Event() for _ in range(3)]  # before the prefix, after it, after the steps
         self._library = CublasLt() if _uses_library(schedule) else None
-        weight_bytes = sum(size for _, size in schedule["weights"].values())
-        _check_memory(plan, weight_bytes + schedule["arena_bytes"] + 3 * WORKSPACE_BYTES)
+        _check_memory(plan, device_bytes_of(schedule))
         self._weights, self._offsets = _upload_weights(plan, schedule["weights"], self._stream)
         self._arena = driver.Memory(schedule["arena_bytes"])
         streams = self._stream, self._branch, self._ahead
@@ -358,8 +358,9 @@ def _go_on_together(streams: Iterable[driver.Stream], others: Iterable[driver.St
 
 def _choose(plan: Plan, sm: int, wanted: int | None) -> tuple[Program, Data]:
     """The program of the plan that the GPU runs best, of all or of those made for the SM `wanted`, and its schedule."""
-    limit, too_large = driver.block_shared_bytes(), ""
-    for program in best_first(programs_of(plan.manifest), sm):
+    limit, cuda, too_large = driver.block_shared_bytes(), driver.cuda_version(), ""
+    programs = programs_of(plan.manifest)
+    for program in best_first(programs, sm, cuda):
         if wanted not in (None, program.sm):
             continue
         schedule = _schedule(plan, program.schedule)
@@ -369,13 +370,19 @@ def _choose(plan: Plan, sm: int, wanted: int | None) -> tuple[Program, Data]:
             f" (the program for SM {program.sm} takes {needed / 1024:.0f} KB of shared memory a thread block, "
             f"this GPU has {limit / 1024:.0f} KB)"
         )
+    newer = [each.driver for each in programs if each.runs_on(sm) and each.driver > cuda and wanted in (None, each.sm)]
+    if newer and not too_large:
+        raise PlanError(
+            f"{plan.path}: needs a driver for CUDA {min(newer)}, this machine's is for CUDA {cuda}; update it, or compile "
+            f"the plan with an older NVRTC ('duq-vla[cuda12]' for CUDA 12)"
+        )
     if wanted is None or too_large:
         made_for = ", ".join(str(each) for each in plan.manifest["sm"])
         raise PlanError(
             f"{plan.path}: is made for SM {made_for}{too_large}, this machine's GPU is SM {sm}; compile it with --sm "
             f"{sm_to_compile_for(sm, limit)}"
         )
-    held = ", ".join(f"SM {each.sm} ({each.image})" for each in programs_of(plan.manifest))
+    held = ", ".join(f"SM {each.sm} ({each.image})" for each in programs)
     raise PlanError(f"{plan.path}: has no program for SM {wanted} that a GPU of SM {sm} runs; it has {held}")
 
 

@@ -19,8 +19,7 @@ import duq.compiler.pipeline
 import duq.runtime.plan
 import duq.tools.compare
 import duq.tools.make_checkpoint
-from duq.compiler.cli import compile_main
-from duq.compiler.quantize_cli import quantize_main
+from duq.compiler.commands import compile_main, quantize_main
 from duq.plugins.errors import KernelError
 from duq.runtime import Policy
 from duq.runtime.errors import ObservationError, PlanError

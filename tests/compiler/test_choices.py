@@ -18,7 +18,7 @@ from rich.progress import Progress
 from duq.compiler.checkpoint import load_checkpoint
 from duq.compiler.checkpoint.synthetic import make_checkpoint
 from duq.compiler.checkpoint.training import published, settings_of_trainer, training_config
-from duq.compiler.cli import compile_main
+from duq.compiler.commands import compile_main
 from duq.compiler.errors import CheckpointError
 from duq.compiler.pipeline import compile_policy
 from duq.compiler.quant import Quantization, load_recipe

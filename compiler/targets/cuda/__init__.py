@@ -42,6 +42,7 @@ from duq.compiler.targets.gpu import GPU_PHASES
 from duq.compiler.targets.ops import Prompt
 from duq.compiler.targets.values import array_of
 from duq.plugins.gpu import GPUS, Gpu, gpu_of
+from duq.plugins.nvrtc import nvrtc_version
 from duq.runtime.plan import PlanWriter
 
 ARCHITECTURES = tuple(sorted(GPUS))
@@ -101,7 +102,7 @@ def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options: CudaOp
         check_covered(model, ops[name])
         report(f"fuse-{name}", fused.describe(ops[name]))
     weights, schedules = Weights(), {}
-    sections: dict[str, Any] = {"ptx": list(options.ptx_sms)}
+    sections: dict[str, Any] = {"ptx": list(options.ptx_sms), "nvrtc": str(nvrtc_version())}
     for sm in options.sm:
         gpu, timed = _gpu_for(sm, options)
         planned = _plan_for(gpu, timed, graphs, ops, weights, progress, options, report)

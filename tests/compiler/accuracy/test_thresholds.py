@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -91,3 +93,11 @@ def test_thresholds_that_are_none_are_refused(change, said):
 
 def test_results_are_in_order():
     assert RESULTS == ("pass", "look", "fail")
+
+
+def test_the_docs_have_every_criterion_with_its_thresholds():
+    page = (Path(__file__).parents[3] / "docs" / "accuracy.md").read_text().partition("## A policy")[0]
+    rows = re.findall(r"^\| `([\w-]+)` \| .* \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
+    assert [(name, float(look), float(fail)) for name, look, fail in rows] == [
+        (name, each.look, each.fail) for name, each in CRITERIA.items()
+    ]

@@ -16,6 +16,8 @@ from duq.plugins.errors import KernelError
 from duq.plugins.kernel import Shape
 from duq.plugins.kernels.library import MATMUL
 from duq.plugins.kernels.reference import Launched, Memory, Pointer
+from duq.plugins.libraries import Version
+from duq.plugins.nvrtc import nvrtc_version
 from duq.runtime import Policy
 from duq.runtime.config import ModelConfig
 from duq.runtime.errors import PlanError
@@ -82,7 +84,7 @@ class Library:
 def on_the_host(monkeypatch):
     driver = SimpleNamespace(
         open_device=lambda: 90, block_shared_bytes=lambda: 227 << 10, free_memory=lambda: (1 << 40, 1 << 40), Shape=Shape,
-        Memory=Block, PinnedArray=Block,
+        cuda_version=lambda: Version(13, 0), Memory=Block, PinnedArray=Block,
         Stream=OneStream, Event=Ordered, load=lambda cubin: {each: Kernel(each) for each in cubin.symbols},
     )  # fmt: skip
     monkeypatch.setattr(executor, "driver", driver)
@@ -205,7 +207,12 @@ def test_runs_the_program_that_suits_the_gpu(gpu, program, image, on_a_gpu, tiny
     loaded, plan = on_a_gpu(gpu), Plan(tiny_plans("pi0", DEFAULT_PRESET, "cuda").plan)
     config = ModelConfig.from_json(plan.manifest["model"])
     policy, inputs, noise = executor.CudaExecutor(plan), make_inputs(config, *CALLS[1]), make_noise(config)
-    assert policy.program.to_json() == {"sm": program, "image": image}
+    by = nvrtc_version()
+    assert policy.program.to_json() == {
+        "sm": program,
+        "image": image,
+        "driver": f"{by.major}.0" if image == "cubin" else str(by),
+    }
     assert loaded and all(each.startswith(b"\x7fELF" if image == "cubin" else b"//") for each in loaded)
     assert image == "cubin" or all(each.endswith(b"\0") for each in loaded)
     np.testing.assert_array_equal(policy.run(inputs, noise)[0], emulate.run(plan, program, inputs, noise))
@@ -220,7 +227,11 @@ def test_runs_the_program_that_suits_the_gpu(gpu, program, image, on_a_gpu, tiny
 def test_runs_the_program_that_is_asked_for(on_a_gpu, tiny_plans):
     on_a_gpu(90)
     plan = Plan(tiny_plans("pi0", "none", "cuda").plan)
-    assert executor.CudaExecutor(plan, program=86).program.to_json() == {"sm": 86, "image": "ptx"}
+    assert executor.CudaExecutor(plan, program=86).program.to_json() == {
+        "sm": 86,
+        "image": "ptx",
+        "driver": str(nvrtc_version()),
+    }
     with pytest.raises(
         PlanError, match=r"no program for SM 89 that a GPU of SM 90 runs; it has SM 86 \(cubin\), SM 86 \(ptx\)"
     ):
@@ -230,7 +241,9 @@ def test_runs_the_program_that_is_asked_for(on_a_gpu, tiny_plans):
 def test_a_policy_says_which_program_runs(on_a_gpu, tiny_plans):
     on_a_gpu(120)
     metadata = Policy(tiny_plans("pi0", "none", "cuda").plan).metadata
-    assert metadata["program"] == {"sm": 86, "image": "ptx"} and json.loads(json.dumps(metadata)) == metadata
+    assert (
+        metadata["program"] == {"sm": 86, "image": "ptx", "driver": "13.0"} and json.loads(json.dumps(metadata)) == metadata
+    )
 
 
 @pytest.mark.parametrize(
@@ -258,6 +271,23 @@ def test_refuses_a_later_gpu_without_ptx(on_a_gpu, tiny_plans):
     plan.manifest |= {"sm": [90], "graphs": {"ptx": []}}
     with pytest.raises(PlanError, match=r"is made for SM 90, this machine's GPU is SM 100; compile it with --sm \d+"):
         executor.CudaExecutor(plan)
+
+
+def test_a_driver_older_than_what_made_the_plan(on_a_gpu, tiny_plans, monkeypatch):
+    """Machine code loads on every driver of a major version; PTX on none older than the NVRTC that wrote it."""
+    on_a_gpu(89)
+    plan = Plan(tiny_plans("pi0", "none", "cuda").plan)
+    plan.manifest["graphs"]["nvrtc"] = "13.0"
+    monkeypatch.setattr(executor.driver, "cuda_version", lambda: Version(12, 6))
+    with pytest.raises(PlanError, match=r"needs a driver for CUDA 13\.0, this machine's is for CUDA 12\.6; update it"):
+        executor.CudaExecutor(plan)
+    plan.manifest["graphs"]["nvrtc"] = "12.9"
+    assert executor.CudaExecutor(plan).program.to_json() == {"sm": 86, "image": "cubin", "driver": "12.0"}
+    on_a_gpu(120)
+    with pytest.raises(PlanError, match=r"needs a driver for CUDA 12\.9, this machine's is for CUDA 12\.6"):
+        executor.CudaExecutor(plan)
+    monkeypatch.setattr(executor.driver, "cuda_version", lambda: Version(13, 0))
+    assert executor.CudaExecutor(plan).program.to_json() == {"sm": 86, "image": "ptx", "driver": "12.9"}
 
 
 def test_a_driver_that_does_not_compile_the_ptx_is_named(on_a_gpu, tiny_plans, monkeypatch):
