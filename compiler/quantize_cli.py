@@ -88,7 +88,7 @@ def check_device(device: str) -> None:
 
 
 def open_policy(
-    path: str, choices: Choices, asset_id: str | None, tokenizer: Path | None, base: Path | None = None
+    path: str, choices: Choices, asset_id: str | None, tokenizer: Path | None, base: str | None = None
 ) -> tuple[Checkpoint, PolicySettings]:
     """The checkpoint with `tokenizer` in place of its own if given, and the settings around it."""
     preferred = training_config(choices.config).settings.asset_id if choices.config else None

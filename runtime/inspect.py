@@ -77,7 +77,10 @@ def _print_differences(console: Console, first: Plan, second: Plan, as_json: boo
         typer.echo(json.dumps({"first": str(first.path), "second": str(second.path), **found}, indent=1))
         return
     tables = difference_tables(found, str(first.path), str(second.path))
-    console.print(*tables or [f"{first.path} and {second.path} differ in no setting, linear, launch or size"], sep="\n")
+    if not tables:
+        console.print(f"{first.path} and {second.path} differ in no setting, linear, launch or size", soft_wrap=True)
+    for table in tables:
+        console.print(table)
 
 
 def _print_all(console: Console, plan: Plan, entries: bool, layers: bool) -> None:

@@ -25,12 +25,12 @@ def differences(first: Plan, second: Plan) -> dict[str, Any]:
     and what it computes, their numbers. "bytes": of the file, and of the entries by kind.
     """
     return {
-        "settings": _unequal(*(_settings(plan.manifest) for plan in (first, second))),
-        "plan": _unequal(*(_listed(plan.manifest) for plan in (first, second))),
-        "recipe": _unequal(*(_quantization(plan).get("recipe") or {} for plan in (first, second))),
-        "linears": _unequal(*(_linears(plan) for plan in (first, second))),
-        "launches": _unequal(*(_launches(plan) for plan in (first, second)), absent=0),
-        "bytes": _unequal(*(_sizes(plan) for plan in (first, second)), absent=0),
+        "settings": _unequal(_settings(first), _settings(second)),
+        "plan": _unequal(_listed(first), _listed(second)),
+        "recipe": _unequal(_recipe(first), _recipe(second)),
+        "linears": _unequal(_linears(first), _linears(second)),
+        "launches": _unequal(_launches(first), _launches(second), absent=0),
+        "bytes": _unequal(_sizes(first), _sizes(second), absent=0),
     }
 
 
@@ -49,17 +49,21 @@ def difference_tables(found: Mapping[str, Mapping[str, Pair]], first: str, secon
 
 
 def _unequal(first: Mapping[str, Any], second: Mapping[str, Any], absent: Any = None) -> dict[str, Pair]:
-    pairs = {name: [first.get(name, absent), second.get(name, absent)] for name in first | dict(second)}
+    pairs = {name: [first.get(name, absent), second.get(name, absent)] for name in {**first, **second}}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _settings(manifest: Mapping[str, Any]) -> dict[str, str]:
-    return {name: value for name, value, _ in settings_rows(dict(manifest))}
+def _settings(plan: Plan) -> dict[str, str]:
+    return {name: value for name, value, _ in settings_rows(plan.manifest)}
 
 
-def _listed(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    made_from = (manifest.get("checkpoint") or {}).get("fingerprint")
-    return {name: manifest[name] for name in LISTED if name in manifest} | {"checkpoint": made_from}
+def _listed(plan: Plan) -> dict[str, Any]:
+    made_from = (plan.manifest.get("checkpoint") or {}).get("fingerprint")
+    return {name: plan.manifest[name] for name in LISTED if name in plan.manifest} | {"checkpoint": made_from}
+
+
+def _recipe(plan: Plan) -> dict[str, Any]:
+    return _quantization(plan).get("recipe") or {}
 
 
 def _quantization(plan: Plan) -> dict[str, Any]:
@@ -94,11 +98,11 @@ def _sizes(plan: Plan) -> dict[str, int]:
 
 def _over_layers(linears: Mapping[str, Pair]) -> Iterable[tuple[str, Pair]]:
     """Linears of all layers that differ alike, as one row; those whose SQNR alone differs, as one a kind."""
-    groups: dict[tuple[str, str, str], list[Pair]] = {}
+    groups: dict[tuple[str, tuple[str, ...]], list[Pair]] = {}
     for name, pair in linears.items():
-        ops = ["float" if each is None else str(each).partition(",")[0] for each in pair]
-        groups.setdefault((re.sub(r"\.layers\.\d+\.", ".layers.*.", name), *ops), []).append(pair)
-    for (name, *ops), pairs in groups.items():
+        ops = tuple("float" if each is None else str(each).partition(",")[0] for each in pair)
+        groups.setdefault((re.sub(r"\.layers\.\d+\.", ".layers.*.", name), ops), []).append(pair)
+    for (name, ops), pairs in groups.items():
         yield f"{name} ({len(pairs)})", [_worst(op, [pair[side] for pair in pairs]) for side, op in enumerate(ops)]
 
 

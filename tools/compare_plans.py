@@ -132,8 +132,9 @@ def summarize(plans: Sequence[Plan], first: Side, second: Side) -> dict[str, Any
     dims = first.normalized.shape[-1]
     names = described.action_names if described else tuple(str(index) for index in range(dims))
     units = (described.action_units if described else ()) or ("",) * dims
-    in_robot_units = first.robot is not None and second.robot is not None
-    shown = (first.robot, second.robot) if in_robot_units else (first.normalized, second.normalized)
+    shown, in_robot_units = (first.normalized, second.normalized), False
+    if first.robot is not None and second.robot is not None:
+        shown, in_robot_units = (first.robot, second.robot), True
     dimensions = [
         {"name": name, "unit": (unit or "-") if in_robot_units else "normalized", **_measures(found)}
         for name, unit, found in zip(names, units, by_dimension(*shown), strict=True)

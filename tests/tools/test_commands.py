@@ -292,3 +292,11 @@ def test_a_hub_address_is_printed_as_given(option, command_line, tmp_path, monke
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     ran = command_line(compile_main, "hf://owner/policy", "--base", "hf://owner/base", "--out", tmp_path / "e.plan")
     assert ran.code == 2 and "hf://owner/policy" in ran.err and "hf:/o" not in ran.err.replace("hf://o", "")
+
+
+def test_the_page_of_commands_lists_each_with_its_extra():
+    page = (ROOT / "docs" / "commands.md").read_text()
+    rows = {cells[1].strip(" `"): cells[3] for cells in (line.split("|") for line in page.splitlines() if line[:3] == "| `")}
+    assert rows.keys() == commands.COMMANDS.keys()
+    for name, extra in commands.COMMANDS.items():
+        assert f"`{extra}`" in rows[name] if extra else "none" in rows[name], name
