@@ -20,9 +20,9 @@ def working_range(norm_stats: Mapping[str, Any] | None, dims: int, pi05: bool) -
 
     norm_stats: the plan's (see compiler.checkpoint.norm_stats), or None. By quantiles or extremes, the range between them
     is -1..1. By mean and deviation it is that of the 1st to the 99th percentile, from the statistics where they hold both,
-    else that of a normal distribution. Actions without statistics are taken for what the policy's own rule makes of them.
+    else that of a normal distribution. Without statistics it is -1..1, the narrowest of these.
     """
-    stats = (norm_stats or {}).get("actions") or {}
+    stats = (norm_stats or {}).get("actions") or {"mode": "IDENTITY"}
     if stats.get("mode", "QUANTILES" if pi05 else "MEAN_STD") != "MEAN_STD":
         return np.full(dims, UNIT_RANGE), f"{_named(stats)}: -1..1 of the normalized actions"
     if stats.get("q01") is None or stats.get("q99") is None or stats.get("std") is None:
@@ -35,7 +35,7 @@ def working_range(norm_stats: Mapping[str, Any] | None, dims: int, pi05: bool) -
 
 
 def _named(stats: Mapping[str, Any]) -> str:
-    names = {"MIN_MAX": "minimum to maximum", "QUANTILE10": "10th to 90th percentile", "IDENTITY": "not normalized"}
+    names = {"MIN_MAX": "minimum to maximum", "QUANTILE10": "10th to 90th percentile", "IDENTITY": "no normalization"}
     return names.get(stats.get("mode", ""), "1st to 99th percentile")
 
 

@@ -69,7 +69,7 @@ def made_up_comparison(
     reference, engine = np.stack(stages.reference_actions), np.stack(stages.engine_actions)
     scale = np.geomspace(1e-5, 3000, joints).astype(np.float32)
     robot = RobotActions(*({i: scale * side[i] for i in range(observations)} for side in (reference, engine)))
-    ranges, basis = working_range(None, joints, pi05=False)
+    ranges, basis = working_range({"actions": {"mode": "MEAN_STD"}}, joints, pi05=False)
     per_observation = [
         {"cameras": 2, "prompt_tokens": 9, "actions": difference(reference[i], engine[i]).to_json(),
          "robot_actions": robot.measures(i, names)}

@@ -296,7 +296,9 @@ def test_a_hub_address_is_printed_as_given(option, command_line, tmp_path, monke
 
 def test_the_page_of_commands_lists_each_with_its_extra():
     page = (ROOT / "docs" / "commands.md").read_text()
-    rows = {cells[1].strip(" `"): cells[3] for cells in (line.split("|") for line in page.splitlines() if line[:3] == "| `")}
+    rows = {
+        cells[1].strip(" `"): cells[3] for cells in (line.split("|") for line in page.splitlines() if line[:3] == "| `")
+    }
     assert rows.keys() == commands.COMMANDS.keys()
     for name, extra in commands.COMMANDS.items():
         assert f"`{extra}`" in rows[name] if extra else "none" in rows[name], name

@@ -48,9 +48,9 @@ def test_joints_that_hardly_move_and_policies_without_statistics():
     still = {"mean": [0.0] * 3, "std": [0.0, 1.0, 1.0], "q01": [0.0, 0.0, -0.5], "q99": [0.0, 0.0, 2.5]}
     widths, _ = working_range({"actions": still}, 5, pi05=False)
     assert widths.tolist() == [NORMAL_RANGE, 2, 3, NORMAL_RANGE, NORMAL_RANGE]  # never 0; wider plans than statistics
-    assert working_range(None, 2, pi05=False)[0].tolist() == [NORMAL_RANGE] * 2
-    assert working_range(None, 2, pi05=True)[0].tolist() == [2, 2]
-    assert "not normalized" in working_range({"actions": {"mode": "IDENTITY"}}, 2, pi05=True)[1]
+    for nothing in (None, {}, {"actions": {}}, {"actions": {"mode": "IDENTITY"}}):
+        widths, basis = working_range(nothing, 2, pi05=False)  # the strictest
+        assert widths.tolist() == [2, 2] and "no normalization" in basis
 
 
 def test_measures_of_joints_and_of_actions_against_their_formulas():

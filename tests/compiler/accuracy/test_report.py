@@ -105,6 +105,14 @@ def test_the_page_names_every_joint_and_its_errors_in_the_robot_s_units():
     )
 
 
+def test_a_plan_without_a_robot_says_so():
+    comparison = made_up_comparison(joints=2)
+    assert "describes no robot" not in report.page(comparison)
+    comparison.summary["plan"]["robot"], comparison.robot = "none", None
+    page = report.page(comparison)
+    assert "describes no robot" in page and "in normalized units" in page
+
+
 def test_where_it_comes_from_is_on_the_page():
     comparison = made_up_comparison()
     page = report.page(comparison)
