@@ -89,13 +89,13 @@ def _compare(
     verdict = None
     if report is not None:
         check_output_file("--report", report)
-    if Path(reference).is_file():
+    if _is_plan(Path(reference)):
         for flag, given in (
             ("--report", report), ("--any-checkpoint", any_checkpoint or None), ("--base", base),
             ("--criterion", criterion), ("--fail-on", fail_on),
         ):  # fmt: skip
             if given is not None:
-                raise DuqError(f"{flag}: is for a comparison with a checkpoint, but {reference} is a file; leave it out")
+                raise DuqError(f"{flag}: is for a comparison with a checkpoint, but {reference} is a plan; leave it out")
         from duq.tools.compare_plans import compare_plans
 
         failures = compare_plans(
@@ -118,6 +118,14 @@ def _compare(
 def _fails(fail_on: FailOn) -> tuple[str, ...]:
     """The verdicts that end in exit code 1."""
     return () if fail_on == "never" else RESULTS[RESULTS.index(fail_on) :]
+
+
+def _is_plan(path: Path) -> bool:
+    """Whether it is a zip file, as plans are and checkpoints are not: nothing more, so that a damaged plan is called one."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def main() -> None:

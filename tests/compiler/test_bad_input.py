@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import duq.compiler.accuracy.compare
+import duq.compiler.checkpoint.synthetic
 import duq.compiler.cli
 import duq.compiler.pipeline
 import duq.runtime.plan
@@ -121,7 +122,7 @@ def no_long_work(compiled, monkeypatch):
         (duq.compiler.pipeline, "export"),
         (duq.compiler.pipeline, "quantize"),
         (duq.compiler.accuracy.compare, "run_worker"),
-        (duq.tools.make_checkpoint, "make_checkpoint"),
+        (duq.compiler.checkpoint.synthetic, "make_checkpoint"),
     ):
         monkeypatch.setattr(module, name, began)
 
