@@ -15,6 +15,7 @@ import typer
 
 from duq.plugins.errors import DuqError
 from duq.runtime.cli_errors import one_line_errors
+from duq.runtime.command_line import command_app
 from duq.runtime.policy import Policy
 from duq.runtime.recording import Recorder
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from duq.runtime.server import PolicyServer
 
 API_KEY_VARIABLE = "DUQ_API_KEY"
-app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = command_app()
 log = logging.getLogger(__name__)
 
 

@@ -24,22 +24,16 @@ if __name__ == "__main__":  # in a checkout; in tools/, profile.py would pass fo
 
 import numpy as np
 import typer
-from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from rich.console import Console
 from rich.table import Table
 
-from duq.runtime import Policy
 from duq.runtime.cli_errors import one_line_errors
+from duq.runtime.command_line import command_app
 from duq.runtime.config import IMAGE_SLOTS
-from duq.runtime.server import PolicyServer
+from duq.runtime.policy import Policy
 
 WARM_UP = 20  # calls that are not counted
-app = typer.Typer(
-    add_completion=False,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    help="Measure what duq-serve adds to a policy's own time, and whether it endures, with openpi-client.",
-)
+app = command_app("Measure what duq-serve adds to a policy's own time, and whether it endures, with openpi-client.")
 PlanOption = Annotated[Path | None, typer.Option("--plan", help="Serve this engine.plan, not a stand-in.")]
 InferOption = Annotated[float, typer.Option("--infer-ms", min=0, help="Time that the stand-in takes for a call.")]
 
@@ -69,6 +63,8 @@ def overhead(
     cameras: Annotated[int, typer.Option(min=1, max=3, help="Of 224 x 224.")] = 3,
 ) -> None:
     """Print how much longer a call takes through the server, on loopback, than the policy's infer in it."""
+    from openpi_client.websocket_client_policy import WebsocketClientPolicy
+
     with _serving(plan, infer_ms) as port:
         client, observation, times = WebsocketClientPolicy("127.0.0.1", port), _observation(0.0, cameras), []
         for _ in range(WARM_UP + calls):
@@ -88,6 +84,8 @@ def soak(
     seconds: Annotated[float, typer.Option(min=1)] = 600.0,
 ) -> None:
     """Let clients call without pause; print errors, latencies and the server's memory. Exits with 1 after an error."""
+    import openpi_client.websocket_client_policy  # noqa: F401  # where it is missing, before there are threads to say so
+
     with _serving(plan, infer_ms) as port:
         end = time.monotonic() + seconds
         robots = [Robot(port, number, end, checks_reply=plan is None) for number in range(clients)]
@@ -123,6 +121,8 @@ class Robot(threading.Thread):
         self.start()
 
     def run(self) -> None:
+        from openpi_client.websocket_client_policy import WebsocketClientPolicy
+
         client = WebsocketClientPolicy("127.0.0.1", self._port)
         while time.monotonic() < self._end and not self.error:
             value = self._number + len(self.milliseconds) / 2**20
@@ -158,6 +158,8 @@ def _serving(plan: Path | None, infer_ms: float) -> Iterator[int]:
 
 
 def _serve(listener: socket.socket, plan: Path | None, infer_ms: float) -> None:
+    from duq.runtime.server import PolicyServer
+
     policy: Policy | StandIn = StandIn(infer_ms)
     if plan is not None:
         with one_line_errors():
