@@ -285,7 +285,7 @@ from duq.runtime import serve_cli
 
 class Policy:
     metadata = {"robot": "none"}
-    def __init__(self, plan, threads, seed): self.port = int(sys.argv[-1])
+    def __init__(self, plan, **options): self.port = int(sys.argv[-1])
     def warmup(self): self.refused = bool(socket.socket().connect_ex(("127.0.0.1", self.port)))
     def infer(self, obs): time.sleep(0.5); return {"actions": np.array([self.refused]), "policy_timing": {}}
 
