@@ -16,7 +16,7 @@ __all__ = ["EngineError", "ObservationError", "PlanError", "Policy"]
 
 
 def __getattr__(name: str) -> object:
-    """The policy and its errors are imported when asked for: the options of the commands do not need numpy."""
+    """Imported when they are asked for: the options of the commands do not need numpy."""
     if name == "Policy":
         from duq.runtime.policy import Policy
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import threading
 import time
@@ -86,6 +88,18 @@ class Policy:
         """How many chunks had actions outside of the robot's limits, by the action's name; of every action with limits."""
         names = self._opened.preprocessor.robot.limits if self._opened.preprocessor.robot else ()
         return {name: self._outside[name] for name in names}
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells plans apart: 16 hexadecimal digits of the SHA-256 of the manifest, which has the hashes of all else."""
+        text = json.dumps(self._opened.plan.manifest, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def check(self) -> None:
+        """Raises EngineError or PlanError, which say what to do, if no call can succeed any more. Waits for nothing."""
+        opened = self._opened
+        opened.engine.check()
+        opened.plan.check_unchanged()
 
     def warmup(self) -> None:
         """Does now what the first call would do once: page in the weights, allocate, import. Then no file is opened.

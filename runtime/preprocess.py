@@ -21,6 +21,7 @@ from duq.runtime.robots import Robot, load_robot
 from duq.runtime.tokenizer import Tokenizer
 from duq.runtime.transforms import checked, default_transforms
 
+MAX_PROMPT = 16 << 10  # characters of a prompt that is looked at; a policy takes at most a few hundred tokens
 log = logging.getLogger(__name__)
 
 
@@ -339,6 +340,8 @@ class Preprocessor:
                 raise ObservationError(f"prompt: has {ids.size} tokens, the policy takes at most {limit}; shorten it")
         else:
             text = self._text(observation)
+            if len(text) > MAX_PROMPT:  # whose tokens would take long to find, to be cut off
+                raise ObservationError(f"prompt: has {len(text)} characters, expected at most {MAX_PROMPT}; shorten it")
             ids = np.asarray(self._tokenize(text, state), np.int64)
             if ids.size > limit:
                 log.warning("prompt: %d tokens, cut off at the policy's %d: %.80r", ids.size, limit, text)

@@ -35,7 +35,6 @@ openpi's policies take. A plan carries its robot's description, so the machine t
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -501,10 +500,11 @@ def _limits(name: str, value: Any, names: tuple[str, ...]) -> tuple[float, float
     """The lowest and the highest value of an action."""
     if name not in names:
         raise _Fault(f"[actions] limits: {brief(name)} is no action, of {', '.join(names)}")
-    numbers = [each for each in value if type(each) in (int, float)] if isinstance(value, list) else []
-    if len(numbers) != 2 or len(value) != 2 or not -math.inf < numbers[0] < numbers[1] < math.inf:
+    given = value if isinstance(value, list) else []
+    numbers = [float(each) for each in given if type(each) in (int, float) and abs(each) <= sys.float_info.max]
+    if len(numbers) != 2 or len(given) != 2 or not numbers[0] < numbers[1]:
         raise _Fault(f"[actions] limits: {name} is {brief(value)}, expected [lowest, highest], two finite numbers")
-    return float(numbers[0]), float(numbers[1])
+    return numbers[0], numbers[1]
 
 
 def _list(value: Any, where: str) -> list[Any]:
