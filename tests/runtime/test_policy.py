@@ -183,7 +183,7 @@ def test_plans_that_cannot_be_run(make_policy, tmp_path):
 
 
 def test_runtime_imports_neither_torch_nor_the_compiler():
-    code = "import duq.runtime, duq.runtime.inspect, duq.runtime.observations, sys; print([m for m in sys.modules])"
+    code = "import duq.runtime.policy, duq.runtime.inspect, duq.runtime.observations, sys; print([m for m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "'duq.runtime.policy'" in loaded
     assert not [name for name in ("torch", "onnx", "duq.compiler", "duq.tools") if f"'{name}'" in loaded]
