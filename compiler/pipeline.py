@@ -33,6 +33,8 @@ from duq.compiler.phases import Pass, Phase, check_order, passes_of
 from duq.compiler.quant import Quantization, Recipe, quantize
 from duq.compiler.quant.transforms import LinearTransform
 from duq.compiler.targets import Options, Target, cpu, cuda, tensorrt
+from duq.runtime.errors import PlanError
+from duq.runtime.files import check_output_file
 from duq.runtime.plan import PlanWriter
 from duq.runtime.preprocess import ModelInputs
 from duq.runtime.signing import Signer
@@ -115,6 +117,7 @@ def compile_policy(
     Raises CheckpointError for weights that are not finite, GraphError for a graph that a pass does not know, PlanError for
     settings that a plan cannot hold.
     """
+    check_output_file("", out, PlanError)
     target, options = TARGETS[options.target], options.settled(checkpoint)
     check_policy(checkpoint, options)
     check_weights(checkpoint, progress)

@@ -15,6 +15,7 @@ from typing import Any
 
 from duq.compiler.checkpoint import Checkpoint
 from duq.compiler.checkpoint.lerobot import POSTPROCESSOR, PREPROCESSOR, VERSIONS, version_transforms
+from duq.compiler.checkpoint.storage import read_tokenizer
 from duq.compiler.checkpoint.training import TrainingConfig, training_config
 from duq.compiler.errors import CheckpointError, DuqError
 from duq.runtime.config import IMAGE_SLOTS, ROTARY
@@ -65,7 +66,7 @@ class PolicySettings:
             robot=self.robot or "none",
             layout=checkpoint.layout,
             norm_stats=checkpoint.norm_stats,
-            tokenizer=None if checkpoint.tokenizer is None else checkpoint.tokenizer.read_bytes(),
+            tokenizer=None if checkpoint.tokenizer is None else read_tokenizer(checkpoint.tokenizer),
             cameras=cameras,
             transforms=self.transforms,
         )

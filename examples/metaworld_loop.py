@@ -24,6 +24,7 @@ from duq.examples.metaworld_env import ACTION_DIM, PROMPTS, MetaworldEnv
 from duq.plugins.errors import DuqError
 from duq.runtime import Policy
 from duq.runtime.cli_errors import check_output_file, one_line_errors
+from duq.runtime.files import replacing
 from duq.runtime.realtime import ChunkStream, Report, control_loop
 
 THUMBNAIL, COLUMNS = 112, 10  # of the contact sheet: pixels, moments
@@ -74,9 +75,12 @@ def run_asynchronously(infer: Callable, episode: Episode, engine: Executor, rate
 
 
 def contact_sheet(episodes: list[Episode]) -> Image.Image:
-    """Moments of each episode from left to right, its cameras one below the other; framed in green where it succeeded."""
+    """Moments of each episode from left to right, its cameras one below the other; framed in green where it succeeded.
+
+    An episode with fewer moments than there are columns is shorter: none is shown twice.
+    """
     strips = [_strip(episode) for episode in episodes]
-    sheet = Image.new("RGB", (strips[0].width, sum(strip.height for strip in strips)))
+    sheet = Image.new("RGB", (max(strip.width for strip in strips), sum(strip.height for strip in strips)))
     top = 0
     for strip in strips:
         sheet.paste(strip, (0, top))
@@ -85,9 +89,10 @@ def contact_sheet(episodes: list[Episode]) -> Image.Image:
 
 
 def _strip(episode: Episode) -> Image.Image:
-    moments = [episode.seen[i] for i in np.linspace(0, len(episode.seen) - 1, COLUMNS).round().astype(int)]
+    seen = list(dict(episode.seen).items())  # the last look at a step, where there are two: an episode's end is a look more
+    moments = [seen[i] for i in np.linspace(0, len(seen) - 1, min(COLUMNS, len(seen))).round().astype(int)]
     rows = len(moments[0][1])
-    strip = Image.new("RGB", (COLUMNS * THUMBNAIL, rows * THUMBNAIL))
+    strip = Image.new("RGB", (len(moments) * THUMBNAIL, rows * THUMBNAIL))
     draw = ImageDraw.Draw(strip)
     for column, (step, images) in enumerate(moments):
         left = column * THUMBNAIL
@@ -152,7 +157,8 @@ def _run(
             _print(task.value, start, episode, report)
     print(f"{sum(episode.success for episode in done)} of {episodes} episodes succeeded")
     if sheet is not None:
-        contact_sheet(done).save(sheet, "PNG")
+        with replacing(sheet) as file:
+            contact_sheet(done).save(file, "PNG")
 
 
 def _infer(

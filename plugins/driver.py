@@ -28,7 +28,7 @@ def _driver():
     try:
         from cuda.bindings import driver
     except ImportError as error:
-        raise KernelError(f"CUDA needs cuda-bindings ({error}): pip install 'duq-vla[cuda]'") from error
+        raise KernelError(f"CUDA needs cuda-bindings ({error}): pip install 'duq-vla[cuda-runtime]'") from error
     return driver
 
 

@@ -29,6 +29,7 @@ import numpy as np
 
 from duq.runtime import schema, signing
 from duq.runtime.errors import PlanError
+from duq.runtime.files import Draft
 
 FORMAT_VERSION = 2
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
@@ -52,17 +53,14 @@ class PlanWriter:
             offset = plan.write("weights/x", array)
             plan.finish({"model": ...})
 
-    Leaving the block without `finish`, by an exception or otherwise, removes what was written.
+    Leaving the block without `finish`, by an exception or otherwise, removes what was written. PlanError names the file where
+    it cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        if not self.path.parent.is_dir():
-            raise PlanError(f"{self.path}: the folder {self.path.parent} does not exist; create it first")
-        if self.path.is_dir():
-            raise PlanError(f"{self.path}: is a folder; name a file to write the plan to")
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        self._file = open(self._temporary, "wb")
+        self._draft = Draft(self.path, PlanError)
+        self._file = self._draft.file
         self._zip = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED, allowZip64=True)
         self._entries: dict[str, dict[str, Any]] = {}
         self._hasher = ThreadPoolExecutor(1)  # hashes a piece while it is written
@@ -73,10 +71,13 @@ class PlanWriter:
     def __exit__(self, *exception: object) -> None:
         self._hasher.shutdown()
         try:
-            self._zip.close()
-        finally:  # also when the disk is full and closing fails
-            self._temporary.unlink(missing_ok=True)
-            self._file.close()
+            if not self._file.closed:
+                self._zip.close()
+        except PlanError:
+            if not any(exception):  # else it is the same once more: the disk is full
+                raise
+        finally:
+            self._draft.discard()
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -118,10 +119,7 @@ class PlanWriter:
         if signer is not None:
             self._zip.writestr(zipfile.ZipInfo(SIGNATURE), signer.sign(text).to_json())
         self._zip.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._temporary, self.path)
+        self._draft.publish()
 
     def _padded_header(self, name: str, alignment: int) -> zipfile.ZipInfo:
         """The entry's header, its extra fields sized so that header + position is a multiple of `alignment`."""

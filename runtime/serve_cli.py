@@ -16,6 +16,7 @@ import typer
 
 from duq.plugins.errors import DuqError
 from duq.runtime.cli_errors import one_line_errors
+from duq.runtime.command_line import command_app
 from duq.runtime.policy import Policy
 from duq.runtime.recording import Recorder
 from duq.runtime.server_limits import Limits, RateLimit, keep_freed_memory, reserve_files
@@ -37,7 +38,7 @@ def _Seconds(what: str) -> Any:
     return typer.Option(min=0.1, callback=_finite, help=f"Seconds {what}")
 
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = command_app()
 log = logging.getLogger(__name__)
 
 

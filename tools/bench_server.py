@@ -26,30 +26,21 @@ if __name__ == "__main__":  # in a checkout; in tools/, profile.py would pass fo
 
 import numpy as np
 import typer
-from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from rich.console import Console
 from rich.table import Table
-from websockets.exceptions import ConnectionClosed
 
 from duq.plugins.errors import DuqError
-from duq.runtime import Policy
 from duq.runtime.cli_errors import one_line_errors
+from duq.runtime.command_line import command_app
 from duq.runtime.config import IMAGE_SLOTS
 from duq.runtime.errors import ObservationError
-from duq.runtime.serve_cli import run_until_signal
-from duq.runtime.server import PolicyServer
-from duq.tools.hostile import hostile_peers
+from duq.runtime.policy import Policy
 
 WARM_UP = 20  # calls that are not counted
 TASKS = 3  # observations that a client sends in turn
 TOLERANCE = 1e-5  # of actions, against another process' same calls
 THREADS = 2  # that a server may start when it is first used
-app = typer.Typer(
-    add_completion=False,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    help="Measure what duq-serve adds to a policy's own time, and whether it endures, with openpi-client.",
-)
+app = command_app("Measure what duq-serve adds to a policy's own time, and whether it endures, with openpi-client.")
 PlanOption = Annotated[Path | None, typer.Option("--plan", help="Serve this engine.plan, not a stand-in.")]
 InferOption = Annotated[float, typer.Option("--infer-ms", min=0, help="Time that the stand-in takes for a call.")]
 
@@ -111,6 +102,8 @@ def overhead(
     cameras: Annotated[int, typer.Option(min=1, max=3, help="Of 224 x 224.")] = 3,
 ) -> None:
     """Print how much longer a call takes through the server, on loopback, than the policy's infer in it."""
+    from openpi_client.websocket_client_policy import WebsocketClientPolicy
+
     with _serving(plan, infer_ms) as (port, _):
         client, times = WebsocketClientPolicy("127.0.0.1", port), []
         observation = _observation(0.0, cameras) | {"noise_seed": 0}
@@ -138,6 +131,10 @@ def soak(
     An error is also a reply to another request, growth of memory, open files or threads, and a server that SIGTERM does not
     end in 15 s, with its hostile peers connected.
     """
+    import openpi_client.websocket_client_policy  # noqa: F401  # where it is missing, before there are threads to say so
+
+    from duq.tools.hostile import hostile_peers
+
     tasks = _tasks(plan, infer_ms, clients)
     with _serving(plan, infer_ms) as (port, process), ExitStack() as peers:
         before = _usage(process)
@@ -225,6 +222,9 @@ class Robot(threading.Thread):
         self.start()
 
     def run(self) -> None:
+        from openpi_client.websocket_client_policy import WebsocketClientPolicy
+        from websockets.exceptions import ConnectionClosed
+
         try:
             client = WebsocketClientPolicy("127.0.0.1", self._port)
             with client._ws:  # which it never closes
@@ -233,7 +233,7 @@ class Robot(threading.Thread):
         except (RuntimeError, OSError, ConnectionClosed) as error:
             self.error = f"client {self._number}: {error}"
 
-    def _call(self, client: WebsocketClientPolicy, task: Task) -> None:
+    def _call(self, client: Any, task: Task) -> None:
         start = time.perf_counter()
         reply = client.infer(task.observation)
         self.milliseconds.append((time.perf_counter() - start) * 1e3)
@@ -296,6 +296,9 @@ def _serving(plan: Path | None, infer_ms: float) -> Iterator[tuple[int, BaseProc
 
 
 def _serve(listener: socket.socket, plan: Path | None, infer_ms: float) -> None:
+    from duq.runtime.serve_cli import run_until_signal
+    from duq.runtime.server import PolicyServer
+
     server = PolicyServer(StandIn(infer_ms) if plan is None else Repeatable(plan))
     asyncio.run(run_until_signal(server, listener))
     if server.abandoned:

@@ -109,7 +109,7 @@ def compare(
     *,
     threads: int | None = None,
     seed: int = 0,
-    base: Path | None = None,
+    base: str | None = None,
 ) -> Comparison:
     """Runs both sides over the observations, one after the other, each in a process of its own.
 
@@ -134,7 +134,7 @@ def compare(
             noise = random.standard_normal((config.action_horizon, config.action_dim), np.float32)
             write_inputs(directory, index, each, noise)
         job = [directory, count, threads]
-        adapted = [] if base is None else [Path(base).resolve()]
+        adapted = [] if base is None else [base if "://" in base else Path(base).resolve()]
         cost = {
             "engine": _run("engine", [*job, plan.path.resolve()], count, progress),
             "reference": _run(
@@ -253,6 +253,7 @@ def _value_basis(plan: Plan, layer: int) -> np.ndarray | None:
 def _linears(plan: Plan) -> dict:
     """The SQNR of each quantized linear as the plan records it, worst first."""
     linears = plan.manifest["quantization"]["linears"]
-    by_sqnr = sorted(linears, key=lambda name: linears[name]["sqnr_db"])
+    unknown = {name for name, linear in linears.items() if linear["sqnr_db"] is None}  # of packs that do not say
+    by_sqnr = sorted(linears.keys() - unknown, key=lambda name: linears[name]["sqnr_db"])
     keys = ("weight_bits", "activation_bits", "shape", "sqnr_db")
     return {"measured": SQNR_SOURCE, "sqnr": {name: {key: linears[name][key] for key in keys} for name in by_sqnr}}

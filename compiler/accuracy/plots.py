@@ -6,13 +6,17 @@ import base64
 import io
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 
 from duq.compiler.accuracy.compare import Comparison, RobotActions
+from duq.compiler.errors import DuqError
+from duq.runtime.files import check_output_file, replacing
 
 REFERENCE, ENGINE, ACCENT = "#9aa5b1", "#1f6feb", "#d9822b"
 STYLE = {
@@ -171,3 +175,20 @@ def _line(axes: Axes, x, values: list[float], label: str, color: str) -> None:
 def _drawable(sqnr_db: float) -> float:
     """Equal values have an infinite SQNR, which is not drawn."""
     return sqnr_db if np.isfinite(sqnr_db) else np.nan
+
+
+def check_figure(flag: str, file: Path) -> None:
+    """Raises DuqError, before the work that is to be drawn, if `save_figure` cannot write the file."""
+    check_output_file(flag, file)
+    if _form(file) not in FigureCanvasBase.get_supported_filetypes():
+        raise DuqError(f"{flag} {file}: figures are not written as .{_form(file)}; name a .svg, .png or .pdf file")
+
+
+def save_figure(figure: Figure, file: Path) -> None:
+    """Writes a figure, whole or not at all, in the form that the name's ending says (PNG without one)."""
+    with replacing(file) as opened:
+        figure.savefig(opened, format=_form(file), metadata={"Date": None} if _form(file) == "svg" else None)
+
+
+def _form(file: Path) -> str:
+    return file.suffix.removeprefix(".").lower() or "png"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import jinja2
 
 from duq.compiler.accuracy import plots
 from duq.compiler.accuracy.compare import Comparison
+from duq.runtime.files import write_text
 
 WORST_LINEARS = 10
 # What each stage compares, in the order of computation.
@@ -33,7 +33,7 @@ def to_json(comparison: Comparison, failures: Sequence[str]) -> str:
 
 
 def write_report(comparison: Comparison, failures: Sequence[str], path: Path) -> None:
-    """Writes the page beside `path` and renames it. It loads nothing from elsewhere."""
+    """Writes the page whole or not at all. It loads nothing from elsewhere. Raises DuqError where it cannot be written."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -49,12 +49,7 @@ def write_report(comparison: Comparison, failures: Sequence[str], path: Path) ->
         dimension_table=dimension_table(comparison.summary),
         figures={draw.__name__: draw(comparison) for draw in plots.FIGURES},
     )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, page)
 
 
 def dimension_table(summary: dict) -> list[tuple[str, str, dict]]:

@@ -28,6 +28,8 @@ from duq.runtime.errors import PlanError
 from duq.runtime.executors.programs import (
     Program,
     best_first,
+    device_bytes_of,
+    end_of_weights,
     has_kernels,
     programs_of,
     shared_bytes_of,
@@ -88,10 +90,9 @@ class CudaExecutor:
         self._stream, self._branch, self._ahead = (self._own(driver.Stream()) for _ in range(3))
         self._events = [self._own(driver.Event()) for _ in range(3)]  # before the prefix, after it, after the steps
         self._library = self._own(CublasLt()) if _uses_library(schedule) else None
-        weight_bytes = _end_of_weights(schedule["weights"])
-        _check_memory(plan, weight_bytes + schedule["arena_bytes"] + 3 * WORKSPACE_BYTES)
+        _check_memory(plan, device_bytes_of(schedule))
         self._offsets = {name: offset for name, (offset, _) in schedule["weights"].items()}
-        self._weights = self._own(driver.Memory(weight_bytes))
+        self._weights = self._own(driver.Memory(end_of_weights(schedule["weights"])))
         _upload_weights(plan, schedule["weights"], self._weights, self._stream)
         self._arena = self._own(driver.Memory(schedule["arena_bytes"]))
         workspace_bytes = WORKSPACE_BYTES if self._library else 1
@@ -446,10 +447,6 @@ def _uses_library(schedule: Data) -> bool:
 def _end_of_inputs(variant: Data) -> int:
     """The inputs lie at the start of the arena, side by side."""
     return max(offset + size for offset, size in variant["inputs"].values())
-
-
-def _end_of_weights(weights: dict[str, list[int]]) -> int:
-    return max(offset + size for offset, size in weights.values())
 
 
 def _check_memory(plan: Plan, needed: int) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from duq.plugins.cublas import WORKSPACE_BYTES
 from duq.plugins.errors import KernelError
 from duq.plugins.gpu import GPUS, gpu_of, runs_code_of
 from duq.plugins.libraries import Version
+
+STREAMS = 3  # of the CUDA graph: the main one, the branch of the state token, the first denoising step
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,24 @@ def shared_bytes_of(schedule: Mapping[str, Any]) -> int:
     """The most shared memory that a thread block of the schedule asks for."""
     launches = (launch for variant in schedule["variants"] for launch in [*variant["prefix"], *variant["step"]])
     return max((launch["shared"] for launch in launches if "shared" in launch), default=0)
+
+
+def program_for(
+    fitting: Iterable[Program], sm: int, shared_bytes: int, schedule_of: Callable[[Program], Mapping[str, Any]]
+) -> Program | None:
+    """The first of `best_first` whose thread blocks find the shared memory that they need; None where none does."""
+    return next((each for each in fitting if each.sm == sm or shared_bytes_of(schedule_of(each)) <= shared_bytes), None)
+
+
+def device_bytes_of(schedule: Mapping[str, Any]) -> int:
+    """Device memory that a program takes at most: weights, activations, and the workspaces of cuBLASLt."""
+    arena: int = schedule["arena_bytes"]
+    return end_of_weights(schedule["weights"]) + arena + STREAMS * WORKSPACE_BYTES
+
+
+def end_of_weights(weights: Mapping[str, Sequence[int]]) -> int:
+    """Bytes of the memory that holds a schedule's weights, {name: (offset, bytes)}."""
+    return max(offset + size for offset, size in weights.values())
 
 
 def has_kernels(sm: int) -> bool:

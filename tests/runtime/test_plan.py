@@ -225,7 +225,7 @@ EDITS = ["drop", "repeat", "compress", "rename", "swap", "grow", "shrink", "add"
 
 
 @given(edits=st.lists(st.tuples(st.sampled_from(EDITS), st.integers(0, 5)), min_size=1, max_size=3))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_a_zip_that_was_put_together_otherwise_is_harmless_or_an_error(tmp_path, small, edits):
     original, spans = small

@@ -72,6 +72,14 @@ def test_an_error_names_field_value_and_what_is_expected(place, value, says):
         assert refusal(data).startswith(says)
 
 
+@pytest.mark.parametrize("sqnr", [None, float("nan"), 20])
+@pytest.mark.parametrize("bits", [None, 0, 8])
+def test_linears_of_float_activations_or_of_packs_that_nobody_measured(sqnr, bits):
+    data = full_manifest()
+    data["quantization"]["linears"]["llm.layers.0.mlp.up_proj"] |= {"sqnr_db": sqnr, "activation_bits": bits}
+    schema.parse_manifest(json.dumps(data))
+
+
 @pytest.mark.parametrize("key", ["robot", "num_steps", "cameras", "model", "norm_stats", "checkpoint", "target", "entries"])
 def test_what_has_to_be_there(key):
     data = full_manifest()

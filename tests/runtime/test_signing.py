@@ -123,7 +123,7 @@ def test_a_forger_who_names_the_right_key_is_refused(signed, keys, tmp_path):
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_flipped_byte_is_harmless_or_refused(tmp_path, signed, keys, data):
     original, whole = signed.read_bytes(), Plan(signed)
     damaged = bytearray(original)

@@ -42,7 +42,7 @@ from duq.compiler.targets.gpu import GPU_PHASES
 from duq.compiler.targets.ops import Prompt
 from duq.compiler.targets.values import array_of
 from duq.plugins.gpu import GPUS, Gpu, gpu_of
-from duq.plugins.nvrtc import nvrtc_version
+from duq.plugins.nvrtc import check_supported, nvrtc_version
 from duq.runtime.executors.schedule import Context, check_schedule
 from duq.runtime.plan import PlanWriter
 
@@ -91,6 +91,12 @@ class CudaOptions(GpuOptions):
         least = shared <= min(gpu.block_shared_bytes for gpu in GPUS.values())
         more = "" if least else f"; add --sm 86 for those with less than {shared >> 10} KB of shared memory a thread block"
         return f"{made_for}; on later GPUs from PTX of its program for SM {of}, which the driver compiles{more}"
+
+
+def check(options: CudaOptions) -> None:
+    """Raises KernelError where NVRTC is missing, or compiles for no such SM: before any work."""
+    for sm in options.sm:
+        check_supported(gpu_of(sm))
 
 
 def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options: CudaOptions, keep: Path | None) -> dict[str, Any]:
@@ -195,4 +201,4 @@ def _summary(planned: list[Planned], schedule: dict[str, Any], gpu: Gpu, timed: 
     }
 
 
-TARGET = Target("cuda", CudaOptions, emit, GPU_PHASES, ARCHITECTURES)
+TARGET = Target("cuda", CudaOptions, emit, GPU_PHASES, ARCHITECTURES, check)

@@ -23,6 +23,7 @@ from rich.progress import Progress
 
 import duq.compiler.accuracy.compare
 import duq.tools.compare
+import duq.tools.compare_checkpoint
 from duq.compiler.accuracy import plots
 from duq.compiler.accuracy.compare import compare
 from duq.compiler.accuracy.metrics import Difference, difference, jerk
@@ -200,7 +201,7 @@ def tool(compared, command_line, monkeypatch):
     def recall(checkpoint, plan, *_, **__):
         return compared("pi05" if checkpoint.config.pi05 else "pi0", Path(plan.path).name.split(".")[1])
 
-    monkeypatch.setattr(duq.tools.compare, "compare", recall)
+    monkeypatch.setattr(duq.tools.compare_checkpoint, "compare", recall)
     return functools.partial(command_line, duq.tools.compare.main)
 
 
@@ -257,7 +258,7 @@ def test_json(tool, tiny_plans):
 def test_infinite_and_nan_are_null(compared):
     summary = compared("pi0", "none").summary
     altered = duq.compiler.accuracy.compare.Comparison({**summary, "a": math.inf, "b": [math.nan, 1.5]}, None, None)
-    found = finite_json(duq.tools.compare.to_json(altered, []))
+    found = finite_json(duq.tools.compare_checkpoint.to_json(altered, []))
     assert found["a"] is None and found["b"] == [None, 1.5]
 
 

@@ -84,7 +84,7 @@ def test_an_input_that_the_executor_writes_has_a_place(missing):
 
 
 @given(data=edited(json.loads(json.dumps(schedule()))))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_edit_is_refused_or_stays_in_bounds(tmp_path, data):
     """Bounds computed here, from the schedule as it is followed."""
     write_cuda_plan(tmp_path / "engine.plan", **data)
