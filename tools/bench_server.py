@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 if __name__ == "__main__":  # in a checkout; in tools/, profile.py would pass for the standard library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -34,7 +34,9 @@ from duq.runtime.cli_errors import one_line_errors
 from duq.runtime.command_line import command_app
 from duq.runtime.config import IMAGE_SLOTS
 from duq.runtime.errors import ObservationError
-from duq.runtime.policy import Policy
+
+if TYPE_CHECKING:
+    from openpi_client.websocket_client_policy import WebsocketClientPolicy
 
 WARM_UP = 20  # calls that are not counted
 TASKS = 3  # observations that a client sends in turn
@@ -82,6 +84,8 @@ class Repeatable(Served):
 
     def __init__(self, plan: Path):
         with one_line_errors():
+            from duq.runtime.policy import Policy
+
             self._policy = Policy(plan)
             self._policy.warmup()
         self.metadata, self.fingerprint = self._policy.metadata, self._policy.fingerprint
@@ -233,7 +237,7 @@ class Robot(threading.Thread):
         except (RuntimeError, OSError, ConnectionClosed) as error:
             self.error = f"client {self._number}: {error}"
 
-    def _call(self, client: Any, task: Task) -> None:
+    def _call(self, client: WebsocketClientPolicy, task: Task) -> None:
         start = time.perf_counter()
         reply = client.infer(task.observation)
         self.milliseconds.append((time.perf_counter() - start) * 1e3)
