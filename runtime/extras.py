@@ -25,6 +25,7 @@ PACKAGES = {
     "yaml": ("pyyaml", "compile"),
     "matplotlib": ("matplotlib", "compile"),
     "jinja2": ("jinja2", "compile"),
+    "markupsafe": ("markupsafe", "compile"),
     "pyarrow": ("pyarrow", "data"),
     "av": ("av", "data"),
     "tensorstore": ("tensorstore", "jax"),

@@ -20,7 +20,6 @@ from rich.progress import Progress
 from rich.table import Table
 
 from duq.compiler.accuracy.metrics import difference
-from duq.compiler.accuracy.plots import save_figure
 from duq.compiler.checkpoint import Checkpoint
 from duq.compiler.model import Pi0, build_model
 from duq.compiler.pipeline import compile_policy, quantize_checkpoint
@@ -34,6 +33,7 @@ from duq.runtime.executors.programs import Program
 from duq.runtime.plan import Plan
 from duq.runtime.policy import Policy
 from duq.runtime.preprocess import ModelInputs, Preprocessor
+from duq.tools.figures import save_figure
 from duq.tools.made_up import bare_observation
 
 CASES = [(1, 48), (2, 48), (3, 48)]  # cameras, prompt tokens

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,14 +17,15 @@ from duq.compiler.accuracy.report import (
     STAGES,
     WORST_LINEARS,
     decibels,
-    dimension_table,
+    joint_table,
     megabytes,
     number,
+    percent,
     to_json,
     write_report,
 )
 from duq.compiler.accuracy.synthetic import synthetic_observations
-from duq.compiler.accuracy.thresholds import Thresholds
+from duq.compiler.accuracy.thresholds import Criterion, Thresholds, judge, with_unit
 from duq.compiler.checkpoint import load_checkpoint
 from duq.compiler.checks import check_weights
 from duq.compiler.data import load_calibration, robot_mapping
@@ -30,6 +34,8 @@ from duq.runtime.config import ModelConfig
 from duq.runtime.plan import Plan
 from duq.runtime.policy import preprocessor_of
 from duq.runtime.robots import Robot
+
+VERDICT_STYLES = {"pass": "green", "look": "yellow", "fail": "red"}
 
 
 def compare_checkpoint(
@@ -41,12 +47,13 @@ def compare_checkpoint(
     as_json: bool,
     report: Path | None,
     thresholds: Thresholds,
+    criteria: Mapping[str, Criterion],
     threads: int | None,
     seed: int,
     any_checkpoint: bool,
     base: str | None,
-) -> list[str]:
-    """Prints how far a plan is from its checkpoint; returns the thresholds that it is past."""
+) -> tuple[list[str], str]:
+    """Prints how far a plan is from its checkpoint; returns the thresholds that it is past, and the verdict."""
     engine = Plan(plan)
     config = ModelConfig.from_json(engine.manifest["model"])
     found = (
@@ -61,17 +68,22 @@ def compare_checkpoint(
     with progress_bar() as progress:
         check_weights(policy, progress)
         comparison = compare(policy, engine, found, progress, threads=threads, seed=seed, base=base)
-    set_thresholds = {name: bound for name, bound in asdict(thresholds).items() if bound is not None}
-    source = "made up, not a robot's (--observations gives those)" if observations is None else f"from {observations}"
-    comparison = replace(comparison, summary={"source": source, "thresholds": set_thresholds, **comparison.summary})
     failures = thresholds.failures(comparison.summary["observations"])
+    verdict = judge(comparison.summary, criteria, failures, made_up=observations is None)
+    known = {
+        "source": "made up, not a robot's (--observations gives those)" if observations is None else f"from {observations}",
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "verdict": verdict,
+        "thresholds": {name: bound for name, bound in asdict(thresholds).items() if bound is not None},
+    }
+    comparison = replace(comparison, summary=known | comparison.summary)
     if report is not None:
-        write_report(comparison, failures, report)
+        write_report(comparison, report)
     if as_json:
         typer.echo(to_json(comparison, failures))
     else:
         _print(comparison, report)
-    return failures
+    return failures, verdict["result"]
 
 
 def _observations(path: Path, count: int | None, seed: int, robot: Robot | None) -> list[dict]:
@@ -85,12 +97,28 @@ def _print(comparison: Comparison, report: Path | None) -> None:
     console, summary = Console(highlight=False, markup=False), comparison.summary
     count = len(summary["observations"])
     console.print(f"{summary['plan']['path']} on {count} observations, {summary['source']}", soft_wrap=True)
-    for draw in (_stage_table, _dimension_table, _linear_table, _jerk_table, _cost_table):
+    _print_verdict(console, summary["verdict"])
+    for draw in (_check_table, _dimension_table, _stage_table, _linear_table, _jerk_table, _cost_table):
         table = draw(summary)
         if table.row_count:
             console.print(table)
     if report is not None:
-        console.print(f"{report}: the report, with plots", soft_wrap=True)
+        console.print(f"{report}: the report", soft_wrap=True)
+
+
+def _print_verdict(console: Console, verdict: dict) -> None:
+    console.print(f"Verdict: {verdict['result']}", style=VERDICT_STYLES[verdict["result"]])
+    for line in verdict["reasons"]:
+        console.print(f"  {line}", soft_wrap=True)
+
+
+def _check_table(summary: dict) -> Table:
+    table = _table("Checks", "check", "found", "where", "look past", "fail past", "result")
+    for check in summary["verdict"]["checks"]:
+        unit = check["short_unit"]
+        bounds = [with_unit(check[key], unit, "g") for key in ("look", "fail")]
+        table.add_row(check["title"], with_unit(check["value"], unit), check["where"], *bounds, check["result"])
+    return table
 
 
 def _stage_table(summary: dict) -> Table:
@@ -119,9 +147,11 @@ def _worst(stage: str, summary: dict) -> str:
 
 
 def _dimension_table(summary: dict) -> Table:
-    table = _table("The actions that the robot reads, one by one", "action", "unit", "max error", "RMS error", "SQNR")
-    for name, unit, found in dimension_table(summary):
-        table.add_row(name, unit, number(found["max_error"]), number(found["rms_error"]), decibels(found["sqnr_db"]))
+    columns = "joint", "unit", "RMS error", "max error", "RMS, of range", "SQNR"
+    table = _table("The actions that the robot reads, one by one", *columns)
+    for name, unit, found, shares in joint_table(summary) if summary["plan"]["robot"] != "none" else ():
+        errors = number(found["rms_error"]), number(found["max_error"]), percent(shares["rms"])
+        table.add_row(name, unit, *errors, decibels(found["sqnr_db"]))
     return table
 
 

@@ -18,7 +18,6 @@ from rich.progress import Progress
 from rich.table import Table
 
 from duq.compiler.accuracy.metrics import jerk
-from duq.compiler.accuracy.plots import ENGINE, REFERENCE, STYLE, check_figure, save_figure
 from duq.compiler.accuracy.rates import paired_difference, wilson
 from duq.compiler.checkpoint import Checkpoint, load_checkpoint
 from duq.compiler.pipeline import compile_policy, quantize_checkpoint
@@ -31,6 +30,7 @@ from duq.runtime.command_line import check_choice, progress_bar
 from duq.runtime.files import write_text
 from duq.tools import rollout
 from duq.tools.evaluate import SCHEMES
+from duq.tools.figures import Success, check_figure, draw_success
 
 CALIBRATION_SEED, OBSERVATION_SEED = 2_000_000, 3_000_000  # starts that are neither trained nor evaluated on
 CALIBRATION, OBSERVATIONS = 32, 50
@@ -110,7 +110,7 @@ def evaluate(
         conditions = rollout.Conditions(execute, steps, push)
         found = measure(sources, tasks, episodes, conditions, jobs, policy.config, progress)
     if plot is not None:
-        draw(found, plot)
+        draw_success(rates(found), plot)
     if markdown is not None:
         write_text(markdown, f"{markdown_table(measures(found))}\n{markdown_table(successes(found))}")
     if as_json:
@@ -201,24 +201,9 @@ def to_json(found: dict[str, Outcome]) -> str:
     return json.dumps({name: asdict(SCHEMES[name]) | asdict(o) for name, o in found.items()}, indent=2)
 
 
-def draw(found: dict[str, Outcome], file: Path) -> None:
-    """Success over all tasks with its interval and, beside it, the error of the actions."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        canvas = Figure(figsize=(7.2, 0.8 + 0.26 * len(found)), layout="constrained")
-        success, error = canvas.subplots(1, 2, sharey=True)
-        for row, (name, o) in enumerate(found.items()):
-            low, high = wilson(sum(o.episodes), len(o.episodes))
-            color = ENGINE if SCHEMES[name].engine else REFERENCE
-            success.plot((100 * low, 100 * high), (row, row), color=color)
-            success.plot(100 * o.rate, row, "o", color=color)
-            error.barh(row, o.action_error, height=0.55, color=color)
-        success.set(xlabel="episodes that succeed, % (95 % intervals)", yticks=range(len(found)), yticklabels=list(found))
-        error.set(xlabel="root mean square error of the actions")
-        for axes in (success, error):
-            axes.grid(axis="y", visible=False)
-        success.set_xlim(min(80, success.get_xlim()[0]), 101)  # a tenth of a percent is not to look like a gap
-        success.invert_yaxis()
-        save_figure(canvas, file)
+def rates(found: dict[str, Outcome]) -> list[Success]:
+    """What the figure shows of each scheme."""
+    return [
+        Success(name, o.rate, wilson(sum(o.episodes), len(o.episodes)), o.action_error, SCHEMES[name].engine)
+        for name, o in found.items()
+    ]

@@ -23,7 +23,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import duq
-from duq.compiler.accuracy.plots import ENGINE, REFERENCE, STYLE, check_figure, save_figure
 from duq.compiler.quant import LinearPack, LinearTransform, Quantization, fake_quantize, load_recipe
 from duq.compiler.quant.calibrate import InputStatistics
 from duq.compiler.quant.linears import GEMMA_LINEARS, input_group
@@ -31,6 +30,7 @@ from duq.compiler.quant.quantize import quantize_weights
 from duq.plugins.errors import DuqError
 from duq.runtime.command_line import progress_bar
 from duq.tools import gemma3
+from duq.tools.figures import Divergence, check_figure, draw_divergence
 
 Packs = dict[str, LinearPack]
 Transforms = dict[str, LinearTransform]
@@ -235,7 +235,7 @@ def study(
             found[key] = study.measure(SCHEMES[key])
             progress.advance(overall)
     if plot is not None:
-        draw(found, plot)
+        draw_divergence(divergences(found), plot)
     typer.echo(to_json(found)) if as_json else Console().print(table(found))
 
 
@@ -261,23 +261,6 @@ def to_json(found: dict[str, Quality]) -> str:
     return json.dumps({"created_by": versions, "schemes": schemes}, indent=2).replace("Infinity", "null")
 
 
-def draw(found: dict[str, Quality], file: Path) -> None:
-    """KL to fp32 by scheme, on a logarithmic axis."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    shown = {key: quality for key, quality in found.items() if key != "fp32"}
-    with matplotlib.rc_context(STYLE):
-        canvas = Figure(figsize=(7.2, 0.8 + 0.24 * len(shown)), layout="constrained")
-        axes = canvas.subplots()
-        for row, (key, quality) in enumerate(shown.items()):
-            color = ENGINE if key.startswith("balanced") else REFERENCE
-            axes.plot(quality.kl, row, "o", color=color)
-            label = f"{quality.kl:.3f}, perplexity {quality.perplexity:.1f}"
-            axes.annotate(label, (quality.kl, row), (8, 0), textcoords="offset points", va="center")
-        axes.set(xscale="log", xlabel="mean KL divergence from fp32, nats per token (logarithmic)")
-        axes.set(yticks=range(len(shown)), yticklabels=list(shown))
-        axes.set_xlim(right=16 * max(quality.kl for quality in shown.values()))  # room for the labels
-        axes.grid(axis="y", visible=False)
-        axes.invert_yaxis()
-        save_figure(canvas, file)
+def divergences(found: dict[str, Quality]) -> list[Divergence]:
+    """What the figure shows of each scheme; fp32 has none."""
+    return [Divergence(key, q.kl, q.perplexity, key.startswith("balanced")) for key, q in found.items() if key != "fp32"]

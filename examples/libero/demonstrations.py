@@ -7,7 +7,6 @@ DIR/episodes.jsonl              task, seed and steps (null: failed, and thrown a
 
 from __future__ import annotations
 
-import os
 import re
 import zipfile
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from duq.plugins.errors import DuqError
+from duq.runtime.files import replacing
 
 JOURNAL = "episodes.jsonl"
 
@@ -97,12 +97,7 @@ def load_seen(file: Path, size: int) -> Seen:
 
 
 def write_whole(file: Path, write: Callable[[Any], None]) -> None:
-    """The file appears when `write(stream)` has written everything."""
+    """The file, and the folder around it, appear when `write(stream)` has written everything."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as stream:
-            write(stream)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(file) as stream:
+        write(stream)

@@ -20,11 +20,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from duq.compiler.accuracy.plots import ENGINE, REFERENCE, STYLE
 from duq.compiler.accuracy.rates import paired_difference, wilson
 from duq.examples.libero.journal import Journal
 from duq.plugins.errors import DuqError
 from duq.runtime.cli_errors import check_output_file, one_line_errors
+from duq.runtime.files import write_text
+from duq.tools.figures import ENGINE, REFERENCE, STYLE, check_figure, save_figure
 
 COLUMNS = ("success, %", "against {}", "McNemar's p", "steps", "action error", "jerk", "episodes")
 Entry = dict[str, Any]  # a line of the journal
@@ -196,7 +197,7 @@ def draw(entries: Sequence[Entry], file: Path, reference: str | None) -> None:
             axes.set_title(title_of(condition).replace(", ", "\n"))
             axes.grid(axis="y", visible=False)
         axes.invert_yaxis()
-        canvas.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+        save_figure(canvas, file)
 
 
 @app.command()
@@ -214,9 +215,10 @@ def _report(
 
       python examples/libero/report.py episodes.jsonl --plot success.svg --table success.md
     """
-    for flag, file in (("--plot", plot), ("--table", table)):
-        if file is not None:
-            check_output_file(flag, file)
+    if plot is not None:
+        check_figure("--plot", plot)
+    if table is not None:
+        check_output_file("--table", table)
     entries = []
     for file in journal:
         found = Journal(file).read()
@@ -235,7 +237,7 @@ def _report(
         for condition in conditions(entries):
             measures, by_task = grids(rows(entries, condition, reference), reference)
             parts.append(f"{title_of(condition)}:\n\n{markdown(measures)}\n{markdown(by_task)}")
-        table.write_text("\n".join(parts), encoding="utf-8")
+        write_text(table, "\n".join(parts))
 
 
 def main() -> None:

@@ -160,10 +160,10 @@ def check_compiler(environment: Environment) -> None:
     run("duq-demo", "run", "engine.plan", "observations.npz")
     compared = json.loads(
         run("duq-compare", "checkpoint", "engine.plan", "--observations", "observations.npz", "--report", "report.html",
-            "--min-cosine", 0.9, "--json").stdout
+            "--min-cosine", 0.9, "--fail-on", "never", "--json").stdout
     )  # fmt: skip
     check("stages" in compared, "duq-compare: no stages")
-    check("data:image/svg+xml" in (environment.work / "report.html").read_text(), "report.html: no plots")
+    check("<svg" in (environment.work / "report.html").read_text(), "report.html: no charts")
     pair = json.loads(
         run("duq-compare", "float.plan", "engine.plan", "--observations", "observations.npz", "--json").stdout
     )

@@ -79,7 +79,10 @@ def test_other_robots_and_sizes_are_refused(plans, tmp_path, command_line):
         assert ran.code == 2 and says in ran.err and ran.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("option", [("--report", "r.html"), ("--any-checkpoint",), ("--base", "b")])
+@pytest.mark.parametrize(
+    "option",
+    [("--report", "r.html"), ("--any-checkpoint",), ("--base", "b"), ("--criterion", "stage=9,3"), ("--fail-on", "look")],
+)
 def test_options_about_a_checkpoint_are_refused(plans, command_line, option, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ran = command_line(main, *plans, *option)
