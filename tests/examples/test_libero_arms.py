@@ -43,7 +43,7 @@ def answer(arm, observation):
 @pytest.fixture(scope="module")
 def made(policy, tmp_path_factory):
     out = tmp_path_factory.mktemp("arms")
-    return {name: arms.make(name, policy[0], out, None) for name in ("none", "w4a8-all", "bare", "reference")}
+    return {name: arms.make(name, policy[0], out, None) for name in ("none", "bare", "reference")}
 
 
 def test_arms_differ_from_fp32_as_their_schemes_say(policy, made):
@@ -55,9 +55,8 @@ def test_arms_differ_from_fp32_as_their_schemes_say(policy, made):
         return float(np.sqrt(np.square(answer(arm, observations[0]) - fp32).mean()))
 
     assert error(evaluate.PlanArm(made["none"])) < 1e-4
-    quantized = error(evaluate.PlanArm(made["w4a8-all"]))
-    packed = [error(evaluate.TorchArm(checkpoint, made[name], made["none"])) for name in ("bare", "reference")]
-    assert all(1e-4 < each < 3 for each in (quantized, *packed))
+    quantized = [error(evaluate.TorchArm(checkpoint, made[name], made["none"])) for name in ("bare", "reference")]
+    assert all(1e-3 < each < 3 for each in quantized)
 
 
 def test_chunks_too_short_to_carry_out_are_refused(made):
