@@ -14,6 +14,7 @@ from duq.runtime import checks
 from duq.runtime.config import IMAGE_SLOTS, ModelConfig
 from duq.runtime.errors import ObservationError, PlanError
 from duq.runtime.executors import open_executor
+from duq.runtime.guidance import Guidance, Prefix
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import Preprocessor
 from duq.runtime.robots import Robot
@@ -65,11 +66,14 @@ class Policy:
         with self._engine:
             self._executor.warmup()
 
-    def infer(self, obs: Mapping[str, Any], noise: np.ndarray | None = None) -> dict[str, Any]:
+    def infer(
+        self, obs: Mapping[str, Any], noise: np.ndarray | None = None, *, prefix: Prefix | None = None
+    ) -> dict[str, Any]:
         """An action chunk for one observation.
 
         obs: the robot's observation dict or bare model inputs (see `runtime.preprocess.Preprocessor`).
         noise: float32 [H, A], the start of the denoising; drawn if absent. The same noise gives the same actions.
+        prefix: the rest of the previous chunk, which guides this one (runtime/guidance.py); PlanError unless `guided`.
         Returns {"actions": float32 [H, robot dims], "policy_timing": milliseconds: "infer_ms" is the whole call,
         "preprocess_ms", "prefix_ms", "denoise_ms" its parts; engines may add others}.
         Raises ObservationError, before any work of the model, if the observation does not fit.
@@ -77,13 +81,31 @@ class Policy:
         start = time.perf_counter()
         inputs = self._preprocessor.model_inputs(obs)
         noise = self._draw_noise() if noise is None else self._checked_noise(noise)
+        options: dict[str, Any] = {} if prefix is None else {"guidance": self._guidance(prefix, obs)}
         ready = time.perf_counter()
         with self._engine:
-            actions, timing = self._executor.run(inputs, noise)
+            actions, timing = self._executor.run(inputs, noise, **options)
         actions = self._preprocessor.robot_actions(actions, obs)
         end = time.perf_counter()
         timing = {"infer_ms": (end - start) * 1e3, "preprocess_ms": (ready - start) * 1e3, **timing}
         return {"actions": actions, "policy_timing": timing}
+
+    @property
+    def guided(self) -> bool:
+        """Whether `infer` takes a prefix: the engine has to stop between two denoising steps."""
+        return getattr(self._executor, "guided", False)
+
+    def _guidance(self, prefix: Prefix, obs: Mapping[str, Any]) -> Guidance:
+        if not self.guided:
+            raise PlanError(
+                f"prefix: a plan for {self._target} runs all denoising steps as one unit, which cannot be guided; compile for "
+                "--target cpu, or mix the chunks with duq.runtime.guidance.blended"
+            )
+        horizon, width = self._noise_shape
+        prefix.check(horizon, width if self._preprocessor.is_bare(obs) else self._preprocessor.action_dim)
+        target = np.zeros(self._noise_shape, np.float32)
+        target[: len(prefix.actions)] = self._preprocessor.model_actions(np.asarray(prefix.actions), obs)
+        return Guidance(target, np.asarray(prefix.weights, np.float32)[:, None], prefix.strength)
 
     def _draw_noise(self) -> np.ndarray:
         return self._noise.standard_normal(self._noise_shape, np.float32)

@@ -13,6 +13,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as onnxruntime_errors
 
 from duq.runtime.config import IMAGE_SLOTS
 from duq.runtime.errors import PlanError
+from duq.runtime.guidance import Guidance
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import ModelInputs
 
@@ -30,6 +31,8 @@ does not disturb the protobuf around it (see `_session`)."""
 
 class CpuExecutor:
     """Args: plan: opened, target "cpu"; threads: of one matrix product (None: one a core)."""
+
+    guided = True
 
     def __init__(self, plan: Plan, threads: int | None = None):
         self._plan = plan
@@ -52,12 +55,16 @@ class CpuExecutor:
         self.run(inputs, np.zeros((config["action_horizon"], config["action_dim"]), np.float32))
 
     def run(
-        self, inputs: ModelInputs, noise: np.ndarray, trace: dict[str, Any] | None = None
+        self,
+        inputs: ModelInputs,
+        noise: np.ndarray,
+        trace: dict[str, Any] | None = None,
+        guidance: Guidance | None = None,
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Denoises `noise` float32 [H, A] into normalized actions [H, A]; returns them with the stages' milliseconds.
 
         trace: if given, receives what the stages produced, as numpy: "image_features", "key.0", ..., and "x", the
-        states of the flow [num_steps + 1, H, A].
+        states of the flow [num_steps + 1, H, A]. guidance: corrects the state after each step.
         """
         prefix, step = self._prefix, self._step
         start = time.perf_counter()
@@ -72,17 +79,21 @@ class CpuExecutor:
         past = dict(zip(names, values, strict=True))
         prefix_end = time.perf_counter()
 
-        x = onnxruntime.OrtValue.ortvalue_from_numpy(noise)
-        flow = [noise]
+        x, flow = onnxruntime.OrtValue.ortvalue_from_numpy(noise), [noise]
+        corrected = []  # an OrtValue made of an array does not keep it alive
         constant = {item.name: past[item.name] for item in step.get_inputs() if item.name in past}
-        for index in self._steps:
-            (x,) = step.run_with_ort_values(["x_next"], {"x": x, "step": index, **constant})
+        for number, index in enumerate(self._steps):
+            (x_next,) = step.run_with_ort_values(["x_next"], {"x": x, "step": index, **constant})
+            if guidance is not None:
+                corrected.append(guidance.corrected(x.numpy(), x_next.numpy(), number, self._num_steps))
+                x_next = onnxruntime.OrtValue.ortvalue_from_numpy(corrected[-1])
+            x = x_next
             if trace is not None:
-                flow.append(x.numpy())
+                flow.append(x.numpy().copy())
         end = time.perf_counter()
         if trace is not None:
             trace.update({name: value.numpy() for name, value in past.items()}, x=np.stack(flow))
-        return x.numpy(), {"prefix_ms": (prefix_end - start) * 1e3, "denoise_ms": (end - prefix_end) * 1e3}
+        return x.numpy().copy(), {"prefix_ms": (prefix_end - start) * 1e3, "denoise_ms": (end - prefix_end) * 1e3}
 
     @cached_property
     def _prefix(self) -> onnxruntime.InferenceSession:
