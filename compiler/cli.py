@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,6 +44,7 @@ from duq.plugins.errors import KernelError
 from duq.plugins.gpu import CARDS, cards_by_sm
 from duq.runtime.cli_errors import check_output_directory, check_output_file, one_line_errors
 from duq.runtime.inspect import settings_table
+from duq.runtime.lerobot_folder import LeRobotFolder, lerobot_config
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -113,6 +115,10 @@ def _compile(
     without_tokenizer: Annotated[
         bool, typer.Option("--without-tokenizer", help="Make a robot's plan that takes tokenized prompts only.")
     ] = False,
+    lerobot: Annotated[
+        bool,
+        typer.Option("--lerobot", help="Make --out a folder with the plan for LeRobot's --policy.path (docs/lerobot.md)."),
+    ] = False,
     keep_phases: Annotated[
         Path | None,
         typer.Option(
@@ -137,6 +143,8 @@ def _compile(
 
       duq-compile outputs/train/my_arm/checkpoints/last/pretrained_model --calibration datasets/my_arm --out engine.plan
 
+      duq-compile outputs/train/my_arm/checkpoints/last/pretrained_model --quant none --out my_arm --lerobot
+
       duq-compile checkpoints/pi0_libero --robot libero --packs packs --target cuda --sm 90 --out engine.plan
 
       duq-compile checkpoints/pi0_libero --robot libero --packs packs --target cuda --gpu rtx4090 --out engine.plan
@@ -147,23 +155,31 @@ def _compile(
     _check_options(target, recipe)
     check_device(device)
     options = _target_options(target, sm, gpu, timing=timing, ptx=ptx, loop=loop, float_type=float_type)
-    check_output_file("--out", out)
+    check_output_directory("--out", out) if lerobot else check_output_file("--out", out)
+    folder = LeRobotFolder(out) if lerobot else None
     if keep_phases is not None:
         check_output_directory("--keep-phases", keep_phases)
     policy, settings = open_policy(checkpoint, choices, asset_id, tokenizer, base)
     _check_robot(policy, settings, without_norm_stats, without_tokenizer)
+    if folder:
+        lerobot_config(settings_of(policy, settings), checkpoint)
     with progress_bar() as progress:
         quantization = _quantization(
             policy, recipe, origins, packs, calibration, calibration_seed, settings, device, progress
         )
         options = replace(options, cameras=cameras, settings=settings)
-        compile_policy(policy, quantization, out, options, progress, keep_phases)
+        with folder or nullcontext():
+            plan = folder.plan if folder else out
+            compile_policy(policy, quantization, plan, options, progress, keep_phases)
+            size = plan.stat().st_size
+            if folder:
+                folder.finish()
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     console = Console(markup=False, highlight=False)
     console.print(settings_table(settings_of(policy, settings)))
     console.print(
-        f"{out}: {out.stat().st_size / 1e6:,.1f} MB, {len(quantization.packs)} quantized linears, compiled in "
+        f"{out}: {size / 1e6:,.1f} MB, {len(quantization.packs)} quantized linears, compiled in "
         f"{seconds:.0f} s with a peak of {peak:.1f} GB of memory",
         soft_wrap=True,
     )

@@ -40,5 +40,6 @@ bench_server = command("duq-bench-server", "duq.tools.bench_server:main", "clien
 profile = command("duq-profile", "duq.tools.profile:main", "cuda-runtime")
 evaluate = command("duq-evaluate", "duq.tools.evaluate:main", "compile,examples")
 demo = command("duq-demo", "duq.tools.demo:main", "demo")
+export_lerobot = command("duq-export-lerobot", "duq.tools.export_lerobot:main", "")
 make_checkpoint = command("duq-make-checkpoint", "duq.tools.make_checkpoint:main", "compile")
 study_schemes = command("duq-study-schemes", "duq.tools.study_schemes:main", "study")
