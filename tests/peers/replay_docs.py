@@ -56,7 +56,7 @@ def write_dataset(folder: Path) -> None:
     features = {f"observation.images.{name}": camera for name in CAMERAS} | {"observation.state": joints, "action": joints}
     dataset = LeRobotDataset.create("duq/my_arm", fps=10, features=features, root=folder, use_videos=True)
     rng = np.random.default_rng(0)
-    for frame in range(24):
+    for frame in range(6):
         row = {f"observation.images.{name}": image(frame + 99 * index) for index, name in enumerate(CAMERAS)}
         row["observation.state"], row["action"] = rng.standard_normal((2, 6)).astype(np.float32)
         dataset.add_frame(row | {"task": TASK})
@@ -73,10 +73,10 @@ def prepare(folder: Path, bin: Path, cases: Path, environment: dict[str, str]) -
         command = [bin / "duq-make-checkpoint", *sizes, "--out", folder / "checkpoints" / name]
         subprocess.run(command, check=True, env=environment)
     rng = np.random.default_rng(0)
-    rows = {key: rng.integers(0, 256, (24, 64, 64, 3), np.uint8)
+    rows = {key: rng.integers(0, 256, (6, 64, 64, 3), np.uint8)
             for key in ("observation.images.front", "observation/image", "observation/wrist_image")}  # fmt: skip
-    states = {key: rng.normal(0, 0.3, (24, 8)).astype(np.float32) for key in ("observation.state", "observation/state")}
-    prompts = {key: np.array(["wave"] * 24) for key in ("task", "prompt")}
+    states = {key: rng.normal(0, 0.3, (6, 8)).astype(np.float32) for key in ("observation.state", "observation/state")}
+    prompts = {key: np.array(["wave"] * 6) for key in ("task", "prompt")}
     np.savez(folder / "observations.npz", **rows, **states, prompt=prompts["prompt"])
 
 
