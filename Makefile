@@ -3,6 +3,7 @@
 # make lint           ruff and mypy
 # make test-install   the wheel, installed as a user does, every command of it
 # make test-resolve   what users install resolves, on every Python
+# make test-cuda12    kernels and plans by the compiler of CUDA 12
 # make test-peers     against LeRobot's own code
 # They make a virtual environment in .venv, with the versions of constraints.txt.
 PYTHON ?= python3
@@ -49,6 +50,14 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps openpi-client==0.1.2
 	touch $@
+
+# With NVRTC and the bindings of CUDA 12 in front of those of .venv: compiles every kernel and whole tiny plans.
+.PHONY: test-cuda12
+test-cuda12: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --no-deps --target build/cuda12 \
+		nvidia-cuda-nvrtc-cu12==12.6.85 cuda-bindings==12.9.5
+	PYTHONPATH=build/cuda12 $(BIN)/python -m pytest -n auto tests/plugins/test_nvrtc.py tests/plugins/test_kernels.py \
+		tests/compiler/targets/test_ptx.py tests/runtime/executors
 
 # Runs LeRobot's published pi0 and pi0.5 (Python 3.12, about 5 GB) and renews tests/data/lerobot_actions.npz; compares duq's
 # reading of a LeRobotDataset with LeRobot's own, and whole policies, from raw observations to the robot's actions. Then runs

@@ -43,7 +43,7 @@ from duq.runtime.executors.cpu import CpuExecutor
 from duq.runtime.plan import Plan
 from duq.runtime.policy import Policy
 from duq.runtime.preprocess import ModelInputs, Preprocessor
-from duq.tools.bench_gpu import observation
+from duq.tools.made_up import bare_observation
 from tests.support.recording import Recording
 from tests.support.same_integers import run_given
 
@@ -57,7 +57,9 @@ def make_plans(directory: Path, pi05: bool, quant: str) -> dict[str, Path]:
     """The cpu and the cuda plan of the same integers."""
     checkpoint = load_checkpoint(make_checkpoint(directory / "checkpoint", variant="full", pi05=pi05))
     recipe, preprocessor = load_recipe(quant, environment={}), Preprocessor(checkpoint.config)
-    inputs = [preprocessor.model_inputs(observation(checkpoint.config, cameras, PROMPT_TOKENS)) for cameras in (1, 2, 3)]
+    inputs = [
+        preprocessor.model_inputs(bare_observation(checkpoint.config, cameras, PROMPT_TOKENS)) for cameras in (1, 2, 3)
+    ]
     with progress_bar() as progress:
         if quant == "none":
             integers = Quantization(recipe)
@@ -74,7 +76,7 @@ def compare(plans: dict[str, Path]) -> tuple[list, bool]:
     executor, cpu = Recording(Plan(plans["cuda"])), CpuExecutor(Plan(plans["cpu"]))
     manifest = Plan(plans["cuda"]).manifest["model"]
     config = ModelConfig.from_json(manifest)
-    inputs = Preprocessor(config).model_inputs(observation(config, CAMERAS, PROMPT_TOKENS))
+    inputs = Preprocessor(config).model_inputs(bare_observation(config, CAMERAS, PROMPT_TOKENS))
     noise = np.random.default_rng(1).standard_normal((config.action_horizon, config.action_dim), np.float32)
     found, runs = executor.record(inputs, noise)
     expected, roundings = run_given(plans["cpu"], *runs, inputs, noise)
@@ -113,7 +115,7 @@ def _stages(expected: dict, found: dict) -> dict[str, Difference]:
 
 def endure(policy: Policy, calls: int) -> tuple[str, bool]:
     """What `calls` calls took, and whether memory stayed as it was after the first tenth."""
-    obs, tenth = observation(policy._config, CAMERAS, PROMPT_TOKENS), calls // 10
+    obs, tenth = bare_observation(policy._opened.config, CAMERAS, PROMPT_TOKENS), calls // 10
     times, memory = [], []
     for index in range(calls):
         if index in (tenth, calls - 1):

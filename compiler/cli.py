@@ -1,164 +1,80 @@
-"""`duq-compile`."""
+"""What `duq-compile` does; its options are in commands.py."""
 
 from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console
 
 from duq.compiler.checkpoint import Checkpoint
+from duq.compiler.checks import check_inputs, packs_kept
+from duq.compiler.commands import compile_main as compile_main
 from duq.compiler.errors import CalibrationError, CheckpointError, DuqError, PackError, RecipeError
 from duq.compiler.pipeline import TARGETS, compile_policy, quantize_checkpoint
-from duq.compiler.policy_options import with_policy_options
 from duq.compiler.quant import Quantization, Recipe, load_transforms
 from duq.compiler.quant.calibrate import calibration_inputs
 from duq.compiler.quant.linears import check_selection, select_linears
 from duq.compiler.quant.recipe import NO_LINEAR
 from duq.compiler.quant.store import check_recipe, is_quantization, load_quantization
-from duq.compiler.quantize_cli import (
-    CHECKPOINT_HELP,
-    AssetOption,
-    BaseOption,
-    CalibrationOption,
-    CalibrationSeedOption,
-    DeviceOption,
-    PacksOption,
-    TokenizerOption,
-    check_device,
-    open_policy,
-    print_line,
-    progress_bar,
-    use_packs,
-    with_recipe_options,
-)
+from duq.compiler.quantize_cli import check_device, open_policy, print_line, progress_bar, result_json, use_packs
 from duq.compiler.settings import Choices, PolicySettings, missing_statistics, settings_of
 from duq.compiler.targets import Options
 from duq.plugins.driver import open_device
 from duq.plugins.errors import KernelError
-from duq.plugins.gpu import CARDS, cards_by_sm
-from duq.runtime.cli_errors import check_output_directory, check_output_file, one_line_errors
+from duq.plugins.gpu import cards_by_sm
+from duq.runtime.cli_errors import check_output_directory, check_output_file
 from duq.runtime.inspect import settings_table
 from duq.runtime.lerobot_folder import LeRobotFolder, lerobot_config
+from duq.runtime.signing import Signer
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
-
-@app.command()
-@with_policy_options
-@with_recipe_options
-def _compile(
+def compile_checkpoint(
     recipe: Recipe,
     origins: dict,
     choices: Choices,
-    checkpoint: Annotated[str, typer.Argument(help=CHECKPOINT_HELP)],
-    out: Annotated[Path, typer.Option("--out", help="The plan to write.")],
-    target: Annotated[str, typer.Option(help=f"What to compile for: {', '.join(TARGETS)}.")] = "cpu",
-    sm: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="Compute capability of the GPU without its dot, e.g. 90; may be given several times. "
-            "By default that of this machine's GPU."
-        ),  # fmt: skip
-    ] = None,
-    gpu: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--gpu",
-            metavar="NAME",
-            help="Card to compile for, e.g. 'RTX 4090': its --sm, and for --target cuda kernels chosen for its "
-            f"multiprocessors. May be given several times. One of {', '.join(card.name for card in CARDS)}.",
-        ),
-    ] = None,
-    timing: Annotated[
-        bool | None,
-        typer.Option(
-            "--timing/--no-timing",
-            help="--target cuda: beside a GPU of the --sm, choose kernels by timing them there (the default). "
-            "Without, equal inputs give equal plans.",
-        ),
-    ] = None,
-    ptx: Annotated[
-        bool | None,
-        typer.Option(
-            "--ptx/--no-ptx",
-            help="--target cuda: carry PTX of the program for the lowest --sm, so that the plan runs on later GPUs too "
-            "(the default).",
-        ),
-    ] = None,
-    loop: Annotated[
-        str | None,
-        typer.Option(
-            help="--target tensorrt: the denoising steps 'unrolled' into one engine, or a 'graph' of step engines "
-            "(the default)."
-        ),  # fmt: skip
-    ] = None,
-    float_type: Annotated[
-        str | None, typer.Option(help="--target tensorrt: of what is not quantized, bf16 (the default) or fp16.")
-    ] = None,
-    calibration: CalibrationOption = None,
-    calibration_seed: CalibrationSeedOption = 0,
-    device: DeviceOption = "cpu",
-    packs: PacksOption = None,
-    tokenizer: TokenizerOption = None,
-    base: BaseOption = None,
-    cameras: Annotated[int, typer.Option(min=1, max=3, help="The most cameras an observation will have.")] = 3,
-    asset_id: AssetOption = None,
-    without_norm_stats: Annotated[
-        bool, typer.Option("--without-norm-stats", help="Make a robot's plan although the checkpoint has none.")
-    ] = False,
-    without_tokenizer: Annotated[
-        bool, typer.Option("--without-tokenizer", help="Make a robot's plan that takes tokenized prompts only.")
-    ] = False,
-    lerobot: Annotated[
-        bool,
-        typer.Option("--lerobot", help="Make --out a folder with the plan for LeRobot's --policy.path (docs/lerobot.md)."),
-    ] = False,
-    keep_phases: Annotated[
-        Path | None,
-        typer.Option(
-            "--keep-phases",
-            "--keep-onnx",
-            help="Directory for both graphs after each pass, weights included, and for the target's own phases.",
-        ),
-    ] = None,
+    checkpoint: str,
+    out: Path,
+    *,
+    target: str,
+    sm: list[int],
+    gpu: list[str] | None,
+    chosen: Mapping[str, str | bool | None],
+    calibration: Path | None,
+    calibration_seed: int,
+    device: str,
+    packs: Path | None,
+    tokenizer: Path | None,
+    base: str | None,
+    cameras: int,
+    asset_id: str | None,
+    without_norm_stats: bool,
+    without_tokenizer: bool,
+    sign: Path | None,
+    lerobot: bool,
+    keep_phases: Path | None,
+    as_json: bool,
 ) -> None:
-    """Compile a pi0 or pi0.5 checkpoint into one [bold]engine.plan[/bold].
+    """What `duq-compile` does, with its options by name; chosen: those of a target, None where left out.
 
-    The default, --quant llm+expert-mlp, quantizes the language model and the MLPs of the action expert to W4A8. That
-    takes observations to calibrate on (--calibration), or packs made by duq-quantize (--packs).
-
-    [bold]Examples[/bold]
-
-      duq-compile checkpoints/pi05_libero --config pi05_libero --calibration observations.npz --out engine.plan
-
-      duq-compile checkpoints/pi0_libero --robot libero --packs packs --out engine.plan
-
-      duq-compile checkpoints/pi0_libero --robot libero --quant none --out float.plan
-
-      duq-compile outputs/train/my_arm/checkpoints/last/pretrained_model --calibration datasets/my_arm --out engine.plan
-
-      duq-compile outputs/train/my_arm/checkpoints/last/pretrained_model --quant none --out my_arm --lerobot
-
-      duq-compile checkpoints/pi0_libero --robot libero --packs packs --target cuda --sm 90 --out engine.plan
-
-      duq-compile checkpoints/pi0_libero --robot libero --packs packs --target cuda --gpu rtx4090 --out engine.plan
-
-      duq-compile checkpoints/pi0_libero --robot libero --packs packs --target tensorrt --sm 86 --out engine.plan
+    Raises DuqError for what is wrong with them, before any long work.
     """
     start = time.perf_counter()
     _check_options(target, recipe)
     check_device(device)
-    options = _target_options(target, sm, gpu, timing=timing, ptx=ptx, loop=loop, float_type=float_type)
+    options = _target_options(target, sm, gpu, **chosen)
     check_output_directory("--out", out) if lerobot else check_output_file("--out", out)
     folder = LeRobotFolder(out) if lerobot else None
+    signer = None if sign is None else Signer(sign)
     if keep_phases is not None:
         check_output_directory("--keep-phases", keep_phases)
+    check_inputs(None if recipe.include == NO_LINEAR else calibration, tokenizer)
     policy, settings = open_policy(checkpoint, choices, asset_id, tokenizer, base)
     _check_robot(policy, settings, without_norm_stats, without_tokenizer)
     if folder:
@@ -168,21 +84,27 @@ def _compile(
             policy, recipe, origins, packs, calibration, calibration_seed, settings, device, progress
         )
         options = replace(options, cameras=cameras, settings=settings)
-        with folder or nullcontext():
+        with packs_kept(quantization, policy, out, packs, print_line), folder or nullcontext():
             plan = folder.plan if folder else out
-            compile_policy(policy, quantization, plan, options, progress, keep_phases)
-            size = plan.stat().st_size
+            compile_policy(policy, quantization, plan, options, progress, keep_phases, signer)
             if folder:
                 folder.finish()
+                plan = out / plan.name
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    if as_json:
+        found = {"plan": str(plan), "bytes": plan.stat().st_size, "target": target, "runs_on": options.coverage or None}
+        typer.echo(result_json(found, quantization, settings_of(policy, settings), seconds))
+        return
     console = Console(markup=False, highlight=False)
     console.print(settings_table(settings_of(policy, settings)))
     console.print(
-        f"{out}: {size / 1e6:,.1f} MB, {len(quantization.packs)} quantized linears, compiled in "
+        f"{out}: {plan.stat().st_size / 1e6:,.1f} MB, {len(quantization.packs)} quantized linears, compiled in "
         f"{seconds:.0f} s with a peak of {peak:.1f} GB of memory",
         soft_wrap=True,
     )
+    if signer:
+        console.print(f"{out}: signed with the key {signer.public.fingerprint}", soft_wrap=True)
     if options.coverage:
         console.print(f"{out}: {options.coverage}", soft_wrap=True)
 
@@ -280,8 +202,3 @@ def _quantization(checkpoint, recipe, origins, packs, calibration, seed, setting
         calibration, settings.preprocessor(checkpoint), recipe.calibration_steps, seed=seed, report=print_line
     )
     return quantize_checkpoint(checkpoint, recipe, inputs, progress, transforms, device)
-
-
-def compile_main() -> None:
-    with one_line_errors():
-        app()

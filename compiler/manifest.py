@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import platform
 from dataclasses import fields
 
@@ -12,11 +14,14 @@ import torch
 
 import duq
 from duq.compiler.checkpoint import Checkpoint
+from duq.compiler.checkpoint.storage import read_tokenizer
 from duq.compiler.quant import Quantization
 from duq.compiler.quant.transforms import LinearTransform
 from duq.compiler.settings import settings_of
 from duq.compiler.targets import Options
+from duq.runtime import schema
 from duq.runtime.config import GemmaConfig
+from duq.runtime.errors import PlanError
 from duq.runtime.plan import PlanWriter
 
 
@@ -30,7 +35,7 @@ def manifest(checkpoint: Checkpoint, quantization: Quantization, options: Option
             "activation_bits": pack.activation_bits,
             "shape": list(pack.shape),
             "bytes": pack.weight_q.nbytes + pack.weight_scale.nbytes,
-            "sqnr_db": round(float(pack.sqnr_db), 2),
+            "sqnr_db": round(float(pack.sqnr_db), 2) if math.isfinite(pack.sqnr_db) else None,  # packs need not say
         }
         for name, pack in quantization.packs.items()
     }
@@ -52,6 +57,15 @@ def manifest(checkpoint: Checkpoint, quantization: Quantization, options: Option
     }
 
 
+def check_policy(checkpoint: Checkpoint, options: Options) -> None:
+    """Raises PlanError, before the work, for a policy that no plan can hold: of dimensions or statistics out of bounds."""
+    assert options.settings is not None
+    try:
+        schema.check(schema.PolicySettings, json.loads(json.dumps(settings_of(checkpoint, options.settings))))
+    except PlanError as error:
+        raise PlanError(f"{checkpoint.path}: cannot become a plan: {error}") from error
+
+
 def value_basis_entry(layer: int) -> str:
     """The plan's entry with the basis M, float32 [channels, channels], that a layer's cached values are in: v = v' M.
 
@@ -63,7 +77,7 @@ def value_basis_entry(layer: int) -> str:
 def write_extras(checkpoint: Checkpoint, quantization: Quantization, writer: PlanWriter) -> None:
     """Writes the entries beside graphs and weights: the tokenizer, and the basis of each layer's cached values."""
     if checkpoint.tokenizer is not None:
-        writer.write("tokenizer.model", checkpoint.tokenizer.read_bytes())
+        writer.write("tokenizer.model", read_tokenizer(checkpoint.tokenizer))
     for layer, transform in quantization.value_transforms.items():
         writer.write(value_basis_entry(layer), _value_basis(transform, checkpoint.config.llm))
 

@@ -26,15 +26,18 @@ from duq.compiler.graph.passes.tokens import (
     eliminate_dead_prefix_tail,
     hoist_state_token,
 )
-from duq.compiler.manifest import manifest, write_extras
+from duq.compiler.manifest import check_policy, manifest, write_extras
 from duq.compiler.model import build_model
 from duq.compiler.parallel import in_background
 from duq.compiler.phases import Pass, Phase, check_order, passes_of
 from duq.compiler.quant import Quantization, Recipe, quantize
 from duq.compiler.quant.transforms import LinearTransform
 from duq.compiler.targets import Options, Target, cpu, cuda, tensorrt
+from duq.runtime.errors import PlanError
+from duq.runtime.files import check_output_file
 from duq.runtime.plan import PlanWriter
 from duq.runtime.preprocess import ModelInputs
+from duq.runtime.signing import Signer
 
 TARGETS: dict[str, Target[Any]] = {target.name: target for target in (cpu.TARGET, cuda.TARGET, tensorrt.TARGET)}
 
@@ -106,14 +109,18 @@ def compile_policy(
     options: Options,
     progress: Progress,
     keep: Path | None = None,
+    signer: Signer | None = None,
 ) -> None:
     """Writes the plan `out` for the target whose options are given. Nothing of it is left if anything fails.
 
-    keep: a directory for what each phase leaves: the graphs after each pass, and the target's own phases.
-    Raises CheckpointError for weights that are not finite, GraphError for a graph that a pass does not know.
+    keep: a directory for what each phase leaves: the graphs after each pass, and the target's own phases. signer: of the plan.
+    Raises CheckpointError for weights that are not finite, GraphError for a graph that a pass does not know, PlanError for
+    settings that a plan cannot hold.
     """
-    check_weights(checkpoint, progress)
+    check_output_file("", out, PlanError)
     target, options = TARGETS[options.target], options.settled(checkpoint)
+    check_policy(checkpoint, options)
+    check_weights(checkpoint, progress)
     fingerprint = in_background(lambda: checkpoint.fingerprint)  # reads all weight files, and is needed last
     weights = checkpoint.weights | quantization.float_weights
     task = progress.add_task("Exporting", total=None)
@@ -128,4 +135,4 @@ def compile_policy(
         write_extras(checkpoint, quantization, writer)
         sections = target.emit(graphs, writer, progress, options, keep)
         fingerprint.result()
-        writer.finish(manifest(checkpoint, quantization, options) | {"graphs": sections})
+        writer.finish(manifest(checkpoint, quantization, options) | {"graphs": sections}, signer)

@@ -1,152 +1,66 @@
-"""``duq-quantize``, and the recipe options that it shares with ``duq-compile``."""
+"""What `duq-quantize` does, and what `duq-compile` does as well; their options are in commands.py."""
 
 from __future__ import annotations
 
-import functools
-import inspect
+import json
+import math
 import os
+import resource
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import TaskID
 from rich.table import Table
 
 from duq.compiler.checkpoint import Checkpoint, load_checkpoint
 from duq.compiler.checkpoint.training import training_config
-from duq.compiler.errors import CalibrationError, CheckpointError, DuqError
+from duq.compiler.checks import check_inputs, check_tokenizer
+from duq.compiler.commands import quantize_main as quantize_main
+from duq.compiler.errors import CalibrationError, DuqError
 from duq.compiler.pipeline import quantize_checkpoint
-from duq.compiler.policy_options import with_policy_options
-from duq.compiler.quant import Quantization, Recipe, load_recipe, load_transforms, save_quantization
+from duq.compiler.quant import Quantization, Recipe, load_transforms, save_quantization
 from duq.compiler.quant.calibrate import calibration_inputs
 from duq.compiler.quant.linears import check_selection
-from duq.compiler.quant.recipe import PRESETS, SCHEMES, recipe_origins
 from duq.compiler.quant.store import check_destination
-from duq.compiler.settings import Choices, PolicySettings, settle
-from duq.runtime.cli_errors import check_output_directory, one_line_errors
+from duq.compiler.settings import Choices, PolicySettings, settings_of, settle
+from duq.runtime.cli_errors import check_output_directory, warnings_printed
+from duq.runtime.command_line import print_line as print_line
+from duq.runtime.command_line import progress_bar as progress_bar
+from duq.runtime.inspect import settings_rows
 
-CHECKPOINT_HELP = (
-    "openpi (PyTorch or JAX) or LeRobot checkpoint: its directory, a PEFT adapter's, or hf://owner/name\\[@revision]."
-)
-RECIPE_PANEL = "Recipe (override --quant)"
 LISTED_LINEARS = 10
 
 
-def _option(kind: Any, flag: str, description: str) -> Any:
-    return Annotated[kind | None, typer.Option(flag, help=description, rich_help_panel=RECIPE_PANEL)]
-
-
-# Recipe key -> flag. The values are checked by the recipe, which also reads them from files and the environment.
-RECIPE_OPTIONS = {
-    "scheme": _option(str, "--scheme", f"{', '.join(SCHEMES)}."),
-    "scope": _option(str, "--scope", "Quantize only linears whose name starts so (regular expression)."),
-    "include": _option(str, "--include", "Quantize only linears whose name contains this (regular expression)."),
-    "exclude": _option(str, "--exclude", "But not those whose name contains this (regular expression)."),
-    "weight_bits": _option(int, "--weight-bits", "4, 8, or 16 for float weights."),
-    "layer_bits": _option(
-        list[str], "--layer-bits", "PATTERN:BITS, such as layers.0:8. Repeatable; the last match counts."
-    ),
-    "auto_bits": _option(float, "--auto-bits", "Mean weight bits to spend, such as 4.5: the linears that lose most get 8."),
-    "activation_bits": _option(int, "--activation-bits", "8, or 0 for float activations (W4A16)."),
-    "activation_scale": _option(str, "--activation-scale", "per-token (dynamic) or per-tensor (calibrated)."),
-    "block_size": _option(int, "--block-size", "Channels in a block of the input rotation: 16, 32, 64 or 128."),
-    "permute": _option(bool, "--permute/--no-permute", "Zigzag permutation of the input channels."),
-    "row_rotation": _option(str, "--row-rotation", "0, or restore: rotate the output channels and back."),
-    "activation_percentile": _option(float, "--activation-percentile", "Of |x|, for calibrated activation scales."),
-    "calibration_steps": _option(int, "--calibration-steps", "Observations to calibrate on."),
-    "compensate": _option(bool, "--compensate/--no-compensate", "GPTQ-style compensation of the rounding errors."),
-    "damping": _option(float, "--damping", "Of the compensation, relative to the mean activation energy."),
-}
-QuantOption = Annotated[
-    str | None, typer.Option("--quant", help=f"Preset ({', '.join(PRESETS)}) or recipe file (.yaml, .toml).")
-]
-PacksOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--packs", envvar="OPENPI_DUQUANT_PACKDIR", help="Directory of DuQuant packs to take the transforms from."
-    ),
-]
-CalibrationOption = Annotated[
-    Path | None,
-    typer.Option("--calibration", help="Observations: a LeRobotDataset folder, duq-serve's recordings, or .npz files."),
-]
-CalibrationSeedOption = Annotated[
-    int, typer.Option("--calibration-seed", min=0, help="Of the choice of frames from a LeRobotDataset.")
-]
-BaseOption = Annotated[
-    Path | None, typer.Option("--base", help="The policy that an adapter was trained on; by default the one it names.")
-]
-TokenizerOption = Annotated[
-    Path | None, typer.Option("--tokenizer", help="SentencePiece model; by default the one in the checkpoint.")
-]
-DeviceOption = Annotated[str, typer.Option("--device", help="Where to calibrate and quantize: cpu or cuda.")]
-AssetOption = Annotated[
-    str | None, typer.Option("--asset-id", help="Which normalization statistics, if the checkpoint has several.")
-]
-
-
-def with_recipe_options(command: Callable) -> Callable:
-    """Gives a typer command the option ``--quant`` and one for each recipe key, and passes it the ``recipe``.
-
-    And, to a command that has a parameter of that name, ``origins``: what set each key that is not at its default.
-    """
-    own = inspect.signature(command, eval_str=True)
-    parameters = [parameter for parameter in own.parameters.values() if parameter.name not in ("recipe", "origins")]
-    options = {"quant": QuantOption, **RECIPE_OPTIONS}
-    parameters += [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-        for name, annotation in options.items()
-    ]
-
-    @functools.wraps(command)
-    def with_recipe(**arguments: Any) -> Any:
-        source, overrides = arguments.pop("quant"), {key: arguments.pop(key) for key in RECIPE_OPTIONS}
-        if "origins" in own.parameters:
-            arguments["origins"] = recipe_origins(source, overrides)
-        return command(recipe=load_recipe(source, overrides), **arguments)
-
-    with_recipe.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-    with_recipe.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return with_recipe
-
-
-app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-
-
-@app.command()
-@with_policy_options
-@with_recipe_options
-def _quantize(
+def quantize_policy(
     recipe: Recipe,
     choices: Choices,
-    checkpoint: Annotated[str, typer.Argument(help=CHECKPOINT_HELP)],
-    out: Annotated[Path, typer.Option("--out", help="Directory of packs to write.")],
-    calibration: CalibrationOption = None,
-    calibration_seed: CalibrationSeedOption = 0,
-    packs: PacksOption = None,
-    tokenizer: TokenizerOption = None,
-    base: BaseOption = None,
-    asset_id: AssetOption = None,
-    device: DeviceOption = "cpu",
+    checkpoint: str,
+    out: Path,
+    *,
+    calibration: Path | None,
+    calibration_seed: int,
+    packs: Path | None,
+    tokenizer: Path | None,
+    base: str | None,
+    asset_id: str | None,
+    device: str,
+    as_json: bool,
 ) -> None:
-    """Quantize a policy: calibrate it on observations and write the packs that [bold]duq-compile --packs[/bold] takes.
-
-    [bold]Examples[/bold]
-
-      duq-quantize checkpoints/pi0 --calibration observations.npz --out packs
-
-      duq-quantize checkpoints/pi0 --calibration dataset/ --robot aloha --quant all --layer-bits layers.0:8 --out packs
-    """
+    """What `duq-quantize` does, with its options by name. Raises DuqError for what is wrong with them, before any long work."""
+    start = time.perf_counter()
     if calibration is None:
         raise CalibrationError("--calibration is missing: quantization needs observations to measure activations on")
     check_device(device)
     check_output_directory("--out", out)
     check_destination(out)
+    check_inputs(calibration, tokenizer)
     policy, settings = open_policy(checkpoint, choices, asset_id, tokenizer, base)
     check_selection(recipe, policy.config)
     transforms = load_transforms(packs, policy, recipe) if packs is not None and use_packs(packs) else None
@@ -156,7 +70,11 @@ def _quantize(
     with progress_bar() as progress:
         quantization = quantize_checkpoint(policy, recipe, inputs, progress, transforms, device)
         save_quantization(quantization, out, policy.fingerprint, progress)
-    print_summary(quantization, policy, out)
+    if as_json:
+        found = {"packs": str(out), "bytes": sum(file.stat().st_size for file in out.iterdir())}
+        typer.echo(result_json(found, quantization, settings_of(policy, settings), time.perf_counter() - start))
+    else:
+        print_summary(quantization, policy, out)
 
 
 def check_device(device: str) -> None:
@@ -172,15 +90,14 @@ def check_device(device: str) -> None:
 
 
 def open_policy(
-    path: str, choices: Choices, asset_id: str | None, tokenizer: Path | None, base: Path | None = None
+    path: str, choices: Choices, asset_id: str | None, tokenizer: Path | None, base: str | None = None
 ) -> tuple[Checkpoint, PolicySettings]:
     """The checkpoint with `tokenizer` in place of its own if given, and the settings around it."""
     preferred = training_config(choices.config).settings.asset_id if choices.config else None
     with _reading() as show:
         checkpoint = load_checkpoint(path, asset_id, base=base, preferred_asset=preferred, progress=show)
     if tokenizer is not None:
-        if not tokenizer.is_file():
-            raise CheckpointError(f"--tokenizer {tokenizer}: no such file; give a SentencePiece model")
+        check_tokenizer(tokenizer)
         checkpoint = replace(checkpoint, tokenizer=tokenizer)
     checkpoint, settings = settle(checkpoint, choices)
     for note in settings.notes:
@@ -215,16 +132,6 @@ def use_packs(packs: Path | None) -> bool:
     return packs is not None and (packs.is_dir() or not by_variable)
 
 
-def print_line(line: str) -> None:
-    """To stderr, where progress and warnings go."""
-    typer.echo(line, err=True)
-
-
-def progress_bar() -> Progress:
-    columns = (TextColumn("{task.description:<24}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))
-
-
 def print_summary(quantization: Quantization, checkpoint: Checkpoint, out: Path) -> None:
     packs = sorted(quantization.packs.values(), key=lambda pack: pack.sqnr_db)
     table = Table("linear", "weights", "SQNR dB", title=f"The {min(LISTED_LINEARS, len(packs))} worst linears")
@@ -240,6 +147,26 @@ def print_summary(quantization: Quantization, checkpoint: Checkpoint, out: Path)
     )
 
 
-def quantize_main() -> None:
-    with one_line_errors():
-        app()
+def result_json(found: dict[str, Any], quantization: Quantization, manifest: dict, seconds: float) -> str:
+    """What --json prints: `found`, and what both commands know. manifest: the part of it about the settings."""
+    linears = {
+        pack.name: {
+            "weight_bits": pack.weight_bits,
+            "shape": list(pack.shape),
+            "sqnr_db": pack.sqnr_db if math.isfinite(pack.sqnr_db) else None,
+        }
+        for pack in quantization.packs.values()
+    }
+    settings = {name: {"value": value, "from": origin or None} for name, value, origin in settings_rows(manifest)}
+    return json.dumps(
+        {
+            **found,
+            "seconds": seconds,
+            "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            "recipe": quantization.recipe.to_json(),
+            "linears": linears,
+            "settings": settings,
+            "warnings": warnings_printed(),
+        },
+        indent=1,
+    )

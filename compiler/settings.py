@@ -7,12 +7,15 @@ changes the actions, the user is asked; nothing is guessed.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from duq.compiler.checkpoint import Checkpoint
 from duq.compiler.checkpoint.lerobot import POSTPROCESSOR, PREPROCESSOR, VERSIONS, version_transforms
+from duq.compiler.checkpoint.storage import read_tokenizer
 from duq.compiler.checkpoint.training import TrainingConfig, training_config
 from duq.compiler.errors import CheckpointError, DuqError
 from duq.runtime.config import IMAGE_SLOTS, ROTARY
@@ -63,7 +66,7 @@ class PolicySettings:
             robot=self.robot or "none",
             layout=checkpoint.layout,
             norm_stats=checkpoint.norm_stats,
-            tokenizer=None if checkpoint.tokenizer is None else checkpoint.tokenizer.read_bytes(),
+            tokenizer=None if checkpoint.tokenizer is None else read_tokenizer(checkpoint.tokenizer),
             cameras=cameras,
             transforms=self.transforms,
         )
@@ -89,8 +92,13 @@ def settings_of(checkpoint: Checkpoint, settings: PolicySettings) -> dict:
         **settings.to_json(),
         "norm_stats": checkpoint.norm_stats,
         "loop": checkpoint.settings.loop if settings.robot == checkpoint.settings.robot else None,
-        "checkpoint": {"path": str(checkpoint.path), "layout": checkpoint.layout, "form": checkpoint.form},
+        "checkpoint": {"path": _printable(checkpoint.path), "layout": checkpoint.layout, "form": checkpoint.form},
     }
+
+
+def _printable(path: Path) -> str:
+    """A path as text; names on disk need not be."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def default_settings(checkpoint: Checkpoint, robot: str | Robot = "none", num_steps: int | None = None) -> PolicySettings:

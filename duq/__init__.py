@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from duq.runtime import Policy
+    from duq.runtime import EngineError, ObservationError, PlanError, Policy
 
-__all__ = ["Policy"]
+__all__ = ["EngineError", "ObservationError", "PlanError", "Policy"]
 __version__ = "0.2.0.dev0"
 
 _HERE = Path(__file__).resolve().parent
@@ -20,9 +20,9 @@ if not (_HERE / "runtime").is_dir():  # a checkout
 
 
 def __getattr__(name: str) -> object:
-    """Policy is imported when it is asked for: duq.plugins and duq.compiler do not need the runtime."""
-    if name == "Policy":
-        from duq.runtime import Policy
+    """The policy and its errors are imported when asked for: duq.plugins and duq.compiler do not need the runtime."""
+    if name in __all__:
+        from duq import runtime
 
-        return Policy
+        return getattr(runtime, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,6 +18,7 @@ from PIL import Image
 
 from duq.plugins.errors import DuqError
 from duq.runtime.config import IMAGE_SLOTS
+from duq.runtime.files import replacing
 
 QUALITY = 75  # of the WebP images
 
@@ -77,14 +78,9 @@ def save(path: Path, demonstrations: Demonstrations) -> None:
     """Writes one compressed .npz file. It appears when everything is written."""
     cameras = [image for moment in demonstrations.images for image in moment]
     sizes = np.array([len(image) for image in cameras]).reshape(len(demonstrations), -1)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            arrays = {name: getattr(demonstrations, name) for name in _ARRAYS}
-            np.savez_compressed(file, webp=np.frombuffer(b"".join(cameras), np.uint8), sizes=sizes, **arrays)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    arrays = {name: getattr(demonstrations, name) for name in _ARRAYS}
+    with replacing(path) as file:
+        np.savez_compressed(file, webp=np.frombuffer(b"".join(cameras), np.uint8), sizes=sizes, **arrays)
 
 
 def load(path: Path) -> Demonstrations:

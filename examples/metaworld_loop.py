@@ -18,15 +18,15 @@ if __name__ == "__main__":
 
 import numpy as np
 import typer
-from PIL import Image, ImageDraw
 
+from duq.examples.contact_sheet import contact_sheet
 from duq.examples.metaworld_env import ACTION_DIM, PROMPTS, MetaworldEnv
 from duq.plugins.errors import DuqError
 from duq.runtime import Policy
 from duq.runtime.cli_errors import check_output_file, one_line_errors
+from duq.runtime.files import replacing
 from duq.runtime.realtime import ChunkStream, Report, control_loop
 
-THUMBNAIL, COLUMNS = 112, 10  # of the contact sheet: pixels, moments
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 Task = Enum("Task", {name: name for name in PROMPTS}, type=str)  # type: ignore[misc]
 
@@ -71,32 +71,6 @@ def run_asynchronously(infer: Callable, episode: Episode, engine: Executor, rate
     with suppress(EpisodeOver):
         control_loop(stream, episode.observe, episode.act, rate=rate)
     return stream.report
-
-
-def contact_sheet(episodes: list[Episode]) -> Image.Image:
-    """Moments of each episode from left to right, its cameras one below the other; framed in green where it succeeded."""
-    strips = [_strip(episode) for episode in episodes]
-    sheet = Image.new("RGB", (strips[0].width, sum(strip.height for strip in strips)))
-    top = 0
-    for strip in strips:
-        sheet.paste(strip, (0, top))
-        top += strip.height
-    return sheet
-
-
-def _strip(episode: Episode) -> Image.Image:
-    moments = [episode.seen[i] for i in np.linspace(0, len(episode.seen) - 1, COLUMNS).round().astype(int)]
-    rows = len(moments[0][1])
-    strip = Image.new("RGB", (COLUMNS * THUMBNAIL, rows * THUMBNAIL))
-    draw = ImageDraw.Draw(strip)
-    for column, (step, images) in enumerate(moments):
-        left = column * THUMBNAIL
-        for row, image in enumerate(images):
-            strip.paste(Image.fromarray(image).resize((THUMBNAIL, THUMBNAIL)), (left, row * THUMBNAIL))
-        draw.text((left + 4, 4), f"step {step}", "white")
-    if episode.success:
-        draw.rectangle((left, 0, left + THUMBNAIL - 1, strip.height - 1), outline="lime", width=3)
-    return strip
 
 
 @app.command()
@@ -152,7 +126,8 @@ def _run(
             _print(task.value, start, episode, report)
     print(f"{sum(episode.success for episode in done)} of {episodes} episodes succeeded")
     if sheet is not None:
-        contact_sheet(done).save(sheet, "PNG")
+        with replacing(sheet) as file:
+            contact_sheet(done).save(file, "PNG")
 
 
 def _infer(

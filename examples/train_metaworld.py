@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,8 +34,9 @@ from duq.compiler.checkpoint.synthetic.files import TOKENIZER_SIZE, dimensions, 
 from duq.compiler.model import Pi0
 from duq.examples import metaworld_data
 from duq.plugins.errors import DuqError
-from duq.runtime.cli_errors import check_output_directory, one_line_errors
+from duq.runtime.cli_errors import one_line_errors
 from duq.runtime.config import GemmaConfig, ModelConfig, VisionConfig
+from duq.runtime.files import check_output_folder, replacing_folder
 from duq.runtime.tokenizer import Tokenizer
 
 POLICY = ModelConfig(  # 8.7 M weights; heads of 72 and 256, as every pi0 has
@@ -212,18 +212,14 @@ def save_checkpoint(out: Path, model: Pi0, tokenizer: bytes, losses: list[dict])
 
     `out`, a new or empty directory, appears when everything is written; `losses` go into training.json.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
     weights = {openpi_name(name): tensor.to("cpu", torch.bfloat16) for name, tensor in model.state_dict().items()}
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as directory:
-        draft = Path(directory) / out.name
-        draft.mkdir()
+    with replacing_folder(out) as draft:
         save_file(weights, draft / "model.safetensors", {"format": "pt"})
         (draft / "model.safetensors").chmod(0o644)
         settings = openpi_settings(model.config, "bfloat16", dimensions(model.config))
         write_json(draft / "config.json", settings | {"rotary": "exact"})  # trained in float32, and only then rounded
         write_json(draft / "training.json", {"losses": losses})
         (draft / "tokenizer.model").write_bytes(tokenizer)
-        draft.replace(out)
 
 
 @app.command()
@@ -247,9 +243,7 @@ def _train(
 
       python examples/train_metaworld.py demonstrations.npz --out checkpoint --device cpu --steps 100 --batch 16
     """
-    check_output_directory("--out", out)
-    if out.exists() and any(out.iterdir()):
-        raise DuqError(f"--out {out}: already exists; choose another directory or remove it")
+    check_output_folder("--out", out)
     if device == "cuda" and not torch.cuda.is_available():
         raise DuqError("--device cuda: PyTorch finds no GPU that it can use; --device cpu trains slowly")
     recorded, tokenizer = metaworld_data.load(demonstrations), train_tokenizer()

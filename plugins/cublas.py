@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from duq.plugins import libraries
 from duq.plugins.driver import Memory, Stream
-from duq.plugins.errors import KernelError
+from duq.plugins.errors import DeviceError, KernelError
 from duq.plugins.timing import copies_of, milliseconds
 
 WORKSPACE_BYTES = 32 << 20  # NVIDIA's advice for Hopper
@@ -67,10 +68,16 @@ class CublasLt:
     """A handle of the library. Raises KernelError where it is not installed."""
 
     def __init__(self) -> None:
-        self._library = _load()
+        self._library = libraries.load("cublasLt", "running a cuda plan")
         self._handle = ctypes.c_void_p()
         self._call("cublasLtCreate", ctypes.byref(self._handle))
         self._prepared: dict[tuple[Problem, int], tuple[Any, Any, Any]] = {}
+
+    def close(self) -> None:
+        """Gives the handle back. Graphs that it recorded may be launched on."""
+        if self._handle:
+            self._library.cublasLtDestroy(self._handle)
+        self._handle = ctypes.c_void_p()
 
     def matmul(
         self,
@@ -171,17 +178,5 @@ class CublasLt:
         if status != 0:
             name = self._library.cublasLtGetStatusString
             name.restype = ctypes.c_char_p
-            raise KernelError(f"{function}: {name(status).decode()}")
-
-
-def _load() -> ctypes.CDLL:
-    try:
-        from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib
-    except ImportError as error:
-        raise KernelError(
-            f"running a cuda plan needs cuda-pathfinder ({error}): pip install 'duq-vla[cuda-runtime]'"
-        ) from error
-    try:
-        return ctypes.CDLL(load_nvidia_dynamic_lib("cublasLt").abs_path)
-    except DynamicLibNotFoundError as error:
-        raise KernelError("running a cuda plan needs nvidia-cublas: pip install 'duq-vla[cuda-runtime]'") from error
+            text = name(status).decode()
+            raise DeviceError(f"{function}: {text}", text)

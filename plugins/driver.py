@@ -9,16 +9,18 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import os
 import weakref
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from duq.plugins.errors import KernelError
+from duq.plugins.errors import DeviceError, KernelError
 from duq.plugins.kernel import Shape
+from duq.plugins.libraries import Version, bindings_version
 from duq.plugins.nvrtc import Cubin
 
-OLDEST_CUDA = 13000  # what the pinned NVRTC compiles for
+OLDEST_12 = (12, 4)  # drivers for CUDA 12 before it lack cuFuncGetParamInfo
 PORTABLE_CLUSTER = 8  # blocks of a cluster that every GPU with clusters takes
 
 
@@ -26,29 +28,40 @@ def _driver():
     try:
         from cuda.bindings import driver
     except ImportError as error:
-        raise KernelError(f"CUDA needs cuda-bindings ({error}): pip install 'duq-vla[cuda]'") from error
+        raise KernelError(f"CUDA needs cuda-bindings ({error}): pip install 'duq-vla[cuda-runtime]'") from error
     return driver
 
 
 def _call(name: str, *arguments):
-    """One driver call; its results without the status. Raises KernelError with the driver's words."""
+    """One driver call; its results without the status. Raises DeviceError with the driver's words."""
     driver = _driver()
     try:
         status, *values = getattr(driver, name)(*arguments)
     except RuntimeError as error:  # the bindings found no libcuda.so.1, or one without this function
         raise KernelError(f"no usable NVIDIA driver on this machine ({error})") from error
     if status != driver.CUresult.CUDA_SUCCESS:
-        text = driver.cuGetErrorString(status)[1]
-        raise KernelError(f"{name}: {text.decode() if text else status!r}")
+        raise DeviceError(f"{name}: {_words(status)}", getattr(status, "name", str(status)))
     return values[0] if len(values) == 1 else values
+
+
+def _words(status: object) -> str:
+    """What the driver says of a status; its name where it says nothing."""
+    text = _driver().cuGetErrorString(status)[1]
+    return text.decode() if text else repr(status)
 
 
 def open_device(ordinal: int = 0) -> int:
     """Makes the device's primary context current in this thread and returns its compute capability, e.g. 90.
 
-    Raises KernelError where there is no driver, one too old for the cubins, or no such device.
+    Raises KernelError where there is no driver, one too old for the cubins, no such device, or in a process that was forked
+    from one that had opened it: CUDA does not work there.
     """
-    context, sm = _device(ordinal)
+    context, sm, process = _device(ordinal)
+    if process != os.getpid():
+        raise KernelError(
+            f"the GPU was opened by process {process}, which this one was forked from, and CUDA does not outlive a fork; "
+            'start this one with multiprocessing\'s "spawn" instead'
+        )
     _call("cuCtxSetCurrent", context)
     return sm
 
@@ -69,26 +82,54 @@ def device_properties(ordinal: int = 0) -> tuple[str, int]:
 
 
 @functools.cache
-def _device(ordinal: int) -> tuple[object, int]:
-    """The device's primary context, kept from now on, and its compute capability."""
+def _device(ordinal: int) -> tuple[object, int, int]:
+    """The device's primary context, kept from now on, its compute capability, and the process that has it."""
     driver = _driver()
     _call("cuInit", 0)
-    version = _call("cuDriverGetVersion")
-    if version < OLDEST_CUDA:
-        found, needed = (f"{v // 1000}.{v // 10 % 100}" for v in (version, OLDEST_CUDA))
-        raise KernelError(f"the NVIDIA driver is for CUDA {found}; update it to one for CUDA {needed} (580 or newer)")
+    _check_driver(cuda_version(), bindings_version().major)
     device = _call("cuDeviceGet", ordinal)
     attribute = driver.CUdevice_attribute
     major = _call("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
     minor = _call("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
-    return _call("cuDevicePrimaryCtxRetain", device), 10 * major + minor
+    return _call("cuDevicePrimaryCtxRetain", device), 10 * major + minor, os.getpid()
+
+
+class Module:
+    """A loaded cubin or PTX. It stays loaded until `close`, which no graph may outlive that launches its kernels."""
+
+    def __init__(self, image: bytes):
+        self.handle = _call("cuModuleLoadData", image)
+        self._unload: Callable[[], None] | None = _giver_back("cuModuleUnload", self.handle)
+
+    def close(self) -> None:
+        """Unloads it now; once."""
+        if self._unload is not None:
+            self._unload()
+        self._unload = None
+
+
+def cuda_version() -> Version:
+    """The newest CUDA that the driver is for. Raises KernelError where there is no driver."""
+    return Version.of(_call("cuDriverGetVersion"))
+
+
+def _check_driver(found: Version, bindings: int) -> None:
+    """Raises KernelError where the driver is older than the CUDA of the bindings and of the libraries beside them."""
+    if found.major < bindings:
+        release = {12: 525, 13: 580}.get(bindings)
+        stay = found.major == 12 and found >= OLDEST_12
+        raise KernelError(
+            f"the NVIDIA driver is for CUDA {found}; update it to one for CUDA {bindings}.0 ({release} or newer)"
+            + (", or stay with it (JetPack 6): pip install 'duq-vla[cuda12]', and compile the plan with that" * stay)
+        )
 
 
 class Kernel:
-    """One kernel of a loaded cubin. The module stays loaded as long as the process."""
+    """One kernel of a module."""
 
-    def __init__(self, module: object, symbol: str):
-        self._function = _call("cuModuleGetFunction", module, symbol.encode())
+    def __init__(self, module: Module, symbol: str):
+        self.module = module
+        self._function = _call("cuModuleGetFunction", module.handle, symbol.encode())
         self._symbol = symbol
         self._sizes = _parameter_sizes(self._function)
         # A multiprocessor divides its memory between cache and shared memory as the kernel on it prefers, and can do so
@@ -129,12 +170,14 @@ class Kernel:
 
 
 def _parameter_sizes(function: object) -> list[int]:
-    driver = _driver()
     sizes: list[int] = []
     while True:
-        status, _, size = driver.cuFuncGetParamInfo(function, len(sizes))
-        if status != driver.CUresult.CUDA_SUCCESS:  # past the last
-            return sizes
+        try:
+            _, size = _call("cuFuncGetParamInfo", function, len(sizes))
+        except DeviceError as error:
+            if error.status == "CUDA_ERROR_INVALID_VALUE":  # past the last
+                return sizes
+            raise
         sizes.append(size)
 
 
@@ -160,8 +203,12 @@ def load(cubin: Cubin) -> dict[str, Kernel]:
     """
     if not cubin.image.startswith(b"\x7fELF") and not cubin.image.endswith(b"\0"):  # the driver would read on behind it
         raise KernelError("PTX has to end with a NUL")
-    module = _call("cuModuleLoadData", cubin.image)
-    return {expression: Kernel(module, symbol) for expression, symbol in cubin.symbols.items()}
+    module = Module(cubin.image)
+    try:
+        return {expression: Kernel(module, symbol) for expression, symbol in cubin.symbols.items()}
+    except BaseException:
+        module.close()
+        raise
 
 
 def copy(to: int, source: int, size: int, stream: int) -> None:
@@ -169,26 +216,63 @@ def copy(to: int, source: int, size: int, stream: int) -> None:
     _call("cuMemcpyDtoDAsync", to, source, size, stream)
 
 
-def _release_with(owner: object, function: str, handle: object) -> None:
-    """Gives the handle back when its owner goes, at the latest while the interpreter still stands."""
-    weakref.finalize(owner, getattr(_driver(), function), handle)
+def _giver_back(function: str, handle: object) -> Callable[[], None]:
+    """What gives a handle back, from whichever thread; in a forked child, whose it is not, it does nothing.
+
+    After an error that left the device unusable the driver frees nothing: what it says then is of no use.
+    """
+    driver, (context, _, process) = _driver(), _device(0)
+
+    def give_back() -> None:
+        if process == os.getpid():
+            driver.cuCtxPushCurrent(context)
+            getattr(driver, function)(handle)
+            driver.cuCtxPopCurrent()
+
+    return give_back
 
 
-class Memory:
+class Resource:
+    """Something of the driver's, given back by `close`, or with the object, at the latest while the interpreter stands."""
+
+    def _own(self, function: str, handle: object) -> None:
+        """function: what gives the handle back."""
+        finalizer = weakref.finalize(self, _giver_back(function, handle))
+        self._finalizers = [finalizer, *getattr(self, "_finalizers", [])]
+
+    def close(self) -> None:
+        """Gives it back now; once. It must not be used any more."""
+        for finalizer in getattr(self, "_finalizers", []):
+            finalizer()
+
+
+class Memory(Resource):
     """Device memory, freed with the object."""
 
     def __init__(self, size: int):
         self.address = int(_call("cuMemAlloc", max(size, 1)))
-        _release_with(self, "cuMemFree", self.address)
+        self._own("cuMemFree", self.address)
 
 
-class PinnedArray:
+class PinnedArray(Resource):
     """Host memory that copies to and from the device run from at full speed, as `array`, uint8 [size]."""
 
     def __init__(self, size: int):
         self.address = int(_call("cuMemHostAlloc", size, 0))
+        self._own("cuMemFreeHost", self.address)
         self.array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.address))
-        _release_with(self, "cuMemFreeHost", self.address)
+
+
+def is_usable(streams: Sequence[Stream]) -> bool:
+    """Whether the device takes work, once what these streams were given has ended. After some errors, such as an illegal
+    address, it takes none until the process ends."""
+    try:
+        for stream in streams:
+            stream.synchronize()
+        free_memory()
+    except KernelError:
+        return False
+    return True
 
 
 def free_memory() -> tuple[int, int]:
@@ -196,12 +280,12 @@ def free_memory() -> tuple[int, int]:
     return _call("cuMemGetInfo")
 
 
-class Stream:
+class Stream(Resource):
     """An order of work on the device."""
 
     def __init__(self) -> None:
         self.handle = int(_call("cuStreamCreate", _driver().CUstream_flags.CU_STREAM_NON_BLOCKING))
-        _release_with(self, "cuStreamDestroy", self.handle)
+        self._own("cuStreamDestroy", self.handle)
 
     def upload(self, to: int, source: int, size: int) -> None:
         _call("cuMemcpyHtoDAsync", to, source, size, self.handle)
@@ -223,17 +307,19 @@ class Stream:
         try:
             work()
         except BaseException:
-            _driver().cuStreamEndCapture(self.handle)  # leaves the stream usable
+            status, graph = _driver().cuStreamEndCapture(self.handle)  # leaves the stream usable
+            if status == _driver().CUresult.CUDA_SUCCESS:  # what was recorded until it failed
+                _giver_back("cuGraphDestroy", graph)()
             raise
         return Graph(_call("cuStreamEndCapture", self.handle))
 
 
-class Event:
+class Event(Resource):
     """A point in a stream, to wait for on another or to measure time between."""
 
     def __init__(self) -> None:
         self._event = _call("cuEventCreate", 0)
-        _release_with(self, "cuEventDestroy", self._event)
+        self._own("cuEventDestroy", self._event)
 
     def record(self, stream: Stream) -> None:
         _call("cuEventRecord", self._event, stream.handle)
@@ -255,13 +341,13 @@ class Event:
         return _call("cuEventElapsedTime", earlier._event, self._event)
 
 
-class Graph:
+class Graph(Resource):
     """A captured piece of work, launched as one."""
 
     def __init__(self, graph: object):
-        _release_with(self, "cuGraphDestroy", graph)
+        self._own("cuGraphDestroy", graph)
         self._executable = _call("cuGraphInstantiate", graph, 0)
-        _release_with(self, "cuGraphExecDestroy", self._executable)
+        self._own("cuGraphExecDestroy", self._executable)
 
     def launch(self, stream: Stream) -> None:
         _call("cuGraphLaunch", self._executable, stream.handle)

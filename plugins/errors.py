@@ -19,3 +19,11 @@ class LayoutError(DuqError, ValueError):
 
 class KernelError(DuqError, RuntimeError):
     """A CUDA kernel that cannot be compiled, loaded or launched: a missing wheel, an unknown SM, a driver's error."""
+
+
+class DeviceError(KernelError):
+    """A call that the GPU's driver or library refused. status: its name, such as "CUDA_ERROR_OUT_OF_MEMORY"."""
+
+    def __init__(self, message: str, status: str):
+        super().__init__(message)
+        self.status = status

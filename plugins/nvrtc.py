@@ -14,8 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from duq.plugins import libraries
 from duq.plugins.errors import KernelError
-from duq.plugins.gpu import Gpu, gpu_of
+from duq.plugins.gpu import GPUS, Gpu, gpu_of
+from duq.plugins.libraries import Version
 
 SOURCES = Path(__file__).parent / "cuda"
 OPTIONS = ("--std=c++17", "--device-as-default-execution-space")  # the latter for lambdas
@@ -96,6 +98,7 @@ def _compile_cached(
     version = _checked(nvrtc, nvrtc.nvrtcVersion(), name)
     texts = {path.name: path.read_text() for path in sorted(SOURCES.glob("*.cuh"))} | dict(headers or {})
     architecture = gpu.ptx_architecture if ptx else gpu.architecture
+    check_supported(gpu)
     arguments = [f"--gpu-architecture={architecture}", *OPTIONS, *_switched_off(gpu), *options]
     key = hashlib.sha256(json.dumps([version, text, texts, arguments, list(kernels)]).encode()).hexdigest()
     entry = (cache or default_cache()) / f"{key}.{'ptx' if ptx else 'cubin'}"
@@ -137,17 +140,39 @@ def _compile(nvrtc, source, text, headers, arguments, kernels, ptx) -> Cubin:
         nvrtc.nvrtcDestroyProgram(program)
 
 
+def nvrtc_version() -> Version:
+    """Of the NVRTC that compiles here: what it makes needs a driver for that CUDA. Raises KernelError as `compile_cubin` does."""
+    return Version(*_nvrtc().nvrtcVersion()[1:])
+
+
 def _nvrtc():
-    """The bindings of a loaded NVRTC library."""
-    try:
-        from cuda.bindings import nvrtc
-    except ImportError as error:
-        raise KernelError(f"compiling CUDA kernels needs cuda-bindings ({error}): pip install 'duq-vla[cuda]'") from error
-    try:
-        nvrtc.nvrtcVersion()
-    except RuntimeError as error:  # the bindings load the library at the first call
-        raise KernelError("compiling CUDA kernels needs nvidia-cuda-nvrtc: pip install 'duq-vla[cuda]'") from error
+    """The bindings of a loaded NVRTC library, both of one major version of CUDA."""
+    bindings = libraries.bindings_version()
+    libraries.load("nvrtc", "compiling CUDA kernels")
+    from cuda.bindings import nvrtc
+
+    found = Version(*nvrtc.nvrtcVersion()[1:])
+    if found.major != bindings.major:  # the bindings prefer the newest of those loaded before
+        raise KernelError(
+            f"compiling CUDA kernels: NVRTC {found} is loaded already, by PyTorch perhaps, and cuda-bindings is for CUDA "
+            f"{bindings}; use an environment without CUDA {found.major}"
+        )
     return nvrtc
+
+
+def supported_sms() -> list[int]:
+    """The SMs that the NVRTC here compiles for and that have kernels. Raises KernelError where there is none."""
+    nvrtc = _nvrtc()
+    return [sm for sm in _checked(nvrtc, nvrtc.nvrtcGetSupportedArchs(), "NVRTC") if sm in GPUS]
+
+
+def check_supported(gpu: Gpu) -> None:
+    """Raises KernelError unless the NVRTC here compiles for the GPU; the one of CUDA 12 knows none after Hopper."""
+    if gpu.sm not in (known := supported_sms()):
+        raise KernelError(
+            f"NVRTC {nvrtc_version()} compiles for SM {', '.join(map(str, known))}, not for SM {gpu.sm}; CUDA 13's does: "
+            "pip install 'duq-vla[cuda]'"
+        )
 
 
 def _checked(nvrtc, result: tuple, source: str):

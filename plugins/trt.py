@@ -37,6 +37,8 @@ def library() -> ModuleType:
                 # Its parser opens the library by its unversioned name when it meets a plugin, and aborts without.
                 load_alias("libtensorrt_rtx.so", [f"libtensorrt_rtx.so.{module.__version__.split('.')[0]}"])
             return module
+    if importlib.util.find_spec("torch") is None:  # a robot, which does not compile
+        raise KernelError("running a tensorrt plan needs TensorRT: pip install 'duq-vla[tensorrt-runtime]'")
     raise KernelError(
         "the tensorrt target needs TensorRT: pip install 'duq-vla[tensorrt]', or 'duq-vla[tensorrt-rtx]' where NVIDIA's own "
         "package index cannot be reached"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,14 +12,46 @@ import numpy as np
 from duq.runtime.errors import ObservationError
 
 MAX_NESTING = 8  # of one text
+MAX_SIZE = 1 << 27  # numbers of one array: an image of 44 megapixels. A view may claim more than there is memory
+MAX_LISTED = 1 << 24  # of nested lists, each of which has to be looked at
+MAX_VECTOR = 1 << 16  # of a state, a mask, or a prompt's tokens
+# Of a normalized state or a noise, which are near 1. The model squares what it makes of them, and float32 ends at 3.4e38:
+# from 1e19 on a sum of squares is infinite, a norm divides by it, and finite actions come out that do not depend on them.
+LARGEST = 1e15
 NUMERIC = "biuf"  # kinds of numpy's dtypes
 EXPECTED = "numbers in a numpy array, a torch tensor or a list"
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 60
+
+
+def shown(value: object) -> str:
+    """A key or a name as an error repeats it: its repr, 60 characters of it."""
+    return _short.repr(value)
+
+
+def observation(value: Any) -> dict[Any, Any]:
+    """An observation as plain dicts: those in it, which hold its cameras, are copied too; its arrays are not.
+
+    Raises ObservationError if it is no mapping, or one that cannot be read.
+    """
+    if not isinstance(value, Mapping):
+        raise ObservationError(f"an observation is a dict, got {type(value).__name__}")
+    try:
+        return {key: dict(inner) if isinstance(inner, Mapping) else inner for key, inner in value.items()}
+    except Exception as error:  # a mapping of the user's own has its own
+        raise ObservationError(
+            f"an observation is a dict, got {type(value).__name__} that cannot be read ({_reason(error)})"
+        ) from error
 
 
 def required(observation: Mapping[str, Any], key: str) -> Any:
     """The value of `key`; ObservationError if the observation lacks it."""
     if key not in observation:
-        raise ObservationError(f"observation lacks {key!r}; it has {', '.join(map(repr, observation)) or 'no keys'}")
+        names = [shown(name) for name, _ in zip(observation, range(12), strict=False)]
+        more = [f"{len(observation) - len(names)} more"] if len(observation) > len(names) else []
+        raise ObservationError(f"observation lacks {key!r}; it has {', '.join(names + more) or 'no keys'}")
     return observation[key]
 
 
@@ -29,34 +63,45 @@ def mapping(observation: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return value
 
 
-def array(value: Any, key: str, expected: str = EXPECTED) -> np.ndarray:
+def array(value: Any, key: str, expected: str = EXPECTED, most: int = MAX_SIZE) -> np.ndarray:
     """Whatever a user hands over as numbers, as a numpy array of booleans, integers or floats in the machine's byte order.
 
     Takes numpy arrays and scalars of any layout, numbers, nested lists of anything taken here, torch tensors of any device
     and dtype (bfloat16 becomes float32), JAX arrays, PIL images, and all else that has `__array__`, `__dlpack__` or a
     buffer. No library is imported for it, and an ordinary array comes back as it is.
     Raises ObservationError that names the key, what it holds and what is expected (`expected`), for all else: text,
-    objects, dates, complex numbers, records, ragged lists, masked values, tensors without values.
+    objects, dates, complex numbers, records, ragged lists, masked values, tensors without values; and, before anything is
+    copied, for more than `most` numbers, such as a broadcast view of one has.
     """
-    if type(value) is np.ndarray and value.dtype.kind in NUMERIC and value.dtype.isnative:
-        return value
-    try:
-        found = _converted(value, key, expected)
-    except ObservationError:
-        raise
-    except Exception as error:  # each library has its own for what it cannot convert
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
-        raise ObservationError(f"{key}: is a {_kind(value)} that cannot be read ({reason}), expected {expected}") from error
+    if type(value) is not np.ndarray or value.dtype.kind not in NUMERIC or not value.dtype.isnative:
+        try:
+            _check_size(value, key, expected, most)
+            value = _numbers(value, key, expected, most)
+        except ObservationError:
+            raise
+        except Exception as error:  # each library has its own for what it cannot convert
+            raise ObservationError(
+                f"{key}: is a {_kind(value)} that cannot be read ({_reason(error)}), expected {expected}"
+            ) from error
+    _check_size(value, key, expected, most)
+    return value
+
+
+def _numbers(value: Any, key: str, expected: str, most: int) -> np.ndarray:
+    """The value as an array of numbers in the machine's byte order; raises whatever its library does."""
+    found = _converted(value, key, expected, most)
     if found.dtype.kind not in NUMERIC:
-        what = f"has dtype {found.dtype}" if isinstance(value, (np.ndarray, np.generic)) else f"is a {_kind(value)}"
+        what = (
+            f"has dtype {str(found.dtype)[:60]}" if isinstance(value, (np.ndarray, np.generic)) else f"is a {_kind(value)}"
+        )
         raise ObservationError(f"{key}: {what}, expected {expected}")
     return found if found.dtype.isnative else found.astype(found.dtype.newbyteorder("="))
 
 
-def _converted(value: Any, key: str, expected: str) -> np.ndarray:
-    """The value as a numpy array of some dtype; raises whatever the value's library does."""
-    if isinstance(value, (list, tuple)) and not _all_numbers(value):
-        return np.stack([array(each, key, expected) for each in value])  # numpy would drop masks and fail at tensors
+def _converted(value: Any, key: str, expected: str, most: int) -> np.ndarray:
+    """The value as a numpy array of some dtype."""
+    if isinstance(value, (list, tuple)) and not _all_numbers(value, [min(most, MAX_LISTED)]):
+        return _stacked(value, key, expected, most)
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
         raise ObservationError(f"{key}: is an array with {value.mask.sum()} masked values, expected {expected}")
     if hasattr(value, "detach") and hasattr(value, "cpu"):
@@ -69,6 +114,25 @@ def _converted(value: Any, key: str, expected: str) -> np.ndarray:
     return found
 
 
+def _stacked(values: Iterable[Any], key: str, expected: str, most: int) -> np.ndarray:
+    """A list of arrays, tensors or lists of them; numpy itself would drop masks and fail at tensors."""
+    arrays: list[np.ndarray] = []
+    for value in values:
+        arrays.append(array(value, key, expected, most))
+        if sum(each.size for each in arrays[:1]) * len(arrays) > most:
+            raise ObservationError(f"{key}: is a list of more than {most} numbers, expected {expected}")
+    return np.stack(arrays)
+
+
+def _check_size(value: Any, key: str, expected: str, most: int) -> None:
+    """ObservationError if the value says that it has more than `most` numbers."""
+    shape = getattr(value, "shape", None)
+    if shape is None:
+        shape = (len(value),) if hasattr(value, "__len__") and hasattr(value, "__getitem__") else ()
+    if math.prod(shape) > most:
+        raise ObservationError(f"{key}: has shape {list(shape)[:8]}, more than {most} numbers, expected {expected}")
+
+
 def _tensor(value: Any) -> np.ndarray:
     """A torch tensor as a numpy array; what numpy has no type for as float32."""
     value = value.detach().cpu()
@@ -78,23 +142,35 @@ def _tensor(value: Any) -> np.ndarray:
         return value.float().numpy()
 
 
-def _all_numbers(values: Iterable[Any]) -> bool:
-    """Whether a nested list holds nothing but Python's and numpy's own numbers."""
+def _all_numbers(values: Iterable[Any], left: list[int]) -> bool:
+    """Whether a nested list holds nothing but Python's and numpy's own numbers. left: [how many values to look at]; a list
+    that holds one inner list many times may have more than can ever be counted."""
     kinds = set(map(type, values))
+    left[0] -= len(values)  # type: ignore[arg-type]
+    if left[0] < 0:
+        raise ValueError("too many values")
     if kinds <= {list, tuple}:
-        return all(map(_all_numbers, values))
+        return all(_all_numbers(each, left) for each in values)
     return all(issubclass(kind, (bool, int, float, np.bool_, np.number)) for kind in kinds)
 
 
 def _kind(value: object) -> str:
     """What a value is, for an error: its type, and its dtype if it has one."""
-    dtype = getattr(value, "dtype", None)
-    return type(value).__name__ + ("" if dtype is None else f" of {dtype}")
+    try:
+        dtype = getattr(value, "dtype", None)
+        return type(value).__name__[:60] + ("" if dtype is None else f" of {str(dtype)[:60]}")
+    except Exception:  # the value's own
+        return type(value).__name__[:60]
+
+
+def _reason(error: Exception) -> str:
+    """What a library said, for a line of ours."""
+    return " ".join(str(error).split())[:100] or type(error).__name__
 
 
 def vector(observation: Mapping[str, Any], key: str, size: int) -> np.ndarray:
     """A finite [size] array as float64, from anything that `array` reads; a scalar counts as [1]."""
-    value = np.atleast_1d(array(required(observation, key), key))
+    value = np.atleast_1d(array(required(observation, key), key, f"{size} {EXPECTED}", MAX_VECTOR))
     if value.shape != (size,):
         raise ObservationError(f"{key}: has shape {list(value.shape)}, expected [{size}]")
     return finite(value.astype(np.float64), key)
@@ -106,6 +182,20 @@ def finite(value: np.ndarray, key: str) -> np.ndarray:
     if bad.size:
         raise ObservationError(f"{key}: is not finite at index {bad[0]} ({value.flat[bad[0]]})")
     return value
+
+
+def moderate(values: np.ndarray, key: str) -> np.ndarray:
+    """What the model gets, as float32. Raises ObservationError if one of the values is not finite there, or so large that
+    the model's own sums of squares would not be (`LARGEST`)."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = values.astype(np.float32, copy=False)
+    if not np.abs(cast).max(initial=0.0) <= LARGEST:  # a NaN fails, too
+        index = np.argmin(np.abs(cast) <= LARGEST)
+        place = ", ".join(map(str, np.unravel_index(index, cast.shape)))
+        raise ObservationError(
+            f"{key}: is {values.flat[index]:.3g} at index {place}; the model takes finite numbers of at most {LARGEST:.0e}"
+        )
+    return cast
 
 
 def text(value: Any, key: str) -> str:

@@ -7,6 +7,10 @@ class PlanError(DuqError):
     """The plan file is missing, damaged, of another format version, or made for another target."""
 
 
+class EngineError(DuqError, RuntimeError):
+    """The engine failed, gave actions that are not finite, or cannot be used any more: closed, failed before, or forked."""
+
+
 class ObservationError(DuqError, ValueError):
     """An observation does not fit the plan: the key, what was found and what is expected are named."""
 

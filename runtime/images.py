@@ -109,7 +109,7 @@ def _openpi(image: np.ndarray, out: np.ndarray) -> list[Callable[[], None]]:
     if image.shape == out.shape:
         copy(image, out)
         return []
-    height, width = (max(1, size) for size in _resized(image, out))
+    height, width = (max(1, size) for size in _resized(image, *out.shape[:2]))
     inside = _inside(out, height, width, centered=True, padding=0)
     if _compiled is None:
         return [partial(_resize_by_pillow, image, inside)]
@@ -120,12 +120,8 @@ def _openpi(image: np.ndarray, out: np.ndarray) -> list[Callable[[], None]]:
 def _lerobot(image: np.ndarray, out: np.ndarray, rule: FloatRule) -> list[Callable[[], None]]:
     if image.dtype not in (np.uint8, np.float32):
         raise ObservationError(f"image: has dtype {image.dtype}, expected uint8 or float32")
-    height, width = _resized(image, out)
-    if not (height and width):
-        raise ObservationError(
-            f"image: {image.shape[0]} x {image.shape[1]} pixels are too narrow, nothing of them is left in "
-            f"{out.shape[0]} x {out.shape[1]}; crop the image"
-        )
+    check_shape(image, out.shape[0], out.shape[1], "lerobot")
+    height, width = _resized(image, *out.shape[:2])
     inside = _inside(out, height, width, rule.centered, rule.padding)
     rows, columns = _nearest_two(image.shape[0], height), _nearest_two(image.shape[1], width)
     limits = (-math.inf, math.inf) if image.shape == out.shape else (rule.low, rule.high)
@@ -133,9 +129,18 @@ def _lerobot(image: np.ndarray, out: np.ndarray, rule: FloatRule) -> list[Callab
     return _strips(height, partial(resize, image, rows, columns, limits, inside))
 
 
-def _resized(image: np.ndarray, out: np.ndarray) -> tuple[int, int]:
+def check_shape(image: np.ndarray, height: int, width: int, rule: str) -> None:
+    """ObservationError if so little of the image fits into height x width that nothing is left; openpi leaves a line."""
+    if rule != "openpi" and 0 in _resized(image, height, width):
+        raise ObservationError(
+            f"image: {image.shape[0]} x {image.shape[1]} pixels are too narrow, nothing of them is left in "
+            f"{height} x {width}; crop the image"
+        )
+
+
+def _resized(image: np.ndarray, height: int, width: int) -> tuple[int, int]:
     """Height and width of what fits: 6.999 becomes 6, in openpi and in LeRobot."""
-    ratio = max(image.shape[1] / out.shape[1], image.shape[0] / out.shape[0])
+    ratio = max(image.shape[1] / width, image.shape[0] / height)
     return int(image.shape[0] / ratio), int(image.shape[1] / ratio)
 
 

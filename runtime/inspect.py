@@ -1,10 +1,11 @@
-"""``duq-inspect engine.plan``: what a plan holds. Opening it verifies every hash."""
+"""``duq-inspect engine.plan``: what a plan holds, or what differs in another. Opening it verifies every hash."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,38 +14,98 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from duq.runtime.cli_errors import one_line_errors
+from duq.runtime.command_line import command_app
 from duq.runtime.config import IMAGE_SLOTS
 from duq.runtime.executors.programs import programs_of, shared_bytes_of
+from duq.runtime.executors.schedule import read_schedule
 from duq.runtime.plan import Plan
+from duq.runtime.robots import Robot
 
-app = typer.Typer(add_completion=False)
+app = command_app()
 
 
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PLAN", help="An engine.plan")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON")] = False,
-    entries: Annotated[bool, typer.Option("--entries", help="List every weight, not their sum")] = False,
-    layers: Annotated[bool, typer.Option("--layers", help="cuda: the kernel of every layer, not of all alike")] = False,
+    diff: Annotated[
+        Path | None,
+        typer.Option(metavar="PLAN", help="Print instead what differs in this one: settings, linears, launches, sizes"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest, or the differences, as JSON")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Print also who said each setting, layers, launches, graphs, entries and hashes")
+    ] = False,
+    entries: Annotated[bool, typer.Option("--entries", help="--all, and every weight instead of their sum")] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="--all, and for cuda the kernel of every layer, not of all alike")
+    ] = False,
+    verify_key: Annotated[
+        Path | None, typer.Option("--verify-key", help="A public key (PEM): fail unless the plan is signed with it")
+    ] = None,
 ) -> None:
-    """Print what a plan holds: policy, quantization, ops and bytes per layer, inputs and outputs, entries, hashes."""
-    plan = Plan(path)
-    if as_json:
-        programs = {"programs": found} if (found := _programs(plan)) else {}
-        typer.echo(json.dumps({"path": str(path), "bytes": path.stat().st_size, **plan.manifest, **programs}, indent=1))
-        return
+    """Verify every hash of a plan and print what it holds: policy, robot, quantization, what it runs on.
+
+    [bold]Examples[/bold]
+
+      duq-inspect engine.plan --all
+
+      duq-inspect before.plan --diff after.plan
+    """
+    plan = Plan(path, verify_key=verify_key)
     console = Console(markup=False, highlight=False)  # recipes hold regexes, which look like markup
-    console.print(f"{path}: {_size(path.stat().st_size)}, all {len(plan.names)} entries match their SHA-256")
-    for table in (
+    if diff is not None:
+        _print_differences(console, plan, Plan(diff), as_json)
+    elif as_json:
+        programs = {"programs": found} if (found := _programs(plan)) else {}
+        signature = plan.signature and {"key": plan.signature.key.fingerprint, "verified": plan.is_signed()}
+        about = {"path": str(path), "bytes": len(plan.mapping), **plan.manifest, **programs, "signature": signature}
+        typer.echo(json.dumps(about, indent=1))
+    elif everything or entries or layers:
+        _print_all(console, plan, verify_key, entries, layers)
+    else:
+        _print_summary(console, plan, verify_key)
+
+
+def _print_summary(console: Console, plan: Plan, verify_key: Path | None) -> None:
+    rows = [*summary_rows(plan), ("signature", _signed(plan, verify_key))]  # all before the first is printed
+    console.print(f"{_checked(plan)} (--all prints the rest)", soft_wrap=True)
+    for name, text in rows:
+        console.print(f"  {name:<13} {text}", soft_wrap=True)
+
+
+def _checked(plan: Plan) -> str:
+    return f"{plan.path}: {human_size(len(plan.mapping))}, all {len(plan.names)} entries match their SHA-256"
+
+
+def _print_differences(console: Console, first: Plan, second: Plan, as_json: bool) -> None:
+    from duq.runtime.inspect_diff import difference_tables, differences
+
+    found = differences(first, second)
+    if as_json:
+        typer.echo(json.dumps({"first": str(first.path), "second": str(second.path), **found}, indent=1))
+        return
+    tables = difference_tables(found, str(first.path), str(second.path))
+    if not tables:
+        console.print(f"{first.path} and {second.path} differ in no setting, linear, launch or size", soft_wrap=True)
+    for table in tables:
+        console.print(table)
+
+
+def _print_all(console: Console, plan: Plan, verify_key: Path | None, entries: bool, layers: bool) -> None:
+    tables = [  # all of them before the first is printed: an error stands alone
         settings_table(plan.manifest),
         _policy_table(plan.manifest),
         _quantization_table(plan.manifest.get("quantization") or {}),
         _layer_table((plan.manifest.get("quantization") or {}).get("linears") or {}),
         _program_table(_programs(plan)),
         *(_graph_table(name, graph) for name, graph in _graphs(plan.manifest).items()),
-        *(_kernel_table(plan, name, layers) for name in plan.names if name.startswith("schedule/")),
+        *(_kernel_table(plan, name, layers) for name in _schedules(plan)),
         _entry_table(plan.manifest["entries"], each_weight=entries),
-    ):
+    ]
+    signed = _signed(plan, verify_key)
+    console.print(_checked(plan), soft_wrap=True)
+    console.print(signed, soft_wrap=True)
+    for table in tables:
         if table.row_count:
             console.print(table)
 
@@ -54,17 +115,39 @@ def main() -> None:
         app()
 
 
+def _signed(plan: Plan, verify_key: Path | None) -> str:
+    """Whether the plan is signed, by whom, and whether that was checked."""
+    if plan.signature is None:
+        return "not signed"
+    signed = f"signed with the key {plan.signature.key.fingerprint}"
+    if verify_key is not None:
+        return f"{signed}, which is that of {verify_key}"
+    if plan.is_signed() is None:
+        return f"{signed}; not checked: pip install 'duq-vla[sign]'"
+    return f"{signed}; the signature matches, whose the key is was not asked (--verify-key)"
+
+
 def settings_table(manifest: dict[str, Any]) -> Table:
     """Every setting around the model that changes the actions, and who said it."""
-    table, model, transforms = _table("Settings", "", "", ""), manifest.get("model"), manifest.get("transforms")
-    if not (model and transforms):  # made by hand
-        return table
+    table = _table("Settings", "", "", "")
+    for row in settings_rows(manifest):
+        table.add_row(*row)
+    return table
+
+
+def settings_rows(manifest: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The same as (name, value, who said it); nothing of a plan that was made by hand."""
+    rows: list[tuple[str, str, str]] = []
+    model, transforms = manifest.get("model"), manifest.get("transforms")
+    if not (model and transforms):
+        return rows
     said = manifest.get("settings_from") or {}
-    robot = manifest.get("robot_description")
+    described = manifest.get("robot_description")
+    robot = Robot.from_json(described).to_json() if described else None  # with what older plans left out
     pi05, stats = model["pi05"], manifest.get("norm_stats") or {}
 
     def row(name: str, value: Any, key: str | None = None) -> None:
-        table.add_row(name, _text(value), said.get(key or name, ""))
+        rows.append((name, _text(value), said.get(key or name, "")))
 
     checkpoint = manifest.get("checkpoint") or {}
     row("policy", f"{'pi0.5' if pi05 else 'pi0'}, {checkpoint.get('form') or checkpoint.get('layout')}")
@@ -97,7 +180,68 @@ def settings_table(manifest: dict[str, Any]) -> Table:
         row("not known, ignored", line)
     for line in manifest.get("notes") or ():
         row("note", line)
-    return table
+    return rows
+
+
+def summary_rows(plan: Plan) -> list[tuple[str, str]]:
+    """A plan in nine lines at most, as (name, text), and one for each note and setting that is ignored."""
+    manifest = plan.manifest
+    settings = {name: value for name, value, _ in settings_rows(manifest)}
+    known = {
+        "policy": _joined(settings.get("policy"), settings.get("training config")),
+        "robot": settings.get("robot", str(manifest.get("robot", "none"))),
+        "cameras": settings.get("cameras", ""),
+        "actions": _joined(
+            f"{settings['action horizon']} a chunk, {settings['denoising steps']} denoising steps" if settings else "",
+            f"deltas: {settings['deltas']}" if "deltas" in settings else "",
+        ),
+        "prompt": _joined(f"{settings['prompt slots']} slots", f"default {settings['default prompt']}") if settings else "",
+        "quantization": _quantization_text(manifest.get("quantization") or {}),
+        "runs on": _runs_on(plan),
+        "weights": _weights_text(manifest["entries"]),
+        "made": _made(manifest),
+    }
+    notes = [("note", line) for line in manifest.get("notes") or ()]
+    ignored = [("ignored", line) for line in manifest.get("ignored_settings") or ()]
+    return [(name, text) for name, text in known.items() if text] + ignored + notes
+
+
+def _joined(*parts: str | None) -> str:
+    return "; ".join(part for part in parts if part)
+
+
+def _quantization_text(quantization: dict[str, Any]) -> str:
+    linears, recipe = quantization.get("linears") or {}, quantization.get("recipe") or {}
+    if not linears:
+        return "none: all float"
+    ops = Counter(str(linear.get("op")).removeprefix("duq::").removesuffix("Linear") for linear in linears.values())
+    sqnr = {name: linear["sqnr_db"] for name, linear in linears.items() if linear.get("sqnr_db") is not None}
+    worst = min(sqnr, key=lambda name: sqnr[name], default=None)
+    return _joined(
+        ", ".join(f"{count} linears {op}" for op, count in ops.most_common()),
+        ", ".join(str(recipe[key]) for key in ("scheme", "activation_scale") if key in recipe),
+        f"worst {sqnr[worst]:.1f} dB, {worst}" if worst else None,
+    )
+
+
+def _runs_on(plan: Plan) -> str:
+    if programs := _programs(plan):
+        return f"{plan.manifest['target']}: " + "; ".join(f"{each['runs_on']} ({each['image']})" for each in programs)
+    sms = ", ".join(f"SM {sm}" for sm in plan.manifest.get("sm") or ())
+    return f"{plan.manifest['target']}{f': {sms}' if sms else ''}"
+
+
+def _weights_text(entries: dict[str, dict[str, Any]]) -> str:
+    sizes = [entry["bytes"] for name, entry in entries.items() if name.startswith("weights/")]
+    return f"{human_size(sum(sizes))} in {len(sizes)} tensors" if sizes else ""
+
+
+def _made(manifest: dict[str, Any]) -> str:
+    versions, checkpoint = manifest.get("created_by") or {}, manifest.get("checkpoint") or {}
+    by = f"by duq {versions['duq']}" if "duq" in versions else None
+    fingerprint = str(checkpoint.get("fingerprint", ""))[:12]
+    of = f"of {checkpoint['path']}{f' ({fingerprint})' if fingerprint else ''}" if "path" in checkpoint else None
+    return " ".join(part for part in (by, of) if part)
 
 
 def _state_names(robot: dict[str, Any]) -> list[str]:
@@ -108,7 +252,7 @@ def _normalization(stats: dict[str, Any], key: str, pi05: bool) -> str:
     entry = stats.get(key)
     if not entry:
         return "none"
-    if "mode" in entry:
+    if entry.get("mode"):
         return f"{entry['mode']} ({stats['rule']})" if entry["mode"] != "IDENTITY" else "IDENTITY"
     return f"{'q01..q99' if pi05 else 'mean, std'} (openpi)"
 
@@ -177,7 +321,7 @@ def _layer_table(linears: dict[str, dict[str, Any]]) -> Table:
             layer,
             str(op),
             ", ".join(rest for rest, _ in members),
-            _size(sum(linear.get("bytes", 0) for _, linear in members)),
+            human_size(sum(linear.get("bytes", 0) for _, linear in members)),
             f"{min(sqnr):.1f} dB" if sqnr else "-",
         )
     return table
@@ -200,14 +344,18 @@ def _graph_table(name: str, graph: Any) -> Table:
 
 def _graphs(manifest: dict[str, Any]) -> dict[str, Any]:
     """The sections about the graphs, without what the table of programs says."""
-    return {name: graph for name, graph in (manifest.get("graphs") or {}).items() if name != "ptx"}
+    return {name: graph for name, graph in (manifest.get("graphs") or {}).items() if name not in ("ptx", "nvrtc")}
+
+
+def _schedules(plan: Plan) -> list[str]:
+    return [name for name in plan.names if name.startswith("schedule/")] if plan.manifest["target"] == "cuda" else []
 
 
 def _programs(plan: Plan) -> list[dict[str, Any]]:
     """Each program of a cuda plan, what its kernels are loaded from, and which GPUs run it; nothing of other targets."""
     if plan.manifest["target"] != "cuda":
         return []
-    shared = {each.sm: shared_bytes_of(_schedule(plan, each.schedule)) for each in programs_of(plan.manifest)}
+    shared = {each.sm: shared_bytes_of(read_schedule(plan, each.schedule)) for each in programs_of(plan.manifest)}
     return [
         each.to_json() | {"runs_on": each.runs_on_text, "block_shared_bytes": shared[each.sm]}
         for each in programs_of(plan.manifest)
@@ -215,24 +363,31 @@ def _programs(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _program_table(programs: list[dict[str, Any]]) -> Table:
-    table = _table("Programs", "made for", "image", "runs on", "shared memory of a thread block")
+    table = _table("Programs", "made for", "image", "runs on", "driver for CUDA", "shared memory of a thread block")
     for each in programs:
-        table.add_row(f"SM {each['sm']}", each["image"], each["runs_on"], f"{each['block_shared_bytes'] / 1024:.0f} KB")
+        shared = f"{each['block_shared_bytes'] / 1024:.0f} KB"
+        table.add_row(f"SM {each['sm']}", each["image"], each["runs_on"], f"{each['driver']} and later", shared)
     return table
-
-
-def _schedule(plan: Plan, name: str) -> dict[str, Any]:
-    schedule: dict[str, Any] = json.loads(bytes(plan.read(name)))
-    return schedule
 
 
 def _kernel_table(plan: Plan, name: str, each_layer: bool) -> Table:
     """The launches of the largest size: what they compute, with which kernel, on which weights."""
-    schedule = _schedule(plan, name)
+    schedule = read_schedule(plan, name)
     variant = schedule["variants"][-1]
     title = f"{name}: {variant['cameras']} cameras, {variant['prompt']} prompt tokens"
     table = _table(title, "program", "computes", "kernel", "launches", "weights", "size")
     rows: dict[tuple[Any, ...], list[int]] = {}
+    for *row, size in launch_rows(schedule, each_layer):
+        rows.setdefault(tuple(row), []).append(size)
+    for (program, computes, kernel, dtype), sizes in rows.items():
+        table.add_row(program, computes, kernel, str(len(sizes)), dtype, human_size(sum(sizes)) if sum(sizes) else "-")
+    return table
+
+
+def launch_rows(schedule: dict[str, Any], each_layer: bool) -> Iterator[tuple[str, str, str, str, int]]:
+    """Of each launch of the largest size: its program ("prefix", "step"), what it computes, its kernel, the type and bytes of
+    its weights. Without each_layer, the layers' numbers are left out."""
+    variant = schedule["variants"][-1]
     for program in ("prefix", "step"):
         for launch in variant[program]:
             computes = launch["name"] if each_layer else re.sub(r"\.layers\.\d+\.", ".layers.*.", launch["name"])
@@ -242,11 +397,7 @@ def _kernel_table(plan: Plan, name: str, each_layer: bool) -> Table:
             ]
             product = [found for weight in weights if (found := re.search(r"\.(int4|int8|bf16)\b", weight))]
             dtype = product[0].group(1) if product else "-"
-            size = sum(schedule["weights"][found.string][1] for found in product)
-            rows.setdefault((program, computes, kernel, dtype), []).append(size)
-    for (program, computes, kernel, dtype), sizes in rows.items():
-        table.add_row(program, computes, kernel, str(len(sizes)), dtype, _size(sum(sizes)) if sum(sizes) else "-")
-    return table
+            yield program, computes, kernel, dtype, sum(schedule["weights"][found.string][1] for found in product)
 
 
 def _entry_table(entries: dict[str, dict[str, Any]], each_weight: bool) -> Table:
@@ -254,10 +405,10 @@ def _entry_table(entries: dict[str, dict[str, Any]], each_weight: bool) -> Table
     weights = [] if each_weight else [name for name in entries if name.startswith("weights/")]
     for name, entry in entries.items():
         if name not in weights:
-            table.add_row(name, _size(entry["bytes"]), str(entry["offset"]), entry["sha256"][:16])
+            table.add_row(name, human_size(entry["bytes"]), str(entry["offset"]), entry["sha256"][:16])
     if weights:
         total = sum(entries[name]["bytes"] for name in weights)
-        table.add_row(f"weights/ ({len(weights)} tensors)", _size(total), "", "--entries lists them")
+        table.add_row(f"weights/ ({len(weights)} tensors)", human_size(total), "", "--entries lists them")
     return table
 
 
@@ -279,7 +430,8 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def _size(count: float) -> str:
+def human_size(count: float) -> str:
+    """Bytes for people: "19.5 MB"."""
     for unit in ("B", "KB", "MB"):
         if count < 1000:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"

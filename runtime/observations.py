@@ -8,9 +8,9 @@ dicts, of any depth, take two slashes: `left//camera//front`.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +19,14 @@ from typing import Any
 import numpy as np
 
 from duq.runtime import checks
-from duq.runtime.archives import read_npz
+from duq.runtime.archives import read_headers, read_npz
 from duq.runtime.errors import ObservationError
+from duq.runtime.files import replacing
+from duq.runtime.reading import present, reading, reason
 
 NESTED = ("image", "image_mask", "images")
+MOST = 1_000_000  # observations in a file
+REMEDY = "record or copy it again"
 _RESERVED = ("file", "allow_pickle")  # arguments of np.savez
 
 
@@ -51,8 +55,14 @@ def read_observations(places: Sequence[tuple[Path, int]]) -> list[dict[str, Any]
     return found
 
 
-def save_observations(path: str | os.PathLike[str], observations: Sequence[Mapping[str, Any]]) -> None:
-    """Writes one `.npz` file. ObservationError if the observations differ in their keys, shapes or dtypes."""
+def save_observations(
+    path: str | os.PathLike[str], observations: Sequence[Mapping[str, Any]], *, sweep: bool = True
+) -> None:
+    """Writes one `.npz` file, whole or not at all.
+
+    sweep: as `runtime.files.replacing` takes it. Raises ObservationError if the observations differ in their keys, shapes or
+    dtypes, or the file cannot be written.
+    """
     path = Path(path)
     if not observations:
         raise ObservationError(f"{path}: there are no observations to save")
@@ -62,13 +72,8 @@ def save_observations(path: str | os.PathLike[str], observations: Sequence[Mappi
             differing = sorted(row.keys() ^ rows[0].keys())
             raise ObservationError(f"{path}: {differing[0]} is not in every observation; save those in separate files")
     arrays = {key: _stack(path, key, [row[key] for row in rows]) for key in rows[0]}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]  # no key is allow_pickle
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path, ObservationError, sweep=sweep) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # no key is allow_pickle
 
 
 def _files(path: str | os.PathLike[str]) -> list[Path]:
@@ -86,29 +91,28 @@ def _read(file: Path) -> dict[str, np.ndarray]:
 
 def _count(file: Path) -> int:
     """Observations in a file, by the shape of its first array."""
-    with _readable(file), zipfile.ZipFile(file) as archive:
-        if not archive.namelist():
-            raise ObservationError(f"{file}: holds no arrays")
-        with archive.open(archive.namelist()[0]) as array:
-            version = np.lib.format.read_magic(array)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, _, _ = read(array)
-    if not shape or not shape[0]:
-        raise ObservationError(f"{file}: {Path(archive.namelist()[0]).stem} holds 0 observations")
+    with _readable(file):
+        headers = read_headers(file)
+    if not headers:
+        raise ObservationError(f"{file}: holds no arrays")
+    first, (shape, _) = next(iter(headers.items()))
+    if not shape or not 0 < shape[0] <= MOST:
+        raise ObservationError(f"{file}: {first} holds {shape[0] if shape else 0} observations, expected 1 to {MOST:,}")
     return shape[0]
 
 
 @contextmanager
 def _readable(file: Path) -> Iterator[None]:
     """Turns what can be wrong with a file into an ObservationError."""
-    try:
-        yield
-    except ObservationError:
-        raise
-    except OSError as error:
-        raise ObservationError(f"{file}: cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # headers are parsed as Python: damaged ones fail in many ways
-        raise ObservationError(f"{file}: is not an .npz file of plain arrays ({error})") from error
+    with reading(file, ObservationError, REMEDY):
+        if not present(file, ObservationError):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        try:
+            yield
+        except (ObservationError, OSError):
+            raise
+        except Exception as error:  # headers are parsed as Python: damaged ones fail in many ways
+            raise ObservationError(f"{file}: is not an .npz file of plain arrays ({reason(error)}); {REMEDY}") from error
 
 
 def _split(file: Path, arrays: dict[str, np.ndarray]) -> list[dict[str, Any]]:
@@ -120,7 +124,10 @@ def _split(file: Path, arrays: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     for key, length in lengths.items():
         if length != count or not count:
             raise ObservationError(f"{file}: {key} holds {length} observations and {first} {count}, must be equal, > 0")
-    return [nest({key: _element(array, index) for key, array in arrays.items()}) for index in range(count)]
+    try:
+        return [nest({key: _element(array, index) for key, array in arrays.items()}) for index in range(count)]
+    except ObservationError as error:
+        raise ObservationError(f"{file}: {error}") from error
 
 
 def _element(array: np.ndarray, index: int) -> Any:
@@ -175,5 +182,9 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
         inside = nested
         for name in outer:
             inside = inside.setdefault(name, {})
+            if not isinstance(inside, dict):
+                raise ObservationError(f"the keys {name!r} and {key!r} do not go together: {name!r} is a value")
+        if isinstance(inside.get(last), dict):
+            raise ObservationError(f"the key {key!r} does not go together with others: it is a dict in them")
         inside[last] = value
     return nested

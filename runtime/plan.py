@@ -3,7 +3,8 @@
 local header | padding | weights/...    each entry's data starts on its alignment (the padding is a standard
 local header | padding | graph/...      extra field of the local header), so a reader maps the file once and
 ...                                     takes tensors out of it without a copy
-local header | manifest.json            last: it holds the offset, size and SHA-256 of every other entry
+local header | manifest.json            it holds the offset, size and SHA-256 of every entry before it
+local header | manifest.sig             perhaps: a signature of the manifest, and so of everything (runtime/signing.py)
 central directory                       the zip's own table of contents: ``unzip -l`` lists a plan
 """
 
@@ -13,20 +14,25 @@ import hashlib
 import json
 import mmap
 import os
+import stat
 import struct
+import time
+import weakref
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from duq.runtime import schema, signing
 from duq.runtime.errors import PlanError
+from duq.runtime.files import Draft
 
 FORMAT_VERSION = 2
-MANIFEST = "manifest.json"
+MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 Bytes = bytes | bytearray | memoryview
 Data = Bytes | np.ndarray | Iterable[Bytes]
 
@@ -36,6 +42,8 @@ _CACHE_LINE = 64
 _ALIGNMENT_FIELD = 0xD935  # the extra-field id that zipalign uses for padding
 _LOCAL_HEADER = 30  # fixed part of a zip local header; the name and the extra fields follow
 _ZIP64_FIELD = 20  # the extra field with 64-bit sizes, in every header so that a stream may pass 4 GB
+_TICK_NS = 12_000_000  # Linux stamps files at least 100 times a second: two writes within a tick look like one
+_MAX_MANIFEST = 256 << 20  # bytes
 
 
 class PlanWriter:
@@ -45,17 +53,14 @@ class PlanWriter:
             offset = plan.write("weights/x", array)
             plan.finish({"model": ...})
 
-    Leaving the block without `finish`, by an exception or otherwise, removes what was written.
+    Leaving the block without `finish`, by an exception or otherwise, removes what was written. PlanError names the file where
+    it cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        if not self.path.parent.is_dir():
-            raise PlanError(f"{self.path}: the folder {self.path.parent} does not exist; create it first")
-        if self.path.is_dir():
-            raise PlanError(f"{self.path}: is a folder; name a file to write the plan to")
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        self._file = open(self._temporary, "wb")
+        self._draft = Draft(self.path, PlanError)
+        self._file = self._draft.file
         self._zip = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED, allowZip64=True)
         self._entries: dict[str, dict[str, Any]] = {}
         self._hasher = ThreadPoolExecutor(1)  # hashes a piece while it is written
@@ -66,10 +71,18 @@ class PlanWriter:
     def __exit__(self, *exception: object) -> None:
         self._hasher.shutdown()
         try:
-            self._zip.close()
-        finally:  # also when the disk is full and closing fails
-            self._temporary.unlink(missing_ok=True)
-            self._file.close()
+            if not self._file.closed:
+                self._zip.close()
+        except PlanError:
+            if not any(exception):  # else it is the same once more: the disk is full
+                raise
+        finally:
+            self._draft.discard()
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The bytes of every entry so far."""
+        return {name: entry["bytes"] for name, entry in self._entries.items()}
 
     def write(self, name: str, data: Data, alignment: int | None = None) -> int:
         """Appends an entry and returns the absolute file offset of its data.
@@ -77,7 +90,7 @@ class PlanWriter:
         `data` is bytes-like, an array (its raw bytes in C order) or an iterable of bytes-like pieces; it is hashed and
         written in small chunks. `alignment` (bytes) defaults to a page for large or streamed data, else a cache line.
         """
-        if name in self._entries or name == MANIFEST:
+        if name in self._entries or name in (MANIFEST, SIGNATURE):
             raise PlanError(f"{self.path}: entry {name} is written twice")
         pieces, size = _pieces(data)
         if alignment is None:
@@ -94,15 +107,19 @@ class PlanWriter:
         self._entries[name] = {"offset": offset, "bytes": written, "sha256": digest.hexdigest()}
         return offset
 
-    def finish(self, manifest: dict[str, Any]) -> None:
-        """Adds the manifest (with `format_version` and `entries`), flushes to disk and renames over `path`."""
-        manifest = {**manifest, "format_version": FORMAT_VERSION, "entries": self._entries}
-        self._zip.writestr(zipfile.ZipInfo(MANIFEST), json.dumps(manifest, indent=1))
+    def finish(self, manifest: dict[str, Any], signer: signing.Signer | None = None) -> None:
+        """Adds the manifest (with `format_version` and `entries`), and where there is a `signer` its signature, flushes to
+        disk and renames over `path`. PlanError if the manifest is none that a reader takes."""
+        text = json.dumps({**manifest, "format_version": FORMAT_VERSION, "entries": self._entries}, indent=1).encode()
+        try:
+            schema.parse_manifest(text)
+        except PlanError as error:
+            raise PlanError(f"{self.path}: cannot be written: {MANIFEST}: {error}") from error
+        self._zip.writestr(zipfile.ZipInfo(MANIFEST), text)
+        if signer is not None:
+            self._zip.writestr(zipfile.ZipInfo(SIGNATURE), signer.sign(text).to_json())
         self._zip.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._temporary, self.path)
+        self._draft.publish()
 
     def _padded_header(self, name: str, alignment: int) -> zipfile.ZipInfo:
         """The entry's header, its extra fields sized so that header + position is a multiple of `alignment`."""
@@ -132,25 +149,36 @@ def _chunks(pieces: Iterable[Bytes]) -> Iterator[memoryview]:
 
 
 class Plan:
-    """An open plan: its manifest, and its entries as views into the memory-mapped file.
+    """An open plan: its manifest, checked, and its entries as views into the memory-mapped file.
 
-    `verify` also compares the SHA-256 of every entry. Raises PlanError if the file is missing, not a plan, cut short,
-    damaged, of another format version, or lacks an entry.
+    What was verified is what is read: a plan keeps the file that it opened, whatever comes to be at its path, and reading
+    raises PlanError once that file has been written to. Replace a plan by renaming another one over it.
+
+    `verify` also compares the SHA-256 of every entry. `verify_key`, a file with an Ed25519 public key (PEM), asks for a plan
+    that is signed with it. Raises PlanError if the file is missing, not a plan, cut short, damaged, of another format version,
+    lacks an entry, describes what no policy can be, is not signed so, or changes while it is opened.
     """
 
-    def __init__(self, path: str | os.PathLike[str], verify: bool = True):
+    def __init__(self, path: str | os.PathLike[str], verify: bool = True, verify_key: str | os.PathLike[str] | None = None):
         self.path = Path(path)
+        if verify_key is not None and not verify:
+            raise PlanError(f"{self.path}: a signature holds for compared hashes; leave verify=False out, or the key")
+        key = None if verify_key is None else signing.read_public_key(verify_key)
         try:
-            with open(self.path, "rb") as file:
-                if not os.fstat(file.fileno()).st_size:
-                    raise _damaged(self.path, "is empty")
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                directory = _read_directory(self.path, file)
-                self.manifest = _read_manifest(self.path, self._map, directory)
-                self._entries: dict[str, dict[str, Any]] = self.manifest["entries"]
-                _check_entries(self.path, self._map, directory, self._entries)
-                if verify:
-                    _check_hashes(self.path, file.fileno(), self._entries)
+            self._fd = _open(self.path)
+            self._release = weakref.finalize(self, os.close, self._fd)
+            self._map, self._identity = _mapped(self.path, self._fd)
+            directory = _read_directory(self.path, self._fd)
+            text = self._text = self._contained(directory, MANIFEST)
+            self.signature = self._signature(directory)
+            if key is not None:
+                signing.check(self.path, key, self.signature, text)
+            self.manifest = _read_manifest(self.path, text)
+            self._entries: dict[str, dict[str, Any]] = self.manifest["entries"]
+            _check_entries(self.path, self._fd, len(self._map), directory, self._entries)
+            if verify:
+                _check_hashes(self.path, self._fd, self._entries)
+            self.check_unchanged()
         except OSError as error:
             raise PlanError(f"{self.path}: cannot be read: {error.strerror}") from error
 
@@ -159,60 +187,188 @@ class Plan:
         """The entries in file order, without the manifest."""
         return list(self._entries)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The bytes of every entry."""
+        return {name: entry["bytes"] for name, entry in self._entries.items()}
+
+    @property
+    def mapping(self) -> mmap.mmap:
+        """The whole file. Whoever reads of it calls `check_unchanged` afterwards."""
+        self.check_unchanged()
+        return self._map
+
+    @property
+    def descriptor_path(self) -> str:
+        """A path that leads to the open file, whatever is at its own path by now."""
+        self.check_unchanged()
+        return f"/proc/self/fd/{self._fd}"
+
     def read(self, name: str) -> memoryview:
-        """The bytes of an entry: a read-only view into the mapped file, nothing is copied."""
+        """The bytes of an entry: a read-only view into the mapped file, nothing is copied.
+
+        Whoever keeps it calls `check_unchanged` after reading from it.
+        """
+        offset, size = self._place(name)
+        return memoryview(self.mapping)[offset : offset + size]
+
+    def copy(self, name: str) -> bytes:
+        """The bytes of an entry, in memory of their own: later changes of the file are none of theirs."""
+        self.check_unchanged()
+        data = _pread(self._fd, *self._place(name))
+        self.check_unchanged()
+        return data
+
+    def check_unchanged(self) -> None:
+        """Raises PlanError if the open file was written to or cut short since it was opened, or is closed. Takes microseconds.
+
+        A file that another one was renamed over is not changed, only out of sight.
+        """
+        if not self._release.alive:
+            raise PlanError(f"{self.path}: is closed; open it again")
+        try:
+            found = _identity(os.fstat(self._fd))
+        except OSError as error:  # a network file system has lost the file
+            raise PlanError(f"{self.path}: cannot be read any more ({error.strerror}); open it again") from error
+        if found != self._identity:
+            raise PlanError(
+                f"{self.path}: was written to while in use, so it is no longer what was opened; replace a plan by rename "
+                "(mv new.plan engine.plan), and open it again"
+            )
+
+    def is_signed(self) -> bool | None:
+        """Whether it has a signature that matches, by whatever key; None where `cryptography` is not installed to tell.
+
+        Raises PlanError where it has one that does not match.
+        """
+        if self.signature is None:
+            return False
+        if not signing.is_available():
+            return None
+        signing.check(self.path, self.signature.key, self.signature, self._text)
+        return True
+
+    def drop_pages(self) -> None:
+        """Takes what was read through the mapping out of this process's memory; reading brings it back."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+    def close(self) -> None:
+        """Gives file and mapping back. Views that `read` returned keep theirs as long as they are held."""
+        self._release()
+        try:
+            self._map.close()
+        except BufferError:
+            pass  # views of it are in use; the last one closes it
+
+    def _place(self, name: str) -> tuple[int, int]:
+        """Where an entry lies: offset and bytes."""
         if name not in self._entries:
             raise PlanError(f"{self.path}: has no entry {name}; compile the plan again")
-        entry = self._entries[name]
-        return memoryview(self._map)[entry["offset"] : entry["offset"] + entry["bytes"]]
+        return self._entries[name]["offset"], self._entries[name]["bytes"]
+
+    def _contained(self, directory: dict[str, zipfile.ZipInfo], name: str) -> bytes:
+        """What the zip holds under a name that is no entry of the manifest: the manifest itself."""
+        if name not in directory:
+            raise PlanError(f"{self.path}: not an engine plan: it is a zip file without {name}")
+        info = directory[name]
+        start = _data_offset(self.path, self._fd, info)
+        if info.file_size > min(_MAX_MANIFEST, len(self._map) - start):
+            raise _damaged(self.path, f"{name} reaches beyond its end")
+        text = _pread(self._fd, start, info.file_size)
+        if zlib.crc32(text) != info.CRC:
+            raise _damaged(self.path, f"{name} is damaged (its checksum does not match)")
+        return text
+
+    def _signature(self, directory: dict[str, zipfile.ZipInfo]) -> signing.Signature | None:
+        if SIGNATURE not in directory:
+            return None
+        try:
+            return signing.Signature.from_json(self._contained(directory, SIGNATURE))
+        except signing.SignatureFormatError as error:
+            raise _damaged(self.path, f"{SIGNATURE}: {error}") from error
 
 
 def _damaged(path: Path, what: str) -> PlanError:
     return PlanError(f"{path}: {what}; copy or compile the plan again")
 
 
-def _read_directory(path: Path, file: BinaryIO) -> dict[str, zipfile.ZipInfo]:
+def _open(path: Path) -> int:
+    """A descriptor of the file. Opening a pipe does not wait for a writer."""
     try:
-        return {info.filename: info for info in zipfile.ZipFile(file).infolist()}
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as error:
-        file.seek(0)
-        if file.read(4) == b"PK\x03\x04":
-            raise _damaged(path, f"cut short or damaged: its table of contents is unreadable ({error})") from error
-        raise PlanError(f"{path}: not an engine plan (which is a zip file)") from error
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except ValueError as error:  # a NUL in the name
+        raise PlanError(f"{path!s:.80}: cannot be read: {error}") from error
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        raise PlanError(f"{path}: cannot be read: {'Is a directory' if stat.S_ISDIR(mode) else 'is no regular file'}")
+    return fd
 
 
-def _data_offset(path: Path, data: mmap.mmap, info: zipfile.ZipInfo) -> int:
+def _mapped(path: Path, fd: int) -> tuple[mmap.mmap, tuple[int, ...]]:
+    """The mapped file, and what tells it from what a later write would make of it."""
+    found = os.fstat(fd)
+    if not found.st_size:
+        raise _damaged(path, "is empty")
+    age = time.time_ns() - found.st_mtime_ns
+    if 0 <= age < _TICK_NS:  # just written: let the clock go on, so that another write bears another time
+        time.sleep((_TICK_NS - age) / 1e9)
+        found = os.fstat(fd)
+    return mmap.mmap(fd, found.st_size, access=mmap.ACCESS_READ), _identity(found)
+
+
+def _identity(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _pread(fd: int, offset: int, size: int) -> bytes:
+    """`size` bytes from there on, fewer where the file has shrunk."""
+    pieces = []
+    while size and (piece := os.pread(fd, min(size, 1 << 30), offset)):
+        pieces.append(piece)
+        offset, size = offset + len(piece), size - len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _read_directory(path: Path, fd: int) -> dict[str, zipfile.ZipInfo]:
+    with open(fd, "rb", closefd=False) as file:
+        try:
+            return {info.filename: info for info in zipfile.ZipFile(file).infolist()}
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as error:
+            if os.pread(fd, 4, 0) == b"PK\x03\x04":
+                raise _damaged(path, f"cut short or damaged: its table of contents is unreadable ({error})") from error
+            raise PlanError(f"{path}: not an engine plan (which is a zip file)") from error
+
+
+def _data_offset(path: Path, fd: int, info: zipfile.ZipInfo) -> int:
     """Where the zip itself says the entry's data starts: after its local header, name and extra field."""
-    header = data[info.header_offset : info.header_offset + _LOCAL_HEADER]
+    header = os.pread(fd, _LOCAL_HEADER, info.header_offset) if 0 <= info.header_offset < 1 << 62 else b""
     if len(header) < _LOCAL_HEADER or header[:4] != b"PK\x03\x04":
         raise _damaged(path, f"entry {info.filename} has no header at offset {info.header_offset}")
     name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
-    return info.header_offset + _LOCAL_HEADER + name_bytes + extra_bytes
+    return info.header_offset + _LOCAL_HEADER + int(name_bytes) + int(extra_bytes)
 
 
-def _read_manifest(path: Path, data: mmap.mmap, directory: dict[str, zipfile.ZipInfo]) -> dict[str, Any]:
-    if MANIFEST not in directory:
-        raise PlanError(f"{path}: not an engine plan: it is a zip file without {MANIFEST}")
-    info = directory[MANIFEST]
-    start = _data_offset(path, data, info)
-    text = data[start : start + info.file_size]
-    if len(text) != info.file_size or zlib.crc32(text) != info.CRC:
-        raise _damaged(path, f"{MANIFEST} is damaged (its checksum does not match)")
+def _read_manifest(path: Path, text: bytes) -> dict[str, Any]:
     try:
-        manifest = json.loads(text)
-    except ValueError as error:
-        raise _damaged(path, f"{MANIFEST} is not JSON ({error})") from error
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if not isinstance(version, int) or not isinstance(manifest.get("entries"), dict):
+        manifest = schema.parse_json(text)
+    except PlanError as error:
+        raise PlanError(f"{path}: {MANIFEST}: {error}; copy or compile the plan again") from error
+    version = manifest.get("format_version")
+    if type(version) is not int or not isinstance(manifest.get("entries"), dict):
         raise PlanError(f"{path}: not an engine plan: {MANIFEST} names no format version and entries")
     if version > FORMAT_VERSION:
         raise PlanError(f"{path}: has format version {version}, this runtime reads {FORMAT_VERSION}; upgrade duq")
     if version < FORMAT_VERSION:
         raise PlanError(f"{path}: has the old format version {version}; compile it again with this duq")
+    try:
+        schema.check(schema.Manifest, manifest)
+    except PlanError as error:
+        raise PlanError(f"{path}: {MANIFEST}: {error}; compile the plan again") from error
     return manifest
 
 
-def _check_entries(path: Path, data: mmap.mmap, directory: dict[str, zipfile.ZipInfo], entries: dict[str, Any]) -> None:
+def _check_entries(path: Path, fd: int, size: int, directory: dict[str, zipfile.ZipInfo], entries: dict[str, Any]) -> None:
     """Every entry of the manifest is in the zip, stored, of the size and at the offset that the graphs refer to."""
     for name, entry in entries.items():
         if name not in directory:
@@ -220,8 +376,13 @@ def _check_entries(path: Path, data: mmap.mmap, directory: dict[str, zipfile.Zip
         info = directory[name]
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != entry["bytes"]:
             raise _damaged(path, f"entry {name} has {info.file_size} stored bytes, not {entry['bytes']}")
-        if _data_offset(path, data, info) != entry["offset"] or entry["offset"] + entry["bytes"] > len(data):
+        if _data_offset(path, fd, info) != entry["offset"] or entry["offset"] + entry["bytes"] > size:
             raise _damaged(path, f"entry {name} is not at offset {entry['offset']}: packed again by another tool?")
+    end, before = 0, ""
+    for name, entry in sorted(entries.items(), key=lambda each: (each[1]["offset"], each[1]["bytes"])):
+        if entry["bytes"] and entry["offset"] < end:
+            raise _damaged(path, f"entries {before} and {name} overlap")
+        end, before = max(end, entry["offset"] + entry["bytes"]), name
 
 
 def _check_hashes(path: Path, fd: int, entries: dict[str, Any]) -> None:

@@ -16,11 +16,12 @@ import numpy as np
 from duq.runtime import checks
 from duq.runtime.config import IMAGE_SLOTS, ModelConfig
 from duq.runtime.errors import ObservationError, PlanError
-from duq.runtime.images import resize_all
+from duq.runtime.images import check_shape, resize_all
 from duq.runtime.robots import Robot, load_robot
 from duq.runtime.tokenizer import Tokenizer
 from duq.runtime.transforms import checked, default_transforms
 
+MAX_PROMPT = 16 << 10  # characters of a prompt that is looked at; a policy takes at most a few hundred tokens
 log = logging.getLogger(__name__)
 
 
@@ -47,6 +48,17 @@ class ModelInputs:
                 planes[slot] /= np.float32(127.5)
                 planes[slot] -= np.float32(1)
         return planes
+
+
+@dataclass(frozen=True)
+class Checked:
+    """An observation that fits the policy, its images not resized yet."""
+
+    cameras: dict[str, np.ndarray]  # slot -> [H, W, 3], uint8 or float32
+    tokens: np.ndarray  # these as in ModelInputs
+    token_mask: np.ndarray
+    state: np.ndarray
+    robot_state: np.ndarray | None  # float64 [state_dim], in the model's units; None: the inputs are bare
 
 
 class Normalizer:
@@ -205,46 +217,62 @@ class Preprocessor:
 
     def model_inputs(self, observation: Mapping[str, Any]) -> ModelInputs:
         """Checks and converts an observation. ObservationError names the key, what it holds and what is expected."""
-        if not isinstance(observation, Mapping):
-            raise ObservationError(f"an observation is a dict, got {type(observation).__name__}")
+        return self.finish(self.read(observation))
+
+    def read(self, observation: Mapping[str, Any]) -> Checked:
+        """All of `model_inputs` that can fail, and not its longest part: the resizing, which `finish` does."""
+        observation = checks.observation(observation)
         if self.is_bare(observation):
-            cameras, state = _bare_cameras(observation), self._bare_state(observation)
+            cameras, state, robot_state = _bare_cameras(observation), self._bare_state(observation), None
+            checked_state = checks.moderate(state, "state")
         else:
-            cameras, state = self._robot_cameras(observation), self._model_state(observation)
-            if self._state_norm:
-                state = self._state_norm.normalize(state)
-        images, image_mask = self._stack(cameras)
+            cameras, robot_state = self._robot_cameras(observation), self._model_state(observation)
+            state = self._normalized(robot_state)
+            checked_state = checks.moderate(state, "state, normalized")
+        self._check_cameras(cameras)
         tokens, token_mask = self._prompt(observation, state)
-        return ModelInputs(images, image_mask, tokens, token_mask, self._pad(state).astype(np.float32))
+        return Checked(cameras, tokens, token_mask, self._pad(checked_state), robot_state)
+
+    def finish(self, checked: Checked) -> ModelInputs:
+        """The images resized and stacked in slot order; what is absent stays zero and masked off."""
+        cameras, size, rule = checked.cameras, self.config.vision.image_size, self.transforms["resize"]
+        if rule != "openpi" and all(
+            image.dtype == np.uint8 and image.shape[:2] == (size, size) for image in cameras.values()
+        ):
+            rule = "openpi"  # nothing is resized: bytes are the same pixels, to the bit, by every rule (see pixels)
+        images = resize_all([cameras.get(slot) for slot in IMAGE_SLOTS], size, size, rule)
+        mask = np.array([slot in cameras for slot in IMAGE_SLOTS])
+        return ModelInputs(images, mask, checked.tokens, checked.token_mask, checked.state)
 
     def robot_actions(self, actions: np.ndarray, observation: Mapping[str, Any]) -> np.ndarray:
         """The model's actions, float32 [H, A], as the robot takes them: float32 [H, action_dim].
 
         Un-normalized, made absolute with the observation's state and converted; unchanged if the inputs were bare.
         """
-        if self.is_bare(observation):
+        return self.actions_at(actions, None if self.is_bare(observation) else self._model_state(observation))
+
+    def actions_at(self, actions: np.ndarray, robot_state: np.ndarray | None) -> np.ndarray:
+        """The same for `Checked.robot_state`: the state that the model saw, whatever became of the observation since."""
+        if robot_state is None:
             return actions
         norm, actions = self._action_norm, actions[:, : self._described.action_dim]
         actions = actions.astype(norm.dtype if norm else np.float64)
         if norm:
             actions = norm.unnormalize(actions)
         if self._delta is not None:
-            state = self._model_state(observation)[: self._delta.size].astype(actions.dtype)
+            state = robot_state[: self._delta.size].astype(actions.dtype)
             actions = actions.copy()
             actions[:, : self._delta.size] += np.where(self._delta, state, 0).astype(actions.dtype)
         return self._described.actions_to_robot(actions, self.transforms["adapt_to_pi"]).astype(np.float32)
 
-    def model_actions(self, actions: np.ndarray, observation: Mapping[str, Any]) -> np.ndarray:
-        """The inverse of `robot_actions`: [n, action_dim] as the robot takes them -> float32 [n, A], padded with zeros.
-
-        What is relative is made so to this observation's state.
-        """
-        if not self.is_bare(observation):
+    def model_actions(self, actions: np.ndarray, robot_state: np.ndarray | None) -> np.ndarray:
+        """The inverse of `actions_at`: [n, action_dim] as the robot takes them -> float32 [n, A], padded with zeros."""
+        if robot_state is not None:
             norm = self._action_norm
             actions = self._described.actions_to_model(actions.astype(np.float64), self.transforms["adapt_to_pi"])
             actions = actions.astype(norm.dtype if norm else np.float64)
             if self._delta is not None:
-                state = self._model_state(observation)[: self._delta.size].astype(actions.dtype)
+                state = robot_state[: self._delta.size].astype(actions.dtype)
                 actions = actions.copy()
                 actions[:, : self._delta.size] -= np.where(self._delta, state, 0).astype(actions.dtype)
             if norm:
@@ -289,6 +317,11 @@ class Preprocessor:
         robot = self._described
         return robot.state_to_model(robot.read_state(observation), self.transforms["adapt_to_pi"])
 
+    def _normalized(self, state: np.ndarray) -> np.ndarray:
+        """The robot's state as the model sees it, float64 or float32 [state_dim]; not finite where it is out of all range."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self._state_norm.normalize(state) if self._state_norm else state
+
     def _robot_cameras(self, observation: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """The images that are there, by slot: uint8, or float32 in [0, 1] for a policy that resizes in float."""
         keep = self.transforms["resize"] != "openpi"
@@ -296,24 +329,23 @@ class Preprocessor:
         return {slot: checks.image(value, camera.key[-1], camera.layout, keep) for slot, (value, camera) in found.items()}
 
     def _bare_state(self, observation: Mapping[str, Any]) -> np.ndarray:
-        dims, width = checks.array(checks.required(observation, "state"), "state").shape, self.config.state_width
+        width = self.config.state_width
+        expected = f"1 to {width} {checks.EXPECTED}"
+        dims = checks.array(checks.required(observation, "state"), "state", expected, checks.MAX_VECTOR).shape
+        if dims == (0,):
+            raise ObservationError(f"state: has shape [0], expected {expected}")
         fits = len(dims) == 1 and dims[0] <= width
         return checks.vector(observation, "state", dims[0] if fits else width)
 
     def _pad(self, state: np.ndarray) -> np.ndarray:
         return _padded(state[: self.config.state_width], self.config.state_width)
 
-    def _stack(self, cameras: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Resizes and stacks the cameras in slot order; what is absent stays zero and masked off."""
+    def _check_cameras(self, cameras: dict[str, np.ndarray]) -> None:
         if not 1 <= len(cameras) <= self.cameras:
             raise ObservationError(f"observation has {len(cameras)} cameras, the plan takes 1 to {self.cameras}")
-        size, rule = self.config.vision.image_size, self.transforms["resize"]
-        if rule != "openpi" and all(
-            image.dtype == np.uint8 and image.shape[:2] == (size, size) for image in cameras.values()
-        ):
-            rule = "openpi"  # nothing is resized: bytes are the same pixels, to the bit, by every rule (see pixels)
-        images = resize_all([cameras.get(slot) for slot in IMAGE_SLOTS], size, size, rule)
-        return images, np.array([slot in cameras for slot in IMAGE_SLOTS])
+        size = self.config.vision.image_size
+        for image in cameras.values():
+            check_shape(image, size, size, self.transforms["resize"])
 
     def _prompt(self, observation: Mapping[str, Any], state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Token ids int64 [L] and their mask bool [L]. Too long a text is cut off, as by the policies' own code."""
@@ -324,6 +356,8 @@ class Preprocessor:
                 raise ObservationError(f"prompt: has {ids.size} tokens, the policy takes at most {limit}; shorten it")
         else:
             text = self._text(observation)
+            if len(text) > MAX_PROMPT:  # whose tokens would take long to find, to be cut off
+                raise ObservationError(f"prompt: has {len(text)} characters, expected at most {MAX_PROMPT}; shorten it")
             ids = np.asarray(self._tokenize(text, state), np.int64)
             if ids.size > limit:
                 log.warning("prompt: %d tokens, cut off at the policy's %d: %.80r", ids.size, limit, text)
@@ -371,7 +405,7 @@ def _bare_cameras(observation: Mapping[str, Any]) -> dict[str, np.ndarray]:
     masks = checks.mapping(observation, "image_mask") if "image_mask" in observation else {}
     for slot in (*images, *masks):
         if slot not in IMAGE_SLOTS:
-            raise ObservationError(f"image: unknown slot {slot!r}; there are {', '.join(IMAGE_SLOTS)}")
+            raise ObservationError(f"image: unknown slot {checks.shown(slot)}; there are {', '.join(IMAGE_SLOTS)}")
     present = [slot for slot in IMAGE_SLOTS if _flag(masks.get(slot, slot in images), slot)]
     return {slot: _bare_image(checks.required(images, slot), f"image/{slot}") for slot in present}
 
@@ -384,7 +418,7 @@ def _bare_image(value: Any, key: str) -> np.ndarray:
 
 
 def _flag(value: Any, slot: str) -> bool:
-    value = checks.array(value, f"image_mask/{slot}", "one bool")
+    value = checks.array(value, f"image_mask/{slot}", "one bool", checks.MAX_VECTOR)
     if value.dtype != bool or value.size != 1:
         raise ObservationError(f"image_mask/{slot}: is {value.dtype} of shape {list(value.shape)}, expected one bool")
     return bool(value.item())
@@ -393,7 +427,9 @@ def _flag(value: Any, slot: str) -> bool:
 def _given_tokens(observation: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """tokenized_prompt and its mask, of equal length, at least one token of it valid."""
     keys = {"tokenized_prompt": "integers [tokens]", "tokenized_prompt_mask": "bools [tokens]"}
-    ids, mask = (checks.array(checks.required(observation, key), key, expected) for key, expected in keys.items())
+    ids, mask = (
+        checks.array(checks.required(observation, key), key, expected, checks.MAX_VECTOR) for key, expected in keys.items()
+    )
     if not np.issubdtype(ids.dtype, np.integer) or mask.dtype != bool:
         raise ObservationError(f"tokenized_prompt: is {ids.dtype}, its mask {mask.dtype}; expected integer and bool")
     if ids.ndim != 1 or ids.shape != mask.shape or not mask.any():

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from duq.plugins.errors import DuqError
-from duq.runtime.cli_errors import check_output_directory
 from duq.runtime.errors import ObservationError
+from duq.runtime.files import check_output_directory, remove_stale, writing
 from duq.runtime.observations import save_observations
 
 OUTCOMES = ("written", "queue_full", "disk_limit", "failed")  # of an observation that was to be recorded
@@ -36,7 +36,9 @@ class Recorder:
 
     def __init__(self, directory: Path, *, every: int, limit_bytes: int):
         check_output_directory("--record", directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        with writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+        remove_stale(directory)
         self._directory, self._every, self._limit = directory, every, limit_bytes
         self._lock = _locked(directory)
         files = [file for file in directory.iterdir() if file.suffix == ".npz"]
@@ -84,7 +86,7 @@ class Recorder:
     def _write(self, observation: Mapping[str, Any]) -> None:
         file, full = self._directory / _NAME.format(self._number), self._bytes >= self._limit
         if not full:
-            save_observations(file, [observation])
+            save_observations(file, [observation], sweep=False)
             size = file.stat().st_size
             full = self._bytes + size > self._limit
         if full:

@@ -5,24 +5,40 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import math
 import os
 import signal
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from duq.plugins.errors import DuqError
 from duq.runtime.cli_errors import one_line_errors
+from duq.runtime.command_line import command_app
 from duq.runtime.policy import Policy
 from duq.runtime.recording import Recorder
+from duq.runtime.server_limits import Limits, RateLimit, keep_freed_memory, reserve_files
 
 if TYPE_CHECKING:
     from duq.runtime.server import PolicyServer
 
 API_KEY_VARIABLE = "DUQ_API_KEY"
-app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+_DEFAULT = Limits()
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number")
+    return value
+
+
+def _Seconds(what: str) -> Any:
+    return typer.Option(min=0.1, callback=_finite, help=f"Seconds {what}")
+
+
+app = command_app()
 log = logging.getLogger(__name__)
 
 
@@ -36,17 +52,51 @@ def _serve(
     ] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="A file that holds the API key.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of the engine; by default one a core.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the noise that actions start from; by default random.")] = None,
-    max_message_mb: Annotated[int, typer.Option(min=1, help="Largest observation accepted, in MiB.")] = 64,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of the noise that actions start from; by default random.")
+    ] = None,
+    verify_key: Annotated[
+        Path | None, typer.Option(help="A public key (PEM): serve no plan that is not signed with it.")
+    ] = None,
+    max_message_mb: Annotated[
+        int, typer.Option(min=1, max=1024, help="Largest observation accepted, in MiB.")
+    ] = _DEFAULT.message_bytes >> 20,
+    max_buffered_mb: Annotated[
+        int, typer.Option(min=1, help="Of all clients' unanswered messages, in MiB; above, the largest holder has to go.")
+    ] = _DEFAULT.buffered_bytes >> 20,
+    max_clients: Annotated[int, typer.Option(min=1, help="Clients connected at a time.")] = _DEFAULT.clients,
+    max_clients_per_address: Annotated[
+        int, typer.Option(min=1, help="Of them, from one IPv4 address or IPv6 /64.")
+    ] = _DEFAULT.clients_per_address,
+    max_handshakes: Annotated[
+        int, typer.Option(min=1, help="Connections that are no client yet; above, the oldest has to go.")
+    ] = _DEFAULT.handshakes,
+    max_small_frames: Annotated[
+        int, typer.Option(min=1, help="Frames below 4 KiB a second from a client; above, it is read more slowly.")
+    ] = _DEFAULT.small_frames_per_second,
+    open_timeout: Annotated[float, _Seconds("for a connection's HTTP request.")] = _DEFAULT.open_seconds,
+    message_timeout: Annotated[float, _Seconds("from a message's first byte to its last.")] = _DEFAULT.message_seconds,
+    send_timeout: Annotated[float, _Seconds("for a client to take what is sent to it.")] = _DEFAULT.send_seconds,
+    ping_timeout: Annotated[
+        float, _Seconds("between two pings of an idle client, and for the answer to one.")
+    ] = _DEFAULT.ping_seconds,
+    close_timeout: Annotated[float, _Seconds("for a client to close when it is told to.")] = _DEFAULT.close_seconds,
+    stop_timeout: Annotated[float, _Seconds("after SIGTERM for running requests to end.")] = _DEFAULT.stop_seconds,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Load PLAN again when its file is replaced, as SIGHUP does.")
+    ] = False,
     record: Annotated[
         Path | None, typer.Option(help="Folder to write observations to, for duq-compile --calibration.")
     ] = None,
     every: Annotated[int, typer.Option(min=1, help="With --record: write one of so many observations.")] = 10,
-    record_limit: Annotated[float, typer.Option(min=0, help="With --record: the most the folder may hold, in GB.")] = 1.0,
+    record_limit: Annotated[
+        float, typer.Option(min=0, callback=_finite, help="With --record: the most the folder may hold, in GB.")
+    ] = 1.0,
 ) -> None:
     """Answer the unmodified openpi-client with a plan's actions.
 
     GET /healthz answers OK, GET /metrics in Prometheus' format. SIGTERM lets running requests finish, then exits with 0.
+    SIGHUP loads the plan again, and goes on with it between two calls.
 
     [bold]Examples[/bold]
 
@@ -57,24 +107,44 @@ def _serve(
       duq-serve engine.plan --record observations/
     """
     try:
-        from duq.runtime.server import PolicyServer
+        from duq.runtime.server import PlanWatch, PolicyServer
     except ModuleNotFoundError as error:
         raise DuqError(f"duq-serve needs {error.name}: pip install 'duq-vla[server]'") from error
     key = _api_key(api_key, api_key_file)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("websockets.server").setLevel(logging.WARNING)
-    logging.getLogger("websockets.server").addFilter(_without_traceback)
+    logging.getLogger("asyncio").addFilter(RateLimit())
+    limits = Limits(
+        message_bytes=max_message_mb << 20,
+        buffered_bytes=max_buffered_mb << 20,
+        clients=max_clients,
+        clients_per_address=max_clients_per_address,
+        handshakes=max_handshakes,
+        small_frames_per_second=max_small_frames,
+        open_seconds=open_timeout,
+        message_seconds=message_timeout,
+        send_seconds=send_timeout,
+        ping_seconds=ping_timeout,
+        close_seconds=close_timeout,
+        stop_seconds=stop_timeout,
+    )
+    reserve_files(limits)
     with _bound_socket(host, port) as listener:  # a port in use is found before the plan is opened
         if key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
             log.warning("anyone who reaches %s can use this policy: set $%s", host, API_KEY_VARIABLE)
         recorder = None if record is None else Recorder(record, every=every, limit_bytes=int(record_limit * 1e9))
-        policy = Policy(plan, threads=threads, seed=seed)
+        watched = PlanWatch(plan) if watch else None  # before the plan is opened: no replacement is missed
+        policy = Policy(plan, threads=threads, seed=seed, verify_key=verify_key)
         policy.warmup()
-        server = PolicyServer(policy, api_key=key, max_message_bytes=max_message_mb << 20, recorder=recorder)
-        asyncio.run(_run(server, listener))
+        server = PolicyServer(policy, api_key=key, limits=limits, recorder=recorder, watch=watched)
+        asyncio.run(run_until_signal(server, listener))
+    if server.abandoned:  # a thread is in the engine; the interpreter would wait for it
+        logging.shutdown()
+        os._exit(0)
 
 
-async def _run(server: PolicyServer, listener: socket.socket) -> None:
+async def run_until_signal(server: PolicyServer, listener: socket.socket) -> None:
+    """Serves until SIGTERM or SIGINT; SIGHUP has the plan loaded again."""
+    keep_freed_memory()
     loop = asyncio.get_running_loop()
     signals = (signal.SIGTERM, signal.SIGINT)
 
@@ -85,14 +155,8 @@ async def _run(server: PolicyServer, listener: socket.socket) -> None:
 
     for each in signals:
         loop.add_signal_handler(each, stop)
+    loop.add_signal_handler(signal.SIGHUP, server.reload)
     await server.run(listener)
-
-
-def _without_traceback(record: logging.LogRecord) -> bool:
-    """A handshake fails for every port scan and TCP probe: worth a line, no more."""
-    if record.msg == "opening handshake failed":
-        record.exc_info = None
-    return True
 
 
 def _api_key(given: str | None, file: Path | None) -> str | None:
@@ -117,6 +181,8 @@ def _api_key(given: str | None, file: Path | None) -> str | None:
 
 def _bound_socket(host: str, port: int) -> socket.socket:
     """A TCP socket that has its address but does not listen yet: nobody connects before the policy is warm."""
+    if not host.strip():  # which the system takes for every address
+        raise DuqError("--host: is empty; name an address, 0.0.0.0 for every one of this machine")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)

@@ -6,6 +6,9 @@ import numpy as np
 import sentencepiece
 
 from duq.runtime.errors import PlanError
+from duq.runtime.reading import reading
+
+GIVE = "give PaliGemma's SentencePiece model with --tokenizer FILE"
 
 # Left edges of the 256 equal bins of [-1, 1] into which pi0.5 writes the normalized state.
 _STATE_BINS = np.linspace(-1, 1, 256 + 1)[:-1]
@@ -15,10 +18,21 @@ class Tokenizer:
     """A SentencePiece model, given as the bytes of its file. Safe to share between threads."""
 
     def __init__(self, model: bytes):
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=bytes(model))
-        except RuntimeError as error:
-            raise PlanError("tokenizer.model: is not a SentencePiece model; give one with --tokenizer FILE") from error
+        if not len(model):
+            raise PlanError(f"tokenizer.model: is empty; {GIVE}")
+        with reading("tokenizer.model", PlanError, GIVE):
+            try:
+                self._model = sentencepiece.SentencePieceProcessor(model_proto=bytes(model))
+            except RuntimeError as error:
+                raise PlanError(f"tokenizer.model: is not a SentencePiece model; {GIVE}") from error
+            self._check()
+
+    def _check(self) -> None:
+        """Raises PlanError for a model that has no beginning of a sentence, or cannot encode what every prompt has."""
+        pieces = self._model.get_piece_size()
+        encoded = self._model.encode("Task: pick up the cup, State: 0 127 255;\nAction: ", add_bos=True)
+        if self._model.bos_id() < 0 or not encoded or not all(0 <= each < pieces for each in encoded):
+            raise PlanError(f"tokenizer.model: encodes no prompt, or has no <bos>; {GIVE}")
 
     def encode(self, prompt: str, state: np.ndarray | None = None) -> list[int]:
         """Token ids of an instruction.

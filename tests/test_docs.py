@@ -9,26 +9,25 @@ import numpy as np
 import pytest
 import typer.main
 
-from duq.compiler.cli import app as compile_app
+from duq.compiler.commands import RECIPE_OPTIONS, compile_app, quantize_app
 from duq.compiler.quant import LinearPack, load_recipe
 from duq.compiler.quant.pack import save_pack
 from duq.compiler.quant.recipe import ENVIRONMENT, PRESETS, SCHEMES, Recipe, environment_settings
-from duq.compiler.quantize_cli import RECIPE_OPTIONS, app
 from duq.runtime import inspect as inspect_cli
 from duq.runtime import serve_cli
-from duq.tools import bench, compare, demo, make_checkpoint, profile
+from duq.tools import bench, compare, completion, demo, doctor, make_checkpoint, profile
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 COMMANDS = {
-    "duq-compile": compile_app, "duq-quantize": app, "duq-serve": serve_cli.app, "duq-inspect": inspect_cli.app,
+    "duq-compile": compile_app, "duq-quantize": quantize_app, "duq-serve": serve_cli.app, "duq-inspect": inspect_cli.app,
     "duq-compare": compare.app, "duq-bench": bench.app, "duq-profile": profile.app, "duq-demo": demo.app,
-    "duq-make-checkpoint": make_checkpoint.app,
+    "duq-make-checkpoint": make_checkpoint.app, "duq-doctor": doctor.app, "duq-completion": completion.app,
 }  # fmt: skip
 FOLDERS = "benchmarks|compiler|duq|examples|plugins|runtime|tests|tools"
 TEXT = (DOCS / "quantization.md").read_text()
-OPTIONS = {option.name: option for option in typer.main.get_command(app).params}  # of duq-quantize
+OPTIONS = {option.name: option for option in typer.main.get_command(quantize_app).params}  # of duq-quantize
 
 
 def quoted(cell: str) -> str:

@@ -1,13 +1,9 @@
-"""How fast the engines are, against PyTorch on the same machine with the same inputs: `duq-bench --help`."""
+"""How fast plans are on this machine, alone or against PyTorch: `duq-bench --help`. bench_plan.py and bench_cpu.py do it."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,195 +13,141 @@ if __name__ == "__main__":  # in a checkout; in tools/, profile.py would pass fo
 
     commands.bench()
 
-import numpy as np
-import onnxruntime
-import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from duq.compiler.checkpoint import load_checkpoint
-from duq.compiler.checkpoint.synthetic import VARIANTS, make_checkpoint
-from duq.compiler.model import Pi0, build_model
-from duq.compiler.pipeline import compile_policy, quantize_checkpoint
-from duq.compiler.quant import load_recipe
-from duq.compiler.quantize_cli import progress_bar
-from duq.compiler.targets import Options
-from duq.plugins.driver import open_device
+from duq.compiler.choices import PRESETS, VARIANTS
 from duq.plugins.errors import DuqError
-from duq.plugins.gpu import gpu_of, runs_code_of
-from duq.runtime.cli_errors import one_line_errors
-from duq.runtime.config import IMAGE_SLOTS, ModelConfig
-from duq.runtime.executors.cpu import CpuExecutor
-from duq.runtime.plan import Plan
-from duq.runtime.preprocess import ModelInputs
-from duq.tools import bench_gpu
+from duq.runtime.cli_errors import one_line_errors, warnings_printed
+from duq.runtime.command_line import check_choice, choice, command_app, compute_capability, print_line, progress_bar
 
-QUANT = ("none", "llm+expert-mlp", "all")
-EAGER = "PyTorch eager fp32"
-PAUSE = 0.02  # seconds between two contenders: PyTorch's threads spin for a while when they run out of work
-
-Infer = Callable[[ModelInputs, np.ndarray], object]
-app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+SUITES = ("cpu", "gpu")
+PLAN_PANEL = "Of a plan"
+SUITE: dict[str, Any] = {"rich_help_panel": "Of a suite"}
+app = command_app()
 
 
 @app.command()
 def _bench(
-    suite: Annotated[str, typer.Option(help="cpu, or gpu: cuda plans and PyTorch on this machine's GPU.")] = "cpu",
+    plan: Annotated[
+        Path | None, typer.Argument(metavar="[PLAN]", help="Time this engine.plan alone; without, a suite.")
+    ] = None,
+    calls: Annotated[int, typer.Option(min=1, help="PLAN: calls to measure.", rich_help_panel=PLAN_PANEL)] = 100,
+    warm_up: Annotated[
+        int, typer.Option(min=1, help="PLAN: calls before them, which do not count.", rich_help_panel=PLAN_PANEL)
+    ] = 10,
+    repetitions: Annotated[
+        int,
+        typer.Option(min=2, help="PLAN: parts of the calls, whose medians' spread is shown.", rich_help_panel=PLAN_PANEL),
+    ] = 5,
+    observations: Annotated[
+        Path | None,
+        typer.Option(help="PLAN: time it on these (.npz), not on a made-up one.", rich_help_panel=PLAN_PANEL),
+    ] = None,
+    cameras: Annotated[
+        int | None, typer.Option(min=1, max=3, help="In the observation; by default the plan's, or 3.")
+    ] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="In the observation; by default 48.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of every contender; by default one a core.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all times as JSON.")] = False,
+    suite: Annotated[
+        str | None,
+        choice(SUITES, "--suite", help="gpu: cuda plans and PyTorch on this machine's GPU. cpu is the default.", **SUITE),
+    ] = None,
     variant: Annotated[
         list[str] | None,
-        typer.Option(help=f"Made checkpoints to measure: {', '.join(VARIANTS)}. By default tiny and small; gpu: full."),
+        choice(VARIANTS, "--variant", help="Made checkpoints to measure; by default tiny and small, gpu: full.", **SUITE),
     ] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Measure this checkpoint instead.")] = None,
-    pi05: Annotated[bool, typer.Option("--pi05", help="pi0.5 instead of pi0.")] = False,
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="CHECKPOINT", help="Measure this checkpoint instead.", **SUITE)
+    ] = None,
+    pi05: Annotated[bool, typer.Option("--pi05", help="pi0.5 instead of pi0.", **SUITE)] = False,
     quant: Annotated[
-        list[str] | None, typer.Option(help=f"Presets or recipe files to compile; by default {', '.join(QUANT)}.")
-    ] = None,
-    cameras: Annotated[int, typer.Option(min=1, max=3, help="In the observation.")] = 3,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="In the observation.")] = 48,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of every contender; by default one a core.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Each round runs every contender once.")] = 20,
-    torch_compile: Annotated[
-        bool, typer.Option("--torch-compile/--no-torch-compile", help="Inductor needs a C++ compiler and minutes.")
-    ] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all times as JSON.")] = False,
-    program: Annotated[
-        int | None,
-        typer.Option(
-            help="gpu: an SM, e.g. 86, whose program to run instead of this GPU's own, from PTX: foreign to this GPU, and "
-            "no measure of a GPU of that SM."
+        list[str] | None,
+        choice(
+            PRESETS,
+            "--quant",
+            metavar="|".join((*PRESETS, "FILE")),
+            help="Presets or recipe files to compile; by default none, llm+expert-mlp and all.",
+            **SUITE,
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="gpu: directory for all times as JSON and a plot.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Each round runs every contender once.", **SUITE)] = 20,
+    torch_compile: Annotated[
+        bool,
+        typer.Option("--torch-compile/--no-torch-compile", help="Inductor needs a C++ compiler and minutes.", **SUITE),
+    ] = True,
+    program: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SM",
+            help="gpu: an SM, e.g. 86, whose program to run instead of this GPU's own, from PTX: foreign to this GPU, and "
+            "no measure of a GPU of that SM.",
+            **SUITE,
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="gpu: directory for all times as JSON and a plot.", **SUITE)] = None,
 ) -> None:
-    """Measure whole policy calls: engine plans of several recipes, PyTorch eager and torch.compile, in turn.
+    """Time a plan on this machine; or, without one, engines of several recipes against PyTorch.
 
-    The contenders take turns in one process, so that whatever else the machine does concerns them all; the figures to
-    trust are the ratios. The gpu suite measures every number of cameras: wall time from the observation to the actions,
-    the replay of the engine's CUDA graph, memory, and the cosine of the actions with PyTorch's in float32.
+    A plan is timed as the robot calls it, from observation to actions: percentiles, stages, throughput, memory. A control,
+    work of numpy that is the same each time, and the spread between repetitions show how steady the machine was.
+
+    The contenders of a suite take turns in one process, so that whatever else the machine does concerns them all; the
+    figures to trust are the ratios. The gpu suite measures every number of cameras: wall time from the observation to the
+    actions, the replay of the engine's CUDA graph, memory, and the cosine of the actions with PyTorch's in float32.
 
     [bold]Examples[/bold]
 
-      duq-bench
+      duq-bench engine.plan
+
+      duq-bench engine.plan --calls 1000 --cameras 2 --json
+
+      duq-bench --suite cpu
 
       duq-bench --checkpoint checkpoints/pi0 --quant llm+expert-mlp --no-torch-compile --rounds 5
 
       duq-bench --suite gpu --quant none --quant llm+expert-mlp --out results
     """
-    if suite not in ("cpu", "gpu"):
-        raise DuqError(f"--suite {suite}: unknown, cpu or gpu")
-    _check_program(suite, program)
-    variant = variant or (["full"] if suite == "gpu" else ["tiny", "small"])
-    if checkpoint is None and (unknown := [name for name in variant if name not in VARIANTS]):
-        raise DuqError(f"--variant {unknown[0]}: unknown, one of {', '.join(VARIANTS)}")
-    recipes = {name: load_recipe(name, environment={}) for name in quant or QUANT}
-    threads = threads or len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads)
-    results: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="duq-bench-") as name, progress_bar() as progress:
-        for index, each in enumerate([checkpoint] if checkpoint else variant):
-            directory = Path(name) / str(index)
-            directory.mkdir()
-            path = checkpoint or make_checkpoint(directory / "checkpoint", variant=str(each), pi05=pi05)
-            if suite == "gpu":
-                records = bench_gpu.measure(load_checkpoint(path), recipes, directory, torch_compile, progress, program)
-                results.append({"policy": f"{each}{' pi0.5' if pi05 else ' pi0'}", "records": records})
-                continue
-            times = _measure(path, recipes, directory, cameras, prompt_tokens, threads, rounds, torch_compile, progress)
-            results.append({"policy": str(each), "cameras": cameras, "threads": threads, "milliseconds": times})
-    if out is not None and suite == "gpu":
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "bench.json").write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "results": results}, indent=1))
-        for result in results:
-            stem = result["policy"].rpartition("/")[2].replace(" ", "-")
-            bench_gpu.plot(
-                result["records"], out / f"bench-{stem}.svg", f"{result['policy']}, {torch.cuda.get_device_name()}"
-            )
+    if plan is not None:
+        given = {"--suite": suite, "--variant": variant, "--checkpoint": checkpoint, "--quant": quant, "--program": program,
+                 "--out": out, "--pi05": pi05 or None}  # fmt: skip
+        _refuse(given, f"is for suites; leave it out to time {plan}")
+        _bench_plan(
+            plan, as_json, calls=calls, warm_up=warm_up, repetitions=repetitions, cameras=cameras,
+            prompt_tokens=prompt_tokens, threads=threads, observations=observations,
+        )  # fmt: skip
+        return
+    _refuse({"--observations": observations}, "is for a plan; name it: duq-bench engine.plan")
+    check_choice("--suite", suite or "cpu", SUITES)
+    from duq.tools.bench_cpu import bench
+
+    bench(
+        suite or "cpu", variant, checkpoint, pi05=pi05, quant=quant, cameras=cameras or 3,
+        prompt_tokens=prompt_tokens or 48, threads=threads, rounds=rounds, torch_compile=torch_compile, as_json=as_json,
+        program=None if program is None else compute_capability("--program", program), out=out,
+    )  # fmt: skip
+
+
+def _refuse(given: dict[str, Any], why: str) -> None:
+    for flag, value in given.items():
+        if value is not None:
+            raise DuqError(f"{flag}: {why}")
+
+
+def _bench_plan(plan: Path, as_json: bool, **options: Any) -> None:
+    from duq.tools.bench_plan import measure, tables, unsteady
+
+    with progress_bar(auto_refresh=False) as progress:
+        result = measure(plan, progress, **options)
+    if warning := unsteady(result):
+        print_line(f"warning: {warning}")
     if as_json:
-        versions = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
-        typer.echo(json.dumps({"versions": versions, "results": results}, indent=1))
+        typer.echo(json.dumps(result | {"warnings": warnings_printed()}, indent=1))
         return
-    for result in results:
-        if suite == "gpu":
-            Console(width=160).print(bench_gpu.table(result["records"]), bench_gpu.host_table(result["records"]))
-        else:
-            Console().print(_table(result))
-
-
-def _check_program(suite: str, program: int | None) -> None:
-    """Finds out before anything is compiled whether this machine's GPU runs a program of that SM."""
-    if program is None:
-        return
-    if suite != "gpu":
-        raise DuqError(f"--program {program}: is for --suite gpu; leave it out for {suite}")
-    sm, as_ptx = open_device(), gpu_of(program).ptx_architecture is not None
-    if not (runs_code_of(sm, program) or (as_ptx and sm > program)):
-        raise DuqError(f"--program {program}: this machine's GPU, SM {sm}, runs no program made for SM {program}")
-
-
-def _measure(
-    path, recipes, directory, cameras, prompt_tokens, threads, rounds, torch_compile, progress
-) -> dict[str, list[float]]:
-    """Milliseconds of every call, by contender."""
-    policy = load_checkpoint(path)
-    inputs, noise = _inputs(policy.config, cameras, prompt_tokens)
-    contenders: dict[str, Infer] = {EAGER: _pytorch(build_model(policy))}
-    if torch_compile:
-        contenders["torch.compile fp32"] = _pytorch(_inductor(build_model(policy)))
-    for name, recipe in recipes.items():
-        plan = directory / f"{len(contenders)}.plan"
-        compile_policy(policy, quantize_checkpoint(policy, recipe, [inputs], progress), plan, Options(), progress)
-        contenders[f"engine, --quant {name}"] = CpuExecutor(Plan(plan), threads).run
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    task = progress.add_task("Measuring", total=rounds + 1)
-    for round_index in range(rounds + 1):
-        for name, infer in contenders.items():
-            time.sleep(PAUSE)
-            start = time.perf_counter()
-            infer(inputs, noise)
-            if round_index:  # the first round compiles, unpacks and allocates
-                times[name].append((time.perf_counter() - start) * 1e3)
-        progress.advance(task)
-    return times
-
-
-def _inputs(config: ModelConfig, cameras: int, prompt_tokens: int) -> tuple[ModelInputs, np.ndarray]:
-    """One observation and its noise. Times depend on the sizes alone, so the contents are random."""
-    random, size = np.random.default_rng(0), config.vision.image_size
-    inputs = ModelInputs(
-        images=random.integers(0, 256, (len(IMAGE_SLOTS), size, size, 3), np.uint8),
-        image_mask=np.arange(len(IMAGE_SLOTS)) < cameras,
-        tokens=random.integers(0, config.vocab_size, config.max_prompt_tokens),
-        token_mask=np.arange(config.max_prompt_tokens) < prompt_tokens,
-        state=random.standard_normal(config.action_dim).astype(np.float32),
-    )
-    return inputs, random.standard_normal((config.action_horizon, config.action_dim), np.float32)
-
-
-def _pytorch(model: Pi0) -> Infer:
-    def infer(inputs: ModelInputs, noise: np.ndarray) -> torch.Tensor:
-        fields = (inputs.pixels(), inputs.image_mask, inputs.tokens, inputs.token_mask, inputs.state, noise)
-        tensors: list[Any] = [torch.from_numpy(field)[None] for field in fields]
-        return model.sample_actions(*tensors)
-
-    return infer
-
-
-def _inductor(model: Pi0) -> Pi0:
-    """The three parts of a call, each compiled; compiling the whole unrolled loop takes an hour and gains nothing here."""
-    for part in ("embed_images", "prefix", "velocity"):
-        setattr(model, part, torch.compile(getattr(model, part), dynamic=False))
-    return model
-
-
-def _table(result: dict) -> Table:
-    title = f"{result['policy']}: {result['cameras']} cameras, {result['threads']} threads"
-    table = Table("", "p50 ms", "p99 ms", "against eager", title=title, title_justify="left")
-    eager = np.median(result["milliseconds"][EAGER])
-    for name, times in result["milliseconds"].items():
-        p50, p99 = np.percentile(times, [50, 99])
-        table.add_row(name, f"{p50:.1f}", f"{p99:.1f}", f"{eager / p50:.2f} x")
-    return table
+    console = Console(highlight=False, markup=False)
+    for each in tables(result):
+        console.print(each, soft_wrap=isinstance(each, str))
 
 
 def main() -> None:

@@ -27,12 +27,14 @@ from duq.compiler.quant import Quantization, Recipe
 from duq.compiler.quant.linears import select_linears
 from duq.compiler.targets.cuda import CudaOptions
 from duq.plugins.driver import free_memory, open_device
-from duq.runtime.config import IMAGE_SLOTS, ModelConfig
+from duq.runtime.config import ModelConfig
 from duq.runtime.executors.cuda import CudaExecutor
 from duq.runtime.executors.programs import Program
 from duq.runtime.plan import Plan
 from duq.runtime.policy import Policy
 from duq.runtime.preprocess import ModelInputs, Preprocessor
+from duq.tools.figures import save_figure
+from duq.tools.made_up import bare_observation
 
 CASES = [(1, 48), (2, 48), (3, 48)]  # cameras, prompt tokens
 WARM_UP, CALLS = 20, 300
@@ -52,7 +54,7 @@ def measure(
     """
     shape = checkpoint.config.action_horizon, checkpoint.config.action_dim
     noise = np.random.default_rng(1).standard_normal(shape, np.float32)
-    observations = {case: observation(checkpoint.config, *case) for case in CASES}
+    observations = {case: bare_observation(checkpoint.config, *case) for case in CASES}
     with _paused(progress):
         records = _measure_pytorch(checkpoint, observations, noise, compile_pytorch)
     expected = {case: records[index]["actions"] for index, case in enumerate(CASES)}  # the first: float32
@@ -153,17 +155,6 @@ def _host(stages: list[dict]) -> dict[str, list[float]]:
     parts["wait"] = [each["wait_ms"] - each["prefix_ms"] - each["denoise_ms"] for each in stages]
     known = ("preprocess_ms", "stage_ms", "launch_ms", "wait_ms")
     return parts | {"rest": [each["infer_ms"] - sum(each[key] for key in known) for each in stages]}
-
-
-def observation(config: ModelConfig, cameras: int, prompt_tokens: int) -> dict:
-    """Bare model inputs. Times depend on the sizes alone, so the contents are random."""
-    random, size = np.random.default_rng(0), config.vision.image_size
-    return {
-        "image": {slot: random.integers(0, 256, (size, size, 3), np.uint8) for slot in IMAGE_SLOTS[:cameras]},
-        "state": random.standard_normal(config.action_dim).astype(np.float32),
-        "tokenized_prompt": random.integers(1, config.vocab_size, prompt_tokens),
-        "tokenized_prompt_mask": np.ones(prompt_tokens, bool),
-    }
 
 
 def _tensors(model: Pi0, inputs: ModelInputs, noise: np.ndarray) -> list[Any]:
@@ -292,4 +283,4 @@ def plot(records: list[dict], path: Path, title: str) -> None:
     axes.set_xticks(sorted({each["cameras"] for each in records}))
     axes.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path)
+    save_figure(figure, path)

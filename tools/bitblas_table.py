@@ -18,6 +18,7 @@ if __name__ == "__main__":  # import from the repository: in tools/, profile.py 
 
 from duq.plugins.bitblas import TABLE, TABLE_SM, estimate, ranked
 from duq.plugins.gpu import gpu_of
+from duq.runtime.files import write_text
 
 A40 = gpu_of(TABLE_SM)
 LLM_TOKENS = (306, 562, 816, 818, 1024)
@@ -39,4 +40,4 @@ def rows() -> list[dict]:
 
 
 if __name__ == "__main__":
-    TABLE.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows()) + "\n]\n")
+    write_text(TABLE, "[\n" + ",\n".join(json.dumps(row) for row in rows()) + "\n]\n")

@@ -1,11 +1,10 @@
-"""How far an engine is from its checkpoint: `duq-compare --help`."""
+"""How far an engine is from its checkpoint or from another engine: `duq-compare --help`. The work is in compare_*.py."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 if __name__ == "__main__":  # in a checkout; in tools/, profile.py would pass for the standard library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -14,41 +13,27 @@ if __name__ == "__main__":  # in a checkout; in tools/, profile.py would pass fo
     commands.compare()
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from duq.compiler.accuracy.compare import Comparison, check_match, check_robot_units, compare
-from duq.compiler.accuracy.report import (
-    STAGES,
-    WORST_LINEARS,
-    decibels,
-    dimension_table,
-    megabytes,
-    number,
-    to_json,
-    write_report,
-)
-from duq.compiler.accuracy.synthetic import synthetic_observations
-from duq.compiler.accuracy.thresholds import Thresholds
-from duq.compiler.checkpoint import load_checkpoint
-from duq.compiler.checks import check_weights
-from duq.compiler.data import DATASET_COUNT, load_calibration, robot_mapping
-from duq.compiler.quantize_cli import CHECKPOINT_HELP, BaseOption, print_line, progress_bar
+from duq.compiler.accuracy.thresholds import CRITERIA, RESULTS, Thresholds, criteria
+from duq.compiler.commands import CHECKPOINT_HELP, BaseOption
+from duq.plugins.errors import DuqError
 from duq.runtime.cli_errors import check_output_file, one_line_errors
-from duq.runtime.config import ModelConfig
-from duq.runtime.plan import Plan
-from duq.runtime.policy import preprocessor_of
-from duq.runtime.robots import Robot
+from duq.runtime.command_line import command_app
 
 PAST_THRESHOLDS = 1  # exit code; 2 is bad input
+DEFAULT_CRITERIA = ", ".join(f"{name}={each.look:g},{each.fail:g}" for name, each in CRITERIA.items())
+FailOn = Literal["look", "fail", "never"]
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = command_app()
 
 
 @app.command()
 def _compare(
-    checkpoint: Annotated[str, typer.Argument(help=CHECKPOINT_HELP)],
-    plan: Annotated[Path, typer.Argument(help="The engine.plan compiled from it.")],
+    reference: Annotated[
+        str,
+        typer.Argument(metavar="CHECKPOINT|PLAN", help=f"What to compare with: another plan, or an {CHECKPOINT_HELP}"),
+    ],
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="An engine.plan; compiled from CHECKPOINT.")],
     observations: Annotated[
         Path | None,
         typer.Option(
@@ -57,10 +42,19 @@ def _compare(
         ),
     ] = None,  # fmt: skip
     count: Annotated[
-        int | None, typer.Option(min=1, help=f"Of observations; by default {DATASET_COUNT} of a dataset, all of .npz.")
+        int | None, typer.Option(min=1, help="Of observations; by default 32 of a dataset, all of .npz.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measures as JSON.")] = False,
-    report: Annotated[Path | None, typer.Option(help="HTML page to write, self-contained, with plots.")] = None,
+    report: Annotated[Path | None, typer.Option(help="HTML page to write, self-contained, with charts.")] = None,
+    criterion: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=LOOK,FAIL", help=f"Other thresholds of the verdict; repeatable. By default {DEFAULT_CRITERIA}."
+        ),
+    ] = None,
+    fail_on: Annotated[
+        FailOn | None, typer.Option(help="End in exit code 1 for this verdict or a worse one; by default fail.")
+    ] = None,
     min_cosine: Annotated[float | None, typer.Option(help="Fail if an observation's actions are below.")] = None,
     max_error: Annotated[float | None, typer.Option(help="Fail if an action (normalized) is further off.")] = None,
     max_robot_error: Annotated[
@@ -76,134 +70,62 @@ def _compare(
     ] = False,
     base: BaseOption = None,
 ) -> None:
-    """Run the same observations and noise through PyTorch fp32 and through the engine, and report the differences.
+    """Run the same observations and noise through PyTorch fp32 and an engine, or through two engines, and report how far
+    the second is from the first.
 
-    Exit code 1: past a threshold, or actions that are not finite. 2: bad input.
+    Against a checkpoint the verdict is pass, look or fail. Two plans need neither a checkpoint nor PyTorch, and have to be
+    for one robot; they get no verdict.
+    Exit code 1: a verdict of --fail-on, past a bound, or actions that are not finite. 2: bad input.
 
     [bold]Examples[/bold]
 
       duq-compare checkpoints/pi0 engine.plan --observations observations.npz --report report.html
 
       duq-compare checkpoints/pi0 engine.plan --min-sqnr 20 --json
+
+      duq-compare float.plan engine.plan --observations observations.npz
     """
-    thresholds = Thresholds(min_cosine, max_error, min_sqnr, max_robot_error)
+    thresholds, by = Thresholds(min_cosine, max_error, min_sqnr, max_robot_error), criteria(criterion or [])
+    verdict = None
     if report is not None:
         check_output_file("--report", report)
-    engine = Plan(plan)
-    config = ModelConfig.from_json(engine.manifest["model"])
-    found = (
-        None if observations is None else _observations(observations, count, seed, preprocessor_of(engine, config).robot)
-    )
-    policy = load_checkpoint(checkpoint, base=base, statistics=False)  # a comparison takes the plan's
-    check_match(policy, engine, any_checkpoint)
-    if found is None:
-        found = synthetic_observations(config, engine.manifest["cameras"])
-    if max_robot_error is not None:
-        check_robot_units(engine, found)
-    with progress_bar() as progress:
-        check_weights(policy, progress)
-        comparison = compare(policy, engine, found, progress, threads=threads, seed=seed, base=base)
-    set_thresholds = {name: bound for name, bound in asdict(thresholds).items() if bound is not None}
-    source = "made up, not a robot's (--observations gives those)" if observations is None else f"from {observations}"
-    comparison = replace(comparison, summary={"source": source, "thresholds": set_thresholds, **comparison.summary})
-    failures = thresholds.failures(comparison.summary["observations"])
-    if report is not None:
-        write_report(comparison, failures, report)
-    if as_json:
-        typer.echo(to_json(comparison, failures))
+    if _is_plan(Path(reference)):
+        for flag, given in (
+            ("--report", report), ("--any-checkpoint", any_checkpoint or None), ("--base", base),
+            ("--criterion", criterion), ("--fail-on", fail_on),
+        ):  # fmt: skip
+            if given is not None:
+                raise DuqError(f"{flag}: is for a comparison with a checkpoint, but {reference} is a plan; leave it out")
+        from duq.tools.compare_plans import compare_plans
+
+        failures = compare_plans(
+            Path(reference), plan, observations, count=count, thresholds=thresholds, threads=threads, seed=seed,
+            as_json=as_json,
+        )  # fmt: skip
     else:
-        _print(comparison, report)
+        from duq.tools.compare_checkpoint import compare_checkpoint
+
+        failures, verdict = compare_checkpoint(
+            reference, plan, observations, count=count, as_json=as_json, report=report, thresholds=thresholds,
+            criteria=by, threads=threads, seed=seed, any_checkpoint=any_checkpoint, base=base,
+        )  # fmt: skip
     for line in failures:
         typer.echo(f"failed: {line}", err=True)
-    if failures:
+    if failures or verdict in _fails(fail_on or "fail"):
         raise typer.Exit(PAST_THRESHOLDS)
 
 
-def _observations(path: Path, count: int | None, seed: int, robot: Robot | None) -> list[dict]:
-    found = load_calibration(path, count, seed, robot_mapping(robot))
-    for line in (*found.shown, *(f"warning: {each}" for each in found.warnings)):
-        print_line(line)
-    return found.observations
+def _fails(fail_on: FailOn) -> tuple[str, ...]:
+    """The verdicts that end in exit code 1."""
+    return () if fail_on == "never" else RESULTS[RESULTS.index(fail_on) :]
 
 
-def _print(comparison: Comparison, report: Path | None) -> None:
-    console, summary = Console(highlight=False, markup=False), comparison.summary
-    count = len(summary["observations"])
-    console.print(f"{summary['plan']['path']} on {count} observations, {summary['source']}", soft_wrap=True)
-    for draw in (_stage_table, _dimension_table, _linear_table, _jerk_table, _cost_table):
-        table = draw(summary)
-        if table.row_count:
-            console.print(table)
-    if report is not None:
-        console.print(f"{report}: the report, with plots", soft_wrap=True)
-
-
-def _stage_table(summary: dict) -> Table:
-    table = _table("Engine against PyTorch fp32", "stage", "cosine", "max error", "SQNR", "worst")
-    for name in STAGES:
-        if name in summary["stages"]:
-            found = summary["stages"][name]
-            row = f"{found['cosine']:.6f}", number(found["max_error"]), decibels(found["sqnr_db"])
-            table.add_row(name.replace("_", " "), *row, _worst(name, summary))
-    return table
-
-
-def _worst(stage: str, summary: dict) -> str:
-    """Where a stage of several layers, steps or observations is worst."""
-    parts, key, kind = {
-        "keys": (summary["layers"], "key", "layer"),
-        "values": (summary["layers"], "value", "layer"),
-        "velocity_at_engine_x": (summary["steps"], "velocity_at_engine_x", "step"),
-        "velocity": (summary["steps"], "velocity", "step"),
-        "actions": (summary["observations"], "actions", "obs."),
-    }.get(stage, ([], "", ""))
-    if not parts:
-        return ""
-    worst, found = min(enumerate(part[key]["sqnr_db"] for part in parts), key=lambda pair: pair[1])
-    return f"{decibels(found)} ({kind} {worst})"
-
-
-def _dimension_table(summary: dict) -> Table:
-    table = _table("The actions that the robot reads, one by one", "action", "unit", "max error", "RMS error", "SQNR")
-    for name, unit, found in dimension_table(summary):
-        table.add_row(name, unit, number(found["max_error"]), number(found["rms_error"]), decibels(found["sqnr_db"]))
-    return table
-
-
-def _linear_table(summary: dict) -> Table:
-    worst = list(summary["linears"]["sqnr"].items())[:WORST_LINEARS]
-    title = f"The {len(worst)} worst linears, {summary['linears']['measured']}"
-    table = _table(title, "linear", "bits", "shape", "SQNR")
-    for name, linear in worst:
-        bits = f"W{linear['weight_bits']}A{linear['activation_bits'] or 16}"
-        table.add_row(name, bits, " x ".join(map(str, linear["shape"])), decibels(linear["sqnr_db"]))
-    return table
-
-
-def _jerk_table(summary: dict) -> Table:
-    table = _table("Jerk: mean squared third difference along the chunk", "units", "PyTorch", "engine")
-    for units, found in (("normalized", summary["jerk"]["model"]), (summary["plan"]["robot"], summary["jerk"]["robot"])):
-        if found:
-            table.add_row(units, number(found["reference"]), number(found["engine"]))
-    return table
-
-
-def _cost_table(summary: dict) -> Table:
-    title = f"Cost, each side in a process of its own, threads: {summary['threads']}"
-    table = _table(title, "", "time (median)", "peak memory", "of which libraries")
-    for name, side in (("PyTorch eager fp32", "reference"), ("engine", "engine")):
-        cost = summary["cost"][side]
-        memory = megabytes(cost["peak_bytes"]), megabytes(cost["libraries_bytes"])
-        table.add_row(name, f"{cost['median_ms']:.1f} ms", *memory)
-    return table
-
-
-def _table(title: str, first: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column(first)
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
+def _is_plan(path: Path) -> bool:
+    """Whether it is a zip file, as plans are and checkpoints are not: nothing more, so that a damaged plan is called one."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def main() -> None:

@@ -13,27 +13,31 @@ if __name__ == "__main__":  # in a checkout; in tools/, profile.py would pass fo
     commands.demo()
 
 import numpy as np
-import skimage.data
 import typer
 
 from duq.runtime import Policy
 from duq.runtime.cli_errors import one_line_errors
+from duq.runtime.command_line import command_app
+from duq.runtime.files import check_output_file
 from duq.runtime.observations import load_observations, save_observations
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Make observations from photographs, and drive a policy with them as a robot's loop would.",
-)
-PHOTOGRAPHS = (skimage.data.astronaut, skimage.data.chelsea, skimage.data.coffee)
+app = command_app("Make observations from photographs, and drive a policy with them as a robot's loop would.")
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee")
 PROMPTS = ("pick up the cup", "open the drawer", "push the button")
 
 
 @app.command()
-def observations(out: Path, count: Annotated[int, typer.Option()], seed: Annotated[int, typer.Option()]) -> None:
+def observations(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The .npz file to write.")],
+    count: Annotated[int, typer.Option(min=1, help="Of observations.")],
+    seed: Annotated[int, typer.Option(min=0, help="Of the crops and the states.")],
+) -> None:
     """Writes LIBERO observations whose cameras see crops of photographs that scikit-image ships."""
+    check_output_file("OUT", out)
+    import skimage.data
+
     rng = np.random.default_rng(seed)
-    photographs = [photograph() for photograph in PHOTOGRAPHS]
+    photographs = [getattr(skimage.data, name)() for name in PHOTOGRAPHS]
 
     def camera(index: int) -> np.ndarray:
         photograph = photographs[index % len(photographs)]
@@ -55,7 +59,10 @@ def observations(out: Path, count: Annotated[int, typer.Option()], seed: Annotat
 
 
 @app.command()
-def run(plan: Path, data: Annotated[Path, typer.Argument(help="Observations, as written above.")]) -> None:
+def run(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="An engine.plan.")],
+    data: Annotated[Path, typer.Argument(metavar="OBSERVATIONS", help="As `observations` writes them.")],
+) -> None:
     """Drives the policy as a robot's loop would, and prints what the robot gets for each observation."""
     policy = Policy(plan)
     policy.warmup()

@@ -18,9 +18,10 @@ from rich.console import Console
 
 from duq.plugins.errors import DuqError
 from duq.runtime.cli_errors import check_output_directory, one_line_errors
+from duq.runtime.command_line import command_app
 from duq.runtime.lerobot_folder import export
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = command_app()
 
 
 @app.command()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,39 +16,45 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from duq.compiler.checkpoint.synthetic import VARIANTS, make_checkpoint, make_config, weight_bytes
-from duq.compiler.checkpoint.synthetic.files import DTYPES, ROBOTS
+from duq.compiler.choices import VARIANTS
 from duq.runtime.cli_errors import check_output_directory, one_line_errors
+from duq.runtime.command_line import check_choice, choice, command_app, is_quiet
 
-Variant = Enum("Variant", {name: name for name in VARIANTS}, type=str)  # type: ignore[misc]
-Layout = Enum("Layout", {"openpi": "openpi", "jax": "jax", "lerobot": "lerobot"}, type=str)
-Dtype = Enum("Dtype", {name: name for name in DTYPES}, type=str)  # type: ignore[misc]
-Robot = Enum("Robot", {name: name for name in (*ROBOTS, "none")}, type=str)  # type: ignore[misc]
+LAYOUTS = ("openpi", "jax", "lerobot")
+DTYPES = ("bfloat16", "float32")
+ROBOTS = ("aloha", "droid", "libero", "none")
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = command_app()
 
 
 @app.command()
 def _make(
     out: Annotated[Path, typer.Option(help="Directory to create. It appears only when everything is written.")],
     variant: Annotated[
-        Variant,
-        typer.Option(
+        str,
+        choice(
+            VARIANTS,
+            "--variant",
             help="tiny: 26 M weights, 1 s. small: 200 M. dummy: openpi's test Gemmas under the real SigLIP (0.9 GB). "
-            "full: gemma_2b + gemma_300m + So400m/14 (6.5 GB, about two minutes)."
+            "full: gemma_2b + gemma_300m + So400m/14 (6.5 GB, about two minutes).",
         ),
-    ] = Variant["tiny"],
+    ] = "tiny",
     pi05: Annotated[
         bool, typer.Option("--pi05", help="pi0.5 (adaptive norms, state in the prompt) instead of pi0.")
     ] = False,
     layout: Annotated[
-        Layout, typer.Option(help="openpi's PyTorch directory, its JAX directory (Orbax) or LeRobot's pretrained_model/.")
-    ] = Layout.openpi,
-    robot: Annotated[Robot, typer.Option(help="Whose normalization statistics to add; none adds no statistics.")] = Robot[
-        "aloha"
-    ],
+        str,
+        choice(
+            LAYOUTS,
+            "--layout",
+            help="openpi's PyTorch directory, its JAX directory (Orbax) or LeRobot's pretrained_model/.",
+        ),
+    ] = "openpi",
+    robot: Annotated[
+        str, choice(ROBOTS, "--robot", help="Whose normalization statistics to add; none adds no statistics.")
+    ] = "aloha",
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal bytes.")] = 0,
-    dtype: Annotated[Dtype, typer.Option(help="How the weights are stored.")] = Dtype["bfloat16"],
+    dtype: Annotated[str, choice(DTYPES, "--dtype", help="How the weights are stored.")] = "bfloat16",
     action_horizon: Annotated[int, typer.Option(min=1, help="Actions in a chunk.")] = 50,
     depth: Annotated[int | None, typer.Option(min=1, help="Layers of the LLM and the action expert.")] = None,
     vision_depth: Annotated[int | None, typer.Option(min=1, help="Layers of SigLIP.")] = None,
@@ -69,27 +74,33 @@ def _make(
 
       duq-make-checkpoint --out /tmp/full --variant full --depth 4 --vocab-size 8192
     """
+    for flag, value, known in (
+        ("--variant", variant, VARIANTS), ("--layout", layout, LAYOUTS), ("--robot", robot, ROBOTS), ("--dtype", dtype, DTYPES),
+    ):  # fmt: skip
+        check_choice(flag, value, known)
     check_output_directory("--out", out)
+    from duq.compiler.checkpoint.synthetic import make_checkpoint, make_config, weight_bytes
+
     sizes: dict[str, Any] = dict(
         action_horizon=action_horizon, depth=depth, vision_depth=vision_depth, vocab_size=vocab_size
     )
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    total = weight_bytes(make_config(variant.value, pi05, **sizes), dtype.value)
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    total = weight_bytes(make_config(variant, pi05, **sizes), dtype)
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=is_quiet()) as progress:
         task = progress.add_task(f"writing {out.name}", total=total)
         make_checkpoint(
             out,
-            variant=variant.value,
+            variant=variant,
             pi05=pi05,
-            layout=layout.value,
+            layout=layout,
             seed=seed,
-            dtype=dtype.value,
-            robot=robot.value,
+            dtype=dtype,
+            robot=robot,
             advance=lambda written: progress.advance(task, written),
             **sizes,
         )
     policy = "pi0.5" if pi05 else "pi0"
-    Console().print(f"{out}: {policy} {variant.value}, {total / 1e6:,.0f} MB of {dtype.value} weights", highlight=False)
+    Console().print(f"{out}: {policy} {variant}, {total / 1e6:,.0f} MB of {dtype} weights", highlight=False)
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from rich.table import Table
 from duq.plugins.errors import DuqError
 from duq.plugins.gpu import gpu_named, gpu_of
 from duq.runtime.cli_errors import one_line_errors
+from duq.runtime.command_line import command_app, compute_capability
 from duq.runtime.executors.cuda import CudaExecutor
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import ModelInputs
@@ -30,18 +31,23 @@ from duq.tools.estimate import estimate
 # What one H100 SXM reaches (docs/performance.md): bytes a second from memory, operations a second in dense products.
 BANDWIDTH, INT8, BF16 = 3.0e12, 1.39e15, 0.79e15
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = command_app()
 
 
 @app.command()
 def _profile(
-    plan: Annotated[Path, typer.Argument(help="A plan of target cuda for this machine's GPU.")],
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan of target cuda for this machine's GPU.")],
     cameras: Annotated[int, typer.Option(min=1, max=3, help="Of the observation.")] = 3,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Of the observation; padded to the plan's next size.")] = 48,
     each_layer: Annotated[bool, typer.Option("--layers", help="Do not sum over layers.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print every launch as JSON.")] = False,
     sm: Annotated[
-        int | None, typer.Option(help="Measure nothing: estimate a call on this GPU, e.g. 86 for an A40. Any plan will do.")
+        str | None,
+        typer.Option(
+            "--sm",
+            metavar="SM",
+            help="Measure nothing: estimate a call on this GPU, e.g. 86 or 8.6 for an A40. Any plan will do.",
+        ),
     ] = None,
     gpu: Annotated[str | None, typer.Option("--gpu", metavar="NAME", help="The same on this card, e.g. rtx4090.")] = None,
 ) -> None:
@@ -62,7 +68,7 @@ def _profile(
     """
     if sm is not None and gpu is not None:
         raise DuqError(f"--sm {sm} and --gpu {gpu}: give one of them")
-    card = gpu_named(gpu) if gpu is not None else gpu_of(sm) if sm is not None else None
+    card = gpu_named(gpu) if gpu is not None else gpu_of(compute_capability("--sm", sm)) if sm is not None else None
     if card is not None:
         Console(width=110).print(estimate(plan, card, cameras, prompt_tokens))
         return

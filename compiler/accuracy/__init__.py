@@ -4,7 +4,10 @@
     worker.py       a process of its own for each side, so that time and memory are its own
     reference.py, engine.py    what the two processes run
     metrics.py      cosine, maximum error, SQNR, jerk
-    plots.py, report.py        the HTML report
+    joints.py       the same for each joint, in its units and as a share of its range
+    thresholds.py   the verdict: pass, look or fail
+    provenance.py   date, versions, machine
+    charts.py, report.py, report.html    the HTML report
 
 Nothing is imported here: the engine's process must come up without PyTorch.
 """

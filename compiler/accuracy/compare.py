@@ -11,11 +11,11 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import onnxruntime
-import torch
 from rich.progress import Progress
 
-from duq.compiler.accuracy.metrics import Difference, by_dimension, difference, jerk
+from duq.compiler.accuracy.joints import along_the_chunk, furthest_off, joints_json, working_range
+from duq.compiler.accuracy.metrics import difference, jerk
+from duq.compiler.accuracy.provenance import machine, now, versions
 from duq.compiler.accuracy.stages import Stages
 from duq.compiler.accuracy.worker import passes, read_arrays, run_worker, write_inputs
 from duq.compiler.checkpoint import Checkpoint
@@ -109,7 +109,7 @@ def compare(
     *,
     threads: int | None = None,
     seed: int = 0,
-    base: Path | None = None,
+    base: str | None = None,
 ) -> Comparison:
     """Runs both sides over the observations, one after the other, each in a process of its own.
 
@@ -117,11 +117,12 @@ def compare(
     observation. base: of an adapter, where it was given.
     Raises ObservationError, before any long work, if an observation does not fit the plan.
 
-    The summary's keys: "checkpoint", "plan", "threads", "seed", "versions"; "stages": the measures (cosine, max_error,
-    sqnr_db) of every stage over all observations; "layers" and "steps": the same for keys and values of each layer and
-    velocities of each step; "observations": the same for the actions of each, and in the robot's units; "dimensions":
-    errors of the actions that are read, one by one (see `_dimensions_json`); "linears"; "jerk"; "cost". Velocities and
-    actions are those of the dimensions that the robot reads. The model's further ones are in "padding_dimensions" alone.
+    The summary's keys: "checkpoint", "plan", "threads", "seed", "date", "machine", "versions"; "stages": the measures
+    (cosine, max_error, sqnr_db) of every stage over all observations; "layers" and "steps": the same for keys and values of
+    each layer and velocities of each step; "observations": the same for the actions of each, and in the robot's units;
+    "dimensions": errors of the actions that are read, one by one (see `joints_json`); "range": how the joints' ranges are
+    known; "chunk": the error of each action of the chunk, in percent of the range; "linears"; "jerk"; "cost". Velocities
+    and actions are those of the dimensions that the robot reads. The model's further ones are in "padding_dimensions" alone.
     """
     threads = threads or len(os.sched_getaffinity(0))
     config, num_steps = _compiled_model(plan), plan.manifest["num_steps"]
@@ -134,7 +135,7 @@ def compare(
             noise = random.standard_normal((config.action_horizon, config.action_dim), np.float32)
             write_inputs(directory, index, each, noise)
         job = [directory, count, threads]
-        adapted = [] if base is None else [Path(base).resolve()]
+        adapted = [] if base is None else [base if "://" in base else Path(base).resolve()]
         cost = {
             "engine": _run("engine", [*job, plan.path.resolve()], count, progress),
             "reference": _run(
@@ -149,6 +150,7 @@ def compare(
     robot = RobotActions.of(preprocessor, observations, reference, engine)
     reference, engine = reference[..., :dims], engine[..., :dims]
     names, units = action_labels(preprocessor)
+    ranges, range_basis = working_range(plan.manifest.get("norm_stats"), dims, config.pi05)
     per_observation = [
         {
             "cameras": int(each.image_mask.sum()),
@@ -159,20 +161,29 @@ def compare(
         for index, each in enumerate(inputs)
     ]
     summary = {
-        "checkpoint": {"path": str(checkpoint.path), "layout": checkpoint.layout},
+        "checkpoint": {
+            "path": str(checkpoint.path),
+            "layout": checkpoint.layout,
+            "fingerprint": checkpoint.fingerprint,
+        },
         "plan": {
             "path": str(plan.path),
             "bytes": plan.path.stat().st_size,
             **{key: plan.manifest[key] for key in ("target", "robot", "num_steps")},
             "rotary": config.rotary,
             "recipe": plan.manifest["quantization"]["recipe"],
+            "compiled_by": plan.manifest["created_by"],
         },
         "threads": threads,
         "seed": seed,
-        "versions": {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__},
+        "date": now(),
+        "machine": machine(plan.manifest["target"]),
+        "versions": versions(),
         **stages.to_json(),
         "observations": per_observation,
-        "dimensions": _dimensions_json(names, units, reference, engine, robot),
+        "dimensions": joints_json(names, units, ranges, (reference, engine), robot.stacked() if robot else None),
+        "range": range_basis,
+        "chunk": along_the_chunk(reference, engine, ranges),
         "linears": _linears(plan),
         "jerk": {"model": {"reference": jerk(reference), "engine": jerk(engine)}, "robot": robot and robot.jerk()},
         "cost": cost | {"speedup": cost["reference"]["median_ms"] / cost["engine"]["median_ms"]},
@@ -188,18 +199,6 @@ def action_labels(preprocessor: Preprocessor) -> tuple[list[str], list[str]]:
     names = getattr(preprocessor.robot, "action_names", None) or [f"action {index}" for index in dims]
     units = getattr(preprocessor.robot, "action_units", None) or [""] * len(dims)
     return list(names), list(units)
-
-
-def _dimensions_json(names, units, reference, engine, robot: RobotActions | None) -> list[dict]:
-    """By dimension: name, unit; "normalized" and "robot", its measures in either units (None without a robot's)."""
-    normalized = [_errors(found) for found in by_dimension(reference, engine)]
-    robots = [_errors(found) for found in by_dimension(*robot.stacked())] if robot else [None] * len(normalized)
-    keys = ("name", "unit", "normalized", "robot")
-    return [dict(zip(keys, row, strict=True)) for row in zip(names, units, normalized, robots, strict=True)]
-
-
-def _errors(found: Difference) -> dict:
-    return {"max_error": found.max_error, "rms_error": found.rms_error, "sqnr_db": found.sqnr_db}
 
 
 @dataclass
@@ -228,8 +227,7 @@ class RobotActions:
         if index not in self.reference:
             return None
         reference, engine = self.reference[index], self.engine[index]
-        worst = int(np.argmax([found.max_error for found in by_dimension(reference, engine)]))  # NaN, if there is one
-        return difference(reference, engine).to_json() | {"worst_dimension": names[worst]}
+        return difference(reference, engine).to_json() | {"worst_dimension": names[furthest_off(reference, engine)]}
 
     def jerk(self) -> dict:
         reference, engine = self.stacked()
@@ -253,6 +251,7 @@ def _value_basis(plan: Plan, layer: int) -> np.ndarray | None:
 def _linears(plan: Plan) -> dict:
     """The SQNR of each quantized linear as the plan records it, worst first."""
     linears = plan.manifest["quantization"]["linears"]
-    by_sqnr = sorted(linears, key=lambda name: linears[name]["sqnr_db"])
+    unknown = {name for name, linear in linears.items() if linear["sqnr_db"] is None}  # of packs that do not say
+    by_sqnr = sorted(linears.keys() - unknown, key=lambda name: linears[name]["sqnr_db"])
     keys = ("weight_bits", "activation_bits", "shape", "sqnr_db")
     return {"measured": SQNR_SOURCE, "sqnr": {name: {key: linears[name][key] for key in keys} for name in by_sqnr}}

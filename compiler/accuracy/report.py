@@ -1,20 +1,26 @@
-"""The comparison for readers: JSON, and one HTML page with its figures inside."""
+"""The comparison for readers: JSON, and one HTML page that needs nothing beside it."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
+from markupsafe import Markup, escape
 
-from duq.compiler.accuracy import plots
-from duq.compiler.accuracy.compare import Comparison
+from duq.compiler.accuracy import charts
+from duq.compiler.accuracy.compare import Comparison, RobotActions
+from duq.compiler.accuracy.thresholds import with_unit
+from duq.runtime.files import write_text
 
 WORST_LINEARS = 10
+MOST_JOINTS = 16  # to draw, each in a panel
+MOST_OBSERVATIONS = 50  # to list
 # What each stage compares, in the order of computation.
 STAGES = {
     "image_features": "SigLIP and projector: image tokens of the cameras that are there",
@@ -32,50 +38,211 @@ def to_json(comparison: Comparison, failures: Sequence[str]) -> str:
     return json.dumps(_finite({**comparison.summary, "failures": list(failures)}), indent=1, allow_nan=False)
 
 
-def write_report(comparison: Comparison, failures: Sequence[str], path: Path) -> None:
-    """Writes the page beside `path` and renames it. It loads nothing from elsewhere."""
+def write_report(comparison: Comparison, path: Path) -> None:
+    """Writes the page whole or not at all. It loads nothing from elsewhere, and runs no scripts.
+
+    The summary has its "verdict" (see `thresholds.judge`), its "source" and the "command" in it. Raises DuqError where the page
+    cannot be written.
+    """
+    write_text(path, page(comparison))
+
+
+def page(comparison: Comparison) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"decibels": decibels, "number": number, "megabytes": megabytes}
-    page = environment.get_template("report.html").render(
-        **comparison.summary,
-        failures=failures,
+    environment.filters |= {
+        "decibels": decibels,
+        "number": number,
+        "megabytes": megabytes,
+        "percent": percent,
+        "cosine": cosine,
+        "meter": meter,
+        "with_unit": with_unit,
+        "breakable": breakable,
+    }
+    summary = comparison.summary
+    checks = {check["name"]: check for check in summary["verdict"]["checks"]}
+    return environment.get_template("report.html").render(
+        **summary,
         descriptions=STAGES,
-        worst=list(comparison.summary["linears"]["sqnr"].items())[:WORST_LINEARS],
-        worst_observation=plots.worst_observation(comparison),
-        drawn_units=plots.drawn_units(comparison),
-        dimension_table=dimension_table(comparison.summary),
-        figures={draw.__name__: draw(comparison) for draw in plots.FIGURES},
+        decibel_top=charts.DECIBELS[1],
+        percent_top=_percent_top(summary, checks["joint-error"]),
+        joint_check=checks["joint-error"],
+        joint_table=joint_table(summary),
+        worst=list(summary["linears"]["sqnr"].items())[:WORST_LINEARS],
+        other_reasons=[
+            line for line in summary["verdict"]["reasons"] if line not in {each["reason"] for each in checks.values()}
+        ],
+        bits=_bits(summary["linears"]["sqnr"]),
+        listed_observations=_listed(summary["observations"]),
+        drawn_observation=worst_observation(summary),
+        drawn_units=drawn_units(comparison),
+        panels=joint_panels(comparison),
+        layer_chart=_layer_chart(summary),
+        step_chart=_step_chart(summary),
+        chunk_chart=_chunk_chart(summary),
+        linear_chart=_linear_chart(summary),
     )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def dimension_table(summary: dict) -> list[tuple[str, str, dict]]:
-    """Name, unit and measures of each action that the robot reads: in its units, or normalized where no observation is its.
+# --- tables ------------------------------------------------------------------------------------------------------------
 
-    Empty without a robot, whose plans give what the model computes.
-    """
-    if summary["plan"]["robot"] == "none":
-        return []
+
+def joint_table(summary: Mapping) -> list[tuple[str, str, dict, dict]]:
+    """Name, unit, measures and percent of the range of each action that the robot reads: in its units, or normalized where
+    no observation is its. Without a robot all that the model computes, normalized."""
     return [
-        (each["name"], (each["unit"] or "-") if each["robot"] else "normalized", each["robot"] or each["normalized"])
+        (
+            each["name"],
+            (each["unit"] or "-") if each["robot"] else "normalized",
+            each["robot"] or each["normalized"],
+            each["percent_of_range"],
+        )
         for each in summary["dimensions"]
     ]
 
 
+def _listed(observations: Sequence[Mapping]) -> list[tuple[int, Mapping]]:
+    """Index and measures: all of them, or of many the worst; a page is for reading."""
+    worst_first = sorted(enumerate(observations), key=lambda pair: -_sortable(pair[1]["actions"]["max_error"]))
+    return sorted(worst_first[:MOST_OBSERVATIONS], key=lambda pair: pair[0])
+
+
+def _sortable(error: float) -> float:
+    return math.inf if math.isnan(error) else error
+
+
+def _bits(linears: Mapping) -> str:
+    """As in "W4A8", "W4A8 and W8A8" or "float"."""
+    kinds = {f"W{each['weight_bits']}A{each['activation_bits'] or 16}" for each in linears.values()}
+    return " and ".join(sorted(kinds)) or "float"
+
+
+def _percent_top(summary: Mapping, check: Mapping) -> float:
+    """The end of the joints' bars: past the threshold, and past every bar that can be drawn."""
+    shares = [joint["percent_of_range"]["rms"] for joint in summary["dimensions"]]
+    return max([check["fail"] * 1.2, *(share for share in shares if math.isfinite(share))])
+
+
+# --- charts ------------------------------------------------------------------------------------------------------------
+
+
+def worst_observation(summary: Mapping) -> int:
+    """With the largest error; one that is not finite is larger than any."""
+    return int(np.argmax([observation["actions"]["max_error"] for observation in summary["observations"]]))
+
+
+def drawn_units(comparison: Comparison) -> str:
+    """The units of the panels."""
+    return "the robot's units" if _in_robot_units(comparison) else "normalized units"
+
+
+def joint_panels(comparison: Comparison) -> list[dict]:
+    """Of the worst observation, a panel for each joint; of many joints for those with the largest errors.
+
+    Each has "name", "unit", "max_error" (in the drawn units) and "chart".
+    """
+    reference, engine = _worst_chunks(comparison)
+    errors = np.abs(engine.astype(np.float64) - reference).max(0)  # NaN, if there is one
+    drawn = sorted(np.argsort(-np.nan_to_num(errors, nan=np.inf), kind="stable")[:MOST_JOINTS])
+    panels = []
+    for index in drawn:
+        joint = comparison.summary["dimensions"][index]
+        unit = joint["unit"] if _in_robot_units(comparison) else ""
+        own = reference[:, index]
+        summary = (
+            f"{joint['name']}: PyTorch's actions go from {number(float(own.min()))} to {number(float(own.max()))} {unit}; "
+            f"the engine's largest error is {number(float(errors[index]))}."
+        )
+        chart = charts.residual_panel(summary, own, engine[:, index])
+        panels.append({"name": joint["name"], "unit": unit, "max_error": float(errors[index]), "chart": chart})
+    return panels
+
+
+def _in_robot_units(comparison: Comparison) -> bool:
+    return comparison.robot is not None and worst_observation(comparison.summary) in comparison.robot.reference
+
+
+def _worst_chunks(comparison: Comparison) -> tuple[np.ndarray, np.ndarray]:
+    """Reference and engine [H, dims] of the worst observation."""
+    source: RobotActions | Comparison = comparison
+    if comparison.robot is not None and _in_robot_units(comparison):
+        source = comparison.robot
+    worst = worst_observation(comparison.summary)
+    return source.reference[worst], source.engine[worst]
+
+
+def _layer_chart(summary: Mapping) -> Markup:
+    series = [
+        charts.Series(f"{kind}s", [layer[kind]["sqnr_db"] for layer in summary["layers"]]) for kind in ("key", "value")
+    ]
+    return charts.decibel_lines(_spoken("SQNR of keys and values by layer", series), series, "layer")
+
+
+def _step_chart(summary: Mapping) -> Markup:
+    labels = {"velocity": "each at its own x", "velocity_at_engine_x": "at the engine's x"}
+    series = [charts.Series(label, [step[key]["sqnr_db"] for step in summary["steps"]]) for key, label in labels.items()]
+    return charts.decibel_lines(_spoken("SQNR of the velocity by denoising step", series), series, "denoising step")
+
+
+def _chunk_chart(summary: Mapping) -> Markup:
+    series = charts.Series("error", summary["chunk"])
+    spoken = _spoken("Error of each action of the chunk", [series], "% of the range")
+    return charts.zero_based_line(spoken, series, "action of the chunk", "% of range, RMS")
+
+
+def _linear_chart(summary: Mapping) -> Markup | None:
+    """None for a float plan."""
+    found = summary["linears"]["sqnr"]
+    by_part: dict[str, list[tuple[int, float]]] = {}
+    for rank, (name, linear) in enumerate(found.items()):
+        by_part.setdefault(name.partition(".")[0], []).append((rank, linear["sqnr_db"]))
+    series = [charts.Series(part, [value for _, value in own], [rank for rank, _ in own]) for part, own in by_part.items()]
+    spoken = _spoken("SQNR of each quantized linear", series)
+    return charts.decibel_lines(spoken, series, "linears, worst first", joined=False) if found else None
+
+
+def _spoken(title: str, series: Sequence[charts.Series], unit: str = "dB") -> str:
+    """What a chart shows, for those who do not see it."""
+    parts = [f"{each.label} {number(min(each.values))} to {number(max(each.values))} {unit}" for each in series]
+    return f"{title}: {', '.join(parts)}."
+
+
+# --- numbers -----------------------------------------------------------------------------------------------------------
+
+
+def meter(value: float, top: float) -> float:
+    """The length of a bar on an axis from 0 to `top`, in percent of the axis; 0 for NaN."""
+    return 0.0 if math.isnan(value) else round(100 * min(max(value / top, 0.0), 1.0), 2)
+
+
 def decibels(value: float) -> str:
-    return "equal" if value == math.inf else f"{value:.1f} dB"
+    return "equal" if value == math.inf else _unless_nan(value, f"{value:.1f} dB")
 
 
 def number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+    if value is None:
+        return "-"
+    return _unless_nan(value, f"{value:,.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.3g}")
+
+
+def cosine(value: float) -> str:
+    return _unless_nan(value, f"{value:.5f}")
+
+
+def percent(value: float) -> str:
+    return _unless_nan(value, f"{value:.2g}%" if value < 10 else f"{value:.0f}%")
+
+
+def _unless_nan(value: float, shown: str) -> str:
+    return "not finite" if math.isnan(value) else shown
+
+
+def breakable(name: str) -> Markup:
+    """A long name that may be broken behind its dots and underscores."""
+    return Markup(re.sub(r"([._])(?=.)", r"\1<wbr>", str(escape(name))))
 
 
 def megabytes(count: int) -> str:

@@ -11,16 +11,17 @@ from pathlib import Path
 import torch
 
 from duq.compiler.checkpoint import lerobot, openpi
-from duq.compiler.checkpoint.claims import check_claims, positive_int, section
+from duq.compiler.checkpoint.claims import check_claims, section, whole_number
 from duq.compiler.checkpoint.forms import open_stored
 from duq.compiler.checkpoint.metadata import read_metadata
 from duq.compiler.checkpoint.norm_stats import read_openpi_stats
 from duq.compiler.checkpoint.settings import Settings
 from duq.compiler.checkpoint.shapes import ACTION_HORIZON, check_shapes, expected_shapes, infer_config, listing
-from duq.compiler.checkpoint.storage import read_json, weight_files
+from duq.compiler.checkpoint.storage import is_there, optional_json, weight_files
 from duq.compiler.errors import CheckpointError
 from duq.compiler.parallel import thread_pool
 from duq.runtime.config import ModelConfig
+from duq.runtime.reading import reading
 
 EMBEDDING = "llm.embed_tokens.weight"
 METADATA = "metadata.pt"
@@ -78,23 +79,26 @@ def load_checkpoint(
     stored = open_stored(path, base)
     path = stored.folder
     settings_file = stored.file("config.json")
-    settings = read_json(settings_file) if settings_file.is_file() else {}
+    settings = optional_json(settings_file)
     try:
         layout = lerobot if stored.layout == "lerobot" else openpi
-        config = _checked_config(stored.tensors, settings, layout, stored.vision_heads)
-        stored.check(config)
+        with reading("config.json and the tensors", CheckpointError):
+            config = _checked_config(stored.tensors, settings, layout, stored.vision_heads)
+            stored.check(config)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     if stored.layout == "lerobot":
         if asset_id is not None:
             raise CheckpointError(f'asset id "{asset_id}" given, but {path} is a LeRobot directory, which has none')
-        said, norm_stats, notes = lerobot.read_policy(
-            stored.file(lerobot.PREPROCESSOR).parent, settings, config.pi05, stored.buffers, bool(stored.beside)
-        )
+        with reading(settings_file, CheckpointError):
+            said, norm_stats, notes = lerobot.read_policy(
+                stored.file(lerobot.PREPROCESSOR).parent, settings, config.pi05, stored.buffers, bool(stored.beside)
+            )
     else:
-        openpi.check_precision(settings, stored.tensors)
         trainer = _training_config(path / METADATA)
-        said, notes = openpi.read_policy(settings, config, trainer), []
+        with reading(f"{settings_file} or {METADATA}", CheckpointError):
+            openpi.check_precision(settings, stored.tensors)
+            said, notes = openpi.read_policy(settings, config, trainer), []
         norm_stats = read_openpi_stats(path, asset_id, preferred_asset or said.asset_id) if statistics else None
     tokenizer = next(filter(None, map(_tokenizer, (path, *stored.beside))), None)
     config = replace(config, rotary=said.rotary or _rotary(stored.origin, stored.tensors[EMBEDDING].dtype))
@@ -136,7 +140,7 @@ def _checked_config(weights: dict[str, torch.Tensor], settings: dict, layout, vi
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     config = infer_config(
         shapes,
-        vision_heads=positive_int(section(settings, "vision"), "heads", vision_heads),
+        vision_heads=whole_number(section(settings, "vision"), "heads", "heads", vision_heads),
         action_horizon=layout.action_horizon(settings) or ACTION_HORIZON,  # until somebody says it (compiler.settings)
         max_prompt_tokens=layout.max_prompt_tokens(settings),
     )
@@ -152,13 +156,13 @@ def _rotary(origin: str, dtype: torch.dtype) -> str:
 
 def _training_config(file: Path) -> dict | None:
     """The training config in openpi's metadata.pt; None when there is no such file, or no config in it."""
-    config = read_metadata(file).get("config") if file.is_file() else None
+    config = read_metadata(file).get("config") if is_there(file) else None
     return config if isinstance(config, dict) else None
 
 
 def _tokenizer(path: Path) -> Path | None:
     """The SentencePiece model in the directory, if there is exactly one."""
-    models = sorted(path.glob("*.model"))
+    models = [model for model in sorted(path.glob("*.model")) if is_there(model)]
     if len(models) > 1:
         raise CheckpointError(f"{path} has several tokenizers: {', '.join(model.name for model in models)}; keep one")
     return models[0] if models else None

@@ -15,13 +15,17 @@ from torch import Tensor
 from duq.compiler.checkpoint import lerobot
 from duq.compiler.checkpoint.locate import HubLocation, parse_location
 from duq.compiler.checkpoint.names import TIED_HEAD, canonical_name, current_name, is_unused, openpi_name
+from duq.compiler.checkpoint.ranges import checked
 from duq.compiler.checkpoint.scratch import Scratch
 from duq.compiler.checkpoint.shapes import listing
-from duq.compiler.checkpoint.storage import WEIGHTS, open_tensors, read_json
+from duq.compiler.checkpoint.storage import WEIGHTS, is_there, open_tensors, optional_json, read_json
 from duq.compiler.checkpoint.stored import Progress, Stored
 from duq.compiler.errors import CheckpointError
+from duq.compiler.patterns import Pattern
+from duq.runtime.reading import brief, reading
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+LONGEST_PATH = 4096  # of Linux
 PEFT_PREFIX = "base_model.model."
 
 # adapter_config.json: what merging goes by, what means nothing once the adapter is trained, and what changes the numbers in
@@ -65,7 +69,7 @@ class Change:
 
 def is_adapter(folder: Path, base: str | Path | None) -> bool:
     """Whether the folder holds an adapter. Raises CheckpointError when that is not clear, or parts are missing."""
-    config, tensors, whole = ((folder / name).is_file() for name in (CONFIG, TENSORS, WEIGHTS))
+    config, tensors, whole = (is_there(folder / name) for name in (CONFIG, TENSORS, WEIGHTS))
     if not config and not tensors:
         return False
     if not config:
@@ -76,7 +80,7 @@ def is_adapter(folder: Path, base: str | Path | None) -> bool:
         )
         beside = f"; if {WEIGHTS} has it merged, remove {CONFIG}" if whole else ""
         raise CheckpointError(f"{folder} has {CONFIG} but no {TENSORS}{pickled}: copy the adapter as well{beside}")
-    settings = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    settings = optional_json(folder / "config.json")
     if whole and base is None and not settings.get("use_peft"):
         raise CheckpointError(
             f"{folder} holds a whole policy ({WEIGHTS}) and an adapter ({TENSORS}), and it is not clear which is meant: "
@@ -89,13 +93,16 @@ def base_location(folder: Path) -> str | Path:
     """The policy that the adapter says it was trained on. Raises CheckpointError unless it is a folder or a Hub id."""
     config = read_json(folder / CONFIG)
     name = config.get("base_model_name_or_path")
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str) or not name or "\0" in name:
         raise CheckpointError(f'{folder / CONFIG}: "base_model_name_or_path" names no base; give it (base, --base)')
     for place in (Path(name), folder / name):
-        if place.is_dir() and place.resolve() != folder.resolve():
+        if len(name) < LONGEST_PATH and place.is_dir() and place.resolve() != folder.resolve():
             return place
+    revision = config.get("revision")
+    if revision is not None and not isinstance(revision, str):
+        raise CheckpointError(f'{folder / CONFIG}: "revision" is {brief(revision)}, expected text')
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return str(HubLocation(name, config.get("revision")))
+        return str(HubLocation(name, revision))
     if "://" in name:
         parse_location(name)
         return name
@@ -106,10 +113,12 @@ def open_adapter(folder: Path, open_base: Callable[[], Stored]) -> Stored:
     """Opens the adapter and its base. Raises CheckpointError: settings that cannot be merged, tensors that do not fit."""
     config = read_json(folder / CONFIG)
     try:
-        _check_config(config)
+        with reading(CONFIG, CheckpointError):
+            _check_config(config)
         tensors = open_tensors(folder / TENSORS)
         base = open_base()
-        changes = _changes(config, tensors, base.tensors)
+        with reading(f"{CONFIG} and {TENSORS}", CheckpointError):
+            changes = _changes(config, tensors, base.tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     layout = {name: _result(change, base.tensors[name]) for name, change in changes.items()}
@@ -130,20 +139,46 @@ def open_adapter(folder: Path, open_base: Callable[[], Stored]) -> Stored:
 
 
 def _check_config(config: dict) -> None:
-    wrong = [f"{key} {config[key]!r}" for key, allowed in REFUSED.items() if key in config and config[key] not in allowed]
+    wrong = [
+        f"{key} {brief(config[key])}" for key, allowed in REFUSED.items() if key in config and config[key] not in allowed
+    ]
     if "peft_type" not in config:
         wrong.append("no peft_type")
     if config.get("bias", "none") not in ("none", "all", "lora_only"):
-        wrong.append(f"bias {config['bias']!r}")
+        wrong.append(f"bias {brief(config['bias'])}")
     known = APPLIED | WITHOUT_EFFECT | REFUSED.keys()
     wrong += [
-        f"{key} {value!r}" for key, value in config.items() if key not in known and value not in (None, False, [], {}, "")
+        f"{key} {brief(value)}"
+        for key, value in config.items()
+        if key not in known and value not in (None, False, [], {}, "")
     ]
+    checked(config.get("r"), "rank", f"{CONFIG}: r")
+    checked(config.get("lora_alpha", 8), "alpha", f"{CONFIG}: lora_alpha")
+    if not isinstance(config.get("use_rslora", False), bool):
+        wrong.append(f"use_rslora {brief(config['use_rslora'])}")
+    for key, name in (("rank_pattern", "rank"), ("alpha_pattern", "alpha")):
+        for pattern, value in _table(config, key).items():
+            checked(value, name, f"{CONFIG}: {key} of {pattern}")
+    for key in ("modules_to_save", "target_modules", "exclude_modules"):
+        found = config.get(key)
+        if not isinstance(found, (str, type(None))) and not _are_texts(found):
+            raise CheckpointError(f"{CONFIG}: {key} is {brief(found)}, expected names of modules")
     if wrong:
         raise CheckpointError(
             f"{CONFIG} has {', '.join(wrong)}, which cannot be merged here: merge it with PEFT (merge_and_unload), and "
             "pass the result"
         )
+
+
+def _table(config: dict, key: str) -> dict[str, Any]:
+    found = config.get(key) or {}
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{CONFIG}: {key} is {brief(found)}, expected patterns and their numbers")
+    return found
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(each, str) for each in values)
 
 
 def _changes(config: dict, tensors: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Change]:
@@ -188,7 +223,8 @@ def _is_saved(config: dict, name: str) -> bool:
     if name.endswith(".bias") and (config.get("bias", "none") != "none"):
         return True
     module = re.sub(r"\.modules_to_save(\.default)?", "", name)
-    return any(f".{saved}." in f".{module}" for saved in config.get("modules_to_save") or [])
+    saved = config.get("modules_to_save") or []
+    return any(f".{each}." in f".{module}" for each in ([saved] if isinstance(saved, str) else saved))
 
 
 def _misfit(config: dict, module: str, pair: dict[str, Tensor], base: Tensor | None) -> str | None:
@@ -214,7 +250,10 @@ def _scale(config: dict, module: str) -> float:
 
 def _pattern(config: dict, key: str, module: str, default: Any) -> float:
     """PEFT's rule: the first pattern that matches the end of the module's name, as a regular expression."""
-    found = (value for pattern, value in (config.get(key) or {}).items() if re.match(rf"(.*\.)?({pattern})$", module))
+    found = (
+        value for pattern, value in _table(config, key).items()
+        if Pattern(rf"(.*\.)?({pattern})$", f"{CONFIG}: {key}", CheckpointError).starts(module)
+    )  # fmt: skip
     return next(found, default)
 
 
@@ -236,7 +275,7 @@ def _unmatched(config: dict, modules: set[str], base: dict[str, Tensor]) -> list
 
 def _is_target(targets: str | list[str] | None, module: str) -> bool:
     if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
+        return Pattern(targets, CONFIG, CheckpointError).is_all_of(module)
     return any(module == target or module.endswith(f".{target}") for target in targets or [])
 
 

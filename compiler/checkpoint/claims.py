@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any, cast
 
+from duq.compiler.checkpoint.ranges import checked
 from duq.compiler.checkpoint.shapes import listing
 from duq.compiler.errors import CheckpointError
 from duq.runtime.config import ModelConfig
+from duq.runtime.reading import brief, plain
 
 # openpi's Gemma variants: width, MLP width, query heads, key/value heads, head size. Depth is left out: a
 # checkpoint cut in depth keeps its variant.
@@ -34,9 +36,9 @@ def variant_claims(key: str, stack: str, settings: dict) -> list[Claim]:
     name = settings.get(key)
     if name is None:
         return []
-    dimensions = GEMMA_VARIANTS.get(str(name).removesuffix("_lora"))
+    dimensions = GEMMA_VARIANTS.get(name.removesuffix("_lora")) if isinstance(name, str) else None
     if dimensions is None:
-        raise CheckpointError(f'config.json: "{key}" is "{name}", known are {", ".join(sorted(GEMMA_VARIANTS))}')
+        raise CheckpointError(f'config.json: "{key}" is "{plain(name)}", known are {", ".join(sorted(GEMMA_VARIANTS))}')
     return [
         Claim(f"{key} {name}", f"{stack}.{field}", value) for field, value in zip(_VARIANT_FIELDS, dimensions, strict=True)
     ]
@@ -62,7 +64,7 @@ def check_claims(config: ModelConfig, claims: list[Claim]) -> None:
     for claim in claims:
         found = _field(config, claim.field)
         if found != claim.value:
-            faults.append(f"{claim.key}: {claim.field} {claim.value!r}, but the tensors have {found!r}")
+            faults.append(f"{claim.key}: {claim.field} {brief(claim.value)}, but the tensors have {found!r}")
     if faults:
         raise CheckpointError(f"config.json contradicts the tensors:\n{listing(faults)}")
 
@@ -71,13 +73,11 @@ def section(settings: dict, key: str) -> dict:
     """settings[key], a JSON object; empty when absent."""
     value = settings.get(key, {})
     if not isinstance(value, dict):
-        raise CheckpointError(f'config.json: "{key}" must be an object, found {value!r}')
+        raise CheckpointError(f'config.json: "{key}" must be an object, found {brief(value)}')
     return value
 
 
-def positive_int(settings: dict, key: str, default: int | None) -> int | None:
-    """settings[key], or the default when absent. Raises CheckpointError unless it is a positive integer."""
+def whole_number(settings: dict, key: str, name: str, default: int | None = None) -> int | None:
+    """settings[key], or the default when absent. Raises CheckpointError unless it is in the range `name` (ranges.py)."""
     value = settings.get(key, default)
-    if value is not None and (type(value) is not int or value < 1):
-        raise CheckpointError(f'config.json: "{key}" must be a positive integer, found {value!r}')
-    return value
+    return None if value is None else checked(value, name, f'config.json: "{key}"')

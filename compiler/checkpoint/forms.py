@@ -7,10 +7,11 @@ from pathlib import Path
 from duq.compiler.checkpoint import adapter, lerobot, orbax
 from duq.compiler.checkpoint.jax import open_jax
 from duq.compiler.checkpoint.locate import fetch, parse_location
-from duq.compiler.checkpoint.storage import WEIGHTS, WEIGHTS_INDEX, is_lfs_pointer, read_json
+from duq.compiler.checkpoint.storage import WEIGHTS, WEIGHTS_INDEX, is_lfs_pointer, is_there, optional_json
 from duq.compiler.checkpoint.stored import Stored
 from duq.compiler.checkpoint.torch_files import open_torch
 from duq.compiler.errors import CheckpointError
+from duq.runtime.reading import brief
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 CONVERT = "save the policy as model.safetensors (safetensors.torch.save_model, or the trainer's own save_pretrained)"
@@ -43,12 +44,12 @@ def open_stored(path: str | Path, base: str | Path | None = None) -> Stored:
 
 
 def _is_whole(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX))
+    return any(is_there(folder / name) for name in (WEIGHTS, WEIGHTS_INDEX))
 
 
 def _params(folder: Path) -> Path | None:
     """The folder of openpi's Orbax arrays: `folder` itself, or its params/."""
-    if any((folder / name).is_file() for name in (orbax.METADATA, orbax.MANIFEST)):
+    if any(is_there(folder / name) for name in (orbax.METADATA, orbax.MANIFEST)):
         return folder
     params = folder / "params"
     return params if params.is_dir() else None
@@ -77,14 +78,12 @@ def _newest(folder: Path, steps: list[Path]) -> Stored:
 def _check_settings(folder: Path) -> None:
     """Raises CheckpointError when config.json says that this is some other model."""
     file = folder / "config.json"
-    if not file.is_file():
-        return
-    settings = read_json(file)
-    if "type" in settings and settings["type"] not in lerobot.POLICY_TYPES:
+    settings = optional_json(file)
+    if "type" in settings and settings["type"] not in list(lerobot.POLICY_TYPES):
         known = " and ".join(lerobot.POLICY_TYPES)
-        raise CheckpointError(f'{file}: policy "type" is {settings["type"]!r}; only {known} can be compiled')
+        raise CheckpointError(f'{file}: policy "type" is {brief(settings["type"])}; only {known} can be compiled')
     if "type" not in settings and "model_type" in settings and "action_dim" not in settings:
-        raise CheckpointError(f"{file}: this is a {settings['model_type']!r} model; only pi0 and pi05 can be compiled")
+        raise CheckpointError(f"{file}: this is a {brief(settings['model_type'])} model; only pi0 and pi05 can be compiled")
 
 
 def _not_a_folder(path: Path) -> str:
@@ -153,7 +152,8 @@ def _number(path: Path) -> tuple[int, str]:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    return _is_whole(folder) or (folder / adapter.CONFIG).is_file() or (folder / "params" / orbax.METADATA).is_file()
+    names = (WEIGHTS, WEIGHTS_INDEX, adapter.CONFIG, f"params/{orbax.METADATA}")
+    return any((folder / name).is_file() for name in names)
 
 
 def _training(folder: Path) -> str | None:

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from duq.compiler.checkpoint.orbax import OrbaxArray, array_files, open_arrays
+from duq.compiler.checkpoint.ranges import checked
 from duq.compiler.checkpoint.scratch import Scratch
 from duq.compiler.checkpoint.shapes import listing
 from duq.compiler.checkpoint.stored import Progress, Stored
 from duq.compiler.errors import CheckpointError
 from duq.compiler.parallel import in_order, thread_pool
 from duq.runtime.config import ModelConfig
+from duq.runtime.reading import reading
 
 ROWS = 1 << 14  # of an array without layers that are read at a time
 IN_FLIGHT = 1 << 29  # bytes that threads have read ahead
@@ -146,7 +148,8 @@ def open_jax(params: Path, folder: Path) -> Stored:
     """
     arrays = open_arrays(params)
     try:
-        parts, adapters = _plan(arrays)
+        with reading("its arrays", CheckpointError):
+            parts, adapters = _plan(arrays)
     except CheckpointError as error:
         raise CheckpointError(f"{params}: {error}") from error
     ranks = {
@@ -224,6 +227,7 @@ def _parts(array: OrbaxArray, rule: Rule, adapter: tuple[OrbaxArray, OrbaxArray]
     if len(rule.convert(example[0] if rule.by == "layer" else example)) != len(rule.targets):
         raise CheckpointError(f"{array.name} has shape {list(array.shape)}, expected {len(rule.targets)} parts")
     if rule.by == "layer":
+        checked(len(example), "layers", f"{array.name}: the number of layers")
         return [Part(array, rule, layer, adapter) for layer in range(len(example))]
     rows = len(example)
     step = ROWS if rule.by == "row" else rows

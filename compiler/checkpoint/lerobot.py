@@ -16,13 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from duq.compiler.checkpoint.claims import Claim, explicit_claims, positive_int, variant_claims
+from duq.compiler.checkpoint.claims import Claim, explicit_claims, variant_claims, whole_number
 from duq.compiler.checkpoint.norm_stats import LEROBOT_EPSILON, checked_modes
+from duq.compiler.checkpoint.ranges import expected, in_range
 from duq.compiler.checkpoint.settings import Settings
-from duq.compiler.checkpoint.storage import open_tensors, read_json
+from duq.compiler.checkpoint.storage import file_beside, is_there, open_tensors, read_json
 from duq.compiler.errors import CheckpointError
 from duq.runtime.config import IMAGE_SLOTS
 from duq.runtime.preprocess import MODES
+from duq.runtime.reading import brief, plain, reading
 from duq.runtime.robots import Camera, Robot, StatePart
 
 PREFIX = "model."
@@ -118,28 +120,28 @@ def check_config(settings: dict) -> tuple[str, ...]:
     for key, value in settings.items():
         meaning = HARMLESS if key.startswith(HARMLESS_PREFIXES) else CONFIG_KEYS.get(key)
         if meaning is None:
-            unknown.append(f"{key}: {value!r}")
+            unknown.append(f"{key}: {brief(value)}")
         elif isinstance(meaning, tuple) and value not in meaning:
-            refused.append(f'"{key}" is {value!r} (only {meaning[0]!r} can be compiled)')
+            refused.append(f'"{key}" is {brief(value)} (only {meaning[0]!r} can be compiled)')
     if refused:
         raise CheckpointError(f"config.json: {'; '.join(refused)}")
     return tuple(unknown)
 
 
 def action_horizon(settings: dict) -> int | None:
-    return positive_int(settings, "chunk_size", None)
+    return whole_number(settings, "chunk_size", "action_horizon")
 
 
 def max_prompt_tokens(settings: dict) -> int | None:
-    return positive_int(settings, "tokenizer_max_length", None)
+    return whole_number(settings, "tokenizer_max_length", "max_prompt_tokens")
 
 
 def claims(settings: dict) -> list[Claim]:
     """What config.json says about dimensions that the tensors have too. Raises CheckpointError for another policy."""
     policy = settings.get("type")
-    if policy not in POLICY_TYPES:
+    if policy not in list(POLICY_TYPES):
         known = " and ".join(POLICY_TYPES)
-        raise CheckpointError(f'config.json: policy "type" is {policy!r}; only {known} can be compiled')
+        raise CheckpointError(f'config.json: policy "type" is {brief(policy)}; only {known} can be compiled')
     found = [Claim(f"type {policy}", "pi05", POLICY_TYPES[policy])]
     if "max_action_dim" in settings:
         found.append(Claim("max_action_dim", "action_dim", settings["max_action_dim"]))
@@ -150,7 +152,7 @@ def claims(settings: dict) -> list[Claim]:
     for key in ("image_resolution", "resize_imgs_with_padding"):
         sides = settings.get(key, [])
         if not isinstance(sides, list) or len(sides) not in (0, 2):
-            raise CheckpointError(f'config.json: "{key}" is {sides!r}, expected [height, width]')
+            raise CheckpointError(f'config.json: "{key}" is {brief(sides)}, expected [height, width]')
         found += [Claim(key, "vision.image_size", side) for side in dict.fromkeys(sides)]
     return (
         found
@@ -161,7 +163,7 @@ def claims(settings: dict) -> list[Claim]:
 
 
 def _num_steps(settings: dict) -> int | None:
-    found = {key: positive_int(settings, key, None) for key in ("num_inference_steps", "num_steps")}
+    found = {key: whole_number(settings, key, "num_steps") for key in ("num_inference_steps", "num_steps")}
     said = {value for value in found.values() if value is not None}
     if len(said) > 1:
         raise CheckpointError(f"config.json: num_inference_steps and num_steps differ ({found})")
@@ -198,13 +200,15 @@ def _nothing(found: Pipelines, config: dict, state: Path | None) -> None:
 def _rename(found: Pipelines, config: dict, state: Path | None) -> None:
     names = config.get("rename_map") or {}
     if not isinstance(names, dict) or not all(isinstance(new, str) for new in names.values()):
-        raise CheckpointError(f"rename_map is {names!r}, expected observation keys and their features")
+        raise CheckpointError(f"rename_map is {brief(names)}, expected observation keys and their features")
     found.rename |= names
 
 
 def _device(found: Pipelines, config: dict, state: Path | None) -> None:
     if config.get("float_dtype") not in (None, "float32", "float"):
-        raise CheckpointError(f"float_dtype {config['float_dtype']} would round the policy's inputs, which is not compiled")
+        raise CheckpointError(
+            f"float_dtype {plain(config['float_dtype'])} would round the policy's inputs, which is not compiled"
+        )
 
 
 def _tokenizer(found: Pipelines, config: dict, state: Path | None) -> None:
@@ -212,7 +216,7 @@ def _tokenizer(found: Pipelines, config: dict, state: Path | None) -> None:
         raise CheckpointError(f"padding_side is {config['padding_side']!r}; only right can be compiled")
     if config.get("task_key", "task") != "task":
         raise CheckpointError(f"task_key is {config['task_key']!r}; only task can be compiled")
-    found.max_prompt_tokens = positive_int(config, "max_length", None)
+    found.max_prompt_tokens = whole_number(config, "max_length", "max_prompt_tokens")
     name = config.get("tokenizer_name")
     if name is not None and "paligemma" not in str(name).lower():
         found.notes.append(f"prompts are tokenized with {name}: give its SentencePiece model with --tokenizer")
@@ -221,21 +225,34 @@ def _tokenizer(found: Pipelines, config: dict, state: Path | None) -> None:
 def _prepare_state(found: Pipelines, config: dict, state: Path | None) -> None:
     if config.get("task_key", "task") != "task":
         raise CheckpointError(f"task_key is {config['task_key']!r}; only task can be compiled")
-    found.prepared_dims = positive_int(config, "max_state_dim", None)
+    found.prepared_dims = whole_number(config, "max_state_dim", "dims")
 
 
 def _relative(found: Pipelines, config: dict, state: Path | None) -> None:
-    names = config.get("action_names")
-    found.relative = (bool(config.get("enabled", False)), names, config.get("exclude_joints") or [])
+    found.relative = (_flag(config, "enabled"), _texts(config, "action_names"), _texts(config, "exclude_joints"))
 
 
 def _absolute(found: Pipelines, config: dict, state: Path | None) -> None:
-    found.absolute = bool(config.get("enabled", False))
+    found.absolute = _flag(config, "enabled")
+
+
+def _flag(config: dict, key: str) -> bool:
+    value = config.get(key) or False
+    if not isinstance(value, bool):
+        raise CheckpointError(f'"{key}" is {brief(value)}, expected true or false')
+    return value
+
+
+def _texts(config: dict, key: str) -> list[str]:
+    values = config.get(key) or []
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise CheckpointError(f'"{key}" is {brief(values)}, expected a list of names')
+    return values
 
 
 def _normalizer(found: Pipelines, config: dict, state: Path | None) -> None:
     stored = _stored(found, state)
-    features, modes = config.get("features") or {}, _modes(found, config)
+    features, modes = _features_of(config, "features"), _modes(found, config)
     _check_images(features, modes, stored)
     keys = config.get("normalize_observation_keys")
     untouched = (features and STATE not in features) or (keys is not None and STATE not in keys)
@@ -293,7 +310,7 @@ def read_pipelines(directory: Path, settings: dict, pi05: bool) -> Pipelines:
     found = Pipelines(directory, pi05, settings)
     for name, steps in ((PREPROCESSOR, PREPROCESSOR_STEPS), (POSTPROCESSOR, POSTPROCESSOR_STEPS)):
         file = directory / name
-        if file.is_file():
+        if is_there(file):
             _read_pipeline(file, steps, found)
     if "state" in found.stats and "actions" not in found.stats and found.spare:
         _only_preprocessor(found)
@@ -301,21 +318,28 @@ def read_pipelines(directory: Path, settings: dict, pi05: bool) -> Pipelines:
 
 
 def _read_pipeline(file: Path, known: dict[str, tuple[Handler, set[str]]], found: Pipelines) -> None:
-    steps = read_json(file).get("steps", [])
+    data = read_json(file)
+    with reading(file, CheckpointError):
+        _read_steps(file, data.get("steps"), known, found)
+
+
+def _read_steps(file: Path, steps: Any, known: dict[str, tuple[Handler, set[str]]], found: Pipelines) -> None:
     if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
         raise CheckpointError(f'{file}: "steps" must be a list of objects')
     names = [step.get("registry_name") or step.get("class") for step in steps]
     for index, (name, step) in enumerate(zip(names, steps, strict=True)):
-        where, config = f"{file}: step {index}, {name}", step.get("config") or {}
-        if name not in known:
+        where, config = f"{file}: step {index}, {plain(name)}", step.get("config") or {}
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{where}: its config is {brief(config)}, expected an object")
+        if name not in list(known):
             raise CheckpointError(f"{where}: this step is unknown, and what it does to the numbers would be left out")
         handler, keys = known[name]
         if names.count(name) > 1 and name not in ("device_processor", "to_batch_processor"):
             raise CheckpointError(f"{where}: stands twice in the pipeline, which cannot be compiled")
         unknown = sorted(set(config) - keys)
         if unknown:
-            raise CheckpointError(f"{where}: its setting {unknown[0]!r} ({config[unknown[0]]!r}) is unknown")
-        state = file.parent / step["state_file"] if step.get("state_file") else None
+            raise CheckpointError(f"{where}: its setting {unknown[0]!r} ({brief(config[unknown[0]])}) is unknown")
+        state = file_beside(file, step["state_file"]) if step.get("state_file") else None
         try:
             handler(found, config, state)
         except CheckpointError as error:
@@ -341,9 +365,16 @@ def _check_order(file: Path, names: list[str], found: Pipelines) -> None:
 
 def _modes(found: Pipelines, config: dict) -> dict[str, str]:
     """Feature type -> normalization mode."""
-    modes = config.get("norm_map") or found.settings.get("normalization_mapping")
-    default = DEFAULT_MODE[found.pi05]
-    return modes or {"STATE": default, "ACTION": default}
+    return _checked_modes(config.get("norm_map") or found.settings.get("normalization_mapping"), found.pi05)
+
+
+def _checked_modes(modes: Any, pi05: bool) -> dict[str, str]:
+    """Feature type -> normalization mode, by default the policy's."""
+    if modes and not (isinstance(modes, dict) and all(isinstance(mode, str) for mode in modes.values())):
+        raise CheckpointError(
+            f"the normalization map is {brief(modes)}, expected types of features and of {', '.join(MODES)}"
+        )
+    return modes or {"STATE": DEFAULT_MODE[pi05], "ACTION": DEFAULT_MODE[pi05]}
 
 
 def _stored(found: Pipelines, file: Path | None) -> dict[str, list[float]]:
@@ -378,8 +409,7 @@ def _buffer_statistics(settings: dict, buffers: dict[str, list[float]], pi05: bo
     """LeRobot 0.3's statistics, which are buffers of its modules `normalize_inputs` and `unnormalize_outputs`."""
     if not buffers:
         return None
-    default = DEFAULT_MODE[pi05]
-    modes = settings.get("normalization_mapping") or {"STATE": default, "ACTION": default}
+    modes = _checked_modes(settings.get("normalization_mapping"), pi05)
     images = [name for name in buffers if "buffer_observation_image" in name]
     if modes.get("VISUAL", "IDENTITY") != "IDENTITY" and images:
         raise CheckpointError(f"normalizes pixels ({images[0]}); only VISUAL: IDENTITY can be compiled")
@@ -406,7 +436,7 @@ def read_policy(
     Raises CheckpointError: a setting, step or statistic that changes the numbers in a way that is not compiled.
     """
     unknown = check_config(settings)
-    if settings.get("use_peft") and not adapted:
+    if _flag(settings, "use_peft") and not adapted:
         raise CheckpointError(
             'config.json: "use_peft" is true, but there is no adapter (adapter_config.json, adapter_model.safetensors): '
             'give the adapter\'s folder, or, if these weights have it merged, set "use_peft" to false'
@@ -455,7 +485,7 @@ def loop_settings(settings: dict) -> dict[str, Any]:
     """
     shapes = {name: _features(settings, "input_features")[name].get("shape") for name in _cameras(settings)}
     return {
-        "n_action_steps": positive_int(settings, "n_action_steps", None),
+        "n_action_steps": whole_number(settings, "n_action_steps", None),
         "image_shapes": {name: shape for name, shape in shapes.items() if shape is not None},
         "action_feature_names": settings.get("action_feature_names") or None,
     }
@@ -470,13 +500,20 @@ def version_transforms(version: str, padded_dims: int) -> dict[str, Any]:
 
 
 def _padded_dims(settings: dict, found: Pipelines) -> int:
-    return found.prepared_dims or positive_int(settings, "max_state_dim", 32) or 32
+    return found.prepared_dims or whole_number(settings, "max_state_dim", "dims") or 32
 
 
 def _features(settings: dict, key: str) -> dict[str, dict]:
+    try:
+        return _features_of(settings, key)
+    except CheckpointError as error:
+        raise CheckpointError(f"config.json: {error}") from error
+
+
+def _features_of(settings: dict, key: str) -> dict[str, dict]:
     features = settings.get(key) or {}
     if not isinstance(features, dict) or not all(isinstance(each, dict) for each in features.values()):
-        raise CheckpointError(f'config.json: "{key}" must hold an object for each feature')
+        raise CheckpointError(f'"{key}" must hold an object for each feature')
     return features
 
 
@@ -505,7 +542,7 @@ def _robot(settings: dict, found: Pipelines) -> Robot | None:
     actions = _dims(settings, "output_features", ACTION)
     if not cameras or state is None or actions is None:
         return None
-    names = settings.get("action_feature_names") or []
+    names = _texts(settings, "action_feature_names")
     if len(names) != actions or len(set(names)) != actions:
         names = [f"action_{index}" for index in range(actions)]
     same = len(names) == state and settings.get("action_feature_names")
@@ -533,8 +570,8 @@ def _dims(settings: dict, key: str, feature: str) -> int | None:
     shape = _features(settings, key).get(feature, {}).get("shape")
     if shape is None:
         return None
-    if not (isinstance(shape, list) and len(shape) == 1 and type(shape[0]) is int and shape[0] > 0):
-        raise CheckpointError(f'config.json: "{key}": {feature} has shape {shape!r}, expected one positive number')
+    if not (isinstance(shape, list) and len(shape) == 1 and in_range(shape[0], "dims")):
+        raise CheckpointError(f'config.json: "{key}": {feature} has shape {brief(shape)}, expected [{expected("dims")}]')
     return shape[0]
 
 
@@ -543,7 +580,7 @@ def _relative_mask(settings: dict, found: Pipelines) -> list[bool] | None:
 
     All but those whose name contains one of the excluded joints' names, whatever their case; without names, all.
     """
-    configured, step = bool(settings.get(MARK)), found.relative
+    configured, step = _flag(settings, MARK), found.relative
     if step is not None and (configured or step[0]) and MARK in settings and configured != step[0]:
         raise CheckpointError(
             f'config.json: "{MARK}" is {configured}, but {PREPROCESSOR} has relative_actions_processor '
@@ -557,7 +594,8 @@ def _relative_mask(settings: dict, found: Pipelines) -> list[bool] | None:
     if not configured and not (step and step[0]):
         return None
     names, excluded = (step[1], step[2]) if step and step[0] else (
-        settings.get("action_feature_names"), settings.get("relative_exclude_joints", ["gripper"]) or []
+        _texts(settings, "action_feature_names"),
+        _texts(settings, "relative_exclude_joints") if "relative_exclude_joints" in settings else ["gripper"],
     )  # fmt: skip
     dims = (
         _dims(settings, "output_features", ACTION)

@@ -6,13 +6,16 @@ inert stand-in, so that neither openpi nor anything else is imported, and a host
 
 from __future__ import annotations
 
+import io
 import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
 
 from duq.compiler.errors import CheckpointError
+from duq.runtime.reading import reading
 
+LARGEST = 16 << 20  # bytes of a config
 CONTAINERS = {"dict": dict, "list": list, "set": set, "frozenset": frozenset, "tuple": tuple}
 
 
@@ -47,23 +50,27 @@ def read_metadata(file: Path) -> dict:
 
     Objects of any other class are `Stub`s. Raises CheckpointError when the file is damaged or holds something else.
     """
-    try:
+    with reading(file, CheckpointError, "copy it again, or remove it to go on without"):
         with zipfile.ZipFile(file) as archive:
-            entry = next((name for name in archive.namelist() if name.endswith("data.pkl")), None)
+            entry = next((info for info in archive.infolist() if info.filename.endswith("data.pkl")), None)
             if entry is None:
                 raise CheckpointError(f"{file} was not written by torch.save: it has no data.pkl")
-            with archive.open(entry) as stream:
-                data = _InertUnpickler(stream).load()
-    except CheckpointError:
-        raise
-    except Exception as error:  # a damaged pickle raises anything
-        raise CheckpointError(f"{file} is damaged: {error!r}; copy it again, or remove it to go on without") from error
+            if entry.file_size > LARGEST:
+                raise CheckpointError(f"{file}: its data.pkl has {entry.file_size:,} bytes, a config has a few thousand")
+            data = _InertUnpickler(io.BytesIO(archive.read(entry))).load()
     if not isinstance(data, dict):
         raise CheckpointError(f"{file} must hold a dictionary, not a {type(data).__name__}")
     return data
 
 
-class _InertUnpickler(pickle.Unpickler):
+class _InertUnpickler(pickle._Unpickler):
+    """In Python, whose memo is a dict: C's is a table that grows to the largest number that the file says.
+
+    Without the one operation that makes room for as many bytes as the file says, which is newer than torch.save's protocol.
+    """
+
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
+
     def find_class(self, module: str, name: str) -> Any:
         if module in ("builtins", "__builtin__") and name in CONTAINERS:
             return CONTAINERS[name]

@@ -14,12 +14,14 @@ LeRobot each feature has a mode of its own, and the statistics that the mode nee
 
 from __future__ import annotations
 
-import math
+import os
 from pathlib import Path
 
+from duq.compiler.checkpoint.ranges import checked, in_range, is_finite
 from duq.compiler.checkpoint.storage import read_json
 from duq.compiler.errors import CheckpointError
 from duq.runtime.preprocess import MODES
+from duq.runtime.reading import brief
 
 STATISTICS = ("mean", "std", "q01", "q99")
 OPENPI_EPSILON = 1e-6
@@ -34,6 +36,8 @@ def read_openpi_stats(directory: Path, asset_id: str | None, preferred: str | No
     when the file does not hold statistics.
     """
     assets = directory / "assets"
+    if os.path.lexists(assets) and not assets.is_dir():
+        raise CheckpointError(f"{assets}: expected a folder of norm stats, but it is a file or a link that leads nowhere")
     files = {file.parent.relative_to(assets).as_posix(): file for file in sorted(assets.rglob("norm_stats.json"))}
     if asset_id is None and len(files) > 1 and preferred in files:
         asset_id = preferred
@@ -47,6 +51,8 @@ def read_openpi_stats(directory: Path, asset_id: str | None, preferred: str | No
     file = files[asset_id] if asset_id is not None else next(iter(files.values()))
     data = read_json(file)
     stats = data.get("norm_stats", data)
+    if not isinstance(stats, dict):
+        raise CheckpointError(f'{file}: "norm_stats" must be an object, found {brief(stats)}')
     return checked_stats(file, stats.get("state"), stats.get("actions"), OPENPI_EPSILON)
 
 
@@ -61,6 +67,7 @@ def checked_stats(file: Path, state: dict | None, actions: dict | None, epsilon:
         lengths = {key: len(values) for key, values in stats[name].items() if values is not None}
         if len(set(lengths.values())) > 1:
             raise CheckpointError(f"{file}: the statistics of {name} differ in length: {lengths}")
+        _check_order(file, name, stats[name])
     return stats
 
 
@@ -78,15 +85,25 @@ def checked_modes(file: str, feature: str, mode: str, stored: dict, epsilon: flo
     stats = {name: _vector(file, f"{feature}.{name}", stored[name]) for name in MODES[mode]}
     if len({len(values or ()) for values in stats.values()}) > 1:
         raise CheckpointError(f"{file}: the statistics of {feature} differ in length")
-    if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)) or not 0 <= epsilon < math.inf:
-        raise CheckpointError(f"{file}: eps of {feature} is {epsilon!r}, expected a small positive number")
+    _check_order(file, feature, stats)
+    checked(epsilon, "eps", f"{file}: eps of {feature}")
     return {"mode": mode, "epsilon": float(epsilon), **stats}
 
 
 def _vector(file: Path | str, name: str, values: list | None) -> list[float] | None:
     if values is None:
         return None
-    finite = isinstance(values, list) and all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
-    if not finite or not values:
-        raise CheckpointError(f"{file}: {name} must be a list of finite numbers")
+    if not isinstance(values, list) or not in_range(len(values), "dims") or not all(map(is_finite, values)):
+        raise CheckpointError(f"{file}: {name} must be a list of finite numbers, found {brief(values)}")
+    range_name = "spread" if name.endswith(".std") else "statistic"
+    for index, value in enumerate(values):
+        checked(value, range_name, f"{file}: {name} at index {index}")
     return [float(value) for value in values]
+
+
+def _check_order(file: Path | str, name: str, stats: dict) -> None:
+    """Raises CheckpointError where a lower bound is above its upper one: the actions would come out mirrored."""
+    for lower, upper in (("min", "max"), ("q01", "q99"), ("q10", "q90")):
+        for index, (low, high) in enumerate(zip(stats.get(lower) or (), stats.get(upper) or (), strict=False)):
+            if low > high:
+                raise CheckpointError(f"{file}: {name} at index {index} has {lower} {low:g} above {upper} {high:g}")

@@ -11,11 +11,12 @@ from typing import Any, cast
 
 import torch
 
-from duq.compiler.checkpoint.claims import Claim, explicit_claims, positive_int, variant_claims
+from duq.compiler.checkpoint.claims import Claim, explicit_claims, variant_claims, whole_number
 from duq.compiler.checkpoint.settings import Settings
 from duq.compiler.checkpoint.training import settings_of_trainer
 from duq.compiler.errors import CheckpointError
 from duq.runtime.config import ROTARY, ModelConfig
+from duq.runtime.reading import brief
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
@@ -45,7 +46,7 @@ def read_policy(settings: dict, config: ModelConfig, trainer: Mapping | None) ->
         said,
         transforms=transforms,
         rotary=_rotary(settings),
-        ignored=tuple(f"{key}: {value!r}" for key, value in settings.items() if key not in CONFIG_KEYS),
+        ignored=tuple(f"{key}: {brief(value)}" for key, value in settings.items() if key not in CONFIG_KEYS),
         **cast(dict[str, Any], {name: value for name, value in found.items() if value is not None}),
     )
 
@@ -54,16 +55,16 @@ def _rotary(settings: dict) -> str | None:
     """Our own trainers say how they computed rotary frequencies; openpi's config.json does not."""
     rotary = settings.get("rotary")
     if rotary not in (None, *ROTARY):
-        raise CheckpointError(f'config.json: "rotary" is {rotary!r}, known are {", ".join(ROTARY)}')
+        raise CheckpointError(f'config.json: "rotary" is {brief(rotary)}, known are {", ".join(ROTARY)}')
     return rotary
 
 
 def action_horizon(settings: dict) -> int | None:
-    return positive_int(settings, "action_horizon", None)
+    return whole_number(settings, "action_horizon", "action_horizon")
 
 
 def max_prompt_tokens(settings: dict) -> int | None:
-    return positive_int(settings, "max_token_len", None)
+    return whole_number(settings, "max_token_len", "max_prompt_tokens")
 
 
 def claims(settings: dict) -> list[Claim]:
@@ -86,8 +87,8 @@ def check_precision(settings: dict, tensors: dict[str, torch.Tensor]) -> None:
     precision = settings.get("precision")
     if precision is None:
         return
-    if precision not in PRECISIONS:
-        raise CheckpointError(f'config.json: "precision" is {precision!r}, known are {", ".join(PRECISIONS)}')
+    if precision not in list(PRECISIONS):
+        raise CheckpointError(f'config.json: "precision" is {brief(precision)}, known are {", ".join(PRECISIONS)}')
     stored = {tensor.dtype for tensor in tensors.values()}
     if PRECISIONS[precision] not in stored:
         found = ", ".join(sorted(map(str, stored)))

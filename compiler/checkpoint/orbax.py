@@ -18,11 +18,13 @@ import numpy as np
 import torch
 
 from duq.compiler.checkpoint.shapes import listing
-from duq.compiler.checkpoint.storage import is_lfs_pointer, read_json
+from duq.compiler.checkpoint.storage import is_lfs_pointer, is_there, read_json
 from duq.compiler.errors import CheckpointError
+from duq.runtime.reading import brief, reading, reason
 
 METADATA, MANIFEST = "_METADATA", "manifest.ocdbt"
 ROOT, VALUE = "params", "value"  # the first key of every array, and the last that nnx.State adds
+MOST_AXES, MOST_VALUES = 8, 1 << 34  # of an array: the largest of a policy has 1.2e9 values
 AGAIN = "copy or download it again"
 
 
@@ -61,7 +63,7 @@ class OrbaxArray:
         """The array, or a part of it, in its stored dtype. Raises CheckpointError when its bytes are missing or damaged."""
         try:
             values = self.store[index].read(order="C").result()
-        except (ValueError, OSError) as error:
+        except Exception as error:
             raise CheckpointError(f"array {self.name} cannot be read: {_reason(error)}; {AGAIN}") from error
         values = np.ascontiguousarray(values)
         if self.dtype == torch.bfloat16:
@@ -79,28 +81,40 @@ def open_arrays(params: Path) -> dict[str, OrbaxArray]:
     except ImportError as error:
         raise CheckpointError(f"{params} is in Orbax's form: reading it needs tensorstore, pip install '.[jax]'") from error
     metadata = _metadata(params)
-    if metadata.get("use_ocdbt", (params / MANIFEST).is_file()):
+    if metadata.get("use_ocdbt", is_there(params / MANIFEST)):
         _check_ranges(params, _database_ranges(params))
     zarr = "zarr3" if metadata.get("use_zarr3") else "zarr"
     specs = {name: _spec(params, zarr, keys) for name, keys in _array_keys(params, metadata).items()}
     context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}})
-    opening = {name: tensorstore.open(spec, context=context) for name, spec in specs.items()}
+    with reading(params / METADATA, CheckpointError, AGAIN):
+        opening = {name: tensorstore.open(spec, context=context) for name, spec in specs.items()}
     arrays, faults = {}, []
     for name, future in opening.items():
         try:
             arrays[name] = OrbaxArray(name, specs[name], _opened(name, future))
+            _check_size(arrays[name])
         except CheckpointError as error:
             faults.append(str(error))
     if faults:
         raise CheckpointError(f"{params}: {len(faults)} arrays cannot be opened; {AGAIN}:\n{listing(faults)}")
-    if not (params / MANIFEST).is_file():
+    if not is_there(params / MANIFEST):
         _check_chunk_files(params, arrays)
     return arrays
 
 
+def _check_size(array: OrbaxArray) -> None:
+    """Raises CheckpointError for dimensions that would take all memory before anything else is checked."""
+    chunk = array.store.chunk_layout.read_chunk.shape or array.shape
+    values = math.prod(array.shape)
+    if array.store.rank > MOST_AXES or values > MOST_VALUES or math.prod(chunk) > 2 * max(values, 1):
+        raise CheckpointError(
+            f"array {array.name} has shape {list(array.shape)} in chunks of {list(chunk)}, which no weight of a policy has"
+        )
+
+
 def array_files(params: Path) -> list[Path]:
     """The files that define the arrays' values, in an order that is the same wherever the folder lies."""
-    if (params / MANIFEST).is_file():
+    if is_there(params / MANIFEST):
         return [params / METADATA, params / MANIFEST, *(params / file for file in sorted(_database_ranges(params)))]
     files = [file for folder in sorted(params.glob(f"{ROOT}.*")) for file in sorted(folder.rglob("*")) if file.is_file()]
     return [params / METADATA, *files]
@@ -108,37 +122,51 @@ def array_files(params: Path) -> list[Path]:
 
 def root_keys(params: Path) -> set[str]:
     """The first key of every array: {"params"} for weights, others for a training state."""
-    return {str(keys[0]) for keys in _keys(params, _metadata(params))}
+    return {keys[0] for keys in _keys(params, _metadata(params))}
 
 
 def _metadata(params: Path) -> dict:
     file = params / METADATA
-    if not file.is_file():
+    if not is_there(file):
         raise CheckpointError(f"{params} has no {METADATA}, which names Orbax's arrays: {AGAIN}")
     _check_pointer(file)
     metadata = read_json(file)
     if not isinstance(metadata.get("tree_metadata"), dict):
         raise CheckpointError(f'{file} has no "tree_metadata" object')
-    if metadata.get("use_ocdbt") and not (params / MANIFEST).is_file():
+    for key in ("use_ocdbt", "use_zarr3"):
+        if not isinstance(metadata.get(key, False), bool):
+            raise CheckpointError(f"{file}: {key} is {brief(metadata[key])}, expected true or false")
+    if metadata.get("use_ocdbt") and not is_there(params / MANIFEST):
         raise CheckpointError(f"{params / MANIFEST} is missing, so the arrays cannot be found: {AGAIN}")
     return metadata
 
 
-def _keys(params: Path, metadata: dict) -> list[list]:
+def _keys(params: Path, metadata: dict) -> list[list[str]]:
     """The path of every array; empty nodes of the tree have none."""
     try:
-        return [
-            [key["key"] for key in entry["key_metadata"]]
+        keys = [
+            [_key(key["key"]) for key in entry["key_metadata"]]
             for entry in metadata["tree_metadata"].values()
             if not entry.get("value_metadata", {}).get("skip_deserialize")
         ]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{params / METADATA} is not as Orbax writes it: {error!r}") from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{params / METADATA} is not as Orbax writes it: {reason(error)}") from error
+    if not all(keys):
+        raise CheckpointError(f"{params / METADATA} is not as Orbax writes it: an array has no keys")
+    return keys
+
+
+def _key(key: Any) -> str:
+    """A key is a part of a path, as text or as a number."""
+    text = str(key) if isinstance(key, (str, int)) else ""
+    if not text or text in (".", "..") or "/" in text or "\0" in text:
+        raise ValueError(f"{brief(key)} is no key")
+    return text
 
 
 def _array_keys(params: Path, metadata: dict) -> dict[str, list[str]]:
     """Name -> the array's keys in the tree."""
-    keys = [[str(key) for key in path] for path in _keys(params, metadata)]
+    keys = _keys(params, metadata)
     foreign = sorted({path[0] for path in keys if path[0] != ROOT})
     if foreign or not keys:
         found = ", ".join(foreign) or "nothing"
@@ -151,7 +179,7 @@ def _array_keys(params: Path, metadata: dict) -> dict[str, list[str]]:
 
 def _spec(params: Path, driver: str, keys: list[str]) -> dict:
     path = ".".join(keys)
-    if (params / MANIFEST).is_file():
+    if is_there(params / MANIFEST):
         kvstore = {"driver": "ocdbt", "base": f"file://{params.resolve()}/", "path": f"{path}/"}
     else:
         kvstore = {"driver": "file", "path": f"{(params / path).resolve()}/"}
@@ -167,7 +195,7 @@ def _spec(params: Path, driver: str, keys: list[str]) -> dict:
 def _opened(name: str, future: Any) -> Any:
     try:
         return future.result()
-    except (ValueError, OSError) as error:
+    except Exception as error:
         raise CheckpointError(f"array {name}: {_reason(error)}") from error
 
 
@@ -185,8 +213,10 @@ def _database_ranges(params: Path) -> dict[str, int]:
         versions = tensorstore.ocdbt.dump(base).result()["versions"]
         ends: dict[str, int] = {}
         nodes = [max(versions, key=lambda version: version["generation_number"])["root"].get("location")]
+        seen = set()
         while nodes:
-            if location := nodes.pop():
+            if (location := nodes.pop()) and location not in seen:
+                seen.add(location)
                 file, end = _file_range(location)
                 ends[file] = max(end, ends.get(file, 0))
                 _check_ranges(params, {file: end})  # before the node is read
@@ -197,7 +227,9 @@ def _database_ranges(params: Path) -> dict[str, int]:
                         file, end = _file_range(entry["indirect_value"])
                         ends[file] = max(end, ends.get(file, 0))
         return ends
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:
         _check_pointer(params / MANIFEST)
         raise CheckpointError(f"{params / MANIFEST}: the database cannot be read: {_reason(error)}; {AGAIN}") from error
 

@@ -8,6 +8,7 @@ from collections import Counter
 
 from duq.compiler.errors import CheckpointError
 from duq.runtime.config import GemmaConfig, ModelConfig, VisionConfig
+from duq.runtime.reading import brief_text
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -207,7 +208,7 @@ def check_shapes(found: Shapes, expected: Shapes) -> None:
 
 def listing(lines: list[str]) -> str:
     """The first lines, indented one to a line, and how many were left out."""
-    shown = [f"  {line}" for line in lines[:LISTED]]
+    shown = [f"  {brief_text(line)}" for line in lines[:LISTED]]
     if len(lines) > LISTED:
         shown.append(f"  ... and {len(lines) - LISTED} more")
     return "\n".join(shown)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -10,7 +9,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from duq.compiler.errors import CheckpointError
+from duq.runtime.errors import PlanError
+from duq.runtime.reading import REMEDY, brief, present, read_bytes, reading, reason
+from duq.runtime.reading import read_json as reading_json
+from duq.runtime.tokenizer import Tokenizer
 
+TOKENIZER_BYTES = 64 << 20  # at most: PaliGemma's has 4 MB
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 LFS_HEAD = b"version https://git-lfs"
@@ -24,11 +28,10 @@ def weight_files(directory: Path) -> list[Path]:
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "does not exist"
         raise CheckpointError(f"{directory} {what}: expected the directory that holds {WEIGHTS}")
-    if (directory / WEIGHTS).is_file():
+    if is_there(directory / WEIGHTS):
         return [directory / WEIGHTS]
-    if (directory / WEIGHTS_INDEX).is_file():
-        shards = {shard for shard in _section(directory / WEIGHTS_INDEX, "weight_map").values()}
-        return [directory / shard for shard in sorted(shards)]
+    if is_there(directory / WEIGHTS_INDEX):
+        return [directory / shard for shard in _shards(directory / WEIGHTS_INDEX)]
     if (directory / "params").is_dir():
         raise CheckpointError(
             f"{directory} is an openpi JAX checkpoint (params/): convert it to PyTorch with openpi's "
@@ -44,15 +47,18 @@ def open_tensors(file: Path) -> dict[str, torch.Tensor]:
     """
     if os.fsencode(file).decode(errors="ignore") != str(file):
         raise CheckpointError(f"{file}: its path is not UTF-8, which safetensors does not open; rename it")
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}
-    except (SafetensorError, OSError) as error:
-        if is_lfs_pointer(file):
-            pointer = f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder"
-            raise CheckpointError(pointer) from error
-        size = f"{file.stat().st_size:,} bytes" if file.is_file() else "missing"
-        raise CheckpointError(f"{file} ({size}) is cut short or damaged: {error}; copy or download it again") from error
+    if not is_there(file):
+        raise CheckpointError(f"{file} (missing) is cut short or damaged: No such file; {REMEDY}")
+    with reading(file, CheckpointError):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                return {name: tensors.get_tensor(name) for name in tensors.keys()}
+        except (SafetensorError, OSError) as error:
+            if is_lfs_pointer(file):
+                pointer = f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder"
+                raise CheckpointError(pointer) from error
+            size = f"{file.stat().st_size:,} bytes"
+            raise CheckpointError(f"{file} ({size}) is cut short or damaged: {reason(error)}; {REMEDY}") from error
 
 
 def is_lfs_pointer(file: Path) -> bool:
@@ -63,19 +69,41 @@ def is_lfs_pointer(file: Path) -> bool:
         return stream.read(len(LFS_HEAD)) == LFS_HEAD
 
 
-def read_json(file: Path) -> dict:
-    """A JSON object. Raises CheckpointError when the file is absent or holds anything else."""
+def read_tokenizer(file: Path) -> bytes:
+    """A SentencePiece model. Raises CheckpointError, which names the file, for anything else."""
+    data = read_bytes(file, CheckpointError, limit=TOKENIZER_BYTES)
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file} must hold a JSON object, not a {type(data).__name__}")
+        Tokenizer(data)
+    except PlanError as error:
+        raise CheckpointError(f"{file}: {str(error).removeprefix('tokenizer.model: ')}") from error
     return data
 
 
-def _section(file: Path, key: str) -> dict:
-    section = read_json(file).get(key)
-    if not isinstance(section, dict):
-        raise CheckpointError(f'{file} has no "{key}" object')
-    return section
+def is_there(file: Path) -> bool:
+    """Whether the checkpoint has this file. Raises CheckpointError for a folder or a dangling link of its name."""
+    return present(file, CheckpointError)
+
+
+def read_json(file: Path) -> dict:
+    """A JSON object. Raises CheckpointError when the file is absent or holds anything else."""
+    return reading_json(file, CheckpointError)
+
+
+def optional_json(file: Path) -> dict:
+    """A JSON object, empty when there is no such file. Raises CheckpointError when it holds anything else."""
+    return read_json(file) if is_there(file) else {}
+
+
+def file_beside(file: Path, name: object) -> Path:
+    """The file that `file` names, in its own folder. Raises CheckpointError for what is no file's name."""
+    if not isinstance(name, str) or not name or name in (".", "..") or "/" in name or "\0" in name:
+        raise CheckpointError(f"{file}: names {brief(name)}, expected a file beside it; {REMEDY}")
+    return file.parent / name
+
+
+def _shards(index: Path) -> list[str]:
+    """The names of the files that hold a policy's tensors, in order."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise CheckpointError(f'{index} has no "weight_map" object; {REMEDY}')
+    return sorted({file_beside(index, shard).name for shard in shards.values()})

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from duq.compiler.checkpoint.storage import is_there
 from duq.runtime.config import ModelConfig
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -33,9 +34,12 @@ class Stored:
     check: Callable[[ModelConfig], None] = lambda config: None  # raises where the dimensions are not the checkpoint's own
 
     def file(self, name: str) -> Path:
-        """The file `name` of the checkpoint; for an adapter its own, else its base's. It need not exist."""
+        """The file `name` of the checkpoint; for an adapter its own, else its base's. It need not exist.
+
+        Raises CheckpointError for what has the name and is no file.
+        """
         places = [folder / name for folder in (self.folder, *self.beside)]
-        return next((place for place in places if place.is_file()), places[0])
+        return next((place for place in places if is_there(place)), places[0])
 
     def read(self, progress: Progress | None = None) -> dict[str, torch.Tensor]:
         """Canonical name -> memory-mapped tensor. Converts and merges what has to be; `progress` follows that."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from duq.compiler.checkpoint import lerobot
 from duq.compiler.checkpoint.names import TIED_HEAD, canonical_name, current_name, is_unused
 from duq.compiler.checkpoint.shapes import listing
-from duq.compiler.checkpoint.storage import open_tensors, read_json, weight_files
+from duq.compiler.checkpoint.storage import open_tensors, optional_json, weight_files
 from duq.compiler.checkpoint.stored import Stored
 from duq.compiler.errors import CheckpointError
 
@@ -36,7 +36,7 @@ def open_torch(folder: Path) -> Stored:
         weights = _without_unused({canonical_name(name): tensor for name, tensor in tensors.items()})
     except CheckpointError as error:
         raise error if str(error).startswith(str(folder)) else CheckpointError(f"{folder}: {error}") from error
-    settings = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    settings = optional_json(folder / "config.json")
     layout = "lerobot" if "type" in settings or behind_prefix else "openpi"
     return Stored(
         folder=folder,

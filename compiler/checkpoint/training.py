@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from duq.compiler.checkpoint.metadata import Stub
+from duq.compiler.checkpoint.ranges import checked
 from duq.compiler.checkpoint.settings import Settings
 from duq.compiler.checkpoint.shapes import ACTION_HORIZON, PROMPT_SLOTS
 from duq.compiler.errors import CheckpointError
@@ -92,7 +94,7 @@ def settings_of_trainer(config: Mapping) -> Settings:
         transforms["state_in_prompt"] = pi05 and model["discrete_state_input"]
     if isinstance(data.get("default_prompt"), str):
         transforms["default_prompt"] = data["default_prompt"]
-    robot = None
+    robot: str | None = None
     if {"use_delta_joint_actions", "adapt_to_pi"} <= set(data):
         robot = "aloha"
         transforms |= {"delta_actions": data["use_delta_joint_actions"] is True, "adapt_to_pi": data["adapt_to_pi"] is True}
@@ -102,15 +104,15 @@ def settings_of_trainer(config: Mapping) -> Settings:
     elif "rlds_data_dir" in data:
         robot = "droid"
         transforms |= {"delta_actions": _value(data.get("action_space")) == JOINT_POSITION, "adapt_to_pi": False}
-    elif name in _compiled():  # a data config without fields of its own: that of the published config
+    elif name in list(_compiled()):  # a data config without fields of its own: that of the published config
         known = training_config(name).settings
         robot, transforms = known.robot.name if known.robot else None, {**known.transforms, **transforms}
     return Settings(
-        action_horizon=_int(model, "action_horizon"),
-        max_prompt_tokens=_int(model, "max_token_len"),
+        action_horizon=_number(model, "action_horizon", "action_horizon"),
+        max_prompt_tokens=_number(model, "max_token_len", "max_prompt_tokens"),
         transforms=transforms,
         robot=load_robot(robot) if robot in ROBOT_NAMES else None,
-        asset_id=_mapping(data, "assets").get("asset_id") or data.get("repo_id"),
+        asset_id=_text(_mapping(data, "assets").get("asset_id")) or _text(data.get("repo_id")),
         config=name if isinstance(name, str) else None,
     )
 
@@ -120,12 +122,15 @@ def _mapping(data: Mapping, key: str) -> Mapping:
     return value if isinstance(value, Mapping) else {}
 
 
-def _int(data: Mapping, key: str) -> int | None:
+def _number(data: Mapping, key: str, name: str) -> int | None:
     value = data.get(key)
-    return value if type(value) is int and value > 0 else None
+    return None if value is None else checked(value, name, f"metadata.pt: {key}")
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _value(member: Any) -> Any:
     """The value of an enum's member, which the reader of metadata.pt leaves as a stub with its arguments."""
-    arguments = getattr(member, "args", None)
-    return arguments[0] if arguments else member
+    return member.arguments[0] if isinstance(member, Stub) and member.arguments else member

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from duq.compiler.data.files import needs
 from duq.compiler.data.lerobot_dataset import Dataset, open_dataset
 from duq.compiler.data.quality import concerns
 from duq.compiler.data.sampling import evenly, spread
@@ -85,7 +87,7 @@ def load_calibration(
     features' names stay. Raises CalibrationError, which names the file or key and the fix.
     """
     path = Path(path)
-    if (path / "meta" / "info.json").exists() or (path / "meta" / "info.json").is_symlink():
+    if os.path.lexists(path / "meta" / "info.json"):
         if robot_mapping is not None and not isinstance(robot_mapping, RobotMapping):
             robot_mapping = RobotMapping(robot_mapping)
         found = _from_dataset(open_dataset(path), DATASET_COUNT if count is None else count, seed, robot_mapping)
@@ -94,6 +96,21 @@ def load_calibration(
         found = _from_npz(path, count)
     found.warnings.extend(concerns(found.observations, count))
     return found
+
+
+def check_source(path: str | Path) -> None:
+    """Raises CalibrationError, before any long work, for what `load_calibration` cannot read: as far as beginnings tell."""
+    path = Path(path)
+    if os.path.lexists(path / "meta" / "info.json"):
+        dataset = open_dataset(path)
+        if any(feature["dtype"] == "video" for feature in dataset.features.values()):
+            needs("av")
+        return
+    _refuse_other_forms(path)
+    try:
+        list_observations(path)
+    except ObservationError as error:
+        raise CalibrationError(f"calibration data {error}") from error
 
 
 def _from_npz(path: Path, count: int | None) -> CalibrationSet:

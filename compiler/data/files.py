@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import json
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +12,11 @@ from typing import Any
 import numpy as np
 
 from duq.compiler.errors import CalibrationError
+from duq.runtime.reading import brief, parse_json, present, read_bytes, reading, reason
 
+AGAIN = "download the dataset again"
+MOST_ROWS, MOST_EXPANDED = 1 << 31, 2000  # of a group of a parquet file; its bytes, once decompressed, to one of the file
+MOST = 1 << 40  # frames, and seconds
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -27,12 +30,10 @@ def needs(module: str) -> ModuleType:
 
 def check_file(file: Path) -> None:
     """Raises CalibrationError if the file is missing, empty, or a Git LFS pointer in place of its content."""
-    try:
-        with open(file, "rb") as opened:
-            begin = opened.read(len(_LFS_POINTER))
-    except OSError as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise CalibrationError(f"{file}: {reason}; download the dataset again, all files of it") from error
+    if not present(file, CalibrationError):
+        raise CalibrationError(f"{file}: is missing; {AGAIN}, all files of it")
+    with reading(file, CalibrationError, AGAIN), open(file, "rb") as opened:
+        begin = opened.read(len(_LFS_POINTER))
     if not begin:
         raise CalibrationError(f"{file}: is empty; download the dataset again")
     if begin == _LFS_POINTER:
@@ -42,24 +43,14 @@ def check_file(file: Path) -> None:
 def read_json(file: Path) -> dict:
     """A JSON object. CalibrationError names the file."""
     check_file(file)
-    return _parsed(file, file.read_bytes())
+    return parse_json(read_bytes(file, CalibrationError, AGAIN), file, CalibrationError, AGAIN)
 
 
 def read_json_lines(file: Path) -> list[dict]:
     """One JSON object a line; blank lines are skipped. CalibrationError names the file and the line."""
     check_file(file)
-    lines = enumerate(file.read_bytes().splitlines(), start=1)
-    return [_parsed(f"{file}, line {number}", line) for number, line in lines if line.strip()]
-
-
-def _parsed(where: Path | str, text: bytes) -> dict:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise CalibrationError(f"{where}: is not JSON ({error}); download the dataset again") from error
-    if not isinstance(value, dict):
-        raise CalibrationError(f"{where}: is a JSON {type(value).__name__}, expected an object")
-    return value
+    lines = enumerate(read_bytes(file, CalibrationError, AGAIN).splitlines(), start=1)
+    return [parse_json(line, f"{file}, line {number}", CalibrationError, AGAIN) for number, line in lines if line.strip()]
 
 
 def check_fields(where: Path | str, row: Mapping[str, Any], fields: Mapping[str, type]) -> None:
@@ -67,10 +58,10 @@ def check_fields(where: Path | str, row: Mapping[str, Any], fields: Mapping[str,
     for key, kind in fields.items():
         value: Any = row.get(key)
         fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
-        if not fits or kind is float and not math.isfinite(value) or kind is int and value < 0:
-            found = f"{value!r:.60}" if key in row else "missing"
+        if not fits or kind is float and not abs(value) < MOST or kind is int and not 0 <= value < MOST:
+            found = brief(value) if key in row else "missing"
             expected = {int: "a whole number from 0", float: "a number", str: "text", list: "a list"}[kind]
-            raise CalibrationError(f"{where}: {key} is {found}, expected {expected}; download the dataset again")
+            raise CalibrationError(f"{where}: {key} is {found}, expected {expected}; {AGAIN}")
 
 
 class Table:
@@ -83,8 +74,20 @@ class Table:
         with self._named():
             self._opened = self._parquet.ParquetFile(file)
             self.columns: list[str] = self._opened.schema_arrow.names
-            sizes = [self._opened.metadata.row_group(i).num_rows for i in range(self._opened.num_row_groups)]
+            groups = [self._opened.metadata.row_group(i) for i in range(self._opened.num_row_groups)]
+            sizes = [group.num_rows for group in groups]
+            self._check_sizes(groups)
         self._ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+
+    def _check_sizes(self, groups: list) -> None:
+        """Raises CalibrationError where the file says that it holds more than fits into memory."""
+        size = self.file.stat().st_size
+        for group in groups:
+            if not 0 <= group.num_rows < MOST_ROWS or not 0 <= group.total_byte_size < MOST_EXPANDED * size + (1 << 26):
+                raise CalibrationError(
+                    f"{self.file}: is damaged or cut (it says that {group.num_rows:,} rows of {group.total_byte_size:,} bytes "
+                    "are in a group of it); download it again"
+                )
 
     def strings(self) -> list[str]:
         """Names of the columns of text."""
@@ -126,19 +129,16 @@ class Table:
                 raise CalibrationError(f"{self.file}: has no column {name!r}; it has {', '.join(self.columns)}")
 
     def _named(self):
-        return _damage(self.file, self._arrow)
+        return _intact(self.file)
 
 
-class _damage:
-    """Turns pyarrow's errors into a CalibrationError that names the file."""
-
-    def __init__(self, file: Path, arrow: ModuleType):
-        self._file, self._errors = file, (arrow.ArrowException, OSError, UnicodeDecodeError)
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, self._errors):
-            reason = str(error).partition("\n")[0][:200]
-            raise CalibrationError(f"{self._file}: is damaged or cut ({reason}); download it again") from error
+@contextmanager
+def _intact(file: Path) -> Iterator[None]:
+    """Turns whatever pyarrow raises into a CalibrationError that names the file."""
+    try:
+        yield
+    except CalibrationError:
+        raise
+    except Exception as error:
+        words = reason(type(error)(str(error).partition("\n")[0]) if type(error) is OSError else error)
+        raise CalibrationError(f"{file}: is damaged or cut ({words}); download it again") from error

@@ -9,6 +9,8 @@ videos/...mp4                      a video a camera, of one episode (v2.1) or ma
 from __future__ import annotations
 
 import io
+import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +21,16 @@ from PIL import Image, ImageOps
 from duq.compiler.data.files import Table, check_fields, read_json, read_json_lines
 from duq.compiler.data.video import decode_frames
 from duq.compiler.errors import CalibrationError
+from duq.runtime.reading import brief, reading, reason
 
 VERSIONS = ("v3.0", "v2.1")
+LONGEST_NAME = 200  # of a feature
+MOST_NUMBERS = 1 << 24  # of a feature of a frame
 BOOKKEEPING = frozenset({"timestamp", "frame_index", "episode_index", "index", "task_index"})
 _NUMBERS = frozenset(
     ("bool", "float16", "float32", "float64") + tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 )
+_TEMPLATE = re.compile(r"(?:[^{}\0]|\{\w+(?::0?\d{0,2}d?)?\})+")  # "data/chunk-{chunk_index:03d}/file.parquet"
 _AGAIN = "download the dataset again, all files of it"
 
 
@@ -166,7 +172,7 @@ class Dataset:
             return str(value)
         try:
             return np.asarray(value, feature["dtype"]).reshape(feature["shape"])
-        except (ValueError, TypeError, OverflowError) as error:
+        except (ValueError, TypeError, OverflowError, MemoryError) as error:
             expected = f"{feature['dtype']} {list(feature['shape'])}"
             raise CalibrationError(f"{where} is no {expected}, which meta/info.json says ({error}); {_AGAIN}") from error
 
@@ -181,9 +187,11 @@ class Dataset:
                 if image.mode != "RGB":
                     raise CalibrationError(f"{where} is an image of mode {image.mode}, the policies take RGB")
                 return np.array(ImageOps.exif_transpose(image))  # turned, as Hugging Face's reader does
-        except (OSError, Image.DecompressionBombError) as error:
+        except CalibrationError:
+            raise
+        except Exception as error:  # of any of Pillow's decoders
             what = "its image is damaged" if content is not None else f"its image file {self.folder / path} cannot be read"
-            raise CalibrationError(f"{where}: {what} ({str(error).partition(':')[0]}); {_AGAIN}") from error
+            raise CalibrationError(f"{where}: {what} ({reason(error).partition(':')[0]}); {_AGAIN}") from error
 
     def _task(self, number: int, index: int) -> str:
         if number not in self.tasks:
@@ -202,18 +210,20 @@ def open_dataset(folder: str | Path) -> Dataset:
     """
     folder = Path(folder)
     info = read_json(folder / "meta" / "info.json")
-    version = _version(folder, info)
-    features = _features(folder, info)
-    read_tasks, read_episodes = (_tasks_v3, _episodes_v3) if version == "v3.0" else (_tasks_v2, _episodes_v2)
-    tasks = read_tasks(folder)
-    videos = [name for name, feature in features.items() if feature["dtype"] == "video"]
-    episodes = read_episodes(folder, info, videos)
+    with reading(folder / "meta" / "info.json", CalibrationError, _AGAIN):
+        version = _version(folder, info)
+        features = _features(folder, info)
+        read_tasks, read_episodes = (_tasks_v3, _episodes_v3) if version == "v3.0" else (_tasks_v2, _episodes_v2)
+        videos = [name for name, feature in features.items() if feature["dtype"] == "video"]
+        tasks = read_tasks(folder)
+        episodes = read_episodes(folder, info, videos)
     expected = info.get("total_episodes")
     if not episodes or isinstance(expected, int) and len(episodes) < expected:
         raise CalibrationError(
             f"{folder / 'meta'}: lists {len(episodes)} episodes, of {expected} that info.json says; {_AGAIN}"
         )
-    return Dataset(folder, version, features, tasks, episodes)
+    with reading(folder / "meta" / "info.json", CalibrationError, _AGAIN):
+        return Dataset(folder, version, features, tasks, episodes)
 
 
 def _version(folder: Path, info: dict) -> str:
@@ -233,7 +243,8 @@ def _version(folder: Path, info: dict) -> str:
 def _features(folder: Path, info: dict) -> dict[str, dict]:
     features = info.get("features")
     if not isinstance(features, dict) or not all(
-        isinstance(feature, dict) and isinstance(feature.get("dtype"), str) for feature in features.values()
+        len(name) <= LONGEST_NAME and isinstance(feature, dict) and isinstance(feature.get("dtype"), str)
+        for name, feature in features.items()
     ):
         raise CalibrationError(f"{folder / 'meta' / 'info.json'}: lacks features, name -> dtype and shape; {_AGAIN}")
     return features
@@ -246,15 +257,25 @@ def _is_input(name: str) -> bool:
 
 def _unreadable(feature: Mapping) -> str:
     """Why a feature cannot be read; empty if it can."""
-    details = {**(feature.get("video_info") or {}), **(feature.get("info") or {})}
+    parts = [feature.get(key) or {} for key in ("video_info", "info")]
+    if not all(isinstance(part, Mapping) for part in parts):
+        return "described in a form that is not known"
+    details = {**parts[0], **parts[1]}
     if details.get("is_depth_map") or details.get("video.is_depth_map"):
         return "a depth map"
     if feature["dtype"] in ("video", "image"):
         return ""
     if feature["dtype"] not in _NUMBERS | {"string"}:
         return f"of dtype {feature['dtype']}"
-    if not isinstance(feature.get("shape"), (list, tuple)):
+    shape = feature.get("shape")
+    if not isinstance(shape, (list, tuple)):
         return "without a shape"
+    if (
+        not all(type(size) is int and 0 < size <= MOST_NUMBERS for size in shape[:9])
+        or len(shape) > 8
+        or math.prod(shape) > MOST_NUMBERS
+    ):
+        return f"of shape {brief(shape)}"
     return "several texts" if feature["dtype"] == "string" and list(feature["shape"]) not in ([], [1]) else ""
 
 
@@ -366,8 +387,15 @@ def _numbered(
 def _path(folder: Path, info: dict, which: str, **names) -> Path:
     """A file of the dataset by the template that meta/info.json gives."""
     try:
-        return folder / info[which].format(**names)
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        template = info[which]
+        if not isinstance(template, str) or not _TEMPLATE.fullmatch(template):
+            raise ValueError("expected a path with {names} and widths of at most 9 digits in it")
+        path = template.format(**names)
+        if path.startswith("/") or ".." in path.split("/") or len(path) > 4000:
+            raise ValueError("it leads out of the folder")
+        return folder / path
+    except Exception as error:
         raise CalibrationError(
-            f"{folder / 'meta' / 'info.json'}: {which} is {info.get(which)!r}, which names no file ({error}); {_AGAIN}"
+            f"{folder / 'meta' / 'info.json'}: {which} is {brief(info.get(which))}, which names no file ({reason(error)}); "
+            f"{_AGAIN}"
         ) from error

@@ -59,7 +59,8 @@ def _leaves(observation: Mapping, prefix: str = "") -> Iterator[tuple[str, objec
 
 
 def _is_image(value) -> bool:
-    return isinstance(value, np.ndarray) and value.ndim == 3 and value.size > 0 and 3 in (value.shape[0], value.shape[2])
+    is_array = isinstance(value, np.ndarray) and value.ndim == 3 and value.size > 0 and value.dtype.kind in "biuf"
+    return is_array and 3 in (value.shape[0], value.shape[2])
 
 
 def _is_state(value) -> bool:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 
 from duq.compiler.data.files import check_file, needs
 from duq.compiler.errors import CalibrationError
+from duq.runtime.reading import reason
 
+MOST_PIXELS = 1 << 26  # of a frame
+PATIENCE_S = 600.0  # to decode on to a frame: a damaged file may repeat itself without an end
 TOLERANCE_S = 1e-4  # LeRobot's: how far a frame may lie from the time asked for
 _READ_ON_S = 1.0  # a frame at most so far ahead is reached by decoding on, a later one by seeking
 _BACK_S = (0.0, 1.0, 10.0, float("inf"))  # how far before the time to seek: keyframes of some codecs are found too late
@@ -48,9 +52,11 @@ def _opened(file: Path) -> Iterator:
     try:
         with av.open(str(file)) as container:
             yield container
-    except av.error.FFmpegError as error:
-        reason = str(error).partition(chr(10))[0]
-        raise CalibrationError(f"{file}: cannot be decoded ({reason}); download or record it again") from error
+    except CalibrationError:
+        raise
+    except Exception as error:  # FFmpeg's, and what PyAV and we make of times and sizes that make no sense
+        words = reason(error).partition(chr(10))[0]
+        raise CalibrationError(f"{file}: cannot be decoded ({words}); download or record it again") from error
 
 
 class _Video:
@@ -63,6 +69,9 @@ class _Video:
         self._stream = container.streams.video[0]
         self._decoded: Iterator = iter(())
         self._current = None  # the last frame that was decoded
+        width, height = self._stream.width or 0, self._stream.height or 0
+        if not 0 < width * height <= MOST_PIXELS or not self._stream.time_base:
+            raise CalibrationError(f"{file}: says that it shows {width} x {height} pixels; download or record it again")
 
     @property
     def start(self) -> float:
@@ -97,7 +106,10 @@ class _Video:
 
     def _read_to(self, time: float):
         """Decodes on to the first frame that is not before ``time``; None at the end."""
+        end = perf_counter() + PATIENCE_S
         while self._current is None or self._time(self._current) < time - TOLERANCE_S:
+            if perf_counter() > end:
+                raise CalibrationError(f"{self._file}: has no frame at {time:.6f} s within {PATIENCE_S:.0f} s of decoding")
             self._current = next(self._decoded, None)
             if self._current is None:
                 return None

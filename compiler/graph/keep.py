@@ -8,14 +8,17 @@ import onnx_ir as ir
 
 from duq.compiler.graph.export import Graphs
 from duq.plugins import ops
+from duq.runtime.files import writing
 
 
 def keep_graphs(graphs: Graphs, directory: Path | None, index: int, name: str) -> None:
     """Saves both graphs as they are after pass `index`; they pass onnx.checker and run in ONNX Runtime."""
     if directory is None:
         return
-    directory.mkdir(parents=True, exist_ok=True)
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     for graph, model in graphs.items():
         ops.add_functions(model)
         stem = f"{index:02d}-{name}-{graph}"
-        ir.save(model, directory / f"{stem}.onnx", external_data=f"{stem}.weights", size_threshold_bytes=1 << 20)
+        with writing(directory / f"{stem}.onnx"):
+            ir.save(model, directory / f"{stem}.onnx", external_data=f"{stem}.weights", size_threshold_bytes=1 << 20)

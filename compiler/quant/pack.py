@@ -21,6 +21,7 @@ from duq.compiler.quant.recipe import canonical_module, openpi_module
 from duq.compiler.quant.transforms import LinearTransform
 from duq.plugins.layout import pack_int4, unpack_int4
 from duq.runtime.archives import read_npz
+from duq.runtime.reading import brief, parse_json, plain, present, reason
 
 
 @dataclass(kw_only=True, eq=False)
@@ -95,7 +96,7 @@ def load_pack(directory: Path, name: str, shape: tuple[int, int]) -> LinearTrans
     holds values that no pack has.
     """
     candidates = [directory / f"{name}.npz", directory / f"{openpi_module(name)}.npz"]
-    files = [candidate for candidate in candidates if candidate.is_file()]
+    files = [candidate for candidate in candidates if present(candidate, PackError)]
     if not files:
         raise PackError(f"{directory} has no pack for {name} (looked for {candidates[0].name} and {candidates[1].name})")
     if len(files) > 1:
@@ -105,20 +106,18 @@ def load_pack(directory: Path, name: str, shape: tuple[int, int]) -> LinearTrans
         return _from_arrays(name, shape, read_npz(path))
     except PackError as error:
         raise PackError(f"{path}: {error}") from error
-    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:  # of what is read, or of meta
-        raise PackError(f"{path} is not a readable pack: {' '.join(str(error).split())}") from error
+    except Exception as error:  # of what is read, or of meta
+        raise PackError(f"{path} is not a readable pack: {reason(error)}; make it again") from error
 
 
 def _from_arrays(name: str, shape: tuple[int, int], arrays: dict[str, np.ndarray]) -> LinearTransform:
-    meta = json.loads(arrays["meta"].item()) if "meta" in arrays else {}
-    if not isinstance(meta, dict):
-        raise PackError(f"meta is a {type(meta).__name__}, expected a JSON object")
+    meta = parse_json(str(arrays["meta"].item()), "meta", PackError, "make the pack again") if "meta" in arrays else {}
     _check_name(meta, name)
     _check_finite(arrays)
     rows, columns = shape
     for key, expected in (("in_features", columns), ("out_features", rows)):
         if meta.get(key, expected) != expected:
-            raise PackError(f"made for {key} {meta[key]}, but {name} of the checkpoint has {expected}")
+            raise PackError(f"made for {key} {brief(meta[key])}, but {name} of the checkpoint has {expected}")
     rotation = _block_diagonal(arrays, "Rin_", "R_in_blocks", meta.get("block_size"), columns)
     transform: dict[str, Any] = {
         "input_scale": _scale(arrays, "input_scale", (columns,)),
@@ -132,8 +131,8 @@ def _from_arrays(name: str, shape: tuple[int, int], arrays: dict[str, np.ndarray
     if "weight_q" not in arrays:
         return LinearTransform(**transform)
     for key, valid in (("weight_bits", (4, 8)), ("activation_bits", (8, 0))):
-        if meta[key] not in valid:
-            raise PackError(f"{key} is {meta[key]!r}, expected {valid[0]} or {valid[1]}")
+        if type(meta[key]) is not int or meta[key] not in valid:
+            raise PackError(f"{key} is {brief(meta[key])}, expected {valid[0]} or {valid[1]}")
     bits = meta["weight_bits"]
     return LinearPack(
         name=name,
@@ -142,16 +141,25 @@ def _from_arrays(name: str, shape: tuple[int, int], arrays: dict[str, np.ndarray
         weight_scale=_weight_scale(arrays, rows),
         activation_bits=meta["activation_bits"],
         activation_scale=_activation_scale(arrays, columns),
-        sqnr_db=float(meta["sqnr_db"]),
+        sqnr_db=_decibels(meta),
         **transform,
     )
+
+
+def _decibels(meta: dict) -> float:
+    """A number of any size, also NaN where nothing was measured."""
+    if not isinstance(meta["sqnr_db"], (int, float)):
+        raise PackError(f"sqnr_db is {brief(meta['sqnr_db'])}, expected a number")
+    return float(meta["sqnr_db"])
 
 
 def _check_name(meta: dict, name: str) -> None:
     """PackError if the pack says that it is another linear's; foreign packs may say nothing."""
     found = meta.get("name")
     if found is not None and (not isinstance(found, str) or canonical_module(found) != name):
-        raise PackError(f"is the pack of {found}, not of {name}: files were renamed or swapped; copy or make them again")
+        raise PackError(
+            f"is the pack of {plain(found)}, not of {name}: files were renamed or swapped; copy or make them again"
+        )
 
 
 def _check_finite(arrays: dict[str, np.ndarray]) -> None:
@@ -202,7 +210,9 @@ def _activation_scale(arrays: dict[str, np.ndarray], columns: int) -> np.ndarray
 
 
 def _hadamard_block(meta: dict, channels: int) -> int:
-    size = int(meta["block_size"])
+    size = meta["block_size"]
+    if type(size) is not int:
+        raise PackError(f"block_size is {brief(size)}, expected a whole number")
     if size < 1 or size & (size - 1) or channels % size:
         raise PackError(f"block_size is {size}; a Hadamard's is a power of two that divides {channels} channels")
     return size
@@ -238,7 +248,9 @@ def _block_diagonal(
     indices = arrays[index_key]
     if indices.ndim != 1 or indices.dtype.kind not in "iu":
         raise PackError(f"{index_key} is {indices.dtype} of shape {indices.shape}, expected a list of block numbers")
-    size = int(size) if size else arrays[f"{prefix}{indices[0]}"].shape[0]
+    size = size or arrays[f"{prefix}{indices[0]}"].shape[0]
+    if type(size) is not int:
+        raise PackError(f"the size of the blocks is {brief(size)}, expected a whole number")
     if size < 1 or channels % size or indices.min() < 0 or indices.max() >= channels // size:
         raise PackError(f"{index_key} with blocks of {size} does not divide {channels} channels")
     blocks = np.tile(np.eye(size, dtype=np.float32), (channels // size, 1, 1))

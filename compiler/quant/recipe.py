@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import re
 import sys
@@ -12,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from duq.compiler.checkpoint.names import canonical_name, openpi_name
+from duq.compiler.checkpoint.ranges import RANGES, in_range
 from duq.compiler.errors import RecipeError
+from duq.compiler.patterns import Pattern
+from duq.runtime.reading import brief, present, read_bytes, reading, reason
 
 EVERY_LINEAR = r"\.layers\.|^projector$"
 NO_LINEAR = r"(?!)"
@@ -25,9 +29,9 @@ PRESETS = {
     "all": EVERY_LINEAR,
     "none": NO_LINEAR,
 }
+LARGEST = 1 << 20  # bytes of a recipe
+REMEDY = "write it as docs/quantization.md says"
 DEFAULT_PRESET = "llm+expert-mlp"
-
-MAX_DAMPING = 1e6  # errors are not compensated at all long before
 
 # What a scheme implies where the user says nothing.
 SCHEMES = {
@@ -81,6 +85,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _one_of("scheme", self.scheme, SCHEMES)
+        if not all(isinstance(each, tuple) and len(each) == 2 for each in self.layer_bits):
+            raise RecipeError(f"layer_bits is {brief(self.layer_bits)}; expected pairs of a pattern and bits")
         scales = ("per-channel",) if self.scheme == "reference" else ("per-token", "per-tensor")
         _one_of("activation_scale", self.activation_scale, scales)
         _one_of("row_rotation", self.row_rotation, ("0", "restore"))
@@ -88,34 +94,39 @@ class Recipe:
         _one_of("activation_bits", self.activation_bits, (8, 0))
         for pattern, bits in self.layer_bits:
             _one_of(f"weight bits of {pattern!r}", bits, (4, 8, 16))
-        if self.auto_bits and not 4.0 <= self.auto_bits <= 8.0:
+        if self.auto_bits and not in_range(self.auto_bits, "mean_bits"):
             raise RecipeError(f"auto_bits is {self.auto_bits}; a mean of 4 to 8 bits, such as 4.5, or 0 for none")
         if self.block_size not in (16, 32, 64, 128):
             raise RecipeError(f"block_size is {self.block_size}; a block is 16, 32, 64 or 128 channels")
-        if not 50.0 <= self.activation_percentile <= 100.0:
+        if not in_range(self.activation_percentile, "activation_percentile"):
             raise RecipeError(f"activation_percentile is {self.activation_percentile}; expected 50..100")
-        if self.calibration_steps < 1:
-            raise RecipeError(f"calibration_steps is {self.calibration_steps}; at least one observation is needed")
-        if not 0.0 < self.damping <= MAX_DAMPING:
+        if not in_range(self.calibration_steps, "calibration_steps"):
             raise RecipeError(
-                f"damping is {self.damping}; it must be positive for the Hessian to be invertible, at most {MAX_DAMPING:g}"
+                f"calibration_steps is {brief(self.calibration_steps)}; at least one observation is needed, at most "
+                f"{RANGES['calibration_steps'][1]:,} are taken"
             )
-        for key in ("scope", "include", "exclude"):
-            _compile(key, getattr(self, key))
+        if not in_range(self.damping, "damping"):
+            raise RecipeError(
+                f"damping is {self.damping}; it must be positive for the Hessian to be invertible, at most "
+                f"{RANGES['damping'][1]:g}"
+            )
+        for key in SELECTION:
+            Pattern(getattr(self, key), key, RecipeError)
         for pattern, _ in self.layer_bits:
-            _compile("layer_bits", pattern)
+            _component(pattern)
 
     def bits(self, name: str) -> int:
         """Weight bits of the linear with this canonical module name; 16 when it is not to be quantized."""
         names = (name, openpi_module(name))
+        scope, include, exclude = (Pattern(getattr(self, key), key, RecipeError) for key in SELECTION)
         selected = (
-            any(re.match(self.scope, n) for n in names)
-            and any(re.search(self.include, n) for n in names)
-            and not (self.exclude and any(re.search(self.exclude, n) for n in names))
+            any(scope.starts(n) for n in names)
+            and any(include.is_in(n) for n in names)
+            and not (self.exclude and any(exclude.is_in(n) for n in names))
         )
         bits = self.weight_bits if selected else 16
         for pattern, override in self.layer_bits:
-            if selected and any(re.search(rf"(^|\.)({pattern})(\.|$)", n) for n in names):
+            if selected and any(_component(pattern).is_in(n) for n in names):
                 bits = override
         return bits
 
@@ -185,14 +196,20 @@ def preset_settings(preset: str) -> dict[str, str]:
 def file_settings(source: str) -> dict[str, Any]:
     """The settings in a recipe file. Keys may be written with hyphens; ``preset`` stands for its selection."""
     path = Path(source)
-    if path.suffix not in (".yaml", ".yml", ".toml") or not path.is_file():
+    if path.suffix not in (".yaml", ".yml", ".toml") or not present(path, RecipeError):
         raise RecipeError(f"{source!r} is neither a preset nor a .yaml or .toml recipe file; {_valid(source, PRESETS)}")
-    settings = {str(key).replace("-", "_"): value for key, value in _parse(path).items()}
+    settings = {_key(path, key): value for key, value in _parse(path).items()}
     if "preset" in settings:
         preset = settings.pop("preset")
         _one_of(f"preset in {path}", preset, PRESETS)
         settings = preset_settings(preset) | settings
     return settings
+
+
+def _key(path: Path, key: Any) -> str:
+    if not isinstance(key, str):
+        raise RecipeError(f"{path}: {brief(key)} is no key of a recipe")
+    return key.replace("-", "_")
 
 
 def environment_settings(environment: Mapping[str, str]) -> dict[str, Any]:
@@ -261,8 +278,8 @@ def parse_layer_bits(items: Iterable[str]) -> tuple[tuple[str, int], ...]:
     pairs = []
     for item in items:
         pattern, _, bits = item.rpartition(":")
-        if not pattern or not bits.strip().isdigit():
-            raise RecipeError(f"layer_bits entry {item!r} is not of the form PATTERN:BITS, such as layers.0:8")
+        if not pattern or not re.fullmatch(r"[0-9]{1,3}", bits.strip()):
+            raise RecipeError(f"layer_bits entry {brief(item)} is not of the form PATTERN:BITS, such as layers.0:8")
         pairs.append((pattern.strip(), int(bits)))
     return tuple(pairs)
 
@@ -278,14 +295,29 @@ def _parse(path: Path) -> dict[str, Any]:
         import tomllib
     else:
         import tomli as tomllib
-    try:
-        text = path.read_text()
-        parsed = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError, RecursionError) as error:  # tomllib's and Unicode's are ValueErrors
-        raise RecipeError(f"{path} does not parse: {' '.join(str(error).split())}") from error
+    text = read_bytes(path, RecipeError, REMEDY, limit=LARGEST)
+    with reading(path, RecipeError, REMEDY):
+        try:
+            parsed = tomllib.loads(text.decode()) if path.suffix == ".toml" else yaml.load(text, _plain_loader())
+        except (ValueError, yaml.YAMLError, RecursionError) as error:  # tomllib's and Unicode's are ValueErrors
+            raise RecipeError(f"{path} does not parse: {reason(error)}") from error
     if not isinstance(parsed, dict):
         raise RecipeError(f"{path} holds no settings; expected 'key: value' lines such as 'preset: llm'")
     return parsed
+
+
+@functools.cache
+def _plain_loader() -> type:
+    """YAML without aliases: a few lines of them stand for more than fits into memory."""
+    import yaml
+
+    class PlainLoader(yaml.SafeLoader):
+        def compose_node(self, parent, index):
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError(f"an alias (*{self.peek_event().anchor}) stands in it; write the value itself")
+            return super().compose_node(parent, index)
+
+    return PlainLoader
 
 
 def _coerce(key: str, value: Any, kind: type) -> Any:
@@ -295,34 +327,39 @@ def _coerce(key: str, value: Any, kind: type) -> Any:
             value = [f"{pattern}:{bits}" for pattern, bits in value.items()]
         items = _listed(value) if isinstance(value, str) else value
         if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
-            raise RecipeError(f"recipe key layer_bits is {value!r}; expected a list of PATTERN:BITS, such as layers.0:8")
+            raise RecipeError(
+                f"recipe key layer_bits is {brief(value)}; expected a list of PATTERN:BITS, such as layers.0:8"
+            )
         return parse_layer_bits(items)
     if kind is bool and isinstance(value, str) and value.lower() in ("0", "1", "false", "true", "off", "on"):
         return value.lower() in ("1", "true", "on")
     if kind is str and key == "row_rotation" and value in (0, "disabled"):
         return "0"  # YAML reads the mode 0 as a number
     try:
-        number = kind(value) if kind in (int, float) and not isinstance(value, bool) else value
+        number = (
+            kind(value)
+            if kind in (int, float) and isinstance(value, (int, float, str)) and type(value) is not bool
+            else value
+        )
     except (TypeError, ValueError, OverflowError):
         number = value
-    if not isinstance(number, kind) or (kind is int and number != float(value)):
-        raise RecipeError(f"recipe key {key} is {value!r}; expected {kind.__name__}")
+    if not isinstance(number, kind) or (kind is int and isinstance(value, float) and number != value):
+        raise RecipeError(f"recipe key {key} is {brief(value)}; expected {kind.__name__}")
     return number
 
 
 def _one_of(what: str, value: Any, valid: Iterable) -> None:
     if value not in list(valid):  # a list, as what a file holds may not be hashable
-        raise RecipeError(f"unknown {what} {value!r}; {_valid(value, valid)}")
+        raise RecipeError(f"unknown {what} {brief(value)}; {_valid(value, valid)}")
 
 
 def _valid(value: Any, valid: Iterable) -> str:
     names = [str(name) for name in valid]
-    near = difflib.get_close_matches(str(value), names, n=2)
+    near = difflib.get_close_matches(value[:100], names, n=2) if isinstance(value, str) else []
     return f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(names)}"
 
 
-def _compile(key: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise RecipeError(f"{key} {pattern!r} is not a regular expression: {error}") from error
+def _component(pattern: str) -> Pattern:
+    """Whole components of a name."""
+    Pattern(pattern, "layer_bits", RecipeError)  # on its own, for what its error says
+    return Pattern(rf"(^|\.)({pattern})(\.|$)", "layer_bits", RecipeError)

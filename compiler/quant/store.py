@@ -6,9 +6,6 @@ A directory without ``recipe.json`` holds packs of the original scripts: transfo
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +24,11 @@ from duq.compiler.quant.quantize import Quantization
 from duq.compiler.quant.recipe import SELECTION, Recipe
 from duq.compiler.quant.transforms import LinearTransform
 from duq.runtime.config import ModelConfig
+from duq.runtime.files import check_output_folder, replacing_folder
+from duq.runtime.reading import brief, present, read_json, reading
 
 FORMAT_VERSION = 1
+AGAIN = "quantize again"
 RECIPE, FLOAT_WEIGHTS, VALUE_SCALES = "recipe.json", "float_weights.safetensors", "value_scales.safetensors"
 
 
@@ -36,6 +36,7 @@ def check_destination(directory: Path) -> None:
     """Raises PackError unless packs may be written there: nothing is there, or packs written here before."""
     if directory.exists() and not (is_quantization(directory) or (directory.is_dir() and not any(directory.iterdir()))):
         raise PackError(f"{directory} exists and is not a directory of packs; choose another --out")
+    check_output_folder("--out", directory, PackError, is_quantization)
 
 
 def save_quantization(quantization: Quantization, directory: Path, fingerprint: str, progress: Progress) -> None:
@@ -44,27 +45,22 @@ def save_quantization(quantization: Quantization, directory: Path, fingerprint: 
     ``fingerprint`` is that of the checkpoint the integers were made from. Raises PackError when the directory exists
     and holds something else.
     """
+    description = {
+        "format_version": FORMAT_VERSION,
+        "checkpoint_fingerprint": fingerprint,
+        "recipe": quantization.recipe.to_json(),
+        "linears": list(quantization.packs),
+    }
     check_destination(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
+    with replacing_folder(directory, PackError, is_quantization) as draft:
         for pack in progress.track(quantization.packs.values(), description="Writing packs"):
-            save_pack(pack, temporary)
-        save_file({k: v.contiguous() for k, v in quantization.float_weights.items()}, temporary / FLOAT_WEIGHTS)
-        _save_value_transforms(quantization, temporary)
-        description = {
-            "format_version": FORMAT_VERSION,
-            "checkpoint_fingerprint": fingerprint,
-            "recipe": quantization.recipe.to_json(),
-            "linears": list(quantization.packs),
-        }
-        (temporary / RECIPE).write_text(json.dumps(description, indent=2))
-        temporary.chmod(0o755)  # mkdtemp's is private
-        if directory.exists():
-            shutil.rmtree(directory)
-        os.rename(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            save_pack(pack, draft)
+        try:
+            save_file({k: v.contiguous() for k, v in quantization.float_weights.items()}, draft / FLOAT_WEIGHTS)
+            _save_value_transforms(quantization, draft)
+        except SafetensorError as error:  # the disk is full: safetensors has no OSError for it
+            raise PackError(f"{directory}: cannot be written ({error}); make room or name another place") from error
+        (draft / RECIPE).write_text(json.dumps(description, indent=2))
 
 
 def load_quantization(directory: Path, checkpoint) -> Quantization:
@@ -84,10 +80,10 @@ def load_quantization(directory: Path, checkpoint) -> Quantization:
         if not isinstance(pack, LinearPack):
             raise PackError(f"{directory / name}.npz holds no integer weights; quantize again")
         packs[name] = pack
-    try:
-        float_weights, value_transforms = load_file(directory / FLOAT_WEIGHTS), _load_value_transforms(directory)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise PackError(f"{directory}: {error}; quantize again") from error
+    with reading(directory / FLOAT_WEIGHTS, PackError, AGAIN):
+        float_weights = load_file(directory / FLOAT_WEIGHTS)
+    with reading(directory / VALUE_SCALES, PackError, AGAIN):
+        value_transforms = _load_value_transforms(directory)
     _check_float_weights(directory, float_weights, checkpoint)
     _check_value_transforms(directory, value_transforms, checkpoint)
     return Quantization(recipe, packs, float_weights, value_transforms)
@@ -118,17 +114,20 @@ def check_recipe(directory: Path, recipe: Recipe, origins: Mapping[str, str], co
 
 def _description(directory: Path) -> dict:
     """recipe.json, each of its keys there and of the right kind."""
-    try:
-        description = json.loads((directory / RECIPE).read_text())
-        version = description["format_version"]
-        kinds = {"checkpoint_fingerprint": str, "recipe": dict, "linears": list}
-        wrong = [key for key, kind in kinds.items() if version == FORMAT_VERSION and not isinstance(description[key], kind)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PackError(f"{directory / RECIPE} is not readable: {error}") from error
+    file = directory / RECIPE
+    description = read_json(
+        file, lambda message: PackError(message.replace(f"{file}:", f"{file} is not readable:", 1)), AGAIN
+    )
+    version = description.get("format_version")
+    if type(version) is not int:
+        raise PackError(f"{file} is not readable: format_version is {brief(version)}; {AGAIN}")
     if version != FORMAT_VERSION:
-        raise PackError(f"{directory} has packs of format {version}, this duq reads {FORMAT_VERSION}; quantize again")
-    if wrong:
-        raise PackError(f"{directory / RECIPE} is not readable: {wrong[0]} is no {kinds[wrong[0]].__name__}")
+        raise PackError(f"{directory} has packs of format {version}, this duq reads {FORMAT_VERSION}; {AGAIN}")
+    for key, kind in {"checkpoint_fingerprint": str, "recipe": dict, "linears": list}.items():
+        if not isinstance(description.get(key), kind):
+            raise PackError(f"{file} is not readable: {key} is no {kind.__name__}; {AGAIN}")
+    if not all(isinstance(name, str) and name and "/" not in name and "\0" not in name for name in description["linears"]):
+        raise PackError(f"{file} is not readable: linears are {brief(description['linears'])}, expected names; {AGAIN}")
     return description
 
 
@@ -200,7 +199,7 @@ def load_transforms(directory: Path, checkpoint, recipe: Recipe) -> dict[str, Li
 
 def is_quantization(directory: Path) -> bool:
     """Whether the packs in the directory are complete with integer weights, written by :func:`save_quantization`."""
-    return (directory / RECIPE).is_file()
+    return present(directory / RECIPE, PackError)
 
 
 def _shape(checkpoint, name: str) -> tuple[int, int]:
@@ -220,7 +219,7 @@ def _save_value_transforms(quantization: Quantization, directory: Path) -> None:
 
 def _load_value_transforms(directory: Path) -> dict[int, LinearTransform]:
     with safe_open(directory / VALUE_SCALES, "np") as file:
-        block_size = int(file.metadata()["block_size"])
+        block_size = int((file.metadata() or {})["block_size"])
         scales = {int(layer): file.get_tensor(layer) for layer in file.keys()}
     return {
         layer: LinearTransform(input_scale=scales[layer], rotation="hadamard", block_size=block_size)

@@ -28,6 +28,12 @@ class Executor(Protocol):
     def run(self, inputs: ModelInputs, noise: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
         """Denoises `noise` float32 [H, A] into normalized actions [H, A]; returns them with the stages' milliseconds."""
 
+    def is_usable(self) -> bool:
+        """Whether it can run again after an error. A GPU that met an illegal address cannot, in this process."""
+
+    def close(self) -> None:
+        """Frees its memory. It is not used any more."""
+
 
 def open_executor(plan: Plan, threads: int | None = None) -> Executor:
     """The executor of the plan's target.

@@ -2,40 +2,62 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import threading
 import time
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import onnxruntime
-from onnxruntime.capi import onnxruntime_pybind11_state as onnxruntime_errors
+from onnxruntime.capi import onnxruntime_pybind11_state
 
 from duq.runtime.config import IMAGE_SLOTS
-from duq.runtime.errors import PlanError
+from duq.runtime.errors import EngineError, PlanError
 from duq.runtime.guidance import Guidance
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import ModelInputs
 
-_SESSION_ERRORS = (
-    onnxruntime_errors.Fail,
-    onnxruntime_errors.InvalidGraph,
-    onnxruntime_errors.NotImplemented,
-    onnxruntime_errors.RuntimeException,
+# All that ONNX Runtime raises: a class for each of its status codes, and what its bindings make of C++'s own.
+ONNXRUNTIME_ERRORS: tuple[type[Exception], ...] = (
+    *(each for each in vars(onnxruntime_pybind11_state).values() if isinstance(each, type) and issubclass(each, Exception)),
+    RuntimeError,
+    ValueError,
+    MemoryError,
 )
-
+GRAPHS = ("prefix", "step")
 PLAN_FILE = "@" * 512
-"""Stands in the graphs for the plan's file name, which only the opened plan knows; same length, so that replacing it
-does not disturb the protobuf around it (see `_session`)."""
+"""The file that the graphs say their weights are in, by offset: the plan, under a name of fixed length (see `_with_weights`)."""
+
+
+_opening = threading.RLock()  # ONNX Runtime has locks of its own while it creates a session: a fork waits until it is done
+_libc = ctypes.CDLL(None)
+
+
+def _after_in_child() -> None:
+    """Once Python is done with its exit, the process ends, before ONNX Runtime's destructors. They wait for
+    threads, which are the parent's, for ever: in any child of a process that has imported it."""
+    if hasattr(_libc, "on_exit"):  # in glibc; what is registered last is called first, with the exit status
+        _libc.on_exit(_libc._exit, None)
+    _opening.release()
+
+
+os.register_at_fork(before=_opening.acquire, after_in_parent=_opening.release, after_in_child=_after_in_child)
 
 
 class CpuExecutor:
-    """Args: plan: opened, target "cpu"; threads: of one matrix product (None: one a core)."""
+    """Args: plan: opened, target "cpu"; threads: of one matrix product (None: one a core).
+
+    Raises PlanError where the plan lacks a graph; later where a graph cannot be loaded, or the plan has been written to.
+    """
 
     guided = True
 
     def __init__(self, plan: Plan, threads: int | None = None):
         self._plan = plan
+        for name in GRAPHS:
+            plan.read(_entry(name))  # is there
         self._threads = threads
         self._num_steps = plan.manifest["num_steps"]
         self._steps = [onnxruntime.OrtValue.ortvalue_from_numpy(np.array(i, np.int64)) for i in range(self._num_steps)]
@@ -65,8 +87,33 @@ class CpuExecutor:
 
         trace: if given, receives what the stages produced, as numpy: "image_features", "key.0", ..., and "x", the
         states of the flow [num_steps + 1, H, A]. guidance: corrects the state after each step.
+        Raises EngineError where ONNX Runtime fails: there is not enough memory, or inputs that the graphs do not take.
         """
-        prefix, step = self._prefix, self._step
+        with _opening:
+            prefix, step = self._prefix, self._step
+        try:
+            return self._run(prefix, step, inputs, noise, trace, guidance)
+        except ONNXRUNTIME_ERRORS as error:
+            raise EngineError(f"{self._plan.path}: ONNX Runtime failed ({type(error).__name__}: {error})") from error
+
+    def is_usable(self) -> bool:
+        """Always: a call leaves nothing behind in ONNX Runtime's sessions."""
+        return True
+
+    def close(self) -> None:
+        """Frees the sessions, with the weights that they unpacked."""
+        for name in ("_prefix", "_step"):
+            self.__dict__.pop(name, None)
+
+    def _run(
+        self,
+        prefix: onnxruntime.InferenceSession,
+        step: onnxruntime.InferenceSession,
+        inputs: ModelInputs,
+        noise: np.ndarray,
+        trace: dict[str, Any] | None,
+        guidance: Guidance | None,
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         start = time.perf_counter()
         # What is not there is not computed: absent cameras and prompt padding are left out here.
         feeds = {
@@ -97,17 +144,21 @@ class CpuExecutor:
 
     @cached_property
     def _prefix(self) -> onnxruntime.InferenceSession:
-        return self._session("prefix")
+        config, session = self._plan.manifest["model"], self._session("prefix")
+        size, state = config["vision"]["image_size"], config.get("state_dim") or config["action_dim"]
+        self._check_inputs(session, "prefix", {"images": [None, 3, size, size], "tokens": [None], "state": [state]})
+        return session
 
     @cached_property
     def _step(self) -> onnxruntime.InferenceSession:
-        return self._session("step")
+        config, session = self._plan.manifest["model"], self._session("step")
+        cached = {item.name: item.shape for item in self._prefix.get_outputs()}
+        known = {"x": [config["action_horizon"], config["action_dim"]], "step": []}
+        self._check_inputs(session, "step", {name: [None] * len(shape) for name, shape in cached.items()} | known)
+        return session
 
     def _session(self, name: str) -> onnxruntime.InferenceSession:
-        path = self._plan.path.resolve()
-        if not os.fsencode(path).decode(errors="ignore") == str(path):
-            raise PlanError(f"{path}: its path is not UTF-8, in which ONNX Runtime looks for the weights; rename it")
-        graph = bytes(self._plan.read(f"graph/{name}.onnx")).replace(PLAN_FILE.encode(), _padded(path.name))
+        """If the plan is as it was opened before and after this, what ONNX Runtime has read of it is what was verified."""
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.enable_mem_pattern = False  # it would keep memory for every combination of cameras and prompt length
@@ -116,12 +167,52 @@ class CpuExecutor:
         # Idle threads wait instead of spinning: alone on the machine a call takes 5 to 13 % longer, but beside one other
         # busy process about half the time (docs/performance.md), and a robot's processor is rarely idle.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        graph = _with_weights(self._plan, self._plan.copy(_entry(name)), options)
         try:
             return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        except _SESSION_ERRORS as error:
+        except ONNXRUNTIME_ERRORS as error:
             version = onnxruntime.__version__
-            raise PlanError(f"{path}: ONNX Runtime {version} cannot load its {name} graph: {error}") from error
+            raise PlanError(f"{self._plan.path}: ONNX Runtime {version} cannot load its {name} graph: {error}") from error
+        finally:
+            self._plan.drop_pages()
+            self._plan.check_unchanged()
+
+    def _check_inputs(
+        self, session: onnxruntime.InferenceSession, name: str, expected: dict[str, list[int | None]]
+    ) -> None:
+        """The graph takes what the manifest says it does. None: any size."""
+        for item in session.get_inputs():
+            shape = expected.get(item.name, item.shape)
+            agree = len(shape) == len(item.shape) and all(
+                size is None or isinstance(found, str) or size == found
+                for size, found in zip(shape, item.shape, strict=True)
+            )
+            if not agree:
+                raise PlanError(
+                    f"{self._plan.path}: its {name} graph takes {item.name} {item.shape}, its manifest describes {shape}; "
+                    "compile the plan again"
+                )
+
+
+def _with_weights(plan: Plan, graph: bytes, options: onnxruntime.SessionOptions) -> bytes:
+    """The graph and options of a session that takes its weights from the open plan, not from what is at its path by now.
+
+    ONNX Runtime copies them out of the mapping, so nothing that happens to the file later can reach them. Releases without that
+    (1.23, the last for Python 3.10) open the plan by its descriptor and map it themselves.
+    """
+    if hasattr(options, "add_external_initializers_from_files_in_memory"):
+        options.add_external_initializers_from_files_in_memory([PLAN_FILE], [plan.mapping], [len(plan.mapping)])
+        return graph
+    folder, name = os.path.split(plan.descriptor_path)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    room = len(PLAN_FILE) - len(name)
+    return graph.replace(
+        PLAN_FILE.encode(), ("./" * (room // 2) + "/" * (room % 2) + name).encode()
+    )  # "./././3" or "././/13"
+
+
+def _entry(graph: str) -> str:
+    return f"graph/{graph}.onnx"
 
 
 def _ort_values(feeds: dict[str, np.ndarray], session: onnxruntime.InferenceSession) -> dict[str, Any]:
@@ -131,10 +222,3 @@ def _ort_values(feeds: dict[str, np.ndarray], session: onnxruntime.InferenceSess
         for name, array in feeds.items()
         if name in wanted
     }
-
-
-def _padded(file_name: str) -> bytes:
-    """The same file under a name as long as PLAN_FILE: './././engine.plan'."""
-    encoded = file_name.encode()
-    room = len(PLAN_FILE) - len(encoded)
-    return (b"./" * (room // 2) if room % 2 == 0 else b"./" * (room // 2 - 1) + b".//") + encoded

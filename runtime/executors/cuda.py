@@ -10,37 +10,47 @@ A plan has a schedule for each SM that it was compiled for, and the GPU at hand 
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, cast
+from contextlib import ExitStack, closing, suppress
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from duq.plugins import driver
 from duq.plugins.cublas import WORKSPACE_BYTES, CublasLt, Problem
-from duq.plugins.errors import KernelError
+from duq.plugins.errors import DeviceError, KernelError
 from duq.plugins.kernel import as_scalar
 from duq.plugins.nvrtc import Cubin
 from duq.runtime.errors import PlanError
 from duq.runtime.executors.programs import (
     Program,
     best_first,
+    device_bytes_of,
+    end_of_weights,
     has_kernels,
     programs_of,
     shared_bytes_of,
     sm_to_compile_for,
 )
+from duq.runtime.executors.schedule import Data, read_schedule
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import ModelInputs
 
-SCHEDULE_VERSION = 4  # of what a plan's schedule says and how; up to 3 arguments had no names
 STAGING_BYTES = 64 << 20
+# What the driver says of an image that it does not take, and not of the GPU's state.
+NOT_COMPILED = tuple(
+    f"CUDA_ERROR_{name}"
+    for name in (
+        "INVALID_PTX", "UNSUPPORTED_PTX_VERSION", "JIT_COMPILER_NOT_FOUND", "JIT_COMPILATION_DISABLED", "INVALID_IMAGE",
+        "NO_BINARY_FOR_GPU", "INVALID_SOURCE",
+    )
+)  # fmt: skip
 log = logging.getLogger("duq")
 _TYPES = {"float": np.float32, "Bf16": np.uint16, "unsigned char": np.uint8}
-Data = dict[str, Any]  # a piece of the schedule (compiler/targets/cuda/emit.py): a launch, a variant, ...
+Closable = TypeVar("Closable", bound="driver.Resource | driver.Module | CublasLt")
 AfterLaunch = Callable[[str, Data, driver.Stream], None]  # of the program, the launch and its stream
 
 
@@ -57,6 +67,14 @@ class CudaExecutor:
     """
 
     def __init__(self, plan: Plan, threads: int | None = None, *, program: int | None = None):
+        self._resources = ExitStack()
+        try:
+            self._open(plan, program)
+        except BaseException:  # memory that waits for the error to be forgotten is not there for the next attempt
+            self.close()
+            raise
+
+    def _open(self, plan: Plan, program: int | None) -> None:
         self._plan = plan
         self._num_steps = plan.manifest["num_steps"]
         config = plan.manifest["model"]
@@ -69,22 +87,42 @@ class CudaExecutor:
         self._variants = {(each["cameras"], each["prompt"]): each for each in schedule["variants"]}
         self._table = np.frombuffer(plan.read("embedding"), np.uint16).reshape(config["vocab_size"], -1)
 
-        self._stream, self._branch, self._ahead = (driver.Stream() for _ in range(3))
-        self._events = [driver.Event() for _ in range(3)]  # before the prefix, after it, after the steps
-        self._library = CublasLt() if _uses_library(schedule) else None
-        weight_bytes = sum(size for _, size in schedule["weights"].values())
-        _check_memory(plan, weight_bytes + schedule["arena_bytes"] + 3 * WORKSPACE_BYTES)
-        self._weights, self._offsets = _upload_weights(plan, schedule["weights"], self._stream)
-        self._arena = driver.Memory(schedule["arena_bytes"])
-        streams = self._stream, self._branch, self._ahead
-        self._workspaces = {stream: driver.Memory(WORKSPACE_BYTES if self._library else 1) for stream in streams}
-        self._kernels = _load_kernels(plan, schedule["kernels"], self.program)
+        self._stream, self._branch, self._ahead = (self._own(driver.Stream()) for _ in range(3))
+        self._events = [self._own(driver.Event()) for _ in range(3)]  # before the prefix, after it, after the steps
+        self._library = self._own(CublasLt()) if _uses_library(schedule) else None
+        _check_memory(plan, device_bytes_of(schedule))
+        self._offsets = {name: offset for name, (offset, _) in schedule["weights"].items()}
+        self._weights = self._own(driver.Memory(end_of_weights(schedule["weights"])))
+        _upload_weights(plan, schedule["weights"], self._weights, self._stream)
+        self._arena = self._own(driver.Memory(schedule["arena_bytes"]))
+        workspace_bytes = WORKSPACE_BYTES if self._library else 1
+        self._workspaces = {stream: self._own(driver.Memory(workspace_bytes)) for stream in self._streams}
+        self._kernels = _load_kernels(plan, schedule["kernels"], self.program, self._own)
         self._kernel_names = [each["expression"] for each in schedule["kernels"]]
         self._parameters = [each["parameters"] for each in schedule["kernels"]]
-        self._upload = driver.PinnedArray(max(map(_end_of_inputs, self._variants.values())))
-        self._download = driver.PinnedArray(4 * int(np.prod(self._actions_shape)))
+        self._upload = self._own(driver.PinnedArray(max(map(_end_of_inputs, self._variants.values()))))
+        self._download = self._own(driver.PinnedArray(4 * int(np.prod(self._actions_shape))))
         self._graphs: dict[tuple[int, int], driver.Graph] = {}
         self._lock = threading.Lock()
+        plan.check_unchanged()  # while weights and kernels were read from it: what is on the GPU is what was verified
+
+    def _own(self, resource: Closable) -> Closable:
+        """To be given back by `close`, the latest first."""
+        return self._resources.enter_context(closing(resource))
+
+    @property
+    def _streams(self) -> tuple[driver.Stream, driver.Stream, driver.Stream]:
+        return self._stream, self._branch, self._ahead
+
+    def is_usable(self) -> bool:
+        """Whether the GPU takes work, once it has done what it was given."""
+        return driver.is_usable(self._streams)
+
+    def close(self) -> None:
+        """Gives back all memory of the GPU, and the kernels' code."""
+        with suppress(KernelError):
+            driver.open_device()  # the caller may be another thread
+        self._resources.close()
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -153,6 +191,7 @@ class CudaExecutor:
             image[:] = self._pixels(inputs.images[slot])
         rows = into["embeddings"].view(np.uint16).reshape(size[1], -1)
         np.take(self._table, tokens, axis=0, out=rows[: len(tokens)], mode="clip")
+        self._plan.check_unchanged()  # while embeddings were read from it
         rows[len(tokens) :] = 0  # padding, whose results nothing reads
         if "state" in into:
             into["state"].view(np.float32)[:] = inputs.state
@@ -221,9 +260,8 @@ class CudaExecutor:
     def _graph(self, size: tuple[int, int]) -> driver.Graph:
         if size not in self._graphs:
             self._prepare_library(self._variants[size])
-            self._graphs[size] = self._stream.capture(
-                lambda: self._follow(self._variants[size], driver.Event.record_in_graph)
-            )
+            recorded = self._stream.capture(lambda: self._follow(self._variants[size], driver.Event.record_in_graph))
+            self._graphs[size] = self._own(recorded)
         return self._graphs[size]
 
     def _prepare_library(self, variant: Data) -> None:
@@ -329,7 +367,7 @@ class CudaExecutor:
         return cast("int | None", argument)
 
     def _synchronize(self) -> None:
-        for stream in (self._stream, self._branch, self._ahead):
+        for stream in self._streams:
             stream.synchronize()
 
     def _read(self, output: Data) -> np.ndarray:
@@ -358,16 +396,23 @@ def _go_on_together(streams: Iterable[driver.Stream], others: Iterable[driver.St
 
 def _choose(plan: Plan, sm: int, wanted: int | None) -> tuple[Program, Data]:
     """The program of the plan that the GPU runs best, of all or of those made for the SM `wanted`, and its schedule."""
-    limit, too_large = driver.block_shared_bytes(), ""
-    for program in best_first(programs_of(plan.manifest), sm):
+    limit, cuda, too_large = driver.block_shared_bytes(), driver.cuda_version(), ""
+    programs = programs_of(plan.manifest)
+    for program in best_first(programs, sm, cuda):
         if wanted not in (None, program.sm):
             continue
-        schedule = _schedule(plan, program.schedule)
+        schedule = read_schedule(plan, program.schedule)
         if program.sm == sm or (needed := shared_bytes_of(schedule)) <= limit:
             return program, schedule
         too_large = (
             f" (the program for SM {program.sm} takes {needed / 1024:.0f} KB of shared memory a thread block, "
             f"this GPU has {limit / 1024:.0f} KB)"
+        )
+    newer = [each.driver for each in programs if each.runs_on(sm) and each.driver > cuda and wanted in (None, each.sm)]
+    if newer and not too_large:
+        raise PlanError(
+            f"{plan.path}: needs a driver for CUDA {min(newer)}, this machine's is for CUDA {cuda}; update it, or compile "
+            f"the plan with an older NVRTC ('duq-vla[cuda12]' for CUDA 12)"
         )
     if wanted is None or too_large:
         made_for = ", ".join(str(each) for each in plan.manifest["sm"])
@@ -375,7 +420,7 @@ def _choose(plan: Plan, sm: int, wanted: int | None) -> tuple[Program, Data]:
             f"{plan.path}: is made for SM {made_for}{too_large}, this machine's GPU is SM {sm}; compile it with --sm "
             f"{sm_to_compile_for(sm, limit)}"
         )
-    held = ", ".join(f"SM {each.sm} ({each.image})" for each in programs_of(plan.manifest))
+    held = ", ".join(f"SM {each.sm} ({each.image})" for each in programs)
     raise PlanError(f"{plan.path}: has no program for SM {wanted} that a GPU of SM {sm} runs; it has {held}")
 
 
@@ -393,30 +438,6 @@ def _say(plan: Plan, program: Program, sm: int) -> None:
         "%s: runs its program for SM %d on a GPU of SM %d, from PTX: the driver compiles it once, which takes a while; %s",
         plan.path, program.sm, sm, better,
     )  # fmt: skip
-
-
-def _schedule(plan: Plan, name: str) -> Data:
-    schedule = json.loads(bytes(plan.read(name)))
-    if (version := schedule.get("version", 1)) != SCHEDULE_VERSION:
-        raise PlanError(
-            f"{plan.path}: {name} is of version {version}, this runtime follows version {SCHEDULE_VERSION}; compile it again"
-        )
-    _check_arguments(plan, name, schedule)
-    return schedule
-
-
-def _check_arguments(plan: Plan, name: str, schedule: Data) -> None:
-    """Every launch names exactly the arguments that its kernel has."""
-    kernels = [[parameter for parameter, _ in each["parameters"]] for each in schedule["kernels"]]
-    calls = {call: [parameter for parameter, _ in parameters] for call, parameters in schedule["calls"].items()}
-    for variant in schedule["variants"]:
-        for launch in [*variant["prefix"], *variant["step"]]:
-            parameters = calls.get(launch["call"]) if "call" in launch else kernels[launch["kernel"]]
-            if parameters != list(launch["args"]):
-                raise PlanError(
-                    f"{plan.path}: {name} gives {launch['name']} the arguments {', '.join(launch['args'])}, "
-                    f"its kernel takes {', '.join(parameters or ['others'])}; compile it again"
-                )
 
 
 def _uses_library(schedule: Data) -> bool:
@@ -437,26 +458,24 @@ def _check_memory(plan: Plan, needed: int) -> None:
         )
 
 
-def _upload_weights(
-    plan: Plan, weights: dict[str, list[int]], stream: driver.Stream
-) -> tuple[driver.Memory, dict[str, int]]:
-    """All weights in one block of device memory, by way of two pieces of pinned memory: one fills while one is copied."""
-    end = max(offset + size for offset, size in weights.values())
-    block = driver.Memory(end)
-    staging = [(driver.PinnedArray(STAGING_BYTES), driver.Event()) for _ in range(2)]
-    used, turn = 0, 0
-    pieces = _pieces(plan, weights)
-    for destination, piece in pieces:
-        if used + len(piece) > STAGING_BYTES:
-            staging[turn][1].record(stream)
-            turn, used = 1 - turn, 0
-            staging[turn][1].synchronize()
-        pinned = staging[turn][0]
-        pinned.array[used : used + len(piece)] = piece
-        stream.upload(block.address + destination, pinned.address + used, len(piece))
-        used += len(piece)
-    stream.synchronize()
-    return block, {name: offset for name, (offset, _) in weights.items()}
+def _upload_weights(plan: Plan, weights: dict[str, list[int]], to: driver.Memory, stream: driver.Stream) -> None:
+    """All weights into one block of device memory, by way of two pieces of pinned memory: one fills while one is copied."""
+    with ExitStack() as stack:
+        staging = [
+            (stack.enter_context(closing(driver.PinnedArray(STAGING_BYTES))), stack.enter_context(closing(driver.Event())))
+            for _ in range(2)
+        ]
+        used, turn = 0, 0
+        for destination, piece in _pieces(plan, weights):
+            if used + len(piece) > STAGING_BYTES:
+                staging[turn][1].record(stream)
+                turn, used = 1 - turn, 0
+                staging[turn][1].synchronize()
+            pinned = staging[turn][0]
+            pinned.array[used : used + len(piece)] = piece
+            stream.upload(to.address + destination, pinned.address + used, len(piece))
+            used += len(piece)
+        stream.synchronize()
 
 
 def _pieces(plan: Plan, weights: dict[str, list[int]]) -> Iterator[tuple[int, np.ndarray]]:
@@ -468,15 +487,20 @@ def _pieces(plan: Plan, weights: dict[str, list[int]]) -> Iterator[tuple[int, np
             yield offset + start, data[start : start + step]
 
 
-def _load_kernels(plan: Plan, kernels: list[Data], program: Program) -> list[driver.Kernel]:
-    """The schedule's kernels in its order; each image is loaded once."""
+def _load_kernels(
+    plan: Plan, kernels: list[Data], program: Program, own: Callable[[driver.Module], driver.Module]
+) -> list[driver.Kernel]:
+    """The schedule's kernels in its order; each image is loaded once. own: is given what was loaded, to unload it."""
     symbols: dict[str, dict[str, str]] = {}
     for each in kernels:
         symbols.setdefault(each[program.image], {})[each["expression"]] = each["symbol"]
+    loaded: dict[str, dict[str, driver.Kernel]] = {}
     try:
-        loaded = {entry: driver.load(Cubin(bytes(plan.read(entry)), names)) for entry, names in symbols.items()}
+        for entry, names in symbols.items():
+            loaded[entry] = driver.load(Cubin(plan.copy(entry), names))
+            own(next(iter(loaded[entry].values())).module)
     except KernelError as error:
-        if program.image == "cubin":
+        if program.image == "cubin" or isinstance(error, DeviceError) and error.status not in NOT_COMPILED:
             raise
         raise PlanError(
             f"{plan.path}: the driver does not compile its PTX ({error}); update the driver, or compile the plan for this GPU"

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
+from duq.plugins.cublas import WORKSPACE_BYTES
 from duq.plugins.errors import KernelError
 from duq.plugins.gpu import GPUS, gpu_of, runs_code_of
+from duq.plugins.libraries import Version
+
+STREAMS = 3  # of the CUDA graph: the main one, the branch of the state token, the first denoising step
 
 
 @dataclass(frozen=True)
 class Program:
-    """`sm` is what the schedule was made for; `image` is what the kernels are loaded from, and their key in it."""
+    """`sm` is what the schedule was made for; `image` is what the kernels are loaded from, and their key in it.
+
+    compiled_by: the NVRTC that made the image.
+    """
 
     sm: int
     image: Literal["cubin", "ptx"]
+    compiled_by: Version = Version(13, 0)  # of every plan that does not say
+
+    @property
+    def driver(self) -> Version:
+        """The oldest driver that loads it, by its CUDA: machine code loads on all of a major version, PTX on no older one."""
+        return Version(self.compiled_by.major, 0) if self.image == "cubin" else self.compiled_by
 
     @property
     def schedule(self) -> str:
@@ -36,18 +49,23 @@ class Program:
         )
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {"sm": self.sm, "image": self.image, "driver": str(self.driver)}
 
 
 def programs_of(manifest: Mapping[str, Any]) -> list[Program]:
     """All programs of a `cuda` plan, by SM."""
-    ptx = (manifest.get("graphs") or {}).get("ptx", ())  # plans of older versions have none and do not say so
-    return [Program(sm, image) for sm in manifest["sm"] for image in ("cubin", "ptx") if image == "cubin" or sm in ptx]
+    graphs = manifest.get("graphs") or {}
+    ptx = graphs.get("ptx", ())  # plans of older versions have none and do not say so
+    by = {"compiled_by": Version.parse(graphs["nvrtc"])} if "nvrtc" in graphs else {}
+    return [
+        Program(sm, image, **by) for sm in manifest["sm"] for image in ("cubin", "ptx") if image == "cubin" or sm in ptx
+    ]
 
 
-def best_first(programs: Iterable[Program], sm: int) -> list[Program]:
-    """Those that a GPU of compute capability `sm` runs: made for it, then machine code, then PTX, the latest SM first."""
-    fitting = [each for each in programs if each.runs_on(sm)]
+def best_first(programs: Iterable[Program], sm: int, cuda: Version) -> list[Program]:
+    """Those that a GPU of compute capability `sm` runs with a driver for `cuda`: made for it, then machine code, then PTX,
+    the latest SM first."""
+    fitting = [each for each in programs if each.runs_on(sm) and each.driver <= cuda]
     return sorted(fitting, key=lambda each: (each.sm == sm, each.image == "cubin", each.sm), reverse=True)
 
 
@@ -55,6 +73,24 @@ def shared_bytes_of(schedule: Mapping[str, Any]) -> int:
     """The most shared memory that a thread block of the schedule asks for."""
     launches = (launch for variant in schedule["variants"] for launch in [*variant["prefix"], *variant["step"]])
     return max((launch["shared"] for launch in launches if "shared" in launch), default=0)
+
+
+def program_for(
+    fitting: Iterable[Program], sm: int, shared_bytes: int, schedule_of: Callable[[Program], Mapping[str, Any]]
+) -> Program | None:
+    """The first of `best_first` whose thread blocks find the shared memory that they need; None where none does."""
+    return next((each for each in fitting if each.sm == sm or shared_bytes_of(schedule_of(each)) <= shared_bytes), None)
+
+
+def device_bytes_of(schedule: Mapping[str, Any]) -> int:
+    """Device memory that a program takes at most: weights, activations, and the workspaces of cuBLASLt."""
+    arena: int = schedule["arena_bytes"]
+    return end_of_weights(schedule["weights"]) + arena + STREAMS * WORKSPACE_BYTES
+
+
+def end_of_weights(weights: Mapping[str, Sequence[int]]) -> int:
+    """Bytes of the memory that holds a schedule's weights, {name: (offset, bytes)}."""
+    return max(offset + size for offset, size in weights.values())
 
 
 def has_kernels(sm: int) -> bool:

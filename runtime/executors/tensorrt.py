@@ -6,19 +6,22 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from contextlib import ExitStack, closing, suppress
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from duq.plugins import driver, trt
+from duq.plugins.errors import KernelError
 from duq.plugins.nodes import KernelName, Kernels
 from duq.plugins.nvrtc import Cubin
+from duq.runtime import schema
 from duq.runtime.errors import PlanError
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import ModelInputs
+from duq.runtime.schema import Name, Open
 
 ALIGNMENT = 256
 # Of what plugins store in an engine and pass to the plan's kernels, which are compiled with them; 1 passed fewer arguments.
@@ -27,6 +30,7 @@ MAX_GRAPHS = 16  # kept recorded; a prompt of a length not seen lately takes two
 _ITEM_BYTES = {"float": 4, "int64": 8, "bfloat16": 2, "float16": 2}
 
 Shape = tuple[int, ...]
+Resource = TypeVar("Resource", bound="driver.Resource")
 
 
 class Engine(Protocol):
@@ -57,6 +61,16 @@ class TensorRTExecutor:
         signatures = {name: engine["inputs"] | engine["outputs"] for name, engine in described.items()}
         table = np.frombuffer(plan.read("embedding"), np.uint16).reshape(plan.manifest["model"]["vocab_size"], -1)
         self._calls = Calls(engines, signatures, plan.manifest, table)
+        self._plan = plan
+        plan.check_unchanged()  # while engines and kernels were read from it
+
+    def is_usable(self) -> bool:
+        """Whether the GPU takes work, once it has done what it was given."""
+        return self._calls.is_usable()
+
+    def close(self) -> None:
+        """Gives back the memory of the GPU, and the engines."""
+        self._calls.close()
 
     def warmup(self) -> None:
         """Records the graph of the largest size."""
@@ -66,7 +80,9 @@ class TensorRTExecutor:
     def run(self, inputs: ModelInputs, noise: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
         """Denoises `noise` float32 [H, A] into normalized actions [H, A]; returns them with the stages' milliseconds."""
         driver.open_device()  # the caller may be another thread than the one that loaded the plan
-        return self._calls.run(inputs, noise)
+        result = self._calls.run(inputs, noise)
+        self._plan.check_unchanged()  # while embeddings were read from it
+        return result
 
 
 def section_of(plan: Plan, sm: int) -> dict[str, Any]:
@@ -100,10 +116,33 @@ def check_library(plan: Plan, section: dict[str, Any]) -> None:
 def kernels_of(plan: Plan, sm: int) -> Kernels:
     """What the plan's plugins launch."""
     found = {}
-    for each in json.loads(bytes(plan.read(f"engine/sm{sm}/kernels.json")))["kernels"]:
-        cubin = Cubin(bytes(plan.read(each["cubin"])), {each["expression"]: each["symbol"]})
+    for each in _read_kernels(plan, f"engine/sm{sm}/kernels.json"):
+        cubin = Cubin(plan.copy(each["cubin"]), {each["expression"]: each["symbol"]})
         found[KernelName(each["source"], each["expression"])] = cubin
     return Kernels(found)
+
+
+class _Kernel(Open):
+    """What kernels.json says of one."""
+
+    source: Name
+    expression: Name
+    cubin: Name
+    symbol: Name
+
+
+class _KernelList(Open):
+    kernels: list[_Kernel]
+
+
+def _read_kernels(plan: Plan, name: str) -> list[dict[str, str]]:
+    try:
+        found = schema.parse_json(plan.copy(name))
+        schema.check(_KernelList, found)
+    except PlanError as error:
+        raise PlanError(f"{plan.path}: {name}: {error}; compile it again") from error
+    kernels: list[dict[str, str]] = found["kernels"]
+    return kernels
 
 
 class _LoadedEngine:
@@ -116,7 +155,9 @@ class _LoadedEngine:
         if self._engine is None:
             raise PlanError(f"{plan.path}: TensorRT cannot load its {name} engine on this GPU (its log says why)")
         self._context = self._engine.create_execution_context()
-        self._name, self._path = name, plan.path
+        if self._context is None:
+            raise KernelError(f"TensorRT has no memory for its {name} engine (its log says why)")
+        self._name = name
 
     def bind(self, name: str, address: int, shape: Shape | None) -> None:
         if shape is not None:
@@ -125,7 +166,7 @@ class _LoadedEngine:
 
     def enqueue(self, stream: int) -> None:
         if not self._context.execute_async_v3(stream):
-            raise PlanError(f"{self._path}: TensorRT could not run the {self._name} engine (its log says why)")
+            raise KernelError(f"TensorRT could not run the {self._name} engine (its log says why)")
 
 
 class Calls:
@@ -143,9 +184,24 @@ class Calls:
         manifest: dict[str, Any],
         table: np.ndarray,
     ):
+        self._resources = ExitStack()
+        try:
+            self._open(engines, signatures, manifest, table)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(
+        self,
+        engines: Mapping[str, Engine],
+        signatures: Mapping[str, Mapping[str, dict[str, Any]]],
+        manifest: dict[str, Any],
+        table: np.ndarray,
+    ) -> None:
         self._table = table
         config = manifest["model"]
-        self._engines, self._config, self._num_steps = engines, config, manifest["num_steps"]
+        self._engines: Mapping[str, Engine] = engines
+        self._config, self._num_steps = config, manifest["num_steps"]
         self._signatures = signatures
         self._types = {name: each["dtype"] for of_engine in signatures.values() for name, each in of_engine.items()}
         self._largest = manifest["cameras"], config["max_prompt_tokens"]
@@ -158,12 +214,28 @@ class Calls:
         }
         others, end = _side_by_side(rest | {"steps": 8 * self._num_steps}, self._upload_bytes)
         self._offsets |= others
-        self._memory, self._stream = driver.Memory(end), driver.Stream()
-        self._upload, self._download = driver.PinnedArray(self._upload_bytes), driver.PinnedArray(rest["x_next"])
-        self._events = [driver.Event() for _ in range(3)]
+        self._memory, self._stream = self._own(driver.Memory(end)), self._own(driver.Stream())
+        self._upload = self._own(driver.PinnedArray(self._upload_bytes))
+        self._download = self._own(driver.PinnedArray(rest["x_next"]))
+        self._events = [self._own(driver.Event()) for _ in range(3)]
         self._graphs: dict[tuple[int, int], driver.Graph] = {}
         self._lock = threading.Lock()
         self._write_step_numbers()
+
+    def _own(self, resource: Resource) -> Resource:
+        """To be given back by `close`, the latest first."""
+        return self._resources.enter_context(closing(resource))
+
+    def is_usable(self) -> bool:
+        return driver.is_usable([self._stream])
+
+    def close(self) -> None:
+        with suppress(KernelError):
+            driver.open_device()  # the caller may be another thread
+        for graph in getattr(self, "_graphs", {}).values():
+            graph.close()
+        self._engines = {}
+        self._resources.close()
 
     def warmup(self) -> None:
         with self._lock:
@@ -198,7 +270,7 @@ class Calls:
     def _graph(self, size: tuple[int, int]) -> driver.Graph:
         if size not in self._graphs:
             if len(self._graphs) == MAX_GRAPHS:
-                del self._graphs[next(iter(self._graphs))]
+                self._graphs.pop(next(iter(self._graphs))).close()
             self._follow(size, driver.Event.record)  # TensorRT prepares for new shapes in a call that is not recorded
             self._stream.synchronize()
             self._graphs[size] = self._stream.capture(lambda: self._follow(size, driver.Event.record_in_graph))

@@ -20,6 +20,7 @@ openpi's policies take. A plan carries its robot's description, so the machine t
     names = ["shoulder", "elbow", "gripper"]
     units = ["deg", "deg", "0..100"]
     delta = [2, -1]                                    # two joints relative to the state, one absolute
+    limits = { elbow = [0.0, 135.0] }                  # actions outside are reported, and sent as they are
 
     [[convert]]                                        # robot's units -> those the model was trained in, and back
     kind = "linear"                                    # or "negate", "aloha_gripper"
@@ -46,6 +47,7 @@ import numpy as np
 from duq.runtime import checks
 from duq.runtime.config import IMAGE_SLOTS
 from duq.runtime.errors import ObservationError, PlanError
+from duq.runtime.reading import brief, brief_text, read_bytes, reading, reason
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -54,6 +56,9 @@ else:
 
 ROBOT_FILES = {file.stem: file for file in sorted(Path(__file__).parent.glob("*.toml"))}
 ROBOT_NAMES = (*ROBOT_FILES, "none")
+LARGEST = 1 << 20  # bytes of a description
+MOST = 4096  # numbers of a state or an action
+REMEDY = "write it as docs/robots.md says"
 LAYOUTS = ("HWC", "CHW", "any")
 KINDS = ("negate", "linear", "aloha_gripper")
 SETTINGS = ("delta_actions", "adapt_to_pi", "state_in_prompt")  # what [defaults] may say
@@ -114,6 +119,7 @@ class Robot:
     defaults: Mapping[str, Any] = field(default_factory=dict)  # settings of training: a value, or {"pi0": ..., "pi05": ...}
     ask: tuple[str, ...] = ()  # settings in which this robot's published policies differ
     dataset: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # key -> features of a LeRobotDataset
+    limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # name of an action -> lowest, highest
 
     @property
     def state_dim(self) -> int:
@@ -211,7 +217,10 @@ class Robot:
 
     def to_json(self) -> dict[str, Any]:
         """A description in plain JSON types; `from_json` is its inverse."""
-        return _plain(asdict(self))
+        described = _plain(asdict(self))
+        if not self.limits:  # so that a duq which knows none reads the robots that have none
+            del described["limits"]
+        return described
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Robot:
@@ -227,12 +236,13 @@ class Robot:
                     "state": tuple(StatePart(**_tuples(part)) for part in data["state"]),
                     "conversions": tuple(Conversion(**_tuples(each)) for each in data.get("conversions", ())),
                     "dataset": {key: tuple(values) for key, values in data.get("dataset", {}).items()},
+                    "limits": {name: (low, high) for name, (low, high) in data.get("limits", {}).items()},
                     "ignored": tuple(tuple(key) for key in data.get("ignored", ())),
                     **{name: tuple(data.get(name, ())) for name in ("action_names", "action_units", "delta", "ask")},
                     "prompt_keys": tuple(data.get("prompt_keys", ("prompt",))),
                 }
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"robot: its description is incomplete ({error}); compile again") from error
 
     def _check_unknown(self, observation: Mapping[str, Any]) -> None:
@@ -240,7 +250,9 @@ class Robot:
             if outer in observation:
                 for name in checks.mapping(observation, outer):
                     if name not in accepted:
-                        raise ObservationError(f"{outer}: unknown camera {name!r}; {self.name} has {', '.join(known)}")
+                        raise ObservationError(
+                            f"{outer}: unknown camera {checks.shown(name)}; {self.name} has {', '.join(known)}"
+                        )
 
 
 def _present(observation: Mapping[str, Any], part: Camera | StatePart) -> Key | None:
@@ -328,16 +340,16 @@ def load_robot(name: str) -> Robot | None:
 
 def read_robot(file: Path) -> Robot:
     """The robot that a TOML file describes. Raises PlanError that names the file, the key and what is expected there."""
-    try:
-        data = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PlanError(f"{file}: cannot be read ({error.strerror})") from error
-    except ValueError as error:  # not UTF-8, or not TOML
-        raise PlanError(f"{file}: is not TOML ({error})") from error
-    try:
-        return _robot(data)
-    except _Fault as fault:
-        raise PlanError(f"{file}: {fault}") from fault
+    text = read_bytes(file, PlanError, REMEDY, limit=LARGEST)
+    with reading(file, PlanError, REMEDY):
+        try:
+            data = tomllib.loads(text.decode())
+        except ValueError as error:  # not UTF-8, or not TOML
+            raise PlanError(f"{file}: is not TOML ({reason(error)})") from error
+        try:
+            return _robot(data)
+        except _Fault as fault:
+            raise PlanError(f"{file}: {brief_text(str(fault), 1000)}") from fault
 
 
 class _Fault(Exception):
@@ -349,7 +361,7 @@ def _robot(data: dict[str, Any]) -> Robot:
                 {"ignored": list, "convert": list, "defaults": dict, "dataset": dict, "default_prompt": str,
                  "prompt_keys": list})  # fmt: skip
     actions = data["actions"]
-    _check_keys(actions, "[actions]", {"names": list}, {"units": list, "delta": list})
+    _check_keys(actions, "[actions]", {"names": list}, {"units": list, "delta": list, "limits": dict})
     names = _names(actions, "[actions]")
     robot = Robot(
         name=data["name"],
@@ -360,11 +372,12 @@ def _robot(data: dict[str, Any]) -> Robot:
         delta=_mask(actions.get("delta", []), len(names)),
         conversions=tuple(_conversion(each, f"[[convert]] {index}") for index, each in enumerate(data.get("convert", []))),
         ignored=tuple(_key(key, "ignored") for key in data.get("ignored", [])),
-        prompt_keys=tuple(data.get("prompt_keys", ["prompt"])),
+        prompt_keys=tuple(_list(data.get("prompt_keys", ["prompt"]), "prompt_keys")) or ("prompt",),
         default_prompt=data.get("default_prompt"),
         defaults={name: value for name, value in data.get("defaults", {}).items() if name != "ask"},
-        ask=tuple(data.get("defaults", {}).get("ask", ())),
-        dataset={key: tuple(_list(value)) for key, value in data.get("dataset", {}).items()},
+        ask=tuple(_list(data.get("defaults", {}).get("ask", []), "[defaults] ask")),
+        dataset={key: tuple(_list(value, "[dataset]")) for key, value in data.get("dataset", {}).items()},
+        limits={name: _limits(name, value, names) for name, value in actions.get("limits", {}).items()},
     )
     _check_robot(robot)
     return robot
@@ -379,7 +392,7 @@ def _cameras(listed: list[Any]) -> tuple[Camera, ...]:
         _check_keys(camera, where, {"key": (str, list)}, {"layout": str, "required": bool, "also": list})
         layout = camera.get("layout", "any")
         if layout not in LAYOUTS:
-            raise _Fault(f"{where}: layout is {layout!r}, one of {', '.join(LAYOUTS)}")
+            raise _Fault(f"{where}: layout is {brief(layout)}, one of {', '.join(LAYOUTS)}")
         also = tuple(_key(key, where) for key in camera.get("also", []))
         cameras.append(Camera(_key(camera["key"], where), layout, camera.get("required", index == 0), also))
     return tuple(cameras)
@@ -400,8 +413,17 @@ def _conversion(each: Any, where: str) -> Conversion:
         raise _Fault(f"{where}: when is {each['when']!r}, always or adapt_to_pi")
     if each["kind"] == "linear" and not ("low" in each and "high" in each and each["low"] != each["high"]):
         raise _Fault(f"{where}: a linear conversion needs low and high, two different numbers")
-    low, high = float(each.get("low", 0.0)), float(each.get("high", 1.0))
-    return Conversion(each["kind"], tuple(each["dims"]), each.get("when", "always"), low, high)
+    low, high = (_number(each.get(key, default), f"{where}: {key}") for key, default in (("low", 0.0), ("high", 1.0)))
+    if each["kind"] == "linear" and not 1e-6 <= abs(high - low):
+        raise _Fault(f"{where}: low and high are {low:g} and {high:g}, which are too close to tell apart")
+    return Conversion(each["kind"], tuple(_list(each["dims"], f"{where}: dims")), each.get("when", "always"), low, high)
+
+
+def _number(value: float, what: str) -> float:
+    """A number that a joint or a sensor may have; never NaN."""
+    if not abs(value) <= 1e9:
+        raise _Fault(f"{what} is {brief(value)}, expected a number from -1e9 to 1e9")
+    return float(value)
 
 
 def _check_robot(robot: Robot) -> None:
@@ -425,7 +447,7 @@ def _check_robot(robot: Robot) -> None:
             raise _Fault(f"[defaults]: {name!r} is unknown, one of {', '.join(SETTINGS)}, ask")
         values = value.values() if isinstance(value, dict) and set(value) == {"pi0", "pi05"} else [value]
         if not all(isinstance(each, bool) for each in values):
-            raise _Fault(f"[defaults] {name}: is {value!r}, expected true, false or {{ pi0 = ..., pi05 = ... }}")
+            raise _Fault(f"[defaults] {name}: is {brief(value)}, expected true, false or {{ pi0 = ..., pi05 = ... }}")
     for name in robot.ask:
         if name not in SETTINGS:
             raise _Fault(f"[defaults] ask: {name!r} is unknown, of {', '.join(SETTINGS)}")
@@ -444,7 +466,7 @@ def _check_keys(table: Any, where: str, needed: dict[str, Any], optional: dict[s
         if expected is None:
             raise _Fault(f"{where}: the key {key!r} is unknown, of {', '.join([*needed, *optional])}")
         if not isinstance(value, expected) or isinstance(value, bool) and expected is not bool:
-            raise _Fault(f"{where}: {key} is {value!r}, expected {_type_names(expected)}")
+            raise _Fault(f"{where}: {key} is {brief(value)}, expected {_type_names(expected)}")
 
 
 def _type_names(expected: type | tuple[type, ...]) -> str:
@@ -455,14 +477,14 @@ def _type_names(expected: type | tuple[type, ...]) -> str:
 def _key(key: Any, where: str) -> Key:
     parts = (key,) if isinstance(key, str) else tuple(key) if isinstance(key, list) else ()
     if not 1 <= len(parts) <= 2 or not all(isinstance(part, str) and part for part in parts):
-        raise _Fault(f"{where}: {key!r} is no key, expected text or a list of two for a nested dict")
+        raise _Fault(f"{where}: {brief(key)} is no key, expected text or a list of two for a nested dict")
     return parts
 
 
 def _names(table: dict[str, Any], where: str) -> tuple[str, ...]:
     names = table["names"]
-    if not names or not all(isinstance(name, str) and name for name in names):
-        raise _Fault(f"{where}: names must be one text for each number")
+    if not 1 <= len(names) <= MOST or not all(isinstance(name, str) and name for name in names):
+        raise _Fault(f"{where}: names must be one text for each of 1 to {MOST:,} numbers")
     return tuple(names)
 
 
@@ -477,19 +499,32 @@ def _mask(runs: list[Any], size: int) -> tuple[bool, ...]:
     """[True, False, ...], or openpi's notation: [6, -1] is six deltas and one absolute action; what is left is absolute."""
     if runs and all(isinstance(run, bool) for run in runs):
         mask = tuple(runs)
-    elif all(type(run) is int and run for run in runs):
+    elif all(type(run) is int and 0 < abs(run) <= MOST for run in runs) and len(runs) <= MOST:
         mask = tuple(run > 0 for run in runs for _ in range(abs(run)))
     else:
-        raise _Fault(f"[actions] delta: is {runs!r}, expected true or false for each action, or counts such as [6, -1]")
+        raise _Fault(
+            f"[actions] delta: is {brief(runs)}, expected true or false for each action, or counts such as [6, -1]"
+        )
     if len(mask) > size:
         raise _Fault(f"[actions] delta: is about {len(mask)} actions, there are {size}")
     return mask + (False,) * (size - len(mask)) if any(mask) else ()
 
 
-def _list(value: Any) -> list[Any]:
+def _limits(name: str, value: Any, names: tuple[str, ...]) -> tuple[float, float]:
+    """The lowest and the highest value of an action."""
+    if name not in names:
+        raise _Fault(f"[actions] limits: {brief(name)} is no action, of {', '.join(names)}")
+    given = value if isinstance(value, list) else []
+    numbers = [float(each) for each in given if type(each) in (int, float) and abs(each) <= sys.float_info.max]
+    if len(numbers) != 2 or len(given) != 2 or not numbers[0] < numbers[1]:
+        raise _Fault(f"[actions] limits: {name} is {brief(value)}, expected [lowest, highest], two finite numbers")
+    return numbers[0], numbers[1]
+
+
+def _list(value: Any, where: str) -> list[Any]:
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(each, str) for each in values):
-        raise _Fault(f"[dataset]: {value!r} must be a feature's name or a list of them")
+        raise _Fault(f"{where}: {brief(value)} must be a name or a list of them")
     return values
 
 

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import duq.compiler.accuracy.compare
+import duq.compiler.checkpoint.synthetic
 import duq.compiler.cli
 import duq.compiler.pipeline
 import duq.runtime.plan
 import duq.tools.compare
 import duq.tools.make_checkpoint
-from duq.compiler.cli import compile_main
-from duq.compiler.quantize_cli import quantize_main
+from duq.compiler.commands import compile_main, quantize_main
 from duq.plugins.errors import KernelError
 from duq.runtime import Policy
 from duq.runtime.errors import ObservationError, PlanError
@@ -28,6 +28,7 @@ from duq.runtime.inspect import main as inspect_main
 from duq.runtime.observations import save_observations
 from duq.runtime.plan import Plan, PlanWriter
 from duq.runtime.serve_cli import main as serve_main
+from tests.support.plans import manifest
 
 W4A8 = "llm+expert-mlp"
 UNWRITABLE = Path("/proc")  # also for root
@@ -122,7 +123,7 @@ def no_long_work(compiled, monkeypatch):
         (duq.compiler.pipeline, "export"),
         (duq.compiler.pipeline, "quantize"),
         (duq.compiler.accuracy.compare, "run_worker"),
-        (duq.tools.make_checkpoint, "make_checkpoint"),
+        (duq.compiler.checkpoint.synthetic, "make_checkpoint"),
     ):
         monkeypatch.setattr(module, name, began)
 
@@ -248,8 +249,11 @@ CHECKPOINTS = {
     "wrong dims": (weights(narrow), "bad: 1 tensors do not fit", "expert.layers.1.mlp.up_proj.weight", "expected ["),
     "NaN": (weights(nan), "bad: 1 tensors hold NaN", "expert.layers.1.mlp.up_proj.weight: 1 of"),
     "contradiction": (contradiction, "bad: config.json contradicts", "action_dim: action_dim 24, but the tensors have 32"),
-    "config no JSON": (no_json, "bad/config.json cannot be read"),
-    "no tokenizer model": (no_tokenizer_model, "tokenizer.model: is not a SentencePiece model; give one with --tokenizer"),
+    "config no JSON": (no_json, "bad/config.json: cannot be read"),
+    "no tokenizer model": (
+        no_tokenizer_model,
+        "tokenizer.model: is not a SentencePiece model; give PaliGemma's SentencePiece model with --tokenizer",
+    ),
     "no statistics": (no_statistics, "bad has no normalization statistics", "--without-norm-stats"),
 }
 
@@ -381,7 +385,7 @@ def test_a_plan_cut_short(kept, good, plan_refused, tmp_path):
 def test_a_plan_of_a_newer_format(plan_refused, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, PlanWriter(tmp_path / "engine.plan") as plan:
         patch.setattr(duq.runtime.plan, "FORMAT_VERSION", duq.runtime.plan.FORMAT_VERSION + 1)
-        plan.finish({"target": "cpu"})
+        plan.finish(manifest())
     plan_refused("has format version 3, this runtime reads 2; upgrade duq", tmp_path / "engine.plan")
 
 
@@ -436,7 +440,7 @@ def test_recipe_files(good, programs, refused, tmp_path):
         ("preset: [1]", "unknown preset in "),
         ("weight_bits: .inf", "recipe key weight_bits is inf; expected int"),
         ("weight_bits: !!int abc", "does not parse: invalid literal"),
-        ("[" * 3000, "does not parse: maximum recursion depth"),
+        ("[" * 3000, "does not parse: RecursionError: maximum recursion depth"),
         ("damping: .nan", "damping is nan; it must be positive"),
         ("weight_bits: four", "recipe key weight_bits is 'four'; expected int"),
         ("[", "does not parse"),

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ from hypothesis import strategies as st
 from rich.progress import Progress
 
 from duq.compiler.checkpoint import load_checkpoint
+from duq.compiler.checkpoint.metadata import read_metadata
 from duq.compiler.checkpoint.synthetic import make_checkpoint
 from duq.compiler.checkpoint.training import published, settings_of_trainer, training_config
-from duq.compiler.cli import compile_main
+from duq.compiler.commands import compile_main
 from duq.compiler.errors import CheckpointError
 from duq.compiler.pipeline import compile_policy
 from duq.compiler.quant import Quantization, load_recipe
@@ -245,21 +247,24 @@ def test_a_trainers_metadata_says_it_all(trainers):
     assert settings.transforms["default_prompt"] == "Transfer cube"
 
 
-class Stub:
-    """As the reader of metadata.pt leaves an enum's member."""
+class DroidActionSpace(Enum):
+    """openpi's."""
 
-    args = (1,)
+    JOINT_POSITION = 1
+    JOINT_VELOCITY = 2
 
 
 @pytest.mark.parametrize("data, robot, delta", [
     ({"extra_delta_transform": True}, "libero", True),
     ({"extra_delta_transform": False}, "libero", False),
-    ({"rlds_data_dir": "x", "action_space": Stub()}, "droid", True),
+    ({"rlds_data_dir": "x", "action_space": DroidActionSpace.JOINT_POSITION}, "droid", True),
+    ({"rlds_data_dir": "x", "action_space": DroidActionSpace.JOINT_VELOCITY}, "droid", False),
     ({"rlds_data_dir": "x", "action_space": None}, "droid", False),
     ({"repo_id": "mine"}, None, None),
 ])  # fmt: skip
-def test_the_data_config_is_known_by_its_fields(data, robot, delta):
-    found = settings_of_trainer(TRAINER | {"data": data})
+def test_the_data_config_is_known_by_its_fields(data, robot, delta, tmp_path):
+    torch.save(TRAINER | {"data": data}, tmp_path / "metadata.pt")  # an enum is a call of its class in it
+    found = settings_of_trainer(read_metadata(tmp_path / "metadata.pt"))
     assert (found.robot and found.robot.name) == robot and found.transforms.get("delta_actions") == delta
 
 

@@ -161,6 +161,21 @@ def test_the_scripted_expert_closes_the_loop(command_line, small_images, tmp_pat
     assert not np.array_equal(pixels[:112, :112], pixels[:112, -112:])  # something happened
 
 
+def test_no_frame_is_on_a_contact_sheet_twice():
+    """Of an episode that was seen at fewer moments than there are columns, and of one seen twice at its last step."""
+    episodes = []
+    for looks in ((0, 10, 13), tuple(range(25)) + (24,)):
+        episode = object.__new__(metaworld_loop.Episode)
+        frames = [np.full((8, 8, 3), 10 * index, np.uint8) for index in range(len(looks))]
+        episode.seen, episode.success = [(step, [frame]) for step, frame in zip(looks, frames, strict=True)], False
+        episodes.append(episode)
+    pixels = np.asarray(metaworld_loop.contact_sheet(episodes))
+    assert pixels.shape == (2 * 112, 10 * 112, 3)
+    short, long = (pixels[row * 112 + 100, 56::112, 0].tolist() for row in range(2))  # a pixel of each cell
+    assert short == [0, 10, 20] + 7 * [0]  # three moments, and nothing behind them
+    assert len(set(long)) == 10 and long[-1] == 250
+
+
 @pytest.mark.parametrize("execute, asked", [(8, 3), (5, 4)])
 def test_a_plan_in_this_process(command_line, small_images, tiny_plans, monkeypatch, execute, asked):
     replies = []

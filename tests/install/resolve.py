@@ -31,6 +31,8 @@ CASES = (
     Case((".[server]",)),
     Case((".[cuda-runtime]",)),
     Case((".[compile,cuda,cuda-runtime]",)),
+    Case((".[compile,cuda12]",)),
+    Case((".[cuda12-runtime]",)),
     Case((".[compile,data,demo,hub,jax,server]",)),
     Case((".[compile,tensorrt-rtx]",)),
     Case((".[compile,study]",)),

@@ -194,7 +194,7 @@ def test_what_cannot_be_applied_is_refused_before_a_robot_moves(changes, rtc, me
 
 def test_a_plan_that_cannot_stop_between_steps_is_not_guided(monkeypatch):
     ours, *_ = opened(folder("pi0"))
-    monkeypatch.setattr(type(ours._engine._executor), "guided", False)
+    monkeypatch.setattr(type(ours._engine._opened.engine.executor), "guided", False)
     ours.config.rtc_config = RTCConfig()
     with pytest.raises(ValueError, match="policy.rtc=blend"):
         ours.init_rtc_processor()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from duq.plugins import driver, nvrtc
 from duq.plugins.errors import KernelError
+from duq.plugins.libraries import Version
 from duq.plugins.nvrtc import Cubin, compile_cubin, compile_ptx, read_cached
 
 SMALLEST = "gemm_small<4, 1, 1, 1, 1, NONE, int>"
@@ -67,6 +70,14 @@ def test_refuses_an_unknown_architecture(tmp_path):
         compile_cubin("gemm_small.cu", 75, [SMALLEST], cache=tmp_path)
 
 
+def test_an_sm_that_cuda_12_does_not_know_names_the_extra_of_cuda_13(tmp_path, monkeypatch):
+    monkeypatch.setattr(nvrtc, "supported_sms", lambda: [80, 86, 87, 89, 90])
+    monkeypatch.setattr(nvrtc, "nvrtc_version", lambda: Version(12, 6))
+    says = r"NVRTC 12\.6 compiles for SM 80, 86, 87, 89, 90, not for SM 120; CUDA 13's does: pip install 'duq-vla\[cuda\]'"
+    with pytest.raises(KernelError, match=says):
+        compile_cubin("gemm_small.cu", 120, [SMALLEST], cache=tmp_path)
+
+
 def test_names_the_extra_that_brings_a_missing_wheel(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(KernelError, match=r"duq-vla\[cuda\]"):
@@ -77,6 +88,28 @@ def test_driver_names_the_extra_that_brings_its_bindings(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(KernelError, match=r"duq-vla\[cuda\]"):
         driver.open_device()
+
+
+def test_the_bindings_have_every_function_that_is_called():
+    """Also those for CUDA 12 (make test-cuda12)."""
+    text = Path(driver.__file__).read_text()
+    called = set(re.findall(r'"(cu[A-Z]\w+)"', text)) | set(re.findall(r"(?:_driver\(\)|driver)\.(cu\w+|CU\w+)", text))
+    assert len(called) > 30 and [name for name in called if not hasattr(driver._driver(), name)] == []
+
+
+@pytest.mark.parametrize(
+    ("found", "bindings", "says"),
+    [
+        ((12, 6), 13, r"is for CUDA 12\.6; update it to one for CUDA 13\.0 .*, or stay with it \(JetPack 6\).*cuda12\]"),
+        ((12, 2), 13, r"is for CUDA 12\.2; update it to one for CUDA 13\.0 \(580 or newer\)$"),
+        ((11, 8), 12, r"is for CUDA 11\.8; update it to one for CUDA 12\.0"),
+    ],
+)
+def test_a_driver_older_than_the_bindings(found, bindings, says):
+    with pytest.raises(KernelError, match=says):
+        driver._check_driver(Version(*found), bindings)
+    for newer in ((bindings, 0), (bindings + 1, 2)):
+        driver._check_driver(Version(*newer), bindings)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine with no GPU")

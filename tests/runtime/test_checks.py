@@ -6,7 +6,9 @@ import array as standard_array
 import fractions
 import subprocess
 import sys
+import time
 import timeit
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -378,3 +380,119 @@ def test_no_library_is_imported(tmp_path):
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "duq.runtime.checks" in loaded and not {"torch", "jax"} & set(loaded)
+
+
+# --- values that claim more than there is, and values that fight back --------------------------------------------------
+
+
+class Hostile:
+    """Fails wherever it is asked."""
+
+    shape = dtype = property(lambda self: 1 / 0)
+
+    def __array__(self, dtype=None, copy=None):
+        raise OSError("the camera is gone")
+
+
+class Endless:
+    """A sequence of a length that nobody waits for."""
+
+    def __len__(self):
+        return 1 << 50
+
+    def __getitem__(self, index):
+        return 1.0
+
+
+def shared(levels: int) -> list:
+    """A list of one inner list many times, and so on: 1000 ** levels numbers in no memory."""
+    value = [0.0] * 1000
+    for _ in range(levels - 1):
+        value = [value] * 1000
+    return value
+
+
+HUGE = {
+    "float32": np.broadcast_to(np.float32(1), (1 << 20, 1 << 20)),
+    "big endian": np.broadcast_to(np.array(1, ">f4"), (1 << 20, 1 << 20)),
+    "bfloat16": np.broadcast_to(np.array(1, ml_dtypes.bfloat16), (1 << 20, 1 << 20)),
+    "zero strides by hand": np.lib.stride_tricks.as_strided(np.zeros(1), (1 << 40,), (0,)),
+    "torch": torch.ones(1).expand(1 << 20, 1 << 20),
+    "torch bfloat16": torch.ones(1, dtype=torch.bfloat16).expand(1 << 20, 1 << 20),
+    "range": range(1 << 50),
+    "sequence": Endless(),
+    "list of views": [np.broadcast_to(np.float32(1), (1 << 16,))] * 100000,
+    "list of a view": [np.broadcast_to(np.float32(1), (1 << 20, 1 << 20))],
+    "list of lists": shared(6),
+    "list of lists and arrays": [shared(3), [np.zeros(1)]],
+}
+
+
+@pytest.mark.parametrize("form", HUGE)
+def test_what_claims_more_numbers_than_can_be_is_refused_before_it_is_copied(form):
+    start = time.perf_counter()
+    for read in (
+        lambda: checks.vector({"state": HUGE[form]}, "state", 32),
+        lambda: checks.image(HUGE[form], "state", "any"),
+        lambda: checks.array(HUGE[form], "state", "one bool", 1),
+    ):
+        tracemalloc.start()
+        try:
+            with pytest.raises(ObservationError, match="^state: .*(more than|too many)") as error:
+                read()
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak < 600 << 20 and len(str(error.value)) < 300
+    assert time.perf_counter() - start < 30
+
+
+@pytest.mark.parametrize("value", [Hostile(), [Hostile()], [1.0, Hostile()], (Hostile(), np.zeros(3))])
+def test_a_value_that_raises_is_refused_in_one_line(value):
+    for read in (lambda: checks.vector({"x": value}, "x", 3), lambda: checks.image(value, "x", "HWC")):
+        with pytest.raises(ObservationError, match="^x: is a .* that cannot be read") as error:
+            read()
+        assert "\n" not in str(error.value)
+
+
+class Locked(dict):
+    """A mapping of the user's own that fails when it is read."""
+
+    def items(self):
+        raise RuntimeError("locked")
+
+    keys = __iter__ = items
+
+
+@pytest.mark.parametrize("value", [None, [], "image", np.array([{}], object), 3, Locked(), {"image": Locked(a=1)}])
+def test_what_is_no_observation_is_refused(value):
+    with pytest.raises(ObservationError, match="^an observation is a dict, got"):
+        Preprocessor(CONFIG).model_inputs(value)
+
+
+@pytest.mark.parametrize("key", [3, ("a", "b"), None, "\ud800", "\0" * (1 << 20), b"base", np.str_("x"), float("nan")])
+@pytest.mark.parametrize("outer", ["image", "image_mask"])
+def test_keys_of_any_type_are_named_briefly(key, outer):
+    observation = bare_observation()
+    with pytest.raises(ObservationError, match="^image: unknown slot") as error:
+        Preprocessor(CONFIG).model_inputs(
+            observation | {outer: observation[outer] | {key: observation["image"]["base_0_rgb"]}}
+        )
+    str(error.value).encode()
+    assert len(str(error.value)) < 250
+    with pytest.raises(ObservationError, match="^observation lacks 'state'; it has ") as error:
+        Preprocessor(CONFIG).model_inputs(
+            {**{f"{i}" * 1000: 0 for i in range(1000)}, key: 0, "image": observation["image"]}
+        )
+    assert len(str(error.value)) < 1200
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300, -1e300, 1e16, np.longdouble("1e4000"), -1e16])
+def test_numbers_that_float32_arithmetic_does_not_survive_are_none(value):
+    values = np.zeros((2, 3), type(value) if isinstance(value, np.longdouble) else np.float64)
+    values[1, 2] = value
+    with pytest.raises(
+        ObservationError, match=r"^x: is .* at index 1, 2; the model takes finite numbers of at most 1e\+15"
+    ):
+        checks.moderate(values, "x")
+    assert np.array_equal(checks.moderate(np.array([1e15, -1e15, 0]), "x"), np.array([1e15, -1e15, 0], np.float32))

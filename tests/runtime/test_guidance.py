@@ -125,7 +125,7 @@ def test_a_prefix_that_does_not_fit_is_refused(policy, actions, weights, strengt
 
 
 def test_an_engine_that_cannot_stop_between_steps_says_so(policy, monkeypatch):
-    monkeypatch.setattr(type(policy._executor), "guided", False)
+    monkeypatch.setattr(type(policy._opened.engine.executor), "guided", False)
     with pytest.raises(PlanError, match="--target cpu"):
         policy.infer(observation(), noise(), prefix=Prefix(np.zeros((1, 7)), np.zeros(8)))
 
@@ -133,9 +133,9 @@ def test_an_engine_that_cannot_stop_between_steps_says_so(policy, monkeypatch):
 def test_actions_go_back_to_the_model_as_they_came(policy):
     """model_actions inverts robot_actions: deltas, statistics, the robot's conversions."""
     modeled = RNG.standard_normal((8, 32)).astype(np.float32)
-    preprocessor = policy._preprocessor
-    there = preprocessor.robot_actions(modeled, observation())
-    back = preprocessor.model_actions(there, observation())
+    preprocessor = policy._opened.preprocessor
+    state = preprocessor.read(observation()).robot_state
+    back = preprocessor.model_actions(preprocessor.actions_at(modeled, state), state)
     np.testing.assert_allclose(back[:, :7], modeled[:, :7], atol=1e-4)
     assert not back[:, 7:].any()
 
@@ -143,7 +143,6 @@ def test_actions_go_back_to_the_model_as_they_came(policy):
 @pytest.mark.parametrize("adapt", [False, True])
 def test_conversions_are_inverted(adapt):
     preprocessor = Preprocessor(CONFIG, robot="aloha", transforms={"adapt_to_pi": adapt})
-    observation = {"images": {"cam_high": np.zeros((3, 28, 28), np.uint8)}, "state": RNG.uniform(0, 1, 14)}
-    modeled = RNG.standard_normal((8, 32)).astype(np.float32)
-    back = preprocessor.model_actions(preprocessor.robot_actions(modeled, observation), observation)
+    state, modeled = RNG.uniform(0, 1, 14), RNG.standard_normal((8, 32)).astype(np.float32)
+    back = preprocessor.model_actions(preprocessor.actions_at(modeled, state), state)
     np.testing.assert_allclose(back[:, :14], modeled[:, :14], atol=1e-5)

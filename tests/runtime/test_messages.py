@@ -1,5 +1,7 @@
 """Messages against openpi-client's own encoder and decoder, and against everything a stranger may send."""
 
+import tracemalloc
+
 import msgpack
 import numpy as np
 import pytest
@@ -98,7 +100,19 @@ def scalar(data, dtype) -> bytes:
     (array(shape="12"), "shape '12', expected a list"),
     (array(shape=[2**40, 2**40]), "has 8 bytes, but"),
     (array(shape=[2**63, 0], data=b""), "is not possible"),
-    (array(shape=[1] * 100, data=b"\0" * 4), "is not possible"),
+    (array(shape=[1] * 100, data=b"\0" * 4), "100 dimensions, which is not possible"),
+    (array(shape=[2**64 - 1] * 32), "has 8 bytes, but float32"),
+    (array(shape=["x" * 60_000] * 1000), r"shape \['xxxxxxxxx.*, \.\.\.\], expected a list"),
+    (array(dtype=b"\0" * 100_000), "dtype 100000 bytes"),
+    (msgpack.packb({"x" * 129: 1}), "has a key of 129 characters, expected at most 128"),
+    (msgpack.packb({b"x" * 129: 1}), "has a key of 129 characters"),
+    (msgpack.packb("x" * 65_537), "has a text of 65537 bytes, expected at most 65536"),
+    (b"\xdb\xff\xff\xff\xff", "incomplete input"),
+    (b"\xc6\xff\xff\xff\xff", "incomplete input"),
+    (msgpack.packb([msgpack.ExtType(5, b"")]), "has an extension type"),
+    (msgpack.packb([msgpack.ExtType(5, b"abc")]), "has an extension type, expected plain values and arrays"),
+    (msgpack.packb([msgpack.Timestamp(1, 1)]), "has an extension type"),
+    (b"\x81\x01\x02", "int is not allowed for map key"),
     (array(data="text"), "data is a str, expected bytes"),
     (array(data=b"\0\2", dtype="|b1"), "bytes other than 0 and 1"),
     (array(data=b"\xff" * 8, dtype="<U2", shape=[1]), "no characters"),
@@ -110,6 +124,17 @@ def scalar(data, dtype) -> bytes:
 def test_hostile_messages(data, message):
     with pytest.raises(MessageError, match=message):
         unpack(data)
+
+
+def test_an_error_costs_no_more_than_its_message():
+    """Whatever it repeats of the message is short before it is shown."""
+    for data in (array(dtype=bytes(16 << 20)), array(shape=[bytes(16 << 20)]), scalar(bytes(16 << 20), "<f4")):
+        tracemalloc.start()
+        with pytest.raises(MessageError) as error:
+            unpack(data)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 2 * len(data) and len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize("value", [np.array([object()]), np.zeros(2, complex), np.zeros(1, "V4"), object(), {1, 2}])

@@ -1,5 +1,6 @@
 """The plan file: round trips, alignment, and that every kind of damage is noticed."""
 
+import gc
 import io
 import os
 import struct
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 import duq.runtime.plan
 from duq.runtime.errors import PlanError
 from duq.runtime.plan import FORMAT_VERSION, MANIFEST, Plan, PlanWriter
+from tests.support.plans import manifest, write_plan
 
 ENTRIES = {
     "graph/prefix.onnx": b"\x08\x0agraph" * 30,
@@ -24,26 +26,25 @@ ENTRIES = {
 }
 
 
-def write_plan(path, entries=ENTRIES, manifest=None):
-    with PlanWriter(path) as plan:
-        offsets = {name: plan.write(name, data) for name, data in entries.items()}
-        plan.finish(manifest or {"target": "cpu"})
-    return offsets
-
-
 def raw(data) -> bytes:
     return data.tobytes() if isinstance(data, np.ndarray) else bytes(data)
 
 
+@pytest.fixture(autouse=True)
+def no_wait(monkeypatch):
+    """Opening a plan that was just written waits for the clock, which these tests need not."""
+    monkeypatch.setattr(duq.runtime.plan, "_TICK_NS", 0)
+
+
 @pytest.fixture
 def path(tmp_path):
-    write_plan(tmp_path / "engine.plan")
+    write_plan(tmp_path / "engine.plan", ENTRIES)
     return tmp_path / "engine.plan"
 
 
 def test_round_trip_and_offsets(tmp_path):
     path = tmp_path / "engine.plan"
-    offsets = write_plan(path)
+    offsets = write_plan(path, ENTRIES)
     plan, file = Plan(path), path.read_bytes()
     assert plan.names == list(ENTRIES)
     assert plan.manifest["target"] == "cpu" and plan.manifest["format_version"] == FORMAT_VERSION
@@ -69,8 +70,8 @@ def test_standard_tools_read_it(path):
 
 
 def test_same_input_same_bytes(tmp_path):
-    write_plan(tmp_path / "a.plan")
-    write_plan(tmp_path / "b.plan")
+    write_plan(tmp_path / "a.plan", ENTRIES)
+    write_plan(tmp_path / "b.plan", ENTRIES)
     assert (tmp_path / "a.plan").read_bytes() == (tmp_path / "b.plan").read_bytes()
 
 
@@ -78,7 +79,7 @@ def test_streams_pieces(tmp_path):
     pieces = [os.urandom(n) for n in (3, 0, 2_500_000, 1)]
     with PlanWriter(tmp_path / "p") as plan:
         assert plan.write("stream", iter(pieces)) % 4096 == 0
-        plan.finish({})
+        plan.finish(manifest())
     assert Plan(tmp_path / "p").read("stream") == b"".join(pieces)
 
 
@@ -100,7 +101,7 @@ def test_every_header_has_room_for_64_bit_sizes(path):
 def test_any_entries_round_trip(tmp_path, entries, alignment):
     with PlanWriter(tmp_path / "p") as plan:
         offsets = {name: plan.write(name, data, alignment) for name, data in entries.items()}
-        plan.finish({})
+        plan.finish(manifest())
     plan = Plan(tmp_path / "p")
     assert {name: bytes(plan.read(name)) for name in plan.names} == entries
     assert all(offset % alignment == 0 for offset in offsets.values())
@@ -117,8 +118,8 @@ def small(tmp_path_factory):
     data = path.read_bytes()
     spans = {name: (entry["offset"], entry["bytes"]) for name, entry in Plan(path).manifest["entries"].items()}
     with zipfile.ZipFile(path) as archive:
-        manifest = archive.read(MANIFEST)
-    spans[MANIFEST] = (data.index(manifest), len(manifest))
+        text = archive.read(MANIFEST)
+    spans[MANIFEST] = (data.index(text), len(text))
     return data, spans
 
 
@@ -206,7 +207,7 @@ def test_repacked_plan_is_refused(tmp_path, path):
 @pytest.mark.parametrize("version, fix", [(FORMAT_VERSION + 1, "upgrade"), (0, "compile it again")])
 def test_other_format_version(tmp_path, monkeypatch, version, fix):
     monkeypatch.setattr(duq.runtime.plan, "FORMAT_VERSION", version)
-    write_plan(tmp_path / "p")
+    write_plan(tmp_path / "p", ENTRIES)
     monkeypatch.undo()
     with pytest.raises(PlanError, match=fix):
         Plan(tmp_path / "p")
@@ -218,6 +219,58 @@ def test_unverified_open_skips_the_hashes(tmp_path, small):
     damaged[spans["weights/w"][0]] ^= 1
     (tmp_path / "p").write_bytes(damaged)
     assert Plan(tmp_path / "p", verify=False).read("weights/w")[0] == 1
+
+
+EDITS = ["drop", "repeat", "compress", "rename", "swap", "grow", "shrink", "add", "comment", "prepend", "append", "flag"]
+
+
+@given(edits=st.lists(st.tuples(st.sampled_from(EDITS), st.integers(0, 5)), min_size=1, max_size=3))
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_zip_that_was_put_together_otherwise_is_harmless_or_an_error(tmp_path, small, edits):
+    original, spans = small
+    with zipfile.ZipFile(io.BytesIO(original)) as archive:
+        members = [[info, archive.read(info)] for info in archive.infolist()]
+    head, tail, comment = b"", b"", b""
+    for kind, at in edits:
+        info, data = members[at % len(members)] if members else (zipfile.ZipInfo("a"), b"")
+        match kind:
+            case "drop":
+                members = [each for each in members if each[0] is not info]
+            case "repeat":
+                members.append([info, data])
+            case "compress":
+                info.compress_type = zipfile.ZIP_DEFLATED
+            case "rename":
+                info.filename += "x"
+            case "swap":
+                members.reverse()
+            case "grow" | "shrink":
+                members = [[i, d + b"x" if kind == "grow" else d[:-1]] if i is info else [i, d] for i, d in members]
+            case "add":
+                members.append([zipfile.ZipInfo("weights/added"), b"x" * at])
+            case "comment":
+                comment = b"PK\x05\x06" + bytes(at)
+            case "prepend":
+                head += bytes(at + 1)
+            case "append":
+                tail += b"PK\x01\x02"[:at]
+            case "flag":
+                info.flag_bits |= 1 << at
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        archive.comment = comment
+        for info, data in members:
+            archive.writestr(info, data)
+    (tmp_path / "p").write_bytes(head + made.getvalue() + tail)
+    try:
+        plan = Plan(tmp_path / "p")
+    except PlanError as error:
+        assert str(tmp_path) in str(error) and "\n" not in str(error)
+        return
+    for name in plan.names:
+        offset, size = spans[name]
+        assert plan.read(name) == original[offset : offset + size]
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -254,3 +307,120 @@ def test_bad_destinations_and_names(tmp_path):
         for name in ("a", MANIFEST):
             with pytest.raises(PlanError, match="twice"):
                 plan.write(name, b"")
+
+
+# --- a file that changes ----------------------------------------------------------------------------------------------
+
+
+def written_in_place(path):
+    with open(path, "r+b") as file:
+        file.write(b"PK")
+
+
+CHANGES = {
+    "written": written_in_place,
+    "cut short": lambda path: os.truncate(path, 100),
+    "emptied": lambda path: os.truncate(path, 0),
+    "touched": os.utime,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_plan_that_was_written_to_is_not_read(path, change, monkeypatch):
+    monkeypatch.undo()
+    plan = Plan(path)  # with the wait: the file is milliseconds old
+    plan.check_unchanged()
+    change(path)
+    for read in (plan.check_unchanged, lambda: plan.read("weights/scale"), lambda: plan.copy("weights/scale"),
+                 lambda: plan.mapping):  # fmt: skip
+        with pytest.raises(PlanError, match="engine.plan: was written to while in use.*replace a plan by rename"):
+            read()
+
+
+def test_a_write_within_the_file_system_s_tick_is_noticed(path, monkeypatch):
+    """Files are stamped with a clock that stands still for milliseconds: each round writes right after the opening."""
+    monkeypatch.undo()
+    for _ in range(20):
+        path.write_bytes(data := path.read_bytes())
+        plan = Plan(path)
+        path.write_bytes(data)
+        with pytest.raises(PlanError, match="was written to"):
+            plan.check_unchanged()
+
+
+def test_what_was_opened_stays_when_its_name_goes(path, tmp_path):
+    plan = Plan(path)
+    write_plan(tmp_path / "new", {"weights/scale": b"other"})
+    os.replace(tmp_path / "new", path)
+    assert plan.read("weights/scale") == plan.copy("weights/scale") == raw(ENTRIES["weights/scale"])
+    path.unlink()
+    plan.check_unchanged()
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("stage", ["_read_directory", "_read_manifest", "_check_entries", "_check_hashes"])
+def test_a_change_while_it_is_opened_is_found(path, change, stage, monkeypatch):
+    original = getattr(duq.runtime.plan, stage)
+
+    def then_change(*arguments):
+        result = original(*arguments)
+        change(path)
+        return result
+
+    monkeypatch.setattr(duq.runtime.plan, stage, then_change)
+    monkeypatch.setattr(duq.runtime.plan, "_TICK_NS", 12_000_000)
+    with pytest.raises(PlanError, match="engine.plan: "):
+        Plan(path)
+
+
+def test_close(path):
+    gc.collect()
+    descriptors = os.listdir("/proc/self/fd")
+    plan = Plan(path)
+    view = plan.read("graph/prefix.onnx")
+    plan.close()
+    plan.close()
+    assert view == ENTRIES["graph/prefix.onnx"]  # who holds a view keeps it
+    for read in (Plan.check_unchanged, lambda plan: plan.read("weights/scale"), lambda plan: plan.copy("weights/scale")):
+        with pytest.raises(PlanError, match="engine.plan: is closed; open it again"):
+            read(plan)
+    del view, plan
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == len(descriptors)
+
+
+def test_a_plan_let_go_or_refused_holds_no_descriptor(path, tmp_path):
+    (tmp_path / "bad").write_bytes(path.read_bytes()[:-10])
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        Plan(path)
+        with pytest.raises(PlanError):
+            Plan(tmp_path / "bad")
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, says in ((tmp_path / "pipe", "is no regular file"), ("/dev/null", "is no regular file"),
+                       (tmp_path / "a\0b", "embedded null"), ("x" * 300, "File name too long")):  # fmt: skip
+        with pytest.raises(PlanError, match=says):
+            Plan(path)
+
+
+def test_entries_that_overlap_are_refused(tmp_path, monkeypatch):
+    """Two entries of the zip whose headers lie in each other's data."""
+    inner = tmp_path / "inner"
+    write_plan(inner, {"weights/a": bytes(100)})
+    real = duq.runtime.plan._data_offset
+    write_plan(tmp_path / "p", {"weights/a": bytes(100), "weights/b": bytes(100)})
+    plan = Plan(tmp_path / "p")
+    entries = {"weights/a": plan.manifest["entries"]["weights/a"], "weights/b": dict(plan.manifest["entries"]["weights/b"])}
+    entries["weights/b"]["offset"] = entries["weights/a"]["offset"] + 50
+    monkeypatch.setattr(
+        duq.runtime.plan, "_data_offset", lambda path, fd, info: real(path, fd, info) and entries[info.filename]["offset"]
+    )
+    directory = duq.runtime.plan._read_directory(plan.path, plan._fd)
+    with pytest.raises(PlanError, match="entries weights/a and weights/b overlap"):
+        duq.runtime.plan._check_entries(plan.path, plan._fd, len(plan.mapping), directory, entries)

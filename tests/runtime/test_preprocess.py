@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from duq.runtime.config import IMAGE_SLOTS
 from duq.runtime.errors import ObservationError, PlanError
 from duq.runtime.images import resize_with_pad
-from duq.runtime.preprocess import ModelInputs, Normalizer, Preprocessor
+from duq.runtime.preprocess import MAX_PROMPT, ModelInputs, Normalizer, Preprocessor
 from duq.runtime.tokenizer import Tokenizer
 from tests.support.observations import CONFIG, PI05, bare_observation
 
@@ -281,3 +281,15 @@ def test_too_long_a_text_is_cut_off_with_a_warning(tokenizer_bytes, caplog, slot
 def test_refuses_more_cameras_than_compiled_for():
     with pytest.raises(ObservationError, match="3 cameras, the plan takes 1 to 2"):
         Preprocessor(CONFIG, cameras=2).model_inputs(bare_observation())
+
+
+@pytest.mark.parametrize(
+    "prompt", ["x" * (16 << 20), b"x" * (16 << 20), "x" * (MAX_PROMPT + 1)], ids=["str", "bytes", "one more"]
+)
+def test_a_huge_prompt_is_refused_before_its_tokens_are_sought(tokenizer_bytes, monkeypatch, prompt):
+    policy = Preprocessor(CONFIG, tokenizer=tokenizer_bytes)
+    monkeypatch.setattr(Tokenizer, "encode", lambda *arguments: pytest.fail("tokenized"))
+    with pytest.raises(
+        ObservationError, match=rf"prompt: has {len(prompt)} characters, expected at most 16384; shorten it$"
+    ):
+        policy.model_inputs(bare_observation(prompt=prompt, tokenized_prompt=None, tokenized_prompt_mask=None))

@@ -91,7 +91,9 @@ def test_the_disk_limit_counts_what_is_there(tmp_path):
 
 def test_a_slow_disk_never_holds_a_call_up(tmp_path, monkeypatch, caplog):
     gate = threading.Event()
-    monkeypatch.setattr(recording, "save_observations", lambda *args: (gate.wait(10), save_observations(*args)))
+    monkeypatch.setattr(
+        recording, "save_observations", lambda *args, **more: (gate.wait(10), save_observations(*args, **more))
+    )
     recorder, outcomes = Recorder(tmp_path, every=1, limit_bytes=1 << 30), Outcomes()
     recorder.start(outcomes.append)
     start = time.perf_counter()
@@ -116,10 +118,10 @@ def test_what_cannot_be_written_is_counted_and_told_once(tmp_path, caplog, bad):
 def test_a_full_disk_and_a_bug_do_not_end_the_recording(tmp_path, monkeypatch, caplog):
     errors = iter([OSError(28, "No space left on device"), ZeroDivisionError()])
 
-    def save(*args):
+    def save(*args, **more):
         if error := next(errors, None):
             raise error
-        save_observations(*args)
+        save_observations(*args, **more)
 
     monkeypatch.setattr(recording, "save_observations", save)
     assert recorded(tmp_path, map(observation, range(3))) == ["failed", "failed", "written"]

@@ -1,5 +1,7 @@
 """The server as openpi's own client sees it, over loopback. (The Makefile installs openpi-client.)"""
 
+import dataclasses
+import json
 import os
 import re
 import signal
@@ -10,6 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +26,11 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 import duq.runtime
 from duq.compiler.quant.recipe import DEFAULT_PRESET
 from duq.runtime import serve_cli
+from duq.runtime.errors import EngineError, PlanError
 from duq.runtime.messages import pack, unpack
-from duq.runtime.metrics import ERROR_KINDS, Metrics
+from duq.runtime.metrics import ERROR_KINDS, REFUSAL_KINDS, Metrics
+from duq.runtime.server import PlanWatch
+from duq.runtime.server_limits import Limits
 from duq.tools import bench_server
 from tests.support.observations import libero
 from tests.support.serving import FakePolicy, serving, wait_until
@@ -207,9 +213,37 @@ def test_an_error_of_the_engine_is_told_with_its_traceback(served, policy):
     assert served.metric('duq_errors_total{kind="internal"}') == 1
 
 
+@pytest.mark.parametrize(
+    "error", [EngineError("engine.plan: must be opened again"), PlanError("engine.plan: was written to")]
+)
+def test_a_policy_that_can_answer_no_more_says_so_in_a_line_and_is_not_healthy(served, policy, error):
+    def fail(*arguments):
+        raise error
+
+    assert served.get("/healthz") == "OK\n"
+    policy.infer = policy.check = fail
+    client = served.client()
+    with pytest.raises(RuntimeError, match=f"{type(error).__name__}: {error}$") as told:
+        client.infer({"value": 1})
+    assert "Traceback" not in str(told.value)
+    with pytest.raises(ConnectionClosed, match="1011"):
+        client.infer({"value": 1})
+    with pytest.raises(urllib.error.HTTPError, match="503") as unhealthy:
+        served.get("/healthz")
+    assert unhealthy.value.read().decode() == f"{error}\n"
+    del policy.infer, policy.check
+    assert served.get("/healthz") == "OK\n"
+    in_turn(served, 1)
+
+
+def test_actions_outside_of_the_limits_are_counted(served, policy):
+    policy.outside_limits = {"gripper": 3, "shoulder": 1}
+    assert served.metric('duq_outside_limits_total{action="gripper"}') == 3
+
+
 @pytest.mark.parametrize("size", [100_001, 30_000_000])
 def test_an_oversized_message(policy, size):
-    with serving(policy, max_message_bytes=100_000) as served:
+    with serving(policy, limits=Limits(message_bytes=100_000)) as served:
         client, other = served.client(), served.client()
         with pytest.raises(ConnectionClosed, match=r"1009 \(message too big\).*limit of 100000 bytes"):
             client.infer({"value": 1, "image": np.zeros(size, np.uint8)})
@@ -256,6 +290,92 @@ def test_web_pages_are_refused(served):
     in_turn(served, 1)
 
 
+# --- another plan ----------------------------------------------------------------------------------------------------
+
+
+def replace(path, text):
+    """As duq-compile does it: by a rename."""
+    path.with_suffix(".new").write_text(text)
+    path.with_suffix(".new").replace(path)
+
+
+def reloads(served, outcome) -> float:
+    return served.metric(f'duq_reloads_total{{outcome="{outcome}"}}')
+
+
+def test_a_replaced_plan_is_taken_without_a_gap(policy, tmp_path, caplog):
+    caplog.set_level("INFO")
+    plan = tmp_path / "engine.plan"
+    replace(plan, "one")
+    watch = PlanWatch(plan, seconds=0.05)
+    replace(plan, "another")  # before the server runs, after the watch was made
+    with serving(policy, watch=watch) as served:
+        client = served.client()
+        wait_until(lambda: reloads(served, "ok") == 1)
+        for number in range(2, 5):
+            assert client.infer({"value": number})["actions"][0, 0] == number
+            replace(plan, "x" * number)
+            wait_until(lambda number=number: reloads(served, "ok") == number)
+        assert client.infer({"value": 9})["actions"][0, 0] == 9
+        assert served.metric(f'duq_plan_info{{fingerprint="{4:016x}"}}') == 1
+        assert "0123456789abcdef" not in served.get("/metrics")
+        assert served.client().get_server_metadata()["checkpoint"] == f"{4:016x}"
+        plan.unlink()
+        time.sleep(0.2)
+        assert policy.reloads == 4 and f"{plan} was replaced" in caplog.text
+
+
+@pytest.mark.parametrize("error", [PlanError("engine.plan: is cut short"), MemoryError(), ZeroDivisionError("a bug")])
+def test_a_plan_that_cannot_be_used_leaves_the_running_one(policy, tmp_path, caplog, error):
+    def fail():
+        raise error
+
+    policy.reload = fail
+    plan = tmp_path / "engine.plan"
+    replace(plan, "one")
+    with serving(policy, watch=PlanWatch(plan, seconds=0.05)) as served:
+        client = served.client()
+        replace(plan, "bad")
+        wait_until(lambda: reloads(served, "failed") == 1)
+        time.sleep(0.2)
+        assert reloads(served, "failed") == 1  # once for each file
+        assert client.infer({"value": 1})["actions"][0, 0] == 1
+        assert served.metric('duq_plan_info{fingerprint="0123456789abcdef"}') == 1
+        del policy.reload
+        replace(plan, "good again")
+        wait_until(lambda: reloads(served, "ok") == 1)
+    said = [record for record in caplog.records if "the plan was not loaded again, the running one goes on" in record.msg]
+    assert len(said) == 1 and (str(error) or "MemoryError") in said[0].getMessage()
+    assert bool(said[0].exc_info) == (not isinstance(error, PlanError))
+
+
+def test_calls_go_on_while_a_plan_is_loaded(policy):
+    loading = threading.Event()
+    policy.reload = lambda: loading.wait(10)
+    with serving(policy) as served:
+        client = served.client()
+        served.loop.call_soon_threadsafe(served.server.reload)
+        for number in range(5):
+            assert client.infer({"value": number})["actions"][0, 0] == number
+        assert reloads(served, "ok") == 0
+        loading.set()
+        wait_until(lambda: reloads(served, "ok") == 1)
+
+
+def test_the_server_ends_while_a_plan_is_loaded(policy, caplog):
+    loading = threading.Event()
+    policy.reload = lambda: loading.wait(10)
+    with serving(policy, limits=Limits(stop_seconds=0.3)) as served:
+        served.loop.call_soon_threadsafe(served.server.reload)
+        served.client()
+        start = time.monotonic()
+        served.stop()
+        served.thread.join(10)
+        assert not served.thread.is_alive() and time.monotonic() - start < 3
+        assert served.server.abandoned and "loading the plan still runs and is given up" in caplog.text
+        loading.set()
+
+
 # --- the end ---------------------------------------------------------------------------------------------------------
 
 
@@ -285,33 +405,63 @@ from duq.runtime import serve_cli
 
 class Policy:
     metadata = {"robot": "none"}
-    def __init__(self, plan, threads, seed): self.port = int(sys.argv[-1])
+    fingerprint = "0"
+    outside_limits = {}
+    def __init__(self, plan, **options): self.port = int(sys.argv[-1])
     def warmup(self): self.refused = bool(socket.socket().connect_ex(("127.0.0.1", self.port)))
-    def infer(self, obs): time.sleep(0.5); return {"actions": np.array([self.refused]), "policy_timing": {}}
+    def infer(self, obs):
+        time.sleep(obs.get("seconds", 0.5))
+        return {"actions": np.array([self.refused, self.reloaded]), "policy_timing": {}}
+    reloaded = False
+    def reload(self): self.reloaded = True
 
 serve_cli.Policy = Policy
 serve_cli.main()
 """
 
 
-def test_sigterm_drains_and_exits_with_0():
+@contextmanager
+def duq_serve(*options):
+    """(process, port) of duq-serve with the slow policy, once it listens; killed at the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = os.environ | {"DUQ_API_KEY": "k"}
-    command = [sys.executable, "-c", SLOW, "engine.plan", "--port", str(port)]
+    command = [sys.executable, "-c", SLOW, "engine.plan", *options, "--port", str(port)]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:
         wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+        yield process, port
+    finally:
+        process.kill()
+
+
+def test_sighup_loads_the_plan_again_and_sigterm_drains_and_exits_with_0():
+    with duq_serve() as (process, port):
         client = WebsocketClientPolicy("127.0.0.1", port, api_key="k")
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.2)
         call = Background(client.infer, {})
         time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
-        assert call.result()["actions"].tolist() == [True]  # and the port was closed while it warmed up
+        # the port was closed while it warmed up; it has loaded the plan again
+        assert call.result()["actions"].tolist() == [True, True]
         _, log = process.communicate(timeout=10)
-    finally:
-        process.kill()
     assert process.returncode == 0 and "Traceback" not in log and f"serving on 127.0.0.1:{port}" in log
+
+
+def test_one_sigterm_ends_it_while_the_engine_hangs():
+    """The interpreter would wait for the thread, which is in the engine."""
+    with duq_serve("--stop-timeout", "0.5") as (process, port):
+        client = WebsocketClientPolicy("127.0.0.1", port, api_key="k")
+        call = Background(client.infer, {"seconds": 60})
+        time.sleep(0.3)
+        start = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=15)
+        with pytest.raises(ConnectionClosed):
+            call.result()
+    assert process.returncode == 0 and time.monotonic() - start < 5 and "a call still runs and is given up" in log
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -327,6 +477,16 @@ def test_sigterm_drains_and_exits_with_0():
     (["--port", "0"], None, "No such file"),
     (["--host", "no.such.host.invalid"], None, r"--host no.such.host.invalid --port 8000: cannot be listened on \(.*\)"),
     (["--port", "70000"], None, "--port"),
+    (["--port", "-1"], None, "--port"),
+    (["--host", "a..b"], None, r"--host a..b --port 8000: cannot be listened on \(.*\)"),
+    (["--host", "x" * 300], None, r"cannot be listened on \(.*\)"),
+    (["--host", " "], None, "--host: is empty; name an address"),
+    (["--seed", "-1"], None, "--seed"),
+    (["--record-limit", "nan"], None, "--record-limit"),
+    (["--send-timeout", "inf"], None, "--send-timeout"),
+    (["--stop-timeout", "0"], None, "--stop-timeout"),
+    (["--max-clients", "0"], None, "--max-clients"),
+    (["--max-clients", "99999999"], None, "take 100000095 open files, this process may open"),
 ])  # fmt: skip
 def test_bad_options(command_line, tmp_path, monkeypatch, arguments, environment, message):
     monkeypatch.delenv("DUQ_API_KEY", raising=False)
@@ -380,6 +540,17 @@ def test_bench(command_line, arguments, calls):
         assert float(re.search(r"│ ([0-9.]+) ", ran.out)[1]) < 50  # the policy's own time is not in it
 
 
+def test_soak_beside_hostile_peers(command_line, tiny_plans):
+    """The real engine: no reply is lost or mixed, nothing grows, and SIGTERM ends the server with its peers connected."""
+    plan = tiny_plans("pi0", DEFAULT_PRESET).plan
+    ran = command_line(bench_server.main, "soak", "--plan", plan, "--clients", 3, "--seconds", 8, "--hostile")
+    assert ran.code == 0, ran.err
+    values = {
+        name: float(value) for name, value in re.findall(r"│ ([a-z0-9 ]+?) +│ (-?[0-9.]+) +│", ran.out, re.IGNORECASE)
+    }
+    assert values["errors"] == 0 and values["fewest"] >= 1 and values["refused"] > 20 and values["stop s"] < 15
+
+
 def test_bench_tells_mixed_replies(command_line, monkeypatch):
     infer = WebsocketClientPolicy.infer
     monkeypatch.setattr(WebsocketClientPolicy, "infer", lambda self, obs: infer(self, obs | {"state": obs["state"] + 1}))
@@ -387,9 +558,29 @@ def test_bench_tells_mixed_replies(command_line, monkeypatch):
     assert ran.code == 1 and "client 0: got the reply to another request" in ran.err
 
 
+def test_bench_tells_what_the_server_keeps(command_line, monkeypatch):
+    def grown(process):
+        calls.append(process)
+        return bench_server.Usage(100.0 * len(calls), len(calls), len(calls))
+
+    calls = []
+    monkeypatch.setattr(bench_server, "_usage", grown)
+    monkeypatch.setattr(bench_server, "_settled", lambda process, before: grown(process))
+    ran = command_line(bench_server.main, "soak", "--clients", 1, "--seconds", 1)
+    assert ran.code == 1
+    for what in (r"memory grew by \d+ MB", r"kept \d+ more files open", r"kept \d+ more threads"):
+        assert re.search(what, ran.err)
+
+
+def test_two_observations_with_the_same_actions_test_nothing(command_line, monkeypatch):
+    monkeypatch.setattr(bench_server, "_observation", lambda value, cameras=3: {"state": np.zeros(8, np.float32)})
+    ran = command_line(bench_server.main, "soak", "--clients", 1, "--seconds", 1)
+    assert ran.code == 2 and "two observations have the same actions" in ran.err
+
+
 # --- docs/serving.md -------------------------------------------------------------------------------------------------
 
-DOCS = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+DOCS, RELIABILITY = ((Path(__file__).parents[2] / "docs" / f"{name}.md").read_text() for name in ("serving", "reliability"))
 
 
 @pytest.mark.parametrize("example", re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL), ids=["client", "real time"])
@@ -409,10 +600,61 @@ def test_every_option_metric_and_limit_is_documented():
     options = [each for each in typer.main.get_command(serve_cli.app).params if each.param_type_name == "option"]
     assert list(documented) == [each.opts[0] for each in options]
     for each in options:
-        assert each.default is None or documented[each.opts[0]] == f"`{each.default}`"
+        shown = "off" if each.default is False else f"`{each.default}`"
+        assert each.default is None or documented[each.opts[0]] == shown
     metrics = re.findall(r"^# TYPE (duq_\w+) ", generate_latest(Metrics().registry).decode(), re.MULTILINE)
-    for name in (*metrics, *ERROR_KINDS, serve_cli.API_KEY_VARIABLE, "/healthz", "code 1001", "1003", "1009", "1011"):
-        assert name in DOCS or name.endswith("_created"), name
+    for name in (
+        *metrics,
+        *ERROR_KINDS,
+        *REFUSAL_KINDS,
+        serve_cli.API_KEY_VARIABLE,
+        "/healthz",
+        "code 1001",
+        "1003",
+        "1009",
+        "1011",
+    ):
+        assert name in DOCS + RELIABILITY or name.endswith("_created"), name
+
+
+def test_the_table_of_limits_has_their_options_and_defaults():
+    rows = re.findall(r"^\| `(\w+)` \| `(--\S+)` \| (\d+)(.*?) \|", RELIABILITY, re.MULTILINE)
+    defaults = {each.opts[0]: each.default for each in typer.main.get_command(serve_cli.app).params}
+    scale = {" MiB": 1 << 20, "": 1, " s": 1}
+    assert {name: int(number) * scale[unit] for name, _, number, unit in rows} == dataclasses.asdict(Limits())
+    assert all(defaults[option] == int(number) for _, option, number, _ in rows)
+
+
+def series(registry) -> dict[str, list[dict[str, str]]]:
+    """Name of a series -> the labels of each of its samples."""
+    found = {}
+    for metric in registry.collect():
+        for sample in metric.samples:
+            found.setdefault(sample.name, []).append(sample.labels)
+    return found
+
+
+def test_every_query_of_the_dashboard_finds_its_metrics_and_every_metric_is_on_it(served):
+    dashboard = json.loads((Path(__file__).parents[2] / "docs" / "grafana.json").read_text())
+    served.client().infer({"value": 1})
+    there, shown = series(served.server.metrics.registry), set()
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    for query in queries:
+        assert query.count("(") == query.count(")") and query.count("{") == query.count("}")
+        selectors = re.findall(r"\b((?:duq|process)_\w+)\{(.*?)\}", query)
+        assert selectors
+        shown |= {name for name, _ in selectors}
+        for name, matchers in selectors:
+            assert name in there, name
+            labels = dict(re.findall(r'(\w+)="(.*?)"', matchers))
+            assert any(labels.items() <= each.items() for each in there[name]), (name, labels)
+            grouped = re.findall(r"by \((.*?)\)", query)
+            for label in {each.strip() for group in grouped for each in group.split(",")} - {"instance"}:
+                assert all(label in each for each in there[name]), (query, label)
+    own = {re.sub("_(bucket|sum|count)$", "", name) for name in there if re.fullmatch("duq_(?!.*_created).*", name)}
+    assert own == {re.sub("_(bucket|sum|count)$", "", name) for name in shown if name.startswith("duq_")}
+    places = [tuple(panel["gridPos"].values()) for panel in dashboard["panels"]]
+    assert len(set(places)) == len(places) and all(x + w <= 24 for _, w, x, _ in places)
 
 
 def test_the_runtime_needs_neither_torch_nor_the_compiler():

@@ -32,11 +32,11 @@ class Recorded(Plan):
 
     recorded: dict[str, dict[str, tuple[str, str]]] = {}
 
-    def read(self, name: str) -> memoryview:
-        data = super().read(name)
+    def copy(self, name: str) -> bytes:
+        data = super().copy(name)
         if not name.startswith("graph/"):
             return data
-        model, found = onnx.load_from_string(bytes(data)), {}
+        model, found = onnx.load_from_string(data), {}
         for node in model.graph.node:
             if node.domain == ops.DOMAIN and node.op_type.split(".")[0].endswith("A8Linear"):
                 for weight in node.input[2].split("+"):  # a merged linear's weight is named after all its parts
@@ -46,7 +46,7 @@ class Recorded(Plan):
             dtype = onnx.TensorProto.UINT8 if kind == "x_q" else onnx.TensorProto.FLOAT
             model.graph.output.append(onnx.helper.make_tensor_value_info(output, dtype, None))
         self.recorded = {**self.recorded, name: found}
-        return memoryview(model.SerializeToString())
+        return bytes(model.SerializeToString())
 
 
 def run_recorded(path, inputs: ModelInputs, noise: np.ndarray) -> tuple[np.ndarray, dict[str, list[Activations]]]:

@@ -28,11 +28,11 @@ class Given(Plan):
 
     quantizers: dict[str, list[tuple[str, str, str]]] = {}
 
-    def read(self, name: str) -> memoryview:
-        data = super().read(name)
+    def copy(self, name: str) -> bytes:
+        data = super().copy(name)
         if not name.startswith("graph/"):
             return data
-        model, found = onnx.load_from_string(bytes(data)), []
+        model, found = onnx.load_from_string(data), []
         weight_of = {
             node.input[0]: node.input[2] for node in model.graph.node if node.op_type.split(".")[0].endswith("A8Linear")
         }
@@ -46,7 +46,7 @@ class Given(Plan):
                     model.graph.input.append(onnx.helper.make_tensor_value_info(given, kind, None))
                     model.graph.output.append(onnx.helper.make_tensor_value_info(f"own.{given}", kind, None))
         self.quantizers = {**self.quantizers, name: found}
-        return memoryview(model.SerializeToString())
+        return bytes(model.SerializeToString())
 
 
 @dataclass

@@ -22,9 +22,11 @@ class FakePolicy:
     """Answers with the observation's "value". `gate` holds calls back while it is cleared."""
 
     metadata = {"robot": "none", "action_horizon": 4}
+    fingerprint = "0123456789abcdef"
+    outside_limits = {"gripper": 0}
 
     def __init__(self):
-        self.gate, self.calls = threading.Event(), []
+        self.gate, self.calls, self.reloads = threading.Event(), [], 0
         self.gate.set()
 
     def infer(self, obs):
@@ -36,6 +38,14 @@ class FakePolicy:
             raise ZeroDivisionError("inside the engine")
         actions = np.full((4, 2), obs["value"], np.float32) + np.arange(4, dtype=np.float32)[:, None]
         return {"actions": actions, "policy_timing": {"infer_ms": 30.0, "prefix_ms": 10.0, "denoise_ms": 20.0}}
+
+    def check(self):
+        pass
+
+    def reload(self):
+        self.reloads += 1
+        self.fingerprint = f"{self.reloads:016x}"
+        self.metadata = {**self.metadata, "checkpoint": self.fingerprint}
 
 
 class Served:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -137,13 +136,23 @@ def expected_of_steps(inputs: ModelInputs, noise: np.ndarray) -> np.ndarray:
 SIZES = [(3, 40), (1, 1), (2, 17), (1, 40), (3, 5)]
 
 
-class Block:
+class Resource:
+    def close(self) -> None:
+        self.closed = True
+
+
+class Block(Resource):
     def __init__(self, size: int):
         self.array = np.full(size, 0xA5, np.uint8)
         self.address = self.array.ctypes.data
 
 
-class Stream:
+class Graph(Resource):
+    def __init__(self, work):
+        self.launch = lambda stream: work()
+
+
+class Stream(Resource):
     handle = 0
 
     def upload(self, to: int, source: int, size: int) -> None:
@@ -155,10 +164,10 @@ class Stream:
         pass
 
     def capture(self, work):
-        return SimpleNamespace(launch=lambda stream: work())
+        return Graph(work)
 
 
-class Event:
+class Event(Resource):
     def record(self, stream) -> None:
         pass
 

@@ -1,11 +1,23 @@
-"""duq-bench --program: what it refuses before it compiles anything, and what the table says."""
+"""duq-bench: the time of a plan; --program, what it refuses before it compiles anything, and what the table says."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 from duq.runtime.executors.programs import Program
-from duq.tools import bench, bench_gpu
+from duq.runtime.observations import save_observations
+from duq.runtime.plan import Plan
+from duq.tools import bench, bench_cpu, bench_gpu, bench_plan
+from duq.tools.made_up import robot_observations
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -18,7 +30,7 @@ from duq.tools import bench, bench_gpu
     ],
 )
 def test_a_program_that_cannot_run_is_refused(gpu, arguments, says, command_line, monkeypatch):
-    monkeypatch.setattr(bench, "open_device", lambda: gpu)
+    monkeypatch.setattr(bench_cpu, "open_device", lambda: gpu)
     ran = command_line(bench.main, *arguments)
     assert ran.code == 2 and says in ran.err and ran.err.count("\n") == 1
 
@@ -33,3 +45,74 @@ def test_a_program_that_cannot_run_is_refused(gpu, arguments, says, command_line
 )
 def test_a_foreign_program_is_said_to_be_one(program, gpu, says):
     assert bench_gpu._foreign(program, gpu) == says
+
+
+# --- a plan ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plan(tiny_plans):
+    return tiny_plans("pi0", "none").plan
+
+
+def test_a_plan_is_timed_without_torch(plan):
+    arguments = [str(plan), "--calls", "4", "--warm-up", "1", "--repetitions", "2", "--cameras", "2", "--json"]
+    code = f"""
+import sys
+sys.modules["torch"] = sys.modules["onnx"] = None
+sys.argv = ["x", *{arguments!r}]
+from duq import commands
+commands.bench()
+"""
+    variables = os.environ | {"PYTHONPATH": str(ROOT)}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=False, env=variables)
+    found = json.loads(ran.stdout)
+    times = found["times_ms"]
+    assert len(times) == 4 and found["case"]["cameras"] == 2 and found["case"]["prompt_tokens"] == 48
+    assert found["latency_ms"]["p50"] == pytest.approx(np.median(times)) and found["latency_ms"]["max"] == max(times)
+    assert found["calls_per_second"] == pytest.approx(1e3 / np.mean(times))
+    stages = found["stages_ms"]
+    assert set(stages) == {"preprocess_ms", "prefix_ms", "denoise_ms"}
+    assert sum(each["min"] for each in stages.values()) <= min(times)
+    assert found["memory_bytes"]["host"] > 0 and found["plan"]["bytes"] == plan.stat().st_size
+    assert found["machine"]["libraries"]["onnxruntime"]
+
+
+def test_the_table_shows_percentiles_stages_throughput_and_spread(plan, command_line, tmp_path):
+    data = tmp_path / "observations.npz"
+    save_observations(data, robot_observations(Plan(plan), 1))
+    ran = command_line(bench.main, plan, "--calls", 2, "--warm-up", 1, "--observations", data)
+    assert ran.code == 0, ran.err
+    for text in ("p50", "p99", "prefix", "control", "calls/s", "between repetitions", f"observations of {data}"):
+        assert text in ran.out.replace("\n", ""), text
+
+
+def test_the_spread_is_that_of_the_repetitions_medians():
+    assert bench_plan.spread([1, 1, 9, 2, 2, 2], 2) == pytest.approx((2 - 1) / 2)
+    assert bench_plan.spread([3, 3, 3, 3], 4) == 0
+    assert bench_plan.spread([1, 2], 5) == pytest.approx(1 / 1.5)  # no more parts than calls
+    assert bench_plan.summary(range(101)) == {"min": 0, "p50": 50, "p90": 90, "p99": 99, "max": 100}
+
+
+@pytest.mark.parametrize(("control", "warned"), [(0.05, False), (0.5, True)])
+def test_a_machine_that_is_not_steady_is_a_warning(control, warned):
+    assert bool(bench_plan.unsteady({"spread": {"engine": 0.5, "control": control}})) is warned
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--suite", "cpu"], "--suite: is for suites; leave it out to time"),
+        (["--pi05"], "--pi05: is for suites"),
+        (["--prompt-tokens", "49"], "--prompt-tokens 49: "),
+        (["--observations", "o.npz", "--cameras", "1"], "leave --cameras and --prompt-tokens out"),
+    ],
+)
+def test_what_does_not_go_with_a_plan_is_refused(arguments, says, plan, command_line):
+    ran = command_line(bench.main, plan, *arguments)
+    assert ran.code == 2 and says in ran.err and ran.out == ""
+
+
+def test_observations_without_a_plan_are_refused(command_line):
+    ran = command_line(bench.main, "--observations", "o.npz")
+    assert ran.code == 2 and "name it: duq-bench engine.plan" in ran.err

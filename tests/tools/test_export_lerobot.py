@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from duq.compiler.checkpoint.synthetic import make_checkpoint
-from duq.compiler.cli import compile_main
+from duq.compiler.commands import compile_main
 from duq.runtime import Policy
 from duq.runtime.errors import PlanError
 from duq.runtime.lerobot_folder import FILES, LeRobotFolder, lerobot_config, pipelines

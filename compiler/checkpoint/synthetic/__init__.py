@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +16,7 @@ from duq.compiler.checkpoint.synthetic.orbax import write_orbax
 from duq.compiler.checkpoint.synthetic.statistics import distributions
 from duq.compiler.errors import CheckpointError
 from duq.runtime.config import GemmaConfig, ModelConfig, VisionConfig
+from duq.runtime.files import replacing_folder
 
 SO400M = VisionConfig(width=1152, depth=27, mlp_width=4304, heads=16)
 
@@ -105,13 +104,9 @@ def make_checkpoint(
     """
     out = Path(out)
     config = make_config(variant, pi05, action_horizon, depth, vision_depth, vocab_size)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} already exists; choose another directory or remove it")
     if config.vocab_size < files.TOKENIZER_SIZE:
         raise CheckpointError(f"a vocabulary of {config.vocab_size} cannot hold the tokenizer's {files.TOKENIZER_SIZE}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with replacing_folder(out, CheckpointError) as draft:
         sizes = _named_sizes(variant, config)
         if layout != "lerobot":
             settings, prefix = files.openpi_settings(config, dtype, sizes), ""
@@ -127,10 +122,6 @@ def make_checkpoint(
             write_orbax(draft / "params", distributions(config, seed), config, seed, files.DTYPES[dtype][0], advance)
         else:
             _write_weights(draft / "model.safetensors", config, seed, dtype, prefix, advance)
-        draft.chmod(0o755)
-        draft.replace(out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return out
 
 

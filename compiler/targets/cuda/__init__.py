@@ -42,6 +42,8 @@ from duq.compiler.targets.gpu import GPU_PHASES
 from duq.compiler.targets.ops import Prompt
 from duq.compiler.targets.values import array_of
 from duq.plugins.gpu import GPUS, Gpu, gpu_of
+from duq.plugins.nvrtc import check_supported, nvrtc_version
+from duq.runtime.executors.schedule import Context, check_schedule
 from duq.runtime.plan import PlanWriter
 
 ARCHITECTURES = tuple(sorted(GPUS))
@@ -91,6 +93,12 @@ class CudaOptions(GpuOptions):
         return f"{made_for}; on later GPUs from PTX of its program for SM {of}, which the driver compiles{more}"
 
 
+def check(options: CudaOptions) -> None:
+    """Raises KernelError where NVRTC is missing, or compiles for no such SM: before any work."""
+    for sm in options.sm:
+        check_supported(gpu_of(sm))
+
+
 def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options: CudaOptions, keep: Path | None) -> dict[str, Any]:
     """Writes cubins, PTX, weights, the token table and the schedules into the plan; returns the manifest's section."""
     report = Report(keep)
@@ -101,7 +109,7 @@ def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options: CudaOp
         check_covered(model, ops[name])
         report(f"fuse-{name}", fused.describe(ops[name]))
     weights, schedules = Weights(), {}
-    sections: dict[str, Any] = {"ptx": list(options.ptx_sms)}
+    sections: dict[str, Any] = {"ptx": list(options.ptx_sms), "nvrtc": str(nvrtc_version())}
     for sm in options.sm:
         gpu, timed = _gpu_for(sm, options)
         planned = _plan_for(gpu, timed, graphs, ops, weights, progress, options, report)
@@ -110,8 +118,11 @@ def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options: CudaOp
     offsets = _write_weights(weights, writer, progress)
     (table,) = [op.table for op in ops["prefix"] if isinstance(op, Prompt)]
     writer.write("embedding", to_bf16(array_of(table)))
+    context = Context(graphs.config.to_json(), graphs.num_steps, options.cameras, writer.sizes)
     for sm, data in schedules.items():
-        writer.write(f"schedule/sm{sm}.json", json.dumps(data | {"weights": offsets}).encode())
+        schedule = json.dumps(data | {"weights": offsets}).encode()
+        check_schedule(json.loads(schedule), context)
+        writer.write(f"schedule/sm{sm}.json", schedule)
     return sections
 
 
@@ -190,4 +201,4 @@ def _summary(planned: list[Planned], schedule: dict[str, Any], gpu: Gpu, timed: 
     }
 
 
-TARGET = Target("cuda", CudaOptions, emit, GPU_PHASES, ARCHITECTURES)
+TARGET = Target("cuda", CudaOptions, emit, GPU_PHASES, ARCHITECTURES, check)

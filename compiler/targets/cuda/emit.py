@@ -24,7 +24,7 @@ from duq.compiler.targets.cuda.cubins import compile_each
 from duq.compiler.targets.cuda.launches import BYTES, Argument, Launch, Matrix, Memory, Pointer, Program, Streams, Weight
 from duq.plugins.gpu import Gpu
 from duq.plugins.kernel import Code, Instance
-from duq.runtime.executors.cuda import SCHEDULE_VERSION
+from duq.runtime.executors.schedule import SCHEDULE_VERSION
 from duq.runtime.plan import PlanWriter
 
 Planned = tuple[Program, Streams, Memory]

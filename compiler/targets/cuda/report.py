@@ -9,6 +9,7 @@ from duq.compiler.targets.cuda.choose import Chosen
 from duq.compiler.targets.cuda.emit import Planned
 from duq.compiler.targets.cuda.specialize import Size
 from duq.plugins.gpu import Gpu
+from duq.runtime.files import write_text, writing
 
 
 class Report:
@@ -19,8 +20,9 @@ class Report:
 
     def __call__(self, name: str, text: str) -> None:
         if self._directory is not None:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            (self._directory / f"cuda-{name}.txt").write_text(text)
+            with writing(self._directory):
+                self._directory.mkdir(parents=True, exist_ok=True)
+            write_text(self._directory / f"cuda-{name}.txt", text)
 
     def tactics(self, gpu: Gpu, size: Size, chosen: Mapping[str, Chosen]) -> None:
         for name, each in chosen.items():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import mmap
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from rich.progress import Progress, TaskID
@@ -17,6 +18,7 @@ from duq.compiler.errors import GraphError
 from duq.compiler.targets.tensorrt.network import Network, is_external
 from duq.plugins import driver, trt
 from duq.plugins.errors import KernelError
+from duq.runtime.files import writing
 
 Profile = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 """Input -> its smallest, usual and largest shape."""
@@ -103,31 +105,28 @@ class _MappedWeights:
     """Where weights of a network are: in a temporary file, mapped, so that no more than one at a time takes memory."""
 
     def __init__(self, network: Network, names: Sequence[str], folder: Path):
-        self._network, self._names, self._path = network, names, folder / f".{id(self)}.weights.tmp"
+        self._network, self._names, self._folder = network, names, folder
 
     def __enter__(self) -> dict[str, tuple[int, int]]:
         """The address and the bytes of each weight."""
-        try:
-            places = self._write()
-            with open(self._path, "rb") as file:
-                self._map = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-        finally:
-            self._path.unlink(missing_ok=True)  # the map keeps it
+        with writing(self._folder), tempfile.TemporaryFile(dir=self._folder) as file:  # without a name
+            places = self._write(file)
+            file.flush()
+            self._map = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
         return {name: (self._map.ctypes.data + offset, size) for name, (offset, size) in places.items()}
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         del self._map
 
-    def _write(self) -> dict[str, tuple[int, int]]:
+    def _write(self, file: BinaryIO) -> dict[str, tuple[int, int]]:
         """Computes and writes one weight after the other; returns the offset and the bytes of each."""
         places = {}
-        with open(self._path, "wb") as file:
-            file.write(bytes(64))  # nothing cannot be mapped
-            for name in self._names:
-                file.write(bytes(-file.tell() % 64))
-                data = self._network.tensors[name].tobytes()
-                places[name] = file.tell(), len(data)
-                file.write(data)
+        file.write(bytes(64))  # nothing cannot be mapped
+        for name in self._names:
+            file.write(bytes(-file.tell() % 64))
+            data = self._network.tensors[name].tobytes()
+            places[name] = file.tell(), len(data)
+            file.write(data)
         return places
 
 

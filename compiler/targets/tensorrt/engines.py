@@ -27,6 +27,7 @@ from duq.plugins.nodes import KernelName
 from duq.plugins.nvrtc import Cubin, compile_cubin
 from duq.runtime.config import ModelConfig
 from duq.runtime.executors.tensorrt import PLUGINS_VERSION
+from duq.runtime.files import replacing, write_text
 from duq.runtime.plan import PlanWriter
 
 
@@ -50,7 +51,7 @@ def write_engines(
     ops = {name: prepare(model) for name, model in graphs.items()}
     if keep is not None:
         for name, found in ops.items():
-            (keep / f"tensorrt-fuse-{name}.txt").write_text(describe(found))
+            write_text(keep / f"tensorrt-fuse-{name}.txt", describe(found))
     sections: dict[str, Any] = {}
     for sm in options.sm:
         tokens = options.cameras * graphs.config.vision.tokens + graphs.config.max_prompt_tokens
@@ -89,7 +90,8 @@ def _write_for(
     for name, (network, count) in _networks(adapted, options.loop, graphs.num_steps).items():
         proto = network.proto()
         if keep is not None:
-            onnx.save(proto, keep / f"tensorrt-sm{sm}-{name}.onnx")
+            with replacing(keep / f"tensorrt-sm{sm}-{name}.onnx") as file:
+                onnx.save(proto, file)
         engine = build(name, network, count, sizes, sm, progress, writer.path.parent)
         writer.write(f"engine/sm{sm}/{name}", engine.data)
         writer.write(f"engine/sm{sm}/{name}.log", "\n".join(engine.log).encode())

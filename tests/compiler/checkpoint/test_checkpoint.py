@@ -318,8 +318,8 @@ def test_contradictions_are_all_listed(tiny_pi0, edit):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"action_horizon": 0}, '"action_horizon" must be a positive integer, found 0'),
-        ({"action_horizon": "50"}, "positive integer, found '50'"),
+        ({"action_horizon": 0}, '"action_horizon" is 0, expected a whole number from 1 to 1,000'),
+        ({"action_horizon": "50"}, "is '50', expected a whole number"),
         ({"action_expert_variant": "gemma_9b"}, '"gemma_9b", known are dummy, gemma_2b, gemma_300m'),
         ({"precision": "float32"}, r"precision.*float32, but.*torch\.bfloat16"),
         ({"precision": "int4"}, "'int4', known are"),
@@ -335,9 +335,9 @@ def test_config_json_that_is_wrong(tiny_pi0, edit, change, message):
 def test_config_json_that_is_no_json(tiny_pi0, edit):
     path = edit(tiny_pi0)
     (path / "config.json").write_text("{")
-    fails(path, r"config\.json cannot be read")
+    fails(path, r"config\.json: cannot be read as JSON")
     (path / "config.json").write_text("[]")
-    fails(path, r"config\.json must hold a JSON object")
+    fails(path, r"config\.json: must hold a JSON object")
 
 
 @pytest.mark.parametrize(

@@ -251,7 +251,7 @@ def test_the_trainer_s_folder_has_its_config(openpi, tmp_path):
     assert found.settings.config == "pi0_libero" and found.path == path and found.form == "openpi PyTorch, bfloat16"
     assert same(found.weights, load_checkpoint(openpi).weights) and load_checkpoint(openpi).settings.config is None
     (path / "metadata.pt").write_bytes(b"PK")
-    fails(path, "metadata.pt is damaged")
+    fails(path, "metadata.pt: is damaged")
 
 
 # --- adapters

@@ -110,7 +110,7 @@ def test_denoising_steps_horizon_and_prompt_slots_are_the_checkpoints(copy):
 
 @pytest.mark.parametrize("change, message", [
     ({"num_steps": 4}, "num_inference_steps and num_steps differ"),
-    ({"num_inference_steps": 0}, '"num_inference_steps" must be a positive integer'),
+    ({"num_inference_steps": 0}, '"num_inference_steps" is 0, expected a whole number from 1 to'),
     ({"n_obs_steps": 2}, '"n_obs_steps" is 2'),
     ({"min_period": 1e-2}, '"min_period" is 0.01'),
     ({"max_period": 2.0}, '"max_period" is 2.0'),

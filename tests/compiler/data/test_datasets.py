@@ -20,14 +20,13 @@ from PIL import Image
 import tests.support.dataset_writer as writer
 from duq.compiler.checkpoint import load_checkpoint
 from duq.compiler.checkpoint.synthetic import make_checkpoint
-from duq.compiler.cli import compile_main
+from duq.compiler.commands import compile_main, quantize_main
 from duq.compiler.data import DATASET_COUNT, RobotMapping, load_calibration, open_dataset, robot_mapping
 from duq.compiler.data.quality import concerns
 from duq.compiler.data.sampling import evenly, positions, shares, spread
 from duq.compiler.data.video import decode_frames
 from duq.compiler.errors import CalibrationError
 from duq.compiler.quant.calibrate import calibration_inputs
-from duq.compiler.quantize_cli import quantize_main
 from duq.runtime.observations import save_observations
 from duq.runtime.preprocess import Preprocessor
 from duq.runtime.robots import Camera, Robot, StatePart, load_robot

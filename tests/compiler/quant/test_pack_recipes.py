@@ -9,7 +9,7 @@ from rich.progress import Progress
 import duq.compiler.cli
 from duq.compiler.checkpoint import load_checkpoint
 from duq.compiler.checkpoint.synthetic import make_checkpoint
-from duq.compiler.cli import compile_main
+from duq.compiler.commands import compile_main
 from duq.compiler.quant import Quantization, load_recipe, save_quantization
 from duq.compiler.quant.recipe import ENVIRONMENT, recipe_origins
 from duq.runtime.observations import save_observations

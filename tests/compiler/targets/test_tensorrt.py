@@ -17,7 +17,7 @@ from rich.progress import Progress
 
 from duq.compiler.accuracy.synthetic import synthetic_observations
 from duq.compiler.checkpoint import load_checkpoint
-from duq.compiler.cli import compile_main
+from duq.compiler.commands import compile_main
 from duq.compiler.errors import GraphError
 from duq.compiler.graph.export import export
 from duq.compiler.phases import rewrite
@@ -396,5 +396,5 @@ def test_the_executor_finds_every_kernel_in_the_plan(compiled):
 def test_duq_inspect_needs_no_tensorrt_to_show_the_plan(compiled, command_line, monkeypatch):
     plan = compiled("pi0", "graph")
     monkeypatch.setattr(trt, "library", lambda: pytest.fail("TensorRT was loaded"))
-    ran = command_line(inspect_main, plan.path)
+    ran = command_line(inspect_main, plan.path, "--all")
     assert ran.code == 0 and "engine/sm86/step" in ran.out and "general_dequant_matmul_kernel" in ran.out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import os
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -16,21 +17,25 @@ from duq.plugins.errors import KernelError
 from duq.plugins.kernel import Shape
 from duq.plugins.kernels.library import MATMUL
 from duq.plugins.kernels.reference import Launched, Memory, Pointer
+from duq.plugins.libraries import Version
+from duq.plugins.nvrtc import nvrtc_version
 from duq.runtime import Policy
 from duq.runtime.config import ModelConfig
 from duq.runtime.errors import PlanError
 from duq.runtime.executors import cuda as executor
+from duq.runtime.executors import schedule
 from duq.runtime.executors.programs import Program, has_kernels
 from duq.runtime.plan import Plan
 from tests.support import emulate, recording
 from tests.support.inputs import cosine, make_inputs, make_noise, with_float_images
+from tests.support.plans import CONFIG, write_cuda_plan
 from tests.support.same_integers import run_given
-from tests.support.stand_ins import Event, Stream
+from tests.support.stand_ins import Event, Resource, Stream
 
 CALLS = [((True, False, True), 37), ((False, True, False), 1)]  # the second finds the first one's rows as padding
 
 
-class Block:
+class Block(Resource):
     """Memory that is NaN, and remembered for whoever has but an address."""
 
     all: list[Block] = []
@@ -60,14 +65,14 @@ def pointer(address: int | None) -> Pointer | None:
 
 class Kernel:
     def __init__(self, expression: str):
-        self.expression = expression
+        self.expression, self.module = expression, Resource()
 
     def launch(self, shape: Shape, arguments, stream: int, overlap: bool) -> None:
         values = [pointer(each.value) if isinstance(each, ctypes.c_void_p) else each.value for each in arguments]
         emulate.launch(self.expression, shape, values)
 
 
-class Library:
+class Library(Resource):
     def prepare(self, problem, algorithm: int) -> None:
         pass
 
@@ -82,7 +87,7 @@ class Library:
 def on_the_host(monkeypatch):
     driver = SimpleNamespace(
         open_device=lambda: 90, block_shared_bytes=lambda: 227 << 10, free_memory=lambda: (1 << 40, 1 << 40), Shape=Shape,
-        Memory=Block, PinnedArray=Block,
+        cuda_version=lambda: Version(13, 0), Memory=Block, PinnedArray=Block,
         Stream=OneStream, Event=Ordered, load=lambda cubin: {each: Kernel(each) for each in cubin.symbols},
     )  # fmt: skip
     monkeypatch.setattr(executor, "driver", driver)
@@ -174,7 +179,7 @@ def test_what_the_plan_is_not_for(on_the_host, tiny_plans, monkeypatch):
     monkeypatch.setattr(executor.driver, "free_memory", lambda: (1 << 20, 80 << 30))
     with pytest.raises(PlanError, match="needs .* GB of GPU memory, 0.00 of .* are free"):
         executor.CudaExecutor(plan)
-    monkeypatch.setattr(executor, "SCHEDULE_VERSION", 99)
+    monkeypatch.setattr(schedule, "SCHEDULE_VERSION", 99)
     with pytest.raises(
         PlanError, match=r"schedule/sm90.json is of version \d+, this runtime follows version 99; compile it"
     ):
@@ -205,7 +210,12 @@ def test_runs_the_program_that_suits_the_gpu(gpu, program, image, on_a_gpu, tiny
     loaded, plan = on_a_gpu(gpu), Plan(tiny_plans("pi0", DEFAULT_PRESET, "cuda").plan)
     config = ModelConfig.from_json(plan.manifest["model"])
     policy, inputs, noise = executor.CudaExecutor(plan), make_inputs(config, *CALLS[1]), make_noise(config)
-    assert policy.program.to_json() == {"sm": program, "image": image}
+    by = nvrtc_version()
+    assert policy.program.to_json() == {
+        "sm": program,
+        "image": image,
+        "driver": f"{by.major}.0" if image == "cubin" else str(by),
+    }
     assert loaded and all(each.startswith(b"\x7fELF" if image == "cubin" else b"//") for each in loaded)
     assert image == "cubin" or all(each.endswith(b"\0") for each in loaded)
     np.testing.assert_array_equal(policy.run(inputs, noise)[0], emulate.run(plan, program, inputs, noise))
@@ -220,7 +230,11 @@ def test_runs_the_program_that_suits_the_gpu(gpu, program, image, on_a_gpu, tiny
 def test_runs_the_program_that_is_asked_for(on_a_gpu, tiny_plans):
     on_a_gpu(90)
     plan = Plan(tiny_plans("pi0", "none", "cuda").plan)
-    assert executor.CudaExecutor(plan, program=86).program.to_json() == {"sm": 86, "image": "ptx"}
+    assert executor.CudaExecutor(plan, program=86).program.to_json() == {
+        "sm": 86,
+        "image": "ptx",
+        "driver": str(nvrtc_version()),
+    }
     with pytest.raises(
         PlanError, match=r"no program for SM 89 that a GPU of SM 90 runs; it has SM 86 \(cubin\), SM 86 \(ptx\)"
     ):
@@ -230,7 +244,9 @@ def test_runs_the_program_that_is_asked_for(on_a_gpu, tiny_plans):
 def test_a_policy_says_which_program_runs(on_a_gpu, tiny_plans):
     on_a_gpu(120)
     metadata = Policy(tiny_plans("pi0", "none", "cuda").plan).metadata
-    assert metadata["program"] == {"sm": 86, "image": "ptx"} and json.loads(json.dumps(metadata)) == metadata
+    assert (
+        metadata["program"] == {"sm": 86, "image": "ptx", "driver": "13.0"} and json.loads(json.dumps(metadata)) == metadata
+    )
 
 
 @pytest.mark.parametrize(
@@ -260,6 +276,23 @@ def test_refuses_a_later_gpu_without_ptx(on_a_gpu, tiny_plans):
         executor.CudaExecutor(plan)
 
 
+def test_a_driver_older_than_what_made_the_plan(on_a_gpu, tiny_plans, monkeypatch):
+    """Machine code loads on every driver of a major version; PTX on none older than the NVRTC that wrote it."""
+    on_a_gpu(89)
+    plan = Plan(tiny_plans("pi0", "none", "cuda").plan)
+    plan.manifest["graphs"]["nvrtc"] = "13.0"
+    monkeypatch.setattr(executor.driver, "cuda_version", lambda: Version(12, 6))
+    with pytest.raises(PlanError, match=r"needs a driver for CUDA 13\.0, this machine's is for CUDA 12\.6; update it"):
+        executor.CudaExecutor(plan)
+    plan.manifest["graphs"]["nvrtc"] = "12.9"
+    assert executor.CudaExecutor(plan).program.to_json() == {"sm": 86, "image": "cubin", "driver": "12.0"}
+    on_a_gpu(120)
+    with pytest.raises(PlanError, match=r"needs a driver for CUDA 12\.9, this machine's is for CUDA 12\.6"):
+        executor.CudaExecutor(plan)
+    monkeypatch.setattr(executor.driver, "cuda_version", lambda: Version(13, 0))
+    assert executor.CudaExecutor(plan).program.to_json() == {"sm": 86, "image": "ptx", "driver": "12.9"}
+
+
 def test_a_driver_that_does_not_compile_the_ptx_is_named(on_a_gpu, tiny_plans, monkeypatch):
     on_a_gpu(120)
 
@@ -281,9 +314,42 @@ def test_a_program_that_takes_too_much_shared_memory_is_passed_over(on_a_gpu, ti
     def schedule(plan, name):
         return {"variants": [{"prefix": [{"shared": needed[name]}], "step": []}]}
 
-    monkeypatch.setattr(executor, "_schedule", schedule)
+    monkeypatch.setattr(executor, "read_schedule", schedule)
     assert executor._choose(plan, 120, None)[0] == Program(86, "ptx")
     with pytest.raises(
         PlanError, match="the program for SM 87 takes 136 KB of shared memory a thread block, this GPU has 99 KB"
     ):
         executor._choose(plan, 120, 87)
+
+
+@pytest.mark.parametrize("when", ["kernels are loaded", "weights are uploaded"])
+def test_a_plan_that_changes_while_it_goes_to_the_gpu(when, on_the_host, tmp_path, monkeypatch):
+    path = tmp_path / "engine.plan"
+    write_cuda_plan(path)
+    plan = Plan(path)
+
+    def change(*_):
+        with open(path, "r+b") as file:
+            file.write(b"PK")
+
+    if when == "kernels are loaded":
+        monkeypatch.setattr(
+            executor.driver, "load", lambda cubin: change() or {each: Kernel(each) for each in cubin.symbols}
+        )
+    else:
+        monkeypatch.setattr(OneStream, "upload", change)
+    with pytest.raises(PlanError, match="engine.plan: was written to while in use"):
+        executor.CudaExecutor(plan)
+
+
+def test_what_a_gpu_plan_uploaded_stays_and_embeddings_are_checked(on_the_host, tmp_path):
+    """Its token table is read from the file in each call."""
+    path = tmp_path / "engine.plan"
+    write_cuda_plan(path)
+    policy = executor.CudaExecutor(Plan(path))
+    inputs, noise = make_inputs(CONFIG, (True, False, False), 3), make_noise(CONFIG)
+    path.rename(tmp_path / "elsewhere")
+    assert policy.stage(inputs, noise) == (1, 48)
+    os.utime(tmp_path / "elsewhere")
+    with pytest.raises(PlanError, match="engine.plan: was written to while in use"):
+        policy.stage(inputs, noise)

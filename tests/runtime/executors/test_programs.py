@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 
 from duq.plugins.gpu import gpu_of, runs_code_of
+from duq.plugins.libraries import Version
 from duq.runtime.executors import programs
 from duq.runtime.executors.programs import Program, best_first, programs_of, shared_bytes_of, sm_to_compile_for
 
 KB = 1 << 10
+CUDA = Version(13, 0)
 
 
 def manifest(sms: list[int], ptx: list[int] | None) -> dict:
@@ -52,12 +54,12 @@ def manifest(sms: list[int], ptx: list[int] | None) -> dict:
     ],
 )
 def test_the_best_program(sms, ptx, gpu, expected):
-    best = best_first(programs_of(manifest(sms, ptx)), gpu)
+    best = best_first(programs_of(manifest(sms, ptx)), gpu, CUDA)
     assert (f"{best[0].sm} {best[0].image}" if best else None) == expected
 
 
 def test_all_that_run_best_first():
-    found = best_first(programs_of(manifest([80, 86, 89, 90], [80, 86])), 89)
+    found = best_first(programs_of(manifest([80, 86, 89, 90], [80, 86])), 89, CUDA)
     assert found == [
         Program(89, "cubin"),
         Program(86, "cubin"),
@@ -65,6 +67,21 @@ def test_all_that_run_best_first():
         Program(86, "ptx"),
         Program(80, "ptx"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "images"),
+    [
+        ((12, 0), {"cubin"}),
+        ((12, 6), {"cubin"}),
+        ((12, 9), {"cubin", "ptx"}),
+        ((13, 0), {"cubin", "ptx"}),
+        ((11, 8), set()),
+    ],
+)
+def test_those_that_the_driver_loads(cuda, images):
+    made = manifest([86], [86]) | {"graphs": {"ptx": [86], "nvrtc": "12.9"}}
+    assert {each.image for each in best_first(programs_of(made), 86, Version(*cuda))} == images
 
 
 def test_machine_code_goes_up_within_a_major_version():

@@ -223,10 +223,8 @@ class DuqPolicy(PreTrainedPolicy):
 
 
 def infer_all(policy: Policy, observations: Sequence[Mapping[str, Any]], noise: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The actions [H, dims] of each observation, in one call of the engine where it takes several."""
-    if hasattr(policy, "infer_batch"):
-        return [reply["actions"] for reply in policy.infer_batch(list(observations), list(noise))]
-    return [policy.infer(each, start)["actions"] for each, start in zip(observations, noise, strict=True)]
+    """The actions [H, dims] of each observation, in one call."""
+    return [reply["actions"] for reply in policy.infer_batch(observations, noise)]
 
 
 def without_padding(rest: np.ndarray) -> np.ndarray:
