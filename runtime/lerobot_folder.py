@@ -41,7 +41,7 @@ def lerobot_config(
     not fit the plan.
     """
     robot = _lerobot_robot(manifest, where)
-    loop, horizon = manifest.get("loop") or {}, manifest["model"]["action_horizon"]
+    loop, horizon = manifest.get("lerobot_loop") or {}, manifest["model"]["action_horizon"]
     steps = n_action_steps or loop.get("n_action_steps") or horizon
     if not 1 <= steps <= horizon:
         raise PlanError(f"{where}: n_action_steps is {steps}, but a chunk has {horizon} actions")

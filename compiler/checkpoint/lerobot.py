@@ -485,7 +485,7 @@ def loop_settings(settings: dict) -> dict[str, Any]:
     """
     shapes = {name: _features(settings, "input_features")[name].get("shape") for name in _cameras(settings)}
     return {
-        "n_action_steps": whole_number(settings, "n_action_steps", None),
+        "n_action_steps": whole_number(settings, "n_action_steps", "action_horizon"),
         "image_shapes": {name: shape for name, shape in shapes.items() if shape is not None},
         "action_feature_names": settings.get("action_feature_names") or None,
     }

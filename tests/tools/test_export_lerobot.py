@@ -164,7 +164,7 @@ def test_a_plan_of_bare_inputs_is_refused(manifest):
 def test_images_of_unknown_size_are_asked_for(manifest, shape):
     """LeRobot's policy server resizes images to the size in config.json: a guess would change them."""
     shapes = {IMAGE: shape, WRIST: [3, 128, 160]}
-    changed = manifest | {"loop": manifest["loop"] | {"image_shapes": shapes}}
+    changed = manifest | {"lerobot_loop": manifest["lerobot_loop"] | {"image_shapes": shapes}}
     with pytest.raises(PlanError, match=f"--image-shape {IMAGE}=HEIGHTxWIDTH"):
         lerobot_config(changed, "engine.plan")
     assert lerobot_config(changed, "engine.plan", None, {IMAGE: (4, 5)})["input_features"][IMAGE]["shape"] == [3, 4, 5]
