@@ -67,8 +67,8 @@ def inspect(
 
 
 def _print_summary(console: Console, plan: Plan, verify_key: Path | None) -> None:
-    rows = [*summary_rows(plan), ("signature", _signed(plan, verify_key))]  # all before the first is printed
-    console.print(f"{_checked(plan)} (--all prints the rest)", soft_wrap=True)
+    rows, signed = summary_rows(plan), _signed(plan, verify_key)  # all before the first is printed
+    console.print(f"{_checked(plan)}, {signed} (--all prints the rest)", soft_wrap=True)
     for name, text in rows:
         console.print(f"  {name:<13} {text}", soft_wrap=True)
 
