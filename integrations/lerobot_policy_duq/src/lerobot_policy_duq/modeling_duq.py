@@ -6,7 +6,6 @@ units, absolute, and LeRobot's pipelines around it change no number. Tensors are
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 from collections import deque
@@ -28,8 +27,6 @@ from duq.runtime.lerobot_folder import CARD, POSTPROCESSOR, PREPROCESSOR, lerobo
 from duq.runtime.plan import Plan
 
 from .configuration_duq import CANNOT_TRAIN, DuqConfig
-
-logger = logging.getLogger(__name__)
 
 
 class DuqPolicy(PreTrainedPolicy):
