@@ -286,7 +286,7 @@ def _policy_table(manifest: dict[str, Any]) -> Table:
     """Everything in the manifest that is not a section with a table of its own."""
     elsewhere = {
         "quantization", "graphs", "entries", "norm_stats", "robot_description", "transforms", "settings_from", "notes",
-        "ignored_settings",
+        "ignored_settings", "lerobot_loop",
     }  # fmt: skip
     table = _table("Policy", "", "")
     for key, value in manifest.items():
