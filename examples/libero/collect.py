@@ -62,30 +62,35 @@ def direction(random: np.random.Generator, strength: float) -> np.ndarray:
     return random.normal(0.0, strength, ACTION_DIM) * (1, 1, 1, TURN, TURN, TURN, 0)
 
 
-def demonstrate(scene: Scene, start: Start, expert: Callable[[Scene], Expert] = Expert) -> Demonstration | None:
-    """An episode of the expert, which is pushed now and then. None if it does not succeed."""
+def demonstrate(
+    scene: Scene, start: Start, expert: Callable[[Scene], Expert] = Expert, strength: float = 1.0
+) -> Demonstration | None:
+    """An episode of the expert. None if it does not succeed.
+
+    strength: of all that disturbs it; with 0 the recorded actions are what was carried out.
+    """
     scene.begin(start)
     drifting = start.generator(DRIFTING)
-    drift = np.append(direction(drifting, DRIFT)[:6], -1)
-    for _ in range(int(drifting.integers(0, 12))):
+    drift = np.append(strength * direction(drifting, DRIFT)[:6], -1)
+    for _ in range(int(drifting.integers(0, 12)) if strength else 0):
         scene.step(drift)
     random = start.generator(PUSHING)
-    pushed = pushes(random, LIMIT)
+    pushed = strength * pushes(random, LIMIT)
     states, actions, driver = [], [], expert(scene)
     for step in range(LIMIT):
         states.append(scene.sim_state())
         actions.append(driver.action())
-        noise = direction(random, NOISE)
+        noise = strength * direction(random, NOISE)
         if scene.step(actions[-1] + pushed[step] + noise):
             count = len(actions)
             return Demonstration(np.array(states), np.array(actions, np.float32), np.asarray(pushed[:count].any(axis=1)))
     return None
 
 
-def _record(job: tuple[int, int], out: Path, places: str) -> tuple[int, int, int | None]:
+def _record(job: tuple[int, int], out: Path, places: str, strength: float) -> tuple[int, int, int | None]:
     """In a worker: writes a demonstration, and says which, and how long it was."""
     task, seed = job
-    found = demonstrate(held_scene(SUITE, task, None), Start(task, seed, places))
+    found = demonstrate(held_scene(SUITE, task, None), Start(task, seed, places), strength=strength)
     if found is not None:
         demonstrations.save(demonstrations.path_of(out, task, seed), found)
     return task, seed, None if found is None else len(found.actions)
@@ -114,6 +119,9 @@ def _collect(
     task: Annotated[list[int] | None, typer.Option(help="Number, repeatable; by default all.")] = None,
     episodes: Annotated[int, typer.Option(min=1, help="Of each task.")] = 50,
     places: Annotated[str, typer.Option(help=f"Of the objects: {' or '.join(PLACES)}.")] = "permuted",
+    strength: Annotated[
+        float, typer.Option(min=0.0, help="Of pushes, drift and noise; 0 for demonstrations to replay.")
+    ] = 1.0,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, of 1.1 GB each.")] = 2,
 ) -> None:
     """Record demonstrations of a scripted expert in LIBERO-Object, to train a policy on with train.py.
@@ -141,14 +149,16 @@ def _collect(
     others = {line.get("places") for line in lines} - {places}
     if others:
         raise DuqError(f"{journal.file}: records --places {others.pop()}, not {places}; name another directory")
+    if any(line.get("strength") != strength for line in lines):
+        raise DuqError(f"{journal.file}: records an expert disturbed otherwise; name another directory")
     tried = {(line["task"], line["seed"]): line["steps"] for line in lines}
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool, Progress(console=Console(stderr=True)) as progress:
         while todo := missing(tried, chosen, episodes):
             bar = progress.add_task("Recording", total=len(todo))
-            for found in as_completed([pool.submit(_record, job, out, places) for job in todo]):
+            for found in as_completed([pool.submit(_record, job, out, places, strength) for job in todo]):
                 number, seed, steps = found.result()
                 tried[number, seed] = steps
-                journal.add({"task": number, "seed": seed, "steps": steps, "places": places})
+                journal.add({"task": number, "seed": seed, "steps": steps, "places": places, "strength": strength})
                 progress.advance(bar)
     Console(highlight=False).print(summary(tried, {number: known[number].prompt for number in chosen}))
     short = [number for number in chosen if _successes(tried)[number] < episodes]

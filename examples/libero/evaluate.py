@@ -117,7 +117,13 @@ class ReplayArm:
         jobs, self._execute = demonstrations.listed(directory), execute
         first = {task: seed for task, seed in reversed(jobs)}
         files = {task: demonstrations.path_of(directory, task, seed) for task, seed in first.items()}
-        self._actions = {task: demonstrations.load(file).actions for task, file in files.items()}
+        found = {task: demonstrations.load(file) for task, file in files.items()}
+        for task, each in found.items():
+            if each.pushed.any():
+                raise DuqError(
+                    f"{files[task]}: was pushed, so its actions are not what was done; collect with --strength 0"
+                )
+        self._actions = {task: each.actions for task, each in found.items()}
         self.identity = digest(*files.values())
 
     def answer(

@@ -235,6 +235,10 @@ def test_the_expert_is_recorded_without_its_pushes():
     added = np.array(scene.actions[drifted:]) - 0.25
     np.testing.assert_allclose(added[:, 6], 0, atol=1e-6)
     assert np.abs(added[found.pushed]).mean() > 3 * np.abs(added[~found.pushed]).mean() > 0
+    calm = FakeScene(done_at=40)
+    found = collect.demonstrate(calm, Start(0, 3), FakeScene.Expert, strength=0.0)
+    np.testing.assert_array_equal(calm.actions, found.actions)  # to be replayed
+    assert not found.pushed.any() and len(found.actions) == 40
     assert collect.demonstrate(FakeScene(done_at=10_000), Start(0, 3), FakeScene.Expert) is None
 
 
@@ -410,5 +414,8 @@ def test_a_replay_goes_on_from_where_the_episode_is(tmp_path):
     np.testing.assert_array_equal(first, actions[:5] + 4)
     np.testing.assert_array_equal(second[:3], actions[5:] + 3)
     assert (second[3:, :6] == 0).all() and (over[:, 6] == 1).all()  # it holds on
+    demonstrations.save(demonstrations.path_of(tmp_path, 2, 1), Demonstration(np.zeros((8, 2)), actions, np.ones(8, bool)))
+    with pytest.raises(DuqError, match="task_2/seed_1.npz: was pushed"):
+        evaluate.ReplayArm(tmp_path, execute=5)
     with pytest.raises(DuqError, match="no demonstration of task 7"):
         arm.answer([Start(7, 0)], [0], [{}], np.zeros((1, 1, 1)))
