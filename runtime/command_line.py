@@ -54,7 +54,12 @@ class CommandApp(typer.Typer):
 
     def command(self, *arguments: Any, **named: Any) -> Callable[..., Any]:
         register = super().command(*arguments, **named)
-        return lambda function: register(_with_common_options(function)) and function
+
+        def with_common_options(function: Callable[..., Any]) -> Callable[..., Any]:
+            register(_with_common_options(function))
+            return function
+
+        return with_common_options
 
 
 def command_app(help: str | None = None) -> CommandApp:
