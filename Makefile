@@ -1,5 +1,6 @@
 # make demo           the whole path on a small policy and real photographs
 # make test           the tests
+# make test-all       and their slow variants
 # make lint           ruff and mypy
 # make test-install   the wheel, installed as a user does, every command of it
 # make test-resolve   what users install resolves, on every Python
@@ -23,6 +24,11 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+# The same, and the variants that are marked slow.
+.PHONY: test-all
+test-all: .venv/installed
+	$(BIN)/python -m pytest -n auto --dist worksteal -m ""
 
 # mypy takes the folders of the checkout for duq's where they stand under duq/, as they do when installed: links do.
 TYPES := build/types/duq
