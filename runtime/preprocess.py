@@ -395,7 +395,7 @@ def _bare_cameras(observation: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _bare_image(value: Any, key: str) -> np.ndarray:
-    dtype = np.dtype(np.uint8) if hasattr(value, "getbands") else checks.array(value, key).dtype
+    dtype = np.dtype(np.uint8) if checks.pil_mode(value) else checks.array(value, key).dtype
     if dtype.kind == "f":  # openpi takes floats here as -1..1, robots' cameras as 0..1
         raise ObservationError(f"{key}: has dtype {dtype}, expected uint8")
     return checks.image(value, key, "HWC")
