@@ -282,6 +282,11 @@ class Preprocessor:
         mask = np.array(self.transforms["delta_mask"] or self.robot.delta, bool)
         if not mask.any():
             raise PlanError(f"robot {self.robot.name}: delta_actions is on, but nothing says which actions are relative")
+        if mask.size > self.robot.action_dim:
+            raise PlanError(
+                f"robot {self.robot.name}: delta_mask says of {mask.size} actions whether they are relative, but there are "
+                f"{self.robot.action_dim}"
+            )
         return mask[: self.robot.state_dim]
 
     def _check_widths(self, robot: Robot) -> None:

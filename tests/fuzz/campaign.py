@@ -18,7 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
@@ -173,7 +173,7 @@ def _some(row: Row, trial: Trial, folder: Path, seeds: range, patience: float) -
             return seeds
         code = process.exitcode or 0
         what = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return _stopped(row, seeds, at, CRASH, f"{what}: {_tail(log)}")
+        return _stopped(row, seeds, at, CRASH, f"{what}: {_excerpt(log)}")
     finally:
         process.join()
         mine.close()
@@ -186,10 +186,13 @@ def _stopped(row: Row, seeds: range, at: int | None, how: str, text: str) -> ran
     return range(seed + 1, seeds.stop) if at is not None else range(0)
 
 
-def _tail(log: Path) -> str:
-    with suppress(OSError):
-        return log.read_text(errors="replace")[-1500:]
-    return ""
+def _excerpt(log: Path) -> str:
+    """What a process printed last: a traceback of Python's ends with what matters, one of faulthandler's begins with it."""
+    try:
+        text = log.read_text(errors="replace").strip()
+    except OSError:
+        return ""
+    return text if len(text) < 1500 else f"{text[:700]} ... {text[-700:]}"
 
 
 def _work(ready: Callable[[Path], Any], folder: Path, seeds: range, pipe: Connection, log: Path) -> None:

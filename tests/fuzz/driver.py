@@ -21,7 +21,8 @@ class ObservedDriver(FakeDriver):
     def __init__(self, *schedules: Any):
         super().__init__(*schedules)
         self._digest = hashlib.sha256()
-        self._blocks: dict[int, int] = {}  # address -> bytes, in the order of allocation
+        self._blocks: dict[int, tuple[int, int]] = {}  # address -> how many came before, bytes; freed ones are not in _memory
+        self._count = 0
 
     @property
     def digest(self) -> str:
@@ -31,7 +32,8 @@ class ObservedDriver(FakeDriver):
         """The number of the block that an address lies in, and where in it; None for a null pointer."""
         if not address:
             return None
-        for number, (start, length) in enumerate(self._blocks.items()):
+        for start in self._memory:
+            number, length = self._blocks[start]
             if start <= address and address + size <= start + length:
                 return number, address - start
         raise Failure(WRONG, f"{size} bytes at {address:#x} are outside of the GPU's memory")
@@ -43,7 +45,8 @@ class ObservedDriver(FakeDriver):
         block = (ctypes.c_uint8 * size)()
         address = ctypes.addressof(block)
         self._memory[address] = block
-        self._blocks[address] = size
+        self._blocks[address] = self._count, size
+        self._count += 1
         return address
 
     def _cuMemcpyHtoDAsync(self, to: int, source: int, size: int, stream: int) -> None:

@@ -194,9 +194,10 @@ def edited(good: dict[str, Any], random: Random) -> bytes:
 
 
 VALUES: tuple[Any, ...] = (
-    None, True, 0, -1, 2**63, -(2**63), 1e308, float("nan"), "", "x", "x" * 70_000, b"", b"x", b"\xff" * 100, [], [[]], {}, {b"a": 1},
-    [1] * 2000, [[0] * 100] * 100, {str(i): i for i in range(2000)}, "<f4", "|O", "|V8", "<U1000000", "<M8[s]", "<c16", ">f8", "|b1",
-    [3], [0], [1 << 40], [-1], [1.5], ["3"], [1] * 40, [1 << 32, 1 << 32], msgpack.ExtType(5, b"x"), msgpack.Timestamp(1),
+    None, True, 0, -1, 2**63, -(2**63), 1e308, float("nan"), "", "x", "x" * 70_000, b"", b"x", b"\xff" * 100, [], [[]], {},
+    {b"a": 1}, [1] * 2000, [[0] * 100] * 100, {str(i): i for i in range(2000)}, "<f4", "|O", "|V8", "<U1000000", "<M8[s]", "<c16",
+    ">f8", "|b1", [3], [0], [1 << 40], [-1], [1.5], ["3"], [1] * 40, [1 << 32, 1 << 32], msgpack.ExtType(5, b"x"),
+    msgpack.Timestamp(1),
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from tests.fuzz.kinds import KINDS, check
 from tests.fuzz.mutate import _places, damage, edit_json, edit_lines, edit_npz, edit_safetensors, edit_zip
 
 SLOW = {"orbax", "ocdbt"}  # a whole policy is converted each time
-EDITS = 40
+EDITS = 100  # a tenth of the campaign
 
 
 @pytest.fixture(scope="session")
