@@ -21,7 +21,9 @@ class ObservedDriver(FakeDriver):
     def __init__(self, *schedules: Any):
         super().__init__(*schedules)
         self._digest = hashlib.sha256()
-        self._blocks: dict[int, tuple[int, int]] = {}  # address -> how many came before, bytes; freed ones are not in _memory
+        self._blocks: dict[
+            int, tuple[int, int]
+        ] = {}  # address -> how many came before, bytes; freed ones are not in _memory
         self._count = 0
 
     @property

@@ -340,7 +340,9 @@ def _inspect(path: Path, options: tuple[str, ...], refused: bool) -> None:
     finally:
         sys.argv = argv
     if code not in (0, 2) or refused and not code:
-        raise Failure(FOREIGN, f"exit code {code}, {'after' if refused else 'without'} a PlanError: {err.getvalue()[-500:]}")
+        raise Failure(
+            FOREIGN, f"exit code {code}, {'after' if refused else 'without'} a PlanError: {err.getvalue()[-500:]}"
+        )
     if code and (not err.getvalue().startswith("error: ") or err.getvalue().count("\n") != 1):
         raise Failure(FOREIGN, f"not one line: {err.getvalue()[:500]}")
     if code == 0 and options == ("--json",):

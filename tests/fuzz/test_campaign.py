@@ -44,7 +44,9 @@ def test_the_campaign_is_as_large_as_it_says():
         return sum(trial.count for name, trial in TRIALS.items() if name.startswith(prefix))
 
     assert count("cpu plan, flips") + count("cuda plan, flips") >= 10_000
-    assert all(TRIALS[f"{target} plan, {edit}"].count >= 1000 for target in plans.TARGETS for edit in ("container", "rewritten"))
+    assert all(
+        TRIALS[f"{target} plan, {edit}"].count >= 1000 for target in plans.TARGETS for edit in ("container", "rewritten")
+    )
     assert count("manifest") >= 1000 and count("observations, ") >= 2000 and count("messages") >= 500
     assert all(TRIALS[kind].count >= 1000 for kind in kinds.KINDS)
 
@@ -61,7 +63,9 @@ def faulty(folder):
             time.sleep(600)
         if seed == 7:
             os._exit(0)
-        work = {5: partial(int, "x"), 6: partial(plans.check_same, (np.zeros(1), ""), (np.ones(1), ""))}.get(seed, lambda: None)
+        work = {5: partial(int, "x"), 6: partial(plans.check_same, (np.zeros(1), ""), (np.ones(1), ""))}.get(
+            seed, lambda: None
+        )
         return plans.how(judged(f"faulty, seed {seed}", work))
 
     yield attempt
@@ -78,7 +82,13 @@ def test_crashes_hangs_wrong_actions_and_foreign_exceptions_cost_one_try_each(tm
     row = tries("faulty", Trial(10, lambda folder: None, faulty), tmp_path / "files", range(9), patience=3)
     assert row.tries == 9 and row.ends == {"accepted": 4, "crash": 2, "hang": 1, "foreign": 1, "wrong": 1}
     assert [failure["seed"] for failure in row.failures] == [2, 4, 5, 6, 7]
-    says = ["SIGABRT: Fatal Python error: Aborted", "nothing was heard of it", "ValueError", "answers otherwise", "exit code 0"]
+    says = [
+        "SIGABRT: Fatal Python error: Aborted",
+        "nothing was heard of it",
+        "ValueError",
+        "answers otherwise",
+        "exit code 0",
+    ]
     for failure, text in zip(row.failures, says, strict=True):
         assert text in failure["text"] and failure["reproduce"] == f"python -m tests.fuzz 'faulty' --seed {failure['seed']}"
     assert 10e6 < row.peak_bytes < 4e9
@@ -129,6 +139,12 @@ def here(name, trial, folder, seeds):
     return row
 
 
+@pytest.mark.parametrize(("kind", "seed"), [("orbax", 572), ("packs' recipe", 746)])
+def test_a_name_of_5000_characters_is_not_repeated_whole(kind, seed, made):
+    """What the first full campaign found in the readers."""
+    assert len(kinds.check(kind, made(TRIALS[kind]), seed)) < 400
+
+
 # --- the edits --------------------------------------------------------------------------------------------------------
 
 
@@ -160,7 +176,9 @@ def test_an_address_outside_of_the_gpu_s_memory_is_noticed(made, monkeypatch):
     from duq.runtime.executors.cuda import CudaExecutor
 
     resolve = CudaExecutor._resolve
-    monkeypatch.setattr(CudaExecutor, "_resolve", lambda self, *a: (v := resolve(self, *a)) and v + (1 << 40 if v > 1 << 40 else 0))
+    monkeypatch.setattr(
+        CudaExecutor, "_resolve", lambda self, *a: (v := resolve(self, *a)) and v + (1 << 40 if v > 1 << 40 else 0)
+    )
     with pytest.raises(Failure, match="outside of the GPU's memory"):
         plans.answer(made(TRIALS["manifest"]) / "cuda.plan", "cuda")
 
