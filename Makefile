@@ -68,7 +68,8 @@ test-cuda12: .venv/installed
 		tests/compiler/targets/test_ptx.py tests/runtime/executors
 
 # Runs LeRobot's published pi0 and pi0.5 (Python 3.12, about 5 GB) and renews tests/data/lerobot_actions.npz; compares duq's
-# reading of a LeRobotDataset with LeRobot's own, and whole policies, from raw observations to the robot's actions.
+# reading of a LeRobotDataset with LeRobot's own, and whole policies, from raw observations to the robot's actions. Then runs
+# plans as LeRobot's policies in its own commands (integrations/), and docs/lerobot.md as it stands.
 PEER_PYTHON ?= python3.12
 CASES := build/peer_cases
 .PHONY: test-peers
@@ -82,3 +83,9 @@ test-peers: .venv/installed
 	$(BIN)/duq-make-checkpoint --variant tiny --depth 1 --vision-depth 1 --out $(CASES)/tiny
 	HF_HUB_OFFLINE=1 build/peers/bin/python tests/peers/lerobot_policies.py $(CASES)/tiny/tokenizer.model $(CASES)/policies
 	$(BIN)/python tests/peers/check_policies.py $(CASES)/policies
+	build/peers/bin/pip install --quiet --editable . --editable integrations/lerobot_policy_duq
+	for case in pi0 pi05 pi05_mean_and_std_relative; do \
+		$(BIN)/duq-compile $(CASES)/policies/$$case/pretrained_model --quant none --out $(CASES)/exports/$$case --lerobot || exit; \
+	done
+	cd $(CASES) && $(CURDIR)/build/peers/bin/python -m pytest --noconftest -p no:cacheprovider $(CURDIR)/tests/peers/lerobot_plugin.py
+	build/peers/bin/python tests/peers/replay_docs.py $(BIN) $(CASES)

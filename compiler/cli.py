@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from duq.plugins.errors import KernelError
 from duq.plugins.gpu import cards_by_sm
 from duq.runtime.cli_errors import check_output_directory, check_output_file
 from duq.runtime.inspect import settings_table
+from duq.runtime.lerobot_folder import LeRobotFolder, lerobot_config
 from duq.runtime.signing import Signer
 
 
@@ -55,6 +57,7 @@ def compile_checkpoint(
     without_norm_stats: bool,
     without_tokenizer: bool,
     sign: Path | None,
+    lerobot: bool,
     keep_phases: Path | None,
     as_json: bool,
 ) -> None:
@@ -66,30 +69,37 @@ def compile_checkpoint(
     _check_options(target, recipe)
     check_device(device)
     options = _target_options(target, sm, gpu, **chosen)
-    check_output_file("--out", out)
+    check_output_directory("--out", out) if lerobot else check_output_file("--out", out)
+    folder = LeRobotFolder(out) if lerobot else None
     signer = None if sign is None else Signer(sign)
     if keep_phases is not None:
         check_output_directory("--keep-phases", keep_phases)
     check_inputs(None if recipe.include == NO_LINEAR else calibration, tokenizer)
     policy, settings = open_policy(checkpoint, choices, asset_id, tokenizer, base)
     _check_robot(policy, settings, without_norm_stats, without_tokenizer)
+    if folder:
+        lerobot_config(settings_of(policy, settings), checkpoint)
     with progress_bar() as progress:
         quantization = _quantization(
             policy, recipe, origins, packs, calibration, calibration_seed, settings, device, progress
         )
         options = replace(options, cameras=cameras, settings=settings)
-        with packs_kept(quantization, policy, out, packs, print_line):
-            compile_policy(policy, quantization, out, options, progress, keep_phases, signer)
+        with packs_kept(quantization, policy, out, packs, print_line), folder or nullcontext():
+            plan = folder.plan if folder else out
+            compile_policy(policy, quantization, plan, options, progress, keep_phases, signer)
+            if folder:
+                folder.finish()
+                plan = out / plan.name
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     if as_json:
-        found = {"plan": str(out), "bytes": out.stat().st_size, "target": target, "runs_on": options.coverage or None}
+        found = {"plan": str(plan), "bytes": plan.stat().st_size, "target": target, "runs_on": options.coverage or None}
         typer.echo(result_json(found, quantization, settings_of(policy, settings), seconds))
         return
     console = Console(markup=False, highlight=False)
     console.print(settings_table(settings_of(policy, settings)))
     console.print(
-        f"{out}: {out.stat().st_size / 1e6:,.1f} MB, {len(quantization.packs)} quantized linears, compiled in "
+        f"{out}: {plan.stat().st_size / 1e6:,.1f} MB, {len(quantization.packs)} quantized linears, compiled in "
         f"{seconds:.0f} s with a peak of {peak:.1f} GB of memory",
         soft_wrap=True,
     )

@@ -222,6 +222,10 @@ def _compile(
             "--sign", metavar="KEY", help="Sign the plan with this Ed25519 private key (PEM); needs the extra sign."
         ),
     ] = None,
+    lerobot: Annotated[
+        bool,
+        typer.Option("--lerobot", help="Make --out a folder with the plan for LeRobot's --policy.path (docs/lerobot.md)."),
+    ] = False,
     keep_phases: Annotated[
         Path | None,
         typer.Option(
@@ -261,7 +265,8 @@ def _compile(
         chosen={"timing": timing, "ptx": ptx, "loop": loop, "float_type": float_type},
         calibration=calibration, calibration_seed=calibration_seed, device=device, packs=packs, tokenizer=tokenizer,
         base=base, cameras=cameras, asset_id=asset_id, without_norm_stats=without_norm_stats,
-        without_tokenizer=without_tokenizer, sign=sign, keep_phases=keep_phases, as_json=as_json,
+        without_tokenizer=without_tokenizer, sign=sign, lerobot=lerobot, keep_phases=keep_phases,
+        as_json=as_json,
     )  # fmt: skip
 
 

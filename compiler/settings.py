@@ -91,6 +91,7 @@ def settings_of(checkpoint: Checkpoint, settings: PolicySettings) -> dict:
         "model": checkpoint.config.to_json(),
         **settings.to_json(),
         "norm_stats": checkpoint.norm_stats,
+        "lerobot_loop": checkpoint.settings.loop if settings.robot == checkpoint.settings.robot else None,
         "checkpoint": {"path": _printable(checkpoint.path), "layout": checkpoint.layout, "form": checkpoint.form},
     }
 

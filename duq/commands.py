@@ -48,6 +48,7 @@ bench_server = _installed("duq-bench-server", "duq.tools.bench_server:main", "cl
 profile = _installed("duq-profile", "duq.tools.profile:main", "cuda-runtime")
 evaluate = _installed("duq-evaluate", "duq.tools.evaluate:main", "compile,examples")
 demo = _installed("duq-demo", "duq.tools.demo:main", "demo")
+export_lerobot = _installed("duq-export-lerobot", "duq.tools.export_lerobot:main", "")
 make_checkpoint = _installed("duq-make-checkpoint", "duq.tools.make_checkpoint:main", "compile")
 study_schemes = _installed("duq-study-schemes", "duq.tools.study_schemes:main", "study")
 doctor = _installed("duq-doctor", "duq.tools.doctor:main", "")

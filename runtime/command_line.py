@@ -15,18 +15,19 @@ at once; what does the work is imported when the command runs.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from duq import __version__
 from duq.plugins.errors import DuqError
@@ -40,19 +41,25 @@ _quiet = False
 
 
 class CommandApp(typer.Typer):
-    """A typer application whose commands have the common options."""
+    """A typer application whose commands have the common options. With `help` it has several commands."""
 
     def __init__(self, help: str | None = None):
-        super().__init__(
-            cls=_Group, help=help, add_completion=_a_shell_asks(), rich_markup_mode="rich", pretty_exceptions_enable=False
-        )
+        super().__init__(help=help, add_completion=_a_shell_asks(), rich_markup_mode="rich", pretty_exceptions_enable=False)
+        if help is not None:
+            self.callback()(_with_common_options(lambda: None))
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         _set_quiet(False)
         return super().__call__(*arguments, **named)
 
     def command(self, *arguments: Any, **named: Any) -> Callable[..., Any]:
-        return super().command(*arguments, cls=_Command, **named)
+        register = super().command(*arguments, **named)
+
+        def with_common_options(function: Callable[..., Any]) -> Callable[..., Any]:
+            register(_with_common_options(function))
+            return function
+
+        return with_common_options
 
 
 def command_app(help: str | None = None) -> CommandApp:
@@ -71,51 +78,63 @@ def _a_shell_asks() -> bool:
     return completion_variable(Path(sys.argv[0]).name) in os.environ
 
 
-class _Command(TyperCommand):
-    def __init__(self, *arguments: Any, params: list[Any] | None = None, **named: Any):
-        super().__init__(*arguments, params=[*(params or ()), *_common_options()], **named)
+def _with_common_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with the options that all have, which act by themselves."""
+    own = inspect.signature(command, eval_str=True)
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (annotation, default) in _COMMON.items()
+    ]
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **named: Any) -> Any:
+        return command(*arguments, **{name: value for name, value in named.items() if name not in _COMMON})
+
+    run.__signature__ = own.replace(parameters=[*own.parameters.values(), *options])  # type: ignore[attr-defined]
+    run.__annotations__ = {name: each.annotation for name, each in run.__signature__.parameters.items()}  # type: ignore[attr-defined]
+    return run
 
 
-class _Group(TyperGroup):
-    def __init__(self, *arguments: Any, params: list[Any] | None = None, **named: Any):
-        super().__init__(*arguments, params=[*(params or ()), *_common_options()], **named)
-
-
-def _common_options() -> list[TyperOption]:
-    def option(*flags: str, help: str, callback: Callable[..., Any], **named: Any) -> TyperOption:
-        return TyperOption(
-            param_decls=list(flags), help=help, callback=callback, expose_value=False, rich_help_panel=PANEL, **named
-        )
-
-    return [
-        option("--version", help="Print duq's version.", callback=_print_version, is_flag=True, is_eager=True),
-        option(
-            "--verbose", "-v", count=True, default=0, metavar="", callback=_be_verbose,
-            help="Log what is done, to stderr; -vv also where an error comes from.",
-        ),
-        option(
-            "--quiet", "-q", is_flag=True, default=False, callback=_be_quiet,
-            help="Print results, warnings and errors alone: no progress, no notes.",
-        ),
-    ]  # fmt: skip
-
-
-def _print_version(context: Any, _: Any, asked: bool) -> None:
+def _print_version(context: typer.Context, asked: bool) -> None:
     if asked and not context.resilient_parsing:
         typer.echo(f"{context.find_root().info_name} {__version__}")
         raise typer.Exit
 
 
-def _be_verbose(context: Any, _: Any, count: int) -> None:
+def _be_verbose(context: typer.Context, count: int) -> None:
     if count and not context.resilient_parsing:
         logging.basicConfig(level=logging.DEBUG if count > 1 else logging.INFO, format=LOG_FORMAT)
         log.setLevel(logging.DEBUG if count > 1 else logging.INFO)
 
 
-def _be_quiet(context: Any, _: Any, asked: bool) -> None:
+def _be_quiet(context: typer.Context, asked: bool) -> None:
     if asked and not context.resilient_parsing:
         logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT)
         _set_quiet(True)
+
+
+def _common(kind: type, *flags: str, **named: Any) -> Any:
+    return Annotated[kind, typer.Option(*flags, rich_help_panel=PANEL, **named)]
+
+
+# By the parameter's name, which no command uses itself: its annotation and its default.
+_COMMON = {
+    "common_version": (_common(bool, "--version", help="Print duq's version.", callback=_print_version, is_eager=True), False),
+    "common_verbose": (
+        _common(
+            int, "--verbose", "-v", count=True, metavar="", callback=_be_verbose, show_default=False,
+            help="Log what is done, to stderr; -vv also where an error comes from.",
+        ),
+        0,
+    ),
+    "common_quiet": (
+        _common(
+            bool, "--quiet", "-q", callback=_be_quiet,
+            help="Print results, warnings and errors alone: no progress, no notes.",
+        ),
+        False,
+    ),
+}  # fmt: skip
 
 
 def _set_quiet(quiet: bool) -> None:

@@ -67,8 +67,8 @@ def inspect(
 
 
 def _print_summary(console: Console, plan: Plan, verify_key: Path | None) -> None:
-    rows = [*summary_rows(plan), ("signature", _signed(plan, verify_key))]  # all before the first is printed
-    console.print(f"{_checked(plan)} (--all prints the rest)", soft_wrap=True)
+    rows, signed = summary_rows(plan), _signed(plan, verify_key)  # all before the first is printed
+    console.print(f"{_checked(plan)}, {signed} (--all prints the rest)", soft_wrap=True)
     for name, text in rows:
         console.print(f"  {name:<13} {text}", soft_wrap=True)
 
@@ -286,7 +286,7 @@ def _policy_table(manifest: dict[str, Any]) -> Table:
     """Everything in the manifest that is not a section with a table of its own."""
     elsewhere = {
         "quantization", "graphs", "entries", "norm_stats", "robot_description", "transforms", "settings_from", "notes",
-        "ignored_settings",
+        "ignored_settings", "lerobot_loop",
     }  # fmt: skip
     table = _table("Policy", "", "")
     for key, value in manifest.items():

@@ -23,6 +23,7 @@ from duq.runtime import checks
 from duq.runtime.config import IMAGE_SLOTS, ModelConfig
 from duq.runtime.engine import Engine, finite
 from duq.runtime.errors import ObservationError, PlanError
+from duq.runtime.guidance import Guidance, Prefix
 from duq.runtime.limits import LimitCheck
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import Checked, ModelInputs, Preprocessor
@@ -109,11 +110,14 @@ class Policy:
         with self._call() as opened:
             opened.warmup()
 
-    def infer(self, obs: Mapping[str, Any], noise: np.ndarray | None = None) -> dict[str, Any]:
+    def infer(
+        self, obs: Mapping[str, Any], noise: np.ndarray | None = None, *, prefix: Prefix | None = None
+    ) -> dict[str, Any]:
         """An action chunk for one observation.
 
         obs: the robot's observation dict or bare model inputs (see `runtime.preprocess.Preprocessor`).
         noise: float32 [H, A], the start of the denoising; drawn if absent. The same noise gives the same actions.
+        prefix: the rest of the previous chunk, which guides this one (runtime/guidance.py); PlanError unless `guided`.
         Returns {"actions": float32 [H, robot dims], "policy_timing": milliseconds: "infer_ms" is the whole call,
         "preprocess_ms", "prefix_ms", "denoise_ms" its parts; engines may add others}; for a robot with limits also
         "limits": the actions outside of them (`runtime.limits.LimitCheck.outside`).
@@ -126,7 +130,13 @@ class Policy:
             checked = opened.preprocessor.read(obs)
             inputs = opened.preprocessor.finish(checked)
             noise = self._noise_of(opened, noise)
-            return opened.answer(checked, inputs, noise, time.perf_counter() - start)
+            options = {} if prefix is None else {"guidance": opened.guidance(prefix, checked)}
+            return opened.answer(checked, inputs, noise, time.perf_counter() - start, **options)
+
+    @property
+    def guided(self) -> bool:
+        """Whether `infer` takes a prefix: the engine has to stop between two denoising steps."""
+        return self._opened.guided
 
     def infer_batch(
         self, obs: Sequence[Mapping[str, Any]], noise: Sequence[np.ndarray] | np.ndarray | None = None
@@ -233,10 +243,29 @@ class _Opened:
         self.preprocessor.model_inputs(_blank_observation())
         self.engine.warmup()
 
-    def answer(self, checked: Checked, inputs: ModelInputs, noise: np.ndarray, preprocessing: float) -> dict[str, Any]:
-        """The engine's turn, and what follows it. preprocessing: seconds that the inputs took."""
+    @property
+    def guided(self) -> bool:
+        return getattr(self.engine.executor, "guided", False)
+
+    def guidance(self, prefix: Prefix, checked: Checked) -> Guidance:
+        """The prefix as the model sees it. Raises PlanError if the engine takes none, ObservationError if it does not fit."""
+        if not self.guided:
+            raise PlanError(
+                f"prefix: a plan for {self.metadata['target']} runs all denoising steps as one unit, which cannot be guided; "
+                "compile for --target cpu, or mix the chunks with duq.runtime.guidance.blended"
+            )
+        shape, state = (self.config.action_horizon, self.config.action_dim), checked.robot_state
+        prefix.check(shape[0], shape[1] if state is None else self.preprocessor.action_dim)
+        target = np.zeros(shape, np.float32)
+        target[: len(prefix.actions)] = self.preprocessor.model_actions(np.asarray(prefix.actions), state)
+        return Guidance(target, np.asarray(prefix.weights, np.float32)[:, None], prefix.strength)
+
+    def answer(
+        self, checked: Checked, inputs: ModelInputs, noise: np.ndarray, preprocessing: float, **options: Any
+    ) -> dict[str, Any]:
+        """The engine's turn, and what follows it. preprocessing: seconds that the inputs took; options: of the executor."""
         ready = time.perf_counter()
-        actions, timing = self.engine.run(inputs, noise)
+        actions, timing = self.engine.run(inputs, noise, **options)
         with np.errstate(over="ignore", invalid="ignore"):
             actions = self.preprocessor.actions_at(actions, checked.robot_state)
         finite(actions, f"{self.plan.path}: in the robot's units there are", "its norm stats may be of another robot")

@@ -265,6 +265,22 @@ class Preprocessor:
             actions[:, : self._delta.size] += np.where(self._delta, state, 0).astype(actions.dtype)
         return self._described.actions_to_robot(actions, self.transforms["adapt_to_pi"]).astype(np.float32)
 
+    def model_actions(self, actions: np.ndarray, robot_state: np.ndarray | None) -> np.ndarray:
+        """The inverse of `actions_at`: [n, action_dim] as the robot takes them -> float32 [n, A], padded with zeros."""
+        if robot_state is not None:
+            norm = self._action_norm
+            actions = self._described.actions_to_model(actions.astype(np.float64), self.transforms["adapt_to_pi"])
+            actions = actions.astype(norm.dtype if norm else np.float64)
+            if self._delta is not None:
+                state = robot_state[: self._delta.size].astype(actions.dtype)
+                actions = actions.copy()
+                actions[:, : self._delta.size] -= np.where(self._delta, state, 0).astype(actions.dtype)
+            if norm:
+                actions = norm.normalize(actions)
+        padded = np.zeros((len(actions), self.config.action_dim), np.float32)
+        padded[:, : actions.shape[1]] = actions
+        return padded
+
     @property
     def _described(self) -> Robot:
         """The robot, to be asked for observations in its form alone."""

@@ -352,6 +352,7 @@ class PolicySettings(Section):
     settings_from: dict[str, str] = {}
     ignored_settings: list[str] = []
     notes: list[str] = []
+    lerobot_loop: dict[str, Any] | None = None  # of LeRobot's (runtime/lerobot_folder.py), which checks what it takes of it
 
     @model_validator(mode="after")
     def _names_its_robot(self) -> PolicySettings:

@@ -472,8 +472,23 @@ def read_policy(
         lerobot_version=version,
         padded_state_dims=_padded_dims(settings, found),
         square_images=_square(settings),
+        loop=loop_settings(settings),
     )
     return said, stats, found.notes
+
+
+def loop_settings(settings: dict) -> dict[str, Any]:
+    """What changes no chunk, but the loop around it, kept in the plan for `duq-export-lerobot`; None where it is not said.
+
+    n_action_steps: actions of a chunk that are executed. image_shapes: camera -> [3, height, width], to which LeRobot's
+    policy server resizes images. action_feature_names: the joints, by which LeRobot orders what it sends to a robot.
+    """
+    shapes = {name: _features(settings, "input_features")[name].get("shape") for name in _cameras(settings)}
+    return {
+        "n_action_steps": whole_number(settings, "n_action_steps", "action_horizon"),
+        "image_shapes": {name: shape for name, shape in shapes.items() if shape is not None},
+        "action_feature_names": settings.get("action_feature_names") or None,
+    }
 
 
 def version_transforms(version: str, padded_dims: int) -> dict[str, Any]:

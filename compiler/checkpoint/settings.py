@@ -16,6 +16,7 @@ class Settings:
     describe. asset_id, config: whose norm stats, and the name of the openpi training config. rotary: of
     `runtime.config.ROTARY`. lerobot_version: "0.3", "0.4" or "0.5" (and later); padded_state_dims and square_images: what
     the difference between them depends on. ignored: keys of config.json whose meaning is not known, as "key: value".
+    loop: what LeRobot's loop around the policy goes by, which changes no chunk (`lerobot.loop_settings`).
     """
 
     num_steps: int | None = None
@@ -30,3 +31,4 @@ class Settings:
     padded_state_dims: int = 32
     square_images: bool = False
     ignored: tuple[str, ...] = ()
+    loop: dict[str, Any] | None = None

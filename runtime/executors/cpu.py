@@ -15,6 +15,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state
 
 from duq.runtime.config import IMAGE_SLOTS
 from duq.runtime.errors import EngineError, PlanError
+from duq.runtime.guidance import Guidance
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import ModelInputs
 
@@ -51,6 +52,8 @@ class CpuExecutor:
     Raises PlanError where the plan lacks a graph; later where a graph cannot be loaded, or the plan has been written to.
     """
 
+    guided = True
+
     def __init__(self, plan: Plan, threads: int | None = None):
         self._plan = plan
         for name in GRAPHS:
@@ -74,18 +77,22 @@ class CpuExecutor:
         self.run(inputs, np.zeros((config["action_horizon"], config["action_dim"]), np.float32))
 
     def run(
-        self, inputs: ModelInputs, noise: np.ndarray, trace: dict[str, Any] | None = None
+        self,
+        inputs: ModelInputs,
+        noise: np.ndarray,
+        trace: dict[str, Any] | None = None,
+        guidance: Guidance | None = None,
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Denoises `noise` float32 [H, A] into normalized actions [H, A]; returns them with the stages' milliseconds.
 
         trace: if given, receives what the stages produced, as numpy: "image_features", "key.0", ..., and "x", the
-        states of the flow [num_steps + 1, H, A].
+        states of the flow [num_steps + 1, H, A]. guidance: corrects the state after each step.
         Raises EngineError where ONNX Runtime fails: there is not enough memory, or inputs that the graphs do not take.
         """
         with _opening:
             prefix, step = self._prefix, self._step
         try:
-            return self._run(prefix, step, inputs, noise, trace)
+            return self._run(prefix, step, inputs, noise, trace, guidance)
         except ONNXRUNTIME_ERRORS as error:
             raise EngineError(f"{self._plan.path}: ONNX Runtime failed ({type(error).__name__}: {error})") from error
 
@@ -105,6 +112,7 @@ class CpuExecutor:
         inputs: ModelInputs,
         noise: np.ndarray,
         trace: dict[str, Any] | None,
+        guidance: Guidance | None,
     ) -> tuple[np.ndarray, dict[str, Any]]:
         start = time.perf_counter()
         # What is not there is not computed: absent cameras and prompt padding are left out here.
@@ -118,13 +126,17 @@ class CpuExecutor:
         past = dict(zip(names, values, strict=True))
         prefix_end = time.perf_counter()
 
-        x = onnxruntime.OrtValue.ortvalue_from_numpy(noise)
-        flow = [noise]
+        x, flow = onnxruntime.OrtValue.ortvalue_from_numpy(noise), [noise]
+        corrected = []  # an OrtValue made of an array does not keep it alive
         constant = {item.name: past[item.name] for item in step.get_inputs() if item.name in past}
-        for index in self._steps:
-            (x,) = step.run_with_ort_values(["x_next"], {"x": x, "step": index, **constant})
+        for number, index in enumerate(self._steps):
+            (x_next,) = step.run_with_ort_values(["x_next"], {"x": x, "step": index, **constant})
+            if guidance is not None:
+                corrected.append(guidance.corrected(x.numpy(), x_next.numpy(), number, self._num_steps))
+                x_next = onnxruntime.OrtValue.ortvalue_from_numpy(corrected[-1])
+            x = x_next
             if trace is not None:
-                flow.append(x.numpy())
+                flow.append(x.numpy().copy())
         end = time.perf_counter()
         if trace is not None:
             trace.update({name: value.numpy() for name, value in past.items()}, x=np.stack(flow))

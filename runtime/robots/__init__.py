@@ -183,6 +183,14 @@ class Robot:
                 actions[:, dims] = _TO_ROBOT[conversion.kind](actions[:, dims], conversion)
         return actions
 
+    def actions_to_model(self, actions: np.ndarray, adapt_to_pi: bool) -> np.ndarray:
+        """The inverse of `actions_to_robot`."""
+        for conversion, _, dims in reversed(self._placed):
+            if dims and (adapt_to_pi or conversion.when == "always"):
+                actions = actions.copy()
+                actions[:, dims] = _FROM_ROBOT[conversion.kind](actions[:, dims], conversion)
+        return actions
+
     @cached_property
     def _placed(self) -> list[tuple[Conversion, list[int], list[int]]]:
         """Each conversion with its dims of the state and of the actions."""
@@ -295,6 +303,11 @@ def _gripper_from_pi(angle: np.ndarray, _: Conversion) -> np.ndarray:
     return (angle + _PI_CLOSED_RAD - _GRIPPER_CLOSED_RAD) / (_GRIPPER_OPEN_RAD - _GRIPPER_CLOSED_RAD)
 
 
+def _gripper_command_to_pi(position: np.ndarray, _: Conversion) -> np.ndarray:
+    """The inverse of `_gripper_from_pi`."""
+    return position * (_GRIPPER_OPEN_RAD - _GRIPPER_CLOSED_RAD) + _GRIPPER_CLOSED_RAD - _PI_CLOSED_RAD
+
+
 _TO_MODEL = {
     "negate": lambda values, _: -values,
     "linear": lambda values, c: (values - c.low) / (c.high - c.low),
@@ -305,6 +318,7 @@ _TO_ROBOT = {
     "linear": lambda values, c: values * (c.high - c.low) + c.low,
     "aloha_gripper": _gripper_from_pi,
 }
+_FROM_ROBOT = _TO_MODEL | {"aloha_gripper": _gripper_command_to_pi}  # of actions
 
 
 # --- reading a robot --------------------------------------------------------------------------------------------------

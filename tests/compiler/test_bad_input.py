@@ -536,13 +536,12 @@ def test_output_directory(good, out, refused, tmp_path):
 
 
 def test_paths_that_are_not_utf_8(good, out, refused, tmp_path):
-    """safetensors and ONNX Runtime take none; what they say about it does not name the fix."""
+    """safetensors takes none, and what it says about it does not name the fix. A plan may have one."""
     odd = tmp_path / "\udcff"
     shutil.copytree(good[0], odd)
     refused([compile_main, odd, "--quant", "none", "--out", out / "engine.plan"], "its path is not UTF-8", "rename it")
     shutil.copy(good[1], odd / "engine.plan")
-    with pytest.raises(PlanError, match="its path is not UTF-8, .*; rename it"):
-        Policy(odd / "engine.plan").warmup()
+    Policy(odd / "engine.plan").warmup()
 
 
 def test_options_of_another_target(good, out, refused):

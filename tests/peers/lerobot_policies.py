@@ -175,14 +175,18 @@ def observations(case: Case, stats: dict, random: np.random.RandomState) -> list
     return found
 
 
-def record(name: str, case: Case, tokenizer: Path, out: Path) -> None:
+def folder_name(name: str) -> str:
+    return name.replace(" ", "_").replace(",", "")
+
+
+def build(name: str, case: Case, tokenizer: Path) -> tuple:
+    """The policy, its two pipelines, its statistics, and the random numbers that go on from there."""
+    tokenizer_processor.AutoTokenizer = type("None", (), {"from_pretrained": staticmethod(lambda name: None)})
     random = np.random.RandomState(sum(map(ord, name)))
     stats = {
         "observation.state": statistics(case.dims, case.constant, random),
         "action": statistics(case.dims, case.constant, random),
     }
-    folder = out / name.replace(" ", "_").replace(",", "")
-    model = folder / "pretrained_model"
     policy = make_policy(case)
     before, after = CLASSES[case.kind][3](policy.config, stats)
     for step in before.steps:
@@ -190,6 +194,13 @@ def record(name: str, case: Case, tokenizer: Path, out: Path) -> None:
             step.rename_map = case.rename
         if type(step).__name__ == "TokenizerProcessorStep":
             step.tokenizer = step.input_tokenizer = SmallTokenizer(tokenizer)
+    return policy, before, after, stats, random
+
+
+def record(name: str, case: Case, tokenizer: Path, out: Path) -> None:
+    policy, before, after, stats, random = build(name, case, tokenizer)
+    folder = out / folder_name(name)
+    model = folder / "pretrained_model"
     if case.adapter:
         policy = with_adapter(policy, folder / "base")
     policy.save_pretrained(model)
@@ -245,7 +256,6 @@ def main() -> None:
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    tokenizer_processor.AutoTokenizer = type("None", (), {"from_pretrained": staticmethod(lambda name: None)})
     for name, case in CASES.items():
         record(name, case, arguments.tokenizer, arguments.out)
 

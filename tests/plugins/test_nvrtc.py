@@ -86,7 +86,7 @@ def test_names_the_extra_that_brings_a_missing_wheel(tmp_path, monkeypatch):
 
 def test_driver_names_the_extra_that_brings_its_bindings(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(KernelError, match=r"duq-vla\[cuda\]"):
+    with pytest.raises(KernelError, match=r"duq-vla\[cuda-runtime\]"):
         driver.open_device()
 
 

@@ -266,7 +266,7 @@ def test_many_small_frames_do_not_slow_others_down(policy, flood):
             start = time.monotonic()
             assert client.infer({"value": number})["actions"][0, 0] == number
             longest = max(longest, time.monotonic() - start)
-        assert longest < 0.3
+        assert longest < 0.7  # 1.4 to 2 s without the limit, on a busy machine
         assert refusals(served, "small_frames_per_second") >= 1
         peer.close()
 

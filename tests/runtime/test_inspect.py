@@ -104,9 +104,9 @@ def test_settings_that_differ(path, tmp_path):
             writer.write(name, bytes(plan.read(name)))
         linears = plan.manifest["quantization"]["linears"]
         changed = linears | {"llm.layers.1.mlp.up_proj": linears["llm.layers.1.mlp.up_proj"] | {"sqnr_db": 7.0}}
-        writer.finish(plan.manifest | {"target": "tpu", "quantization": {"recipe": {}, "linears": changed}})
+        writer.finish(plan.manifest | {"cameras": 2, "quantization": {"recipe": {}, "linears": changed}})
     found = json.loads(inspect(path, "--diff", other, "--json").stdout)
-    assert found["plan"] == {"target": ["cpu", "tpu"]} and found["recipe"]["scheme"] == ["balanced", None]
+    assert found["plan"] == {"cameras": [3, 2]} and found["recipe"]["scheme"] == ["balanced", None]
     assert found["linears"] == {"llm.layers.1.mlp.up_proj": ["W4A8, 21.0 dB", "W4A8, 7.0 dB"]}
     assert "llm.layers.*.mlp.up_proj (1)" in inspect(path, "--diff", other).stdout
 

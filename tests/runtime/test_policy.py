@@ -183,7 +183,7 @@ def test_plans_that_cannot_be_run(make_policy, tmp_path):
 
 
 def test_runtime_imports_neither_torch_nor_the_compiler():
-    code = "import duq.runtime, duq.runtime.inspect, duq.runtime.observations, sys; print([m for m in sys.modules])"
+    code = "import duq.runtime.policy, duq.runtime.inspect, duq.runtime.observations, sys; print([m for m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "'duq.runtime.policy'" in loaded
     assert not [name for name in ("torch", "onnx", "duq.compiler", "duq.tools") if f"'{name}'" in loaded]
@@ -304,7 +304,13 @@ def test_close_frees_the_executor_once(make_policy):
     assert executor.closed == 1
     policy.close()
     assert executor.closed == 1
-    for call in (lambda: policy.infer(bare_observation()), policy.warmup, policy.reload, lambda: policy.infer_batch([])):
+    for call in (
+        lambda: policy.infer(bare_observation()),
+        policy.warmup,
+        policy.check,
+        policy.reload,
+        lambda: policy.infer_batch([]),
+    ):
         with pytest.raises(EngineError, match="engine.plan: the policy is closed; open it again"):
             call()
     assert policy.metadata["robot"] == "none"
@@ -381,14 +387,30 @@ def test_reload_ends_the_refusals_of_a_plan_that_was_written_to(make_policy, tmp
     whole = path.read_bytes()
     with open(path, "r+b") as file:
         file.write(b"PK")
-    for call in (lambda: policy.infer(bare_observation()), policy.warmup, lambda: policy.infer_batch([bare_observation()])):
+    for call in (
+        lambda: policy.infer(bare_observation()), policy.warmup, policy.check,
+        lambda: policy.infer_batch([bare_observation()]),
+    ):  # fmt: skip
         with pytest.raises(PlanError, match="was written to while in use"):
             call()
     assert not executor_of(policy).calls
     (tmp_path / "new").write_bytes(whole)
     os.replace(tmp_path / "new", path)
     policy.reload()
+    policy.check()
     assert policy.infer(bare_observation())["actions"].shape == (50, 32)
+
+
+def test_the_fingerprint_is_the_running_plan_s(make_policy):
+    policy = make_policy()
+    first = policy.fingerprint
+    assert len(first) == 16 and make_policy().fingerprint == first
+    policy.reload()
+    assert policy.fingerprint == first
+    make_policy(num_steps=5)
+    assert policy.fingerprint == first
+    policy.reload()
+    assert policy.fingerprint != first
 
 
 def test_reload_of_another_path_is_remembered(make_policy, tmp_path):
@@ -448,7 +470,7 @@ def test_reload_that_cannot_be_warmed_up_leaves_the_old(make_policy, monkeypatch
 
 def test_reload_under_load_loses_and_mixes_nothing(make_policy):
     """Threads that infer while plans come and go: every call is answered, by an executor that is open."""
-    policy, stop, done = make_policy(seed=0), threading.Event(), []
+    policy, stop, done, reloads = make_policy(seed=0), threading.Event(), [], 0
 
     def infer():
         while not stop.is_set():
@@ -456,12 +478,13 @@ def test_reload_under_load_loses_and_mixes_nothing(make_policy):
 
     with ThreadPoolExecutor(4) as pool:
         calls = [pool.submit(infer) for _ in range(4)]
-        for _ in range(20):
+        while reloads < 20 or (len(done) < 20 and not any(call.done() for call in calls)):
             policy.reload()
+            reloads += 1
         stop.set()
         for call in calls:
             call.result()
-    assert len(done) > 20 and not executor_of(policy).closed
+    assert len(done) >= 20 and not executor_of(policy).closed
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------

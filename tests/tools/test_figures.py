@@ -43,7 +43,7 @@ def test_the_tables_are_read_as_they_stand():
 def drawn(monkeypatch, draw, schemes):
     """The matplotlib figure, not written."""
     found = []
-    monkeypatch.setattr(figures, "_save", lambda canvas, file: found.append(canvas))
+    monkeypatch.setattr(figures, "save_figure", lambda canvas, file: found.append(canvas))
     draw(schemes, Path("figure.svg"))
     return found[0]
 

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import onnx
 import onnx_ir as ir
 from rich.progress import Progress
 
@@ -91,7 +90,7 @@ def _write_for(
         proto = network.proto()
         if keep is not None:
             with replacing(keep / f"tensorrt-sm{sm}-{name}.onnx") as file:
-                onnx.save(proto, file)
+                file.write(proto.SerializeToString())
         engine = build(name, network, count, sizes, sm, progress, writer.path.parent)
         writer.write(f"engine/sm{sm}/{name}", engine.data)
         writer.write(f"engine/sm{sm}/{name}.log", "\n".join(engine.log).encode())
