@@ -1,5 +1,6 @@
 # make demo           the whole path on a small policy and real photographs
 # make test           the tests
+# make test-all       and their slow variants
 # make fuzz           bad inputs of every kind, 10 minutes
 # make lint           ruff and mypy
 # make test-install   the wheel, installed as a user does, every command of it
@@ -24,6 +25,11 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+# The same, and the variants that are marked slow.
+.PHONY: test-all
+test-all: .venv/installed
+	$(BIN)/python -m pytest -n auto --dist worksteal -m ""
 
 # Bad plans, manifests, observations, messages and files, from seeds: docs/reliability.md. Options: make fuzz FUZZ='manifest --share 0.1'
 FUZZ ?=

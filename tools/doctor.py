@@ -249,8 +249,8 @@ def _on_gpu(plan: Any, gpus: Gpus, facts: dict[str, Any]) -> tuple[Missing, ...]
             remedy = f"update the driver, or compile the plan with {requirement('cuda12')}"
         held = ", ".join(f"SM {each.sm} ({each.image}, driver for CUDA {each.driver})" for each in programs)
         return (Missing(f"a program for {gpu.name} (SM {gpu.sm}) in {plan.path}, which has {held}", remedy),)
-    facts["program"] = chosen.to_json()
-    facts["memory_bytes"] = device_bytes_of(read_schedule(plan, chosen.schedule))
+    program, schedule = chosen
+    facts["program"], facts["memory_bytes"] = program.to_json(), device_bytes_of(schedule)
     return _fits(facts["memory_bytes"], free_device_bytes(), f"free memory of {gpu.name}")
 
 

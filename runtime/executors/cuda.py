@@ -31,6 +31,7 @@ from duq.runtime.executors.programs import (
     device_bytes_of,
     end_of_weights,
     has_kernels,
+    program_for,
     programs_of,
     shared_bytes_of,
     sm_to_compile_for,
@@ -398,14 +399,13 @@ def _choose(plan: Plan, sm: int, wanted: int | None) -> tuple[Program, Data]:
     """The program of the plan that the GPU runs best, of all or of those made for the SM `wanted`, and its schedule."""
     limit, cuda, too_large = driver.block_shared_bytes(), driver.cuda_version(), ""
     programs = programs_of(plan.manifest)
-    for program in best_first(programs, sm, cuda):
-        if wanted not in (None, program.sm):
-            continue
-        schedule = read_schedule(plan, program.schedule)
-        if program.sm == sm or (needed := shared_bytes_of(schedule)) <= limit:
-            return program, schedule
+    fitting = [each for each in best_first(programs, sm, cuda) if wanted in (None, each.sm)]
+    if chosen := program_for(fitting, sm, limit, lambda each: read_schedule(plan, each.schedule)):
+        return chosen
+    if fitting:
+        needed = shared_bytes_of(read_schedule(plan, fitting[-1].schedule))
         too_large = (
-            f" (the program for SM {program.sm} takes {needed / 1024:.0f} KB of shared memory a thread block, "
+            f" (the program for SM {fitting[-1].sm} takes {needed / 1024:.0f} KB of shared memory a thread block, "
             f"this GPU has {limit / 1024:.0f} KB)"
         )
     newer = [each.driver for each in programs if each.runs_on(sm) and each.driver > cuda and wanted in (None, each.sm)]

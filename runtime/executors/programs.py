@@ -76,10 +76,14 @@ def shared_bytes_of(schedule: Mapping[str, Any]) -> int:
 
 
 def program_for(
-    fitting: Iterable[Program], sm: int, shared_bytes: int, schedule_of: Callable[[Program], Mapping[str, Any]]
-) -> Program | None:
-    """The first of `best_first` whose thread blocks find the shared memory that they need; None where none does."""
-    return next((each for each in fitting if each.sm == sm or shared_bytes_of(schedule_of(each)) <= shared_bytes), None)
+    fitting: Iterable[Program], sm: int, shared_bytes: int, schedule_of: Callable[[Program], dict[str, Any]]
+) -> tuple[Program, dict[str, Any]] | None:
+    """The first of `best_first` whose thread blocks find the shared memory that they need, and its schedule; None where none
+    does."""
+    opened = ((each, schedule_of(each)) for each in fitting)
+    return next(
+        ((each, schedule) for each, schedule in opened if each.sm == sm or shared_bytes_of(schedule) <= shared_bytes), None
+    )
 
 
 def device_bytes_of(schedule: Mapping[str, Any]) -> int:

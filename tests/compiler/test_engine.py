@@ -23,7 +23,7 @@ from tests.support.quant_policy import SILENT, observation
 ONNXRUNTIME = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
 
 
-@pytest.mark.parametrize("preset", ["llm+expert-mlp", "none"])
+@pytest.mark.parametrize("preset", [pytest.param("llm+expert-mlp", marks=pytest.mark.slow), "none"])
 def test_the_graph_of_every_phase_is_plain_onnx(calibrated_policy, tmp_path, preset):
     checkpoint, calibration, _ = calibrated_policy
     quantization = quantize_checkpoint(checkpoint, load_recipe(preset, environment={}), calibration, SILENT)

@@ -95,7 +95,14 @@ def test_source_is_generated_without_a_gpu_and_compiles(generated, tmp_path):
         assert cubin.image.startswith(b"\x7fELF") and cubin.symbols == {bitblas.SYMBOL: bitblas.SYMBOL}
 
 
-@pytest.mark.parametrize("tile", [SMALL[2], Tile(2, 2, 16, 32, 3, True), Tile(1, 4, 64, 16, 2, False)], ids=str)
+@pytest.mark.parametrize(
+    "tile",
+    [
+        Tile(2, 2, 16, 32, 3, True),
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (SMALL[2], Tile(1, 4, 64, 16, 2, False))),
+    ],
+    ids=str,
+)
 def test_data_moves_as_the_layouts_say(generated, tile):
     """Every thread block of the generated kernel in numpy, on weights as they are packed: the exact product comes out."""
     _, cache = generated

@@ -117,8 +117,11 @@ def expected(policy, tmp_path_factory):
     return inputs, noise, CpuExecutor(Plan(path), threads=1).run(inputs, noise)[0]
 
 
-# One of each generation that never ran; test_kernels.py compiles every kernel for every SM.
-@pytest.mark.parametrize("card", ["agxorin64gb", "thor", "rtx5090"])
+# One of each generation that never ran; test_kernels.py compiles every kernel, with its slow variants for every SM.
+SLOW = [pytest.param(card, marks=pytest.mark.slow) for card in ("agxorin64gb", "thor")]
+
+
+@pytest.mark.parametrize("card", [*SLOW, "rtx5090"])
 def test_all_kernels_of_a_policy_compile(card, policy, expected, tmp_path):
     """A row is all that a GPU needs: its plan has machine code, and its schedule computes the policy."""
     gpu, path = gpu_named(card), tmp_path / "engine.plan"

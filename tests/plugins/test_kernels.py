@@ -129,6 +129,7 @@ SMALLEST = [
     kernels.epilogue(50, 1024, "Bf16", True, "GEGLU"),
     kernels.epilogue(50, 1024, "float", False),
 ]
+QUICK_SMS = (80, 86, 90, 120)  # the others are of the same generations
 BY_WGMMA = [
     Wgmma(1, 1, 2).instance(8, 64, 4, "float"),
     Wgmma(1, 1, 2, 2).instance(8, 64, 4, "float"),
@@ -144,7 +145,12 @@ def test_every_kernel_is_compiled_here_for_every_gpu():
 
 @pytest.mark.parametrize(
     ("instance", "sm"),
-    [(each, sm) for each in SMALLEST for sm in supported_sms()] + [(each, 90) for each in BY_WGMMA],
+    [
+        pytest.param(each, sm, marks=[] if sm in QUICK_SMS else pytest.mark.slow)
+        for each in SMALLEST
+        for sm in supported_sms()
+    ]
+    + [(each, 90) for each in BY_WGMMA],
     ids=lambda value: value.expression if isinstance(value, Instance) else str(value),
 )
 def test_compiles_for_every_gpu(instance, sm, tmp_path):

@@ -545,7 +545,7 @@ def test_bench(command_line, arguments, calls):
 def test_soak_beside_hostile_peers(command_line, tiny_plans):
     """The real engine: no reply is lost or mixed, nothing grows, and SIGTERM ends the server with its peers connected."""
     plan = tiny_plans("pi0", DEFAULT_PRESET).plan
-    ran = command_line(bench_server.main, "soak", "--plan", plan, "--clients", 3, "--seconds", 8, "--hostile")
+    ran = command_line(bench_server.main, "soak", "--plan", plan, "--clients", 3, "--seconds", 5, "--hostile")
     assert ran.code == 0, ran.err
     values = {
         name: float(value) for name, value in re.findall(r"│ ([a-z0-9 ]+?) +│ (-?[0-9.]+) +│", ran.out, re.IGNORECASE)

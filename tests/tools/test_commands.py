@@ -285,13 +285,23 @@ def test_what_is_no_compute_capability_is_refused(text, command_line, tmp_path):
     assert ran.code == 2 and "write 86 for a GPU of 8.6" in ran.err and ran.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("option", ["checkpoint", "--base"])
-def test_a_hub_address_is_printed_as_given(option, command_line, tmp_path, monkeypatch):
+def test_a_hub_address_is_printed_as_given(command_line, tmp_path, monkeypatch):
     from duq.compiler.commands import compile_main
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    ran = command_line(compile_main, "hf://owner/policy", "--base", "hf://owner/base", "--out", tmp_path / "e.plan")
-    assert ran.code == 2 and "hf://owner/policy" in ran.err and "hf:/o" not in ran.err.replace("hf://o", "")
+    ran = command_line(compile_main, "hf://owner/policy", "--out", tmp_path / "e.plan")
+    assert ran.code == 2 and "hf://owner/policy" in ran.err
+
+
+def test_a_base_on_the_hub_arrives_as_given(command_line, tmp_path, monkeypatch):
+    """As a path it would be "hf:/owner/base"."""
+    from duq.compiler import cli
+    from duq.compiler.commands import compile_main
+
+    given = {}
+    monkeypatch.setattr(cli, "compile_checkpoint", lambda *_, **options: given.update(options))
+    ran = command_line(compile_main, tmp_path, "--base", "hf://owner/base", "--out", tmp_path / "e.plan")
+    assert ran.code == 0 and given["base"] == "hf://owner/base"
 
 
 def test_the_page_of_commands_lists_each_with_its_extra():

@@ -56,7 +56,7 @@ def copy(graphs: Graphs) -> Graphs:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("preset", ["none", "llm+expert-mlp", "all"])
-@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("depth", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("policy", ["pi0", "pi05"])
 def test_passes_match_as_often_as_they_must(policy, depth, preset, dtype):
     rewrite(exported(policy, depth, preset, dtype), (*PHASES, *GPU_PHASES))

@@ -182,10 +182,16 @@ def compiled(tiny_plans, tmp_path, monkeypatch):
 WITH_ADAPTIVE_NORMS = "everything of the expert", "everything, output rotations", "W4A16, everything"
 # "everything of the expert" is test_widths_that_only_64_divides.
 OF_PI0 = [each for each in RECIPES if each != "everything of the expert"]
+QUICK = ("everything of the expert", "everything", "output rotations", "W8A8 per tensor")
 
 
 @pytest.mark.parametrize(
-    ("policy", "recipe"), [*(("pi0", each) for each in OF_PI0), *(("pi05", each) for each in WITH_ADAPTIVE_NORMS)]
+    ("policy", "recipe"),
+    [
+        pytest.param(policy, each, marks=[] if each in QUICK else pytest.mark.slow)
+        for policy, recipes in (("pi0", OF_PI0), ("pi05", WITH_ADAPTIVE_NORMS))
+        for each in recipes
+    ],
 )
 def test_other_recipes(policy, recipe, compiled):
     # With duquant's, as much as the CPU engine's own values move when pixels and noise do by 0.1 %.

@@ -185,7 +185,7 @@ class _Plugin(OpRun):
 PLUGINS = [type(name, (_Plugin,), {}) for name in nodes.NODES]
 
 
-@pytest.mark.parametrize(("policy", "loop"), [("pi0", "graph"), ("pi05", "unrolled")])
+@pytest.mark.parametrize(("policy", "loop"), [("pi0", "graph"), pytest.param("pi05", "unrolled", marks=pytest.mark.slow)])
 def test_the_network_computes_what_the_cpu_engine_does(tiny_plans, policy, loop):
     """In float32, with the same integers: up to the odd activation that a float difference rounds the other way."""
     compiled = tiny_plans(policy, "llm+expert-mlp")
