@@ -1,6 +1,7 @@
 # make demo           the whole path on a small policy and real photographs
 # make test           the tests
 # make test-all       and their slow variants
+# make fuzz           bad inputs of every kind, 10 minutes
 # make lint           ruff and mypy
 # make test-install   the wheel, installed as a user does, every command of it
 # make test-resolve   what users install resolves, on every Python
@@ -29,6 +30,13 @@ test: .venv/installed
 .PHONY: test-all
 test-all: .venv/installed
 	$(BIN)/python -m pytest -n auto --dist worksteal -m ""
+
+# Bad plans, manifests, observations, messages and files, from seeds: docs/reliability.md. Options: make fuzz FUZZ='manifest --share 0.1'
+FUZZ ?=
+.PHONY: fuzz
+fuzz: .venv/installed
+	mkdir -p build
+	$(BIN)/python -m tests.fuzz --json build/fuzz.json $(FUZZ)
 
 # mypy takes the folders of the checkout for duq's where they stand under duq/, as they do when installed: links do.
 TYPES := build/types/duq

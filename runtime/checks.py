@@ -13,7 +13,8 @@ from duq.runtime.errors import ObservationError
 
 MAX_NESTING = 8  # of one text
 MAX_SIZE = 1 << 27  # numbers of one array: an image of 44 megapixels. A view may claim more than there is memory
-MAX_LISTED = 1 << 24  # of nested lists, each of which has to be looked at
+MAX_LISTED = 1 << 24  # values and lists in a nested list of numbers, each of which has to be looked at
+MAX_STACKED = 1 << 17  # the same of arrays, tensors and lists of them, each of which has to be converted
 MAX_VECTOR = 1 << 16  # of a state, a mask, or a prompt's tokens
 # Of a normalized state or a noise, which are near 1. The model squares what it makes of them, and float32 ends at 3.4e38:
 # from 1e19 on a sum of squares is infinite, a norm divides by it, and finite actions come out that do not depend on them.
@@ -100,7 +101,7 @@ def _numbers(value: Any, key: str, expected: str, most: int) -> np.ndarray:
 
 def _converted(value: Any, key: str, expected: str, most: int) -> np.ndarray:
     """The value as a numpy array of some dtype."""
-    if isinstance(value, (list, tuple)) and not _all_numbers(value, [min(most, MAX_LISTED)]):
+    if isinstance(value, (list, tuple)) and not _all_numbers(value, min(most, MAX_LISTED)):
         return _stacked(value, key, expected, most)
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
         raise ObservationError(f"{key}: is an array with {value.mask.sum()} masked values, expected {expected}")
@@ -142,16 +143,34 @@ def _tensor(value: Any) -> np.ndarray:
         return value.float().numpy()
 
 
-def _all_numbers(values: Iterable[Any], left: list[int]) -> bool:
-    """Whether a nested list holds nothing but Python's and numpy's own numbers. left: [how many values to look at]; a list
-    that holds one inner list many times may have more than can ever be counted."""
-    kinds = set(map(type, values))
-    left[0] -= len(values)  # type: ignore[arg-type]
-    if left[0] < 0:
+def _all_numbers(values: list[Any] | tuple[Any, ...], most: int) -> bool:
+    """Whether a nested list holds nothing but Python's and numpy's own numbers. ValueError if it holds more than `most` of
+    them and of lists, or more than MAX_STACKED of all else: a list that holds one inner list many times may hold more than can
+    ever be looked at."""
+    count, plain = _listed(values, most, {})
+    if count > (most if plain else MAX_STACKED):
         raise ValueError("too many values")
-    if kinds <= {list, tuple}:
-        return all(_all_numbers(each, left) for each in values)
-    return all(issubclass(kind, (bool, int, float, np.bool_, np.number)) for kind in kinds)
+    return plain
+
+
+def _listed(values: list[Any] | tuple[Any, ...], most: int, known: dict[int, tuple[int, bool]]) -> tuple[int, bool]:
+    """How many values and lists a nested list holds, and whether all are numbers; or more than `most`, where it is more.
+
+    known: of the lists that were looked at, by their id: an inner list is looked at once, and counted as often as it is held.
+    """
+    kinds, count, plain = set(map(type, values)), len(values), True
+    if kinds & {list, tuple}:
+        for each in values:
+            if isinstance(each, (list, tuple)):
+                if id(each) not in known:
+                    known[id(each)] = _listed(each, most, known)
+                inner, is_plain = known[id(each)]
+                count, plain = count + inner, plain and is_plain
+                if count > most:
+                    break
+    numbers = (bool, int, float, np.bool_, np.number)
+    mixed = bool(kinds & {list, tuple}) and not kinds <= {list, tuple}
+    return count, plain and not mixed and all(issubclass(kind, (list, tuple, *numbers)) for kind in kinds)
 
 
 def _kind(value: object) -> str:
@@ -224,8 +243,7 @@ def image(value: Any, key: str, layout: str, keep_float: bool = False) -> np.nda
     point images hold 0..1 and are truncated to 0..255, as openpi does; integers of other widths hold 0..255.
     With `keep_float` floating point images stay, as float32.
     """
-    mode = getattr(value, "mode", "RGB") if hasattr(value, "getbands") else "RGB"  # a PIL image
-    if mode != "RGB":
+    if (mode := pil_mode(value)) not in (None, "RGB"):
         raise ObservationError(f"{key}: is a PIL image of mode {mode}, expected RGB; pass image.convert('RGB')")
     value = array(value, key)
     value = _unit_floats(value, key) if keep_float and value.dtype.kind == "f" else bytes_of(value, key)
@@ -236,6 +254,14 @@ def image(value: Any, key: str, layout: str, keep_float: bool = False) -> np.nda
         expected = "[3, H, W]" if layout == "CHW" else "[H, W, 3]"
         raise ObservationError(f"{key}: has shape {shape}, expected {expected}{_likely(value, layout)}")
     return value
+
+
+def pil_mode(value: Any) -> str | None:
+    """The mode of a PIL image, as its text says it; None for all else."""
+    try:
+        return str(value.mode) if hasattr(value, "getbands") else None
+    except Exception:  # the value's own
+        return None
 
 
 def _unit_floats(value: np.ndarray, key: str) -> np.ndarray:

@@ -298,6 +298,11 @@ class Preprocessor:
         mask = np.array(self.transforms["delta_mask"] or self.robot.delta, bool)
         if not mask.any():
             raise PlanError(f"robot {self.robot.name}: delta_actions is on, but nothing says which actions are relative")
+        if mask.size > self.robot.action_dim:
+            raise PlanError(
+                f"robot {self.robot.name}: delta_mask says of {mask.size} actions whether they are relative, but there are "
+                f"{self.robot.action_dim}"
+            )
         return mask[: self.robot.state_dim]
 
     def _check_widths(self, robot: Robot) -> None:
@@ -411,7 +416,7 @@ def _bare_cameras(observation: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _bare_image(value: Any, key: str) -> np.ndarray:
-    dtype = np.dtype(np.uint8) if hasattr(value, "getbands") else checks.array(value, key).dtype
+    dtype = np.dtype(np.uint8) if checks.pil_mode(value) else checks.array(value, key).dtype
     if dtype.kind == "f":  # openpi takes floats here as -1..1, robots' cameras as 0..1
         raise ObservationError(f"{key}: has dtype {dtype}, expected uint8")
     return checks.image(value, key, "HWC")

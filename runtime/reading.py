@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import reprlib
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,13 @@ def brief(value: object) -> str:
 def plain(value: object) -> str:
     """Text as it is, all else as `brief` has it."""
     return brief_text(value, 100) if isinstance(value, str) else brief(value)
+
+
+def listed(names: Iterable[object], most: int = 12) -> str:
+    """Names out of a file as an error lists them: `most` of them, the start of each, and how many more there are."""
+    found = list(names)
+    more = [f"{len(found) - most} more"] if len(found) > most else []
+    return ", ".join([*(brief_text(str(name), 100) for name in found[:most]), *more])
 
 
 _REPR = reprlib.Repr()

@@ -291,7 +291,9 @@ class PolicyServer:
         try:
             job = self._worker.submit(self._call, await connection.receive(), time.perf_counter(), previous)
         except MessageError as misfit:
-            return await self._report(connection, misfit)
+            await self._report(connection, misfit)
+            await connection.wait_closed()
+            raise connection.protocol.close_exc from None  # websockets reads nothing behind a message that was given up
         call = asyncio.wrap_future(job)
         self._busy.add(connection)
         try:

@@ -24,7 +24,7 @@ from duq.compiler.checkpoint.storage import file_beside, is_there, open_tensors,
 from duq.compiler.errors import CheckpointError
 from duq.runtime.config import IMAGE_SLOTS
 from duq.runtime.preprocess import MODES
-from duq.runtime.reading import brief, plain, reading
+from duq.runtime.reading import brief, listed, plain, reading
 from duq.runtime.robots import Camera, Robot, StatePart
 
 PREFIX = "model."
@@ -535,7 +535,7 @@ def _robot(settings: dict, found: Pipelines) -> Robot | None:
     cameras = _cameras(settings)
     if len(cameras) > len(IMAGE_SLOTS):
         raise CheckpointError(
-            f"config.json: input_features has {len(cameras)} cameras ({', '.join(cameras)}), but at most "
+            f"config.json: input_features has {len(cameras)} cameras ({listed(cameras)}), but at most "
             f"{len(IMAGE_SLOTS)} can be compiled; train without the others"
         )
     state = _dims(settings, "input_features", STATE)

@@ -21,7 +21,7 @@ from duq.compiler.checkpoint.ranges import checked, in_range, is_finite
 from duq.compiler.checkpoint.storage import read_json
 from duq.compiler.errors import CheckpointError
 from duq.runtime.preprocess import MODES
-from duq.runtime.reading import brief
+from duq.runtime.reading import brief, listed
 
 STATISTICS = ("mean", "std", "q01", "q99")
 OPENPI_EPSILON = 1e-6
@@ -80,7 +80,7 @@ def checked_modes(file: str, feature: str, mode: str, stored: dict, epsilon: flo
         raise CheckpointError(f"{file}: normalization {mode!r} of {feature} is unknown, one of {', '.join(MODES)}")
     absent = [name for name in MODES[mode] if name not in stored]
     if absent:
-        found = ", ".join(stored) or "no statistics of it"
+        found = listed(stored) or "no statistics of it"
         raise CheckpointError(f"{file}: {mode} normalization of {feature} needs {' and '.join(absent)}; there is {found}")
     stats = {name: _vector(file, f"{feature}.{name}", stored[name]) for name in MODES[mode]}
     if len({len(values or ()) for values in stats.values()}) > 1:

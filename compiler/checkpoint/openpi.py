@@ -16,7 +16,7 @@ from duq.compiler.checkpoint.settings import Settings
 from duq.compiler.checkpoint.training import settings_of_trainer
 from duq.compiler.errors import CheckpointError
 from duq.runtime.config import ROTARY, ModelConfig
-from duq.runtime.reading import brief
+from duq.runtime.reading import brief, listed
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
@@ -91,5 +91,5 @@ def check_precision(settings: dict, tensors: dict[str, torch.Tensor]) -> None:
         raise CheckpointError(f'config.json: "precision" is {brief(precision)}, known are {", ".join(PRECISIONS)}')
     stored = {tensor.dtype for tensor in tensors.values()}
     if PRECISIONS[precision] not in stored:
-        found = ", ".join(sorted(map(str, stored)))
+        found = listed(sorted(map(str, stored)))
         raise CheckpointError(f'config.json: "precision" is {precision}, but the tensors are stored in {found}')

@@ -20,7 +20,7 @@ import torch
 from duq.compiler.checkpoint.shapes import listing
 from duq.compiler.checkpoint.storage import is_lfs_pointer, is_there, read_json
 from duq.compiler.errors import CheckpointError
-from duq.runtime.reading import brief, reading, reason
+from duq.runtime.reading import brief, listed, reading, reason
 
 METADATA, MANIFEST = "_METADATA", "manifest.ocdbt"
 ROOT, VALUE = "params", "value"  # the first key of every array, and the last that nnx.State adds
@@ -169,7 +169,7 @@ def _array_keys(params: Path, metadata: dict) -> dict[str, list[str]]:
     keys = _keys(params, metadata)
     foreign = sorted({path[0] for path in keys if path[0] != ROOT})
     if foreign or not keys:
-        found = ", ".join(foreign) or "nothing"
+        found = listed(foreign) or "nothing"
         raise CheckpointError(f"{params} holds no weights (arrays under {ROOT!r}) but {found}; pass the step's params/")
     named = {"/".join(path[1:-1] if path[-1] == VALUE else path[1:]): path for path in keys}
     if len(named) < len(keys):

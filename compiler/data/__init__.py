@@ -15,6 +15,7 @@ from duq.compiler.data.sampling import evenly, spread
 from duq.compiler.errors import CalibrationError
 from duq.runtime.errors import ObservationError
 from duq.runtime.observations import NESTED, list_observations, nest, read_observations
+from duq.runtime.reading import listed
 from duq.runtime.robots import Camera, Robot, StatePart
 
 DATASET_COUNT = 32  # observations of a dataset where nobody says how many
@@ -166,7 +167,7 @@ def _sources(dataset: Dataset, mapping: RobotMapping) -> dict[str, str]:
             reasons = [f"{name} is {dataset.left_out[name]}" for name in candidates if name in dataset.left_out]
             raise CalibrationError(
                 f"{dataset.folder}: has none of {', '.join(candidates)} for the robot's {key!r}"
-                f"{''.join(f' ({reason})' for reason in reasons)}; it has {', '.join(there)}: say under [dataset] in the "
+                f"{''.join(f' ({reason})' for reason in reasons)}; it has {listed(there)}: say under [dataset] in the "
                 "robot's TOML file which of them it is"
             )
     return sources

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from duq.compiler.errors import CalibrationError
-from duq.runtime.reading import brief, parse_json, present, read_bytes, reading, reason
+from duq.runtime.reading import brief, listed, parse_json, present, read_bytes, reading, reason
 
 AGAIN = "download the dataset again"
 MOST_ROWS, MOST_EXPANDED = 1 << 31, 2000  # of a group of a parquet file; its bytes, once decompressed, to one of the file
@@ -126,7 +126,7 @@ class Table:
     def _require(self, names: list[str]) -> None:
         for name in names:
             if name not in self.columns:
-                raise CalibrationError(f"{self.file}: has no column {name!r}; it has {', '.join(self.columns)}")
+                raise CalibrationError(f"{self.file}: has no column {name!r}; it has {listed(self.columns)}")
 
     def _named(self):
         return _intact(self.file)

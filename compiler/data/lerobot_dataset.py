@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from duq.compiler.data.files import Table, check_fields, read_json, read_json_lines
 from duq.compiler.data.video import decode_frames
 from duq.compiler.errors import CalibrationError
-from duq.runtime.reading import brief, reading, reason
+from duq.runtime.reading import brief, listed, reading, reason
 
 VERSIONS = ("v3.0", "v2.1")
 LONGEST_NAME = 200  # of a feature
@@ -100,7 +100,7 @@ class Dataset:
         keys = list(self.keys if keys is None else keys)
         for key in keys:
             if key not in self.keys:
-                raise CalibrationError(f"{self.folder}: has no feature {key!r} to read; it has {', '.join(self.keys)}")
+                raise CalibrationError(f"{self.folder}: has no feature {key!r} to read; it has {listed(self.keys)}")
         videos = [key for key in keys if self.features[key]["dtype"] == "video"]
         stored = [key for key in keys if key not in videos]
         found: dict[int, dict] = {}
@@ -302,7 +302,7 @@ def _tasks_v3(folder: Path) -> dict[int, str]:
     table = Table(folder / "meta" / "tasks.parquet")
     names = [name for name in ("task", "__index_level_0__") if name in table.columns] or table.strings()
     if len(names) != 1 and names[:1] != ["task"]:
-        raise CalibrationError(f"{table.file}: has no column with the tasks' texts; it has {', '.join(table.columns)}")
+        raise CalibrationError(f"{table.file}: has no column with the tasks' texts; it has {listed(table.columns)}")
     rows = [
         {"task_index": number, "task": text}
         for number, text in zip(table.column("task_index"), table.column(names[0]), strict=True)

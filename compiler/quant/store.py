@@ -25,7 +25,7 @@ from duq.compiler.quant.recipe import SELECTION, Recipe
 from duq.compiler.quant.transforms import LinearTransform
 from duq.runtime.config import ModelConfig
 from duq.runtime.files import check_output_folder, replacing_folder
-from duq.runtime.reading import brief, present, read_json, reading
+from duq.runtime.reading import brief, listed, present, read_json, reading
 
 FORMAT_VERSION = 1
 AGAIN = "quantize again"
@@ -140,15 +140,15 @@ def _recipe(directory: Path, description: dict) -> Recipe:
 
 def _check_files(directory: Path, linears: list) -> None:
     """PackError unless the directory has a pack of each linear that recipe.json lists, and of no other."""
-    listed, found = {str(name) for name in linears}, {file.stem for file in directory.glob("*.npz")}
-    if len(listed) < len(linears):
+    wanted, found = {str(name) for name in linears}, {file.stem for file in directory.glob("*.npz")}
+    if len(wanted) < len(linears):
         raise PackError(f"{directory / RECIPE} lists a linear twice; quantize again")
     for names, what in (
-        (listed - found, "has no pack for"),
-        (found - listed, f"holds packs that {RECIPE} does not list:"),
+        (wanted - found, "has no pack for"),
+        (found - wanted, f"holds packs that {RECIPE} does not list:"),
     ):
         if names:
-            shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            shown = listed(sorted(names), 3)
             raise PackError(f"{directory} {what} {shown}; copy the directory whole or quantize again")
 
 

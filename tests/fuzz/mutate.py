@@ -153,7 +153,7 @@ def _zipped(entries: dict[str, bytes], compression: int, random: Random) -> byte
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", compression) as archive:
         for name, content in entries.items():
-            archive.writestr(name, content)
+            archive.writestr(zipfile.ZipInfo(name), content, compression)  # of no date: equal seeds, equal bytes
     data = bytearray(file.getvalue())
     if random.random() < 0.3:  # inside an entry, as a disk damages it
         data[random.randrange(30, len(data))] ^= 1 << random.randrange(8)

@@ -388,7 +388,7 @@ def test_no_library_is_imported(tmp_path):
 class Hostile:
     """Fails wherever it is asked."""
 
-    shape = dtype = property(lambda self: 1 / 0)
+    shape = dtype = getbands = mode = property(lambda self: 1 / 0)
 
     def __array__(self, dtype=None, copy=None):
         raise OSError("the camera is gone")
@@ -404,11 +404,10 @@ class Endless:
         return 1.0
 
 
-def shared(levels: int) -> list:
-    """A list of one inner list many times, and so on: 1000 ** levels numbers in no memory."""
-    value = [0.0] * 1000
-    for _ in range(levels - 1):
-        value = [value] * 1000
+def shared(levels: int, width: int = 1000, value: object = 0.0) -> list:
+    """A list of one inner list many times, and so on: width ** levels values in no memory."""
+    for _ in range(levels):
+        value = [value] * width
     return value
 
 
@@ -425,6 +424,9 @@ HUGE = {
     "list of a view": [np.broadcast_to(np.float32(1), (1 << 20, 1 << 20))],
     "list of lists": shared(6),
     "list of lists and arrays": [shared(3), [np.zeros(1)]],
+    "list of pairs of pairs": shared(60, 2),
+    "pairs of arrays": shared(60, 2, np.zeros(2)),
+    "pairs of lists of numbers and arrays": shared(60, 2, (1, np.zeros(2))),
 }
 
 
@@ -444,7 +446,7 @@ def test_what_claims_more_numbers_than_can_be_is_refused_before_it_is_copied(for
         finally:
             tracemalloc.stop()
         assert peak < 600 << 20 and len(str(error.value)) < 300
-    assert time.perf_counter() - start < 30
+    assert time.perf_counter() - start < 5  # in all: a value is looked at once, however often it is there
 
 
 @pytest.mark.parametrize("value", [Hostile(), [Hostile()], [1.0, Hostile()], (Hostile(), np.zeros(3))])

@@ -180,3 +180,13 @@ def test_robot_names():
     assert load_robot("none") is None
     with pytest.raises(PlanError, match="'kuka' is unknown; there are aloha, droid, libero, none, or give your own TOML"):
         Preprocessor(CONFIG, robot="kuka")
+
+
+def test_a_delta_mask_of_more_actions_than_there_are_is_refused():
+    """Else it would be a ValueError of the first call's actions."""
+    for mask in ([True] * 8, [False] * 7 + [True]):
+        with pytest.raises(
+            PlanError, match="robot libero: delta_mask says of 8 actions whether they are relative, .* are 7"
+        ):
+            Preprocessor(CONFIG, robot="libero", transforms={"delta_actions": True, "delta_mask": mask})
+    Preprocessor(CONFIG, robot="libero", transforms={"delta_actions": True, "delta_mask": [True] * 7})

@@ -181,7 +181,7 @@ def test_a_bad_observation_is_that_client_s_error_and_its_connection_lives(serve
     (pack({"value": np.zeros(2, "<i8")}).replace(b"<i8", b"|O8"), r"dtype '\|O8'"),
     (pack({"value": np.zeros(2, "<i8")}).replace(b"<i8", b"<i4"), r"has 16 bytes, but int32 \[2\] takes 8"),
 ], ids=["garbage", "text", "cut", "object", "size"])  # fmt: skip
-def test_a_malformed_message_ends_its_connection_only(served, message, error):
+def test_a_malformed_message_ends_its_connection_only(served, caplog, message, error):
     other, connection = served.client(), served.raw()
     connection.send(message)
     with pytest.raises(AssertionError, match=error):
@@ -191,6 +191,7 @@ def test_a_malformed_message_ends_its_connection_only(served, message, error):
     assert closed.value.rcvd.code == 1003
     assert other.infer({"value": 2})["actions"][0, 0] == 2
     assert served.metric('duq_errors_total{kind="malformed"}') == 1
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_a_breach_of_the_websocket_protocol(served):
