@@ -179,6 +179,8 @@ class GuardedConnection(ServerConnection):
     def _speed_up(self) -> None:
         self._slowed = False
         backlog, self._backlog = self._backlog, b""
+        if self.state is State.CLOSED:
+            return
         self._parse(backlog)
         self._read_on()
 
@@ -322,6 +324,8 @@ class Guard:
 
     def count(self, connection: GuardedConnection) -> None:
         """Brings a connection's account up to date. Whoever holds most has to go when all hold too much."""
+        if connection not in self.connections:  # it has ended, and its account is closed
+            return
         self._buffered += connection.held - connection.counted
         connection.counted = connection.held
         if self._buffered > self.limits.buffered_bytes:

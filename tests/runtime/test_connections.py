@@ -281,6 +281,19 @@ def test_a_client_that_was_slowed_down_is_answered_in_full(policy):
         connection.close()
 
 
+def test_a_peer_that_is_cut_while_it_is_slowed_down_leaves_no_debt(policy):
+    """What it sent counts no longer once it is gone, or all others would pay for it in the end."""
+    with serving(policy, limits=Limits(small_frames_per_second=100, message_seconds=0.2)) as served:
+        for _ in range(3):
+            peer = upgraded(served)
+            peer.sendall(frame(b"x", fin=False) + frame(opcode=9) * 200 + frame(bytes(1 << 19), opcode=0)[: 1 << 18])
+            wait_until(lambda: served.metric("duq_buffered_bytes") > 1000)
+        wait_until(lambda: refusals(served, "message_seconds") == 3)
+        time.sleep(2)  # they would have been read on by now
+        assert served.metric("duq_buffered_bytes") == 0
+        in_turn(served, 1)
+
+
 def test_a_message_in_some_fragments_is_a_message(policy):
     with serving(policy) as served:
         connection = served.raw()
