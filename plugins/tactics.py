@@ -11,12 +11,15 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from duq.plugins.errors import KernelError
 from duq.plugins.gpu import Gpu
-from duq.plugins.kernels.attention import Attention, SplitAttention
+from duq.plugins.kernels.attention import Attention
+from duq.plugins.kernels.attention_split import SplitAttention
+from duq.plugins.kernels.attention_tile import TileAttention
 from duq.plugins.kernels.attention_wgmma import WgmmaAttention
 from duq.plugins.kernels.gemm_float import FLOAT_CHUNK, GemmFloat
 from duq.plugins.kernels.gemm_large import Large
@@ -25,6 +28,7 @@ from duq.plugins.kernels.gemm_wgmma import Wgmma
 from duq.plugins.kernels.gemm_wgmma_small import WgmmaSmall
 
 SMALL_M = 64  # up to here a GEMM is bound by its weights and by latency
+RESERVED_BYTES = 1024  # of a multiprocessor's shared memory, that a thread block takes beside its own
 EPILOGUE_CHANNELS = 256  # of K, that take about as long as the epilogue of a tile
 TABLE = Path(__file__).parent / "tactics_sm90.json"
 
@@ -47,8 +51,10 @@ _WGMMA: list[Tactic] = [
     *(Wgmma(1, tokens8, stages) for tokens8, stages in [(26, 6), (24, 7), (20, 8), (20, 7), (16, 10)]),
     *(Wgmma(groups, tokens8, 5, split) for groups in (1, 2) for tokens8 in (20, 24, 26) for split in (2, 4)),
 ]
-_LARGE_TILES = [(4, 8, 4, 2), (2, 13, 4, 2), (4, 8, 2, 2), (2, 10, 4, 2), (2, 13, 2, 2), (2, 8, 4, 2)]
-_LARGE: list[Tactic] = [Large(*tile, stages) for tile in _LARGE_TILES for stages in (4, 3)]
+# For GPUs without wgmma. Few warps a block and several blocks a multiprocessor, so that one's epilogue does not leave the tensor
+# cores idle; wide tiles for many rows, narrower ones for few (times of the SM 86 program on an H200: docs/notebook.md).
+_LARGE_TILES = [(4, 6, 2, 1), (4, 8, 2, 1), (4, 8, 2, 2), (2, 8, 4, 2), (2, 8, 2, 2), (2, 6, 2, 2), (2, 10, 2, 2), (2, 13, 2, 2)]
+_LARGE: list[Tactic] = [Large(*tile, stages) for tile in _LARGE_TILES for stages in (3, 2)]
 
 
 def fits(tactic: Tactic, m: int, n: int, k: int, bits: int, gpu: Gpu) -> bool:
@@ -74,8 +80,10 @@ def candidates(m: int, n: int, k: int, bits: int, gpu: Gpu, slab_tokens: int | N
     least = min(padded.values(), default=0)
     fitting = [tactic for tactic in fitting if padded[tactic] <= 1.15 * least]
     spread_well = [tactic for tactic in fitting if _spread_well(tactic, m, n, bits, gpu)]
+    if not gpu.has_clusters:  # blocks that share K meet in memory, which costs more than it gains where there are enough of them
+        spread_well.sort(key=lambda tactic: tactic.split)
     if m > SMALL_M:
-        return sorted(spread_well or fitting, key=lambda tactic: _most_work(tactic, m, n, k, gpu))
+        return sorted(spread_well or fitting, key=lambda tactic: _least_work_first(tactic, m, n, k, bits, gpu))
     return spread_well or sorted(fitting, key=lambda tactic: _off(_blocks(tactic, m, n, bits), gpu))
 
 
@@ -97,13 +105,19 @@ def _spread_well(tactic: Tactic, m: int, n: int, bits: int, gpu: Gpu) -> bool:
     return tactic.split == 1 or blocks <= 1.25 * gpu.multiprocessors
 
 
-def _most_work(tactic: Tactic, m: int, n: int, k: int, gpu: Gpu) -> float:
-    """Multiply-adds of the busiest multiprocessor, its tiles in full; mma.sync multiplies half as fast as wgmma. The tactic
-    with the least is the fastest in three of four problems of large M in TABLE."""
+def _least_work_first(tactic: Tactic, m: int, n: int, k: int, bits: int, gpu: Gpu) -> tuple[float, int]:
+    """Multiply-adds of the busiest multiprocessor, its tiles in full, and of equals the most warps at a time, up to 8.
+
+    mma.sync multiplies half as fast as wgmma; and fewer than four warps leave some of the tensor cores idle. The tactic with the
+    least is the fastest in three of four problems of large M in TABLE, and for the SM 86 program's on an H200.
+    """
+    shape = tactic.shape(m, n, bits)
     tiles = -(-m // tactic.tile_tokens) * (n // tactic.tile_rows)
     turns = -(-tiles * tactic.split // gpu.multiprocessors)
     each = tactic.tile_tokens * tactic.tile_rows * (k / tactic.split + EPILOGUE_CHANNELS)
-    return turns * each * (1 if tactic.needs_wgmma else 2)
+    warps = min(turns, gpu.shared_bytes // (shape.shared_bytes + RESERVED_BYTES)) * shape.threads // 32
+    idle = 1.0 if tactic.needs_wgmma else 2 * max(1.0, 4 / warps)
+    return turns * each * idle, -min(warps, 8)
 
 
 def best(m: int, n: int, k: int, bits: int, gpu: Gpu, slab_tokens: int | None = None) -> Tactic:
@@ -134,25 +148,28 @@ def _timed() -> dict[tuple[int, int, int], list[tuple[int, Tactic]]]:
 
 
 _FLOAT_TILES = [(4, 4, 1), (2, 4, 1), (2, 8, 1), (2, 8, 2), (1, 8, 1), (1, 8, 2), (1, 4, 1)]  # rows16, warps, stages
+_FLOAT_TILES_ALONE = [(2, 4, 3), (2, 8, 1), (1, 8, 1), (1, 4, 3), (4, 4, 1), (2, 4, 1), (1, 4, 1)]  # without clusters
 _FLOAT_SPLITS = (1, 2, 3, 4, 8)
 
 
 def float_candidates(m: int, n: int, k: int, gpu: Gpu) -> list[GemmFloat]:
     """The tactics worth timing for a float GEMM of a weight [n, k] and m <= SMALL_M tokens, the likeliest first.
 
-    Every block reads all tokens, so as many rows a block as can be while there are blocks for the multiprocessors;
-    splitting K over a cluster makes them more.
+    Every block reads all tokens, so as many rows a block as can be while there are blocks for the multiprocessors. Splitting
+    K makes them more: cheaply over a cluster; in memory, without clusters, it is for where no tile has enough blocks.
     """
     fitting = [
         tactic
-        for rows16, warps, stages in _FLOAT_TILES
-        for split in (_FLOAT_SPLITS if gpu.has_clusters else (1,))
+        for rows16, warps, stages in (_FLOAT_TILES if gpu.has_clusters else _FLOAT_TILES_ALONE)
+        for split in _FLOAT_SPLITS
         if (tactic := GemmFloat(rows16, -(-m // 8), warps, stages, split)).divides(n, k)
         and tactic.shape(m, n).shared_bytes <= gpu.block_shared_bytes
     ]
     busy = [t for t in fitting if t.split * t.warps * FLOAT_CHUNK <= k]
     spread = [t for t in busy if _off(n // (16 * t.rows16) * t.split, gpu) == 0]
-    return spread or fitting
+    if gpu.has_clusters:
+        return spread or fitting
+    return sorted(busy or fitting, key=lambda t: (_off(n // (16 * t.rows16) * t.split, gpu), t.split))
 
 
 # (N, K) -> rows16, warps, stages, split: the fastest on an H100 for 50 tokens, overlapped with the kernels around it
@@ -169,11 +186,14 @@ _FLOAT_TIMED = {
 def best_float(m: int, n: int, k: int, gpu: Gpu) -> GemmFloat:
     """The tactic for a float GEMM of a weight [n, k] and m <= SMALL_M tokens. Raises KernelError when none fits.
 
-    What was timed; else the most rows a block, and of its splits the smallest with a block for every multiprocessor.
+    What was timed; else the most rows a block, and of its splits the smallest with a block for every multiprocessor. Without
+    clusters the first candidate.
     """
     candidates = float_candidates(m, n, k, gpu) if m <= SMALL_M else []
     if not candidates:
         raise KernelError(f"no float GEMM kernel for M, N, K = {m}, {n}, {k} on SM {gpu.sm}")
+    if not gpu.has_clusters:
+        return candidates[0]
     timed = [t for t in candidates if (t.rows16, t.warps, t.stages, t.split) == _FLOAT_TIMED.get((n, k))]
     if timed:
         return timed[0]
@@ -183,16 +203,18 @@ def best_float(m: int, n: int, k: int, gpu: Gpu) -> GemmFloat:
 
 # What was timed for the policy's attentions, the best first (docs/performance.md); those with few rows and no cluster
 # are for older GPUs. (row warps, key warps, keys, stages, split) and (row groups, key groups, ..., split, helpers).
-MANY_QUERIES: list[Attention | WgmmaAttention] = [
+MANY_QUERIES: list[Attention | TileAttention | WgmmaAttention] = [
     WgmmaAttention(8, 1, 2, 48, 2),
     WgmmaAttention(8, 2, 1, 64, 2, 2),
     WgmmaAttention(8, 1, 1, 64, 3, 1, 1),
     WgmmaAttention(8, 1, 1, 64, 3, 2, 1),
     WgmmaAttention(8, 1, 2, 32, 3),
+    TileAttention(8),
     Attention(256, 8, 8, 1, 16, 4, 2),
     Attention(256, 8, 4, 2, 16, 4),
     Attention(256, 8, 4, 1, 32, 2),
 ]
+FEWER_ROWS = Attention(256, 8, 2, 2, 16, 2)  # 32 a block, for prefixes of so few tokens that every block is at work at once
 SUFFIX = WgmmaAttention(8, 1, 1, 112, 1, 8, alone=True)  # and with fewer keys, see for_suffix
 FEW_QUERIES: list[Attention | WgmmaAttention] = [
     SUFFIX,
@@ -206,12 +228,12 @@ FEW_QUERIES: list[Attention | WgmmaAttention] = [
     Attention(256, 8, 1, 2, 16, 2),
 ]
 # Few queries on GPUs without clusters: blocks that share the keys meet in memory.
-SPLIT_KEYS: list[Attention | WgmmaAttention] = [
-    *(SplitAttention(256, 8, 2, 2, 16, 3, split) for split in (2, 4, 5, 6, 8, 10, 16)),
-    *(SplitAttention(256, 8, 1, 3, 16, 2, split) for split in (3, 4, 5)),
-    *(SplitAttention(256, 8, 2, 4, 16, 2, split) for split in (4, 6, 8, 10)),  # for 163 KB of shared memory
+SPLIT_KEYS: list[SplitAttention] = [
+    *(SplitAttention(8, 2, keys, split) for keys, split in [(160, 6), (96, 10), (64, 16), (128, 2), (64, 3), (144, 5)]),
+    *(SplitAttention(8, 1, keys, split) for keys, split in [(64, 16), (128, 4)]),
+    SplitAttention(8, 2, 256, 4),  # for 163 KB of shared memory
 ]
-MOST_SPLIT = 10  # the last block reads what all have left, 32 KB each, while the others are idle
+MOST_SPLIT = 16
 VISION: list[Attention | WgmmaAttention] = [
     Attention(72, 1, 8, 1, 64, 2),
     Attention(72, 1, 4, 2, 64, 2),
@@ -223,18 +245,22 @@ VISION: list[Attention | WgmmaAttention] = [
 ]
 
 
-def best_attention(
-    dims: int, tokens: int, images: int, gpu: Gpu, cached: int = 0, own: int = 0
-) -> Attention | WgmmaAttention:
+AttentionTactic = Attention | SplitAttention | TileAttention | WgmmaAttention
+
+
+def best_attention(dims: int, tokens: int, images: int, gpu: Gpu, cached: int = 0, own: int = 0) -> AttentionTactic:
     """The kernel for `tokens` queries an image: Gemma's heads of 256, or SigLIP's of 72. Any number of keys; few queries
     have one for at most `cached` keys and `own` ones, which then is the fastest.
 
     Raises KernelError for heads that no kernel is made for.
     """
+    order: Sequence[AttentionTactic]
     if dims == 256 and tokens <= SMALL_M and not gpu.has_clusters:
-        order = [*split_keys(tokens, gpu), *FEW_QUERIES]
+        order = [split_keys(tokens, cached + own, gpu)]
     elif dims == 256 and tokens <= SMALL_M:
         order = [for_suffix(cached, own), *FEW_QUERIES]
+    elif dims == 256 and not gpu.has_wgmma and tokens * 8 <= 32 * gpu.multiprocessors:
+        order = [FEWER_ROWS, *MANY_QUERIES]
     elif dims == 256:
         order = MANY_QUERIES[3:] if tokens <= 400 else MANY_QUERIES
     elif dims == 72:
@@ -254,8 +280,14 @@ def for_suffix(cached: int, own: int) -> WgmmaAttention:
     return replace(SUFFIX, keys=max(-(-share // (16 * tiles)) * 16, 32))
 
 
-def split_keys(tokens: int, gpu: Gpu) -> list[SplitAttention]:
-    """For GPUs without clusters: about as many blocks as multiprocessors; none where 32 rows a block are enough of them."""
-    tile = SplitAttention(256, 8, 2, 2, 16, 3)
-    split = min(gpu.multiprocessors // tile.row_tiles(tokens), MOST_SPLIT)
-    return [replace(tile, split=split)] if split > 1 else []
+def split_keys(tokens: int, keys: int, gpu: Gpu) -> SplitAttention:
+    """For GPUs without clusters: about as many blocks as multiprocessors, which take their keys in one piece where shared
+    memory holds it. At least two share the keys: more warps for them."""
+    tile, units = SplitAttention(8, 1 if tokens <= 2 else 2, 16, 2), max(1, -(-keys // 16))
+    split = max(2, min(gpu.multiprocessors // tile.row_tiles(tokens), MOST_SPLIT, units // 2))
+    share = -(-units // split)
+
+    def in_pieces(count: int) -> SplitAttention:
+        return replace(tile, keys=16 * -(-share // count), split=split)
+
+    return next(tactic for count in range(1, share + 1) if (tactic := in_pieces(count)).fits(gpu))

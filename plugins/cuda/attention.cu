@@ -13,52 +13,26 @@
 // and takes KEY_WARPS * KEYS keys at a time through a ring of STAGES tiles in shared memory; warp (i, j) holds 16 rows
 // and sees KEYS keys of each tile. SPLIT blocks share the keys of the same rows. Every warp keeps
 //   m: what it subtracts in the exponent,  l = sum exp2(s - m),  o = sum exp2(s - m) v,
-// and l and o of different keys are merged at the end, within the block and then over the SPLIT blocks, in float32:
-//   attention        they are a cluster (SM 90) and read each other's shared memory
-//   attention_split  they need no cluster: each leaves what it has in `partial`, the last to finish merges
+// and l and o of different keys are merged at the end, within the block and then over the SPLIT blocks, a cluster (SM 90), in
+// float32. (attention_split.cu needs no cluster.)
 //
 // Rows in shared memory are PITCH elements apart, 8 more than DIMS rounded up to 16: an odd multiple of 16 bytes, so
 // that ldmatrix finds the 8 rows of a matrix in different banks. The merge has rows of as many floats, 32 bytes modulo
 // 64: its 8-byte stores are free of conflicts too, and m and l ride in the padding.
 //
 // grid (ceil(tokens * HEADS / (16 ROW_WARPS)) * SPLIT, kv heads, images), block 32 ROW_WARPS KEY_WARPS,
-// cluster (SPLIT, 1, 1) for attention, shared memory as in plugins/kernels/attention.py.
+// cluster (SPLIT, 1, 1), shared memory as in plugins/kernels/attention.py.
 #include "attention.cuh"
 
-// d[16, 8] += a[16, 16] b[16, 8]. Lane 4 g + t holds
-//   a[0]: row g, columns 2 t, 2 t + 1;  a[1]: row g + 8;  a[2], a[3]: the same, columns + 8
-//   b0: rows 2 t, 2 t + 1 of column g;  b1: rows + 8
-//   d[0], d[1]: row g, columns 2 t, 2 t + 1;  d[2], d[3]: row g + 8
-// so that d of two neighboring tiles of 8 columns is, as bf16, an a.
-__device__ inline void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// Four 8 x 8 matrices; lane 8 i + r gives the address of row r of matrix i. A lane gets columns 2 t, 2 t + 1 of row g
-// of each, or TRANSPOSED rows 2 t, 2 t + 1 of column g.
-template <bool TRANSPOSED> __device__ inline void load_matrices(unsigned (&m)[4], const Bf16* row) {
-  const unsigned at = unsigned(__cvta_generic_to_shared(row));
-  if constexpr (TRANSPOSED)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3]) : "r"(at) : "memory");
-  else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3]) : "r"(at) : "memory");
-}
-
-// Attention of the block's rows to its share of the keys, deposited in `shared` (attention.cuh). Moves `out` to the image's
-// and the KV head's. Offset: of elements in k and v; int takes fewer instructions. CHAINS: sums over
-// dims that a score is made of; tensor cores do not wait for the product before.
-template <class Offset, int CHAINS, int DIMS, int HEADS, int ROW_WARPS, int KEY_WARPS, int KEYS, int STAGES, int SPLIT>
-__device__ __forceinline__ void
-attend(unsigned char* shared, const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, const Bf16* own_v,
-       Bf16*& out, const int* past, int tokens, int keys, int own_keys, int q_stride, int kv_stride, int own_stride,
-       int out_stride, float scale) {
+template <int DIMS, int HEADS, int ROW_WARPS, int KEY_WARPS, int KEYS, int STAGES, int SPLIT>
+__global__ void __launch_bounds__(32 * ROW_WARPS * KEY_WARPS)
+attention(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, const Bf16* own_v, Bf16* out, const int* past,
+          int tokens, int keys, int own_keys, int q_stride, int kv_stride, int own_stride, int out_stride,
+          int cache_ready, float scale) {
   constexpr int THREADS = 32 * ROW_WARPS * KEY_WARPS, ROWS = 16 * ROW_WARPS, TILE = KEY_WARPS * KEYS;
   constexpr int PADDED = (DIMS + 15) / 16 * 16, PITCH = PADDED + 8;
-  Bf16* const ring = reinterpret_cast<Bf16*>(shared);       // [STAGES][K, V][TILE][PITCH]
+  extern __shared__ __align__(128) unsigned char shared[];
+  Bf16* const ring = reinterpret_cast<Bf16*>(shared);  // [STAGES][K, V][TILE][PITCH]
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int row_warp = warp % ROW_WARPS, key_warp = warp / ROW_WARPS;
@@ -80,7 +54,7 @@ attend(unsigned char* shared, const Bf16* q, const Bf16* k, const Bf16* v, const
         const int piece = base + threadIdx.x, row = piece / PIECES, column = piece % PIECES * 8;
         if (COUNT % THREADS && piece >= COUNT) break;
         const int wanted = begin + tile * TILE + row, key = min(wanted, end - 1);
-        const Offset at = (key < keys ? Offset(key) * kv_stride : Offset(key - keys) * own_stride) + column;
+        const size_t at = (key < keys ? size_t(key) * kv_stride : size_t(key - keys) * own_stride) + column;
         const unsigned to = stage + (row * PITCH + column) * int(sizeof(Bf16));
         copy_async(to, (key < keys ? k : own_k) + at, wanted < end);
         copy_async(to + TILE * PITCH * int(sizeof(Bf16)), (key < keys ? v : own_v) + at, wanted < end);
@@ -117,20 +91,17 @@ attend(unsigned char* shared, const Bf16* q, const Bf16* k, const Bf16* v, const
     const Bf16* const k_tile = ring + (tile % STAGES * 2 * TILE + key_warp * KEYS) * PITCH;
     const Bf16* const v_tile = k_tile + TILE * PITCH;
 
-    float sums[CHAINS][KEYS / 8][4] = {}, (&s)[KEYS / 8][4] = sums[0];
+    float s[KEYS / 8][4] = {};
     const Bf16* const k_row = k_tile + (lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 8;
 #pragma unroll
     for (int step = 0; step < PADDED / 16; ++step)
 #pragma unroll
       for (int j = 0; j < KEYS / 16; ++j) {
         unsigned b[4];
-        load_matrices<false>(b, k_row + 16 * j * PITCH + 16 * step);
-        mma(sums[step % CHAINS][2 * j], query[step], b[0], b[1]);
-        mma(sums[step % CHAINS][2 * j + 1], query[step], b[2], b[3]);
+        load_matrices<false>(b, shared_address(k_row + 16 * j * PITCH + 16 * step));
+        mma(s[2 * j], query[step], b[0], b[1]);
+        mma(s[2 * j + 1], query[step], b[2], b[3]);
       }
-    for (int chain = 1; chain < CHAINS; ++chain)
-      for (int j = 0; j < KEYS / 8; ++j)
-        for (int i = 0; i < 4; ++i) s[j][i] += sums[chain][j][i];
 
     softmax(s, o, m, l, end - begin - tile * TILE - key_warp * KEYS, scale);
     const Bf16* const v_row = v_tile + (lane / 8 % 2 * 8 + lane % 8) * PITCH + lane / 16 * 8;
@@ -141,7 +112,7 @@ attend(unsigned char* shared, const Bf16* q, const Bf16* k, const Bf16* v, const
 #pragma unroll
       for (int n = 0; n < PADDED / 16; ++n) {
         unsigned b[4];
-        load_matrices<true>(b, v_row + 16 * j * PITCH + 16 * n);
+        load_matrices<true>(b, shared_address(v_row + 16 * j * PITCH + 16 * n));
         mma(o[2 * n], p, b[0], b[1]);
         mma(o[2 * n + 1], p, b[2], b[3]);
       }
@@ -150,36 +121,7 @@ attend(unsigned char* shared, const Bf16* q, const Bf16* k, const Bf16* v, const
 
   let_next_kernel_start();
   __syncthreads();  // the ring is free
-  deposit<ROWS>(reinterpret_cast<float*>(shared), o, m, l, 16 * row_warp, key_warp);
-}
-
-template <int DIMS, int HEADS, int ROW_WARPS, int KEY_WARPS, int KEYS, int STAGES, int SPLIT>
-__global__ void __launch_bounds__(32 * ROW_WARPS * KEY_WARPS)
-attention(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, const Bf16* own_v, Bf16* out, const int* past,
-          int tokens, int keys, int own_keys, int q_stride, int kv_stride, int own_stride, int out_stride,
-          int cache_ready, float scale) {
-  extern __shared__ __align__(128) unsigned char shared[];
-  attend<size_t, 1, DIMS, HEADS, ROW_WARPS, KEY_WARPS, KEYS, STAGES, SPLIT>(
-      shared, q, k, v, own_k, own_v, out, past, tokens, keys, own_keys, q_stride, kv_stride, own_stride, out_stride, scale);
-  constexpr int ROWS = 16 * ROW_WARPS;
-  merge<DIMS, HEADS, ROWS, KEY_WARPS, SPLIT>(reinterpret_cast<float*>(shared), blockIdx.x % SPLIT,
-                                             blockIdx.x / SPLIT * ROWS, tokens * HEADS, out, out_stride);
-}
-
-// partial: of every SPLIT blocks that share rows, [SPLIT][16 ROW_WARPS][PITCH] floats. counters: one for them, zero before
-// and after.
-template <int DIMS, int HEADS, int ROW_WARPS, int KEY_WARPS, int KEYS, int STAGES, int SPLIT>
-__global__ void __launch_bounds__(32 * ROW_WARPS * KEY_WARPS)
-attention_split(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, const Bf16* own_v, Bf16* out,
-                const int* past, int tokens, int keys, int own_keys, int q_stride, int kv_stride, int own_stride,
-                int out_stride, int cache_ready, float scale, float* partial, int* counters) {
-  extern __shared__ __align__(128) unsigned char shared[];
-  attend<int, 2, DIMS, HEADS, ROW_WARPS, KEY_WARPS, KEYS, STAGES, SPLIT>(
-      shared, q, k, v, own_k, own_v, out, past, tokens, keys, own_keys, q_stride, kv_stride, own_stride, out_stride, scale);
-  constexpr int ROWS = 16 * ROW_WARPS, PITCH = (DIMS + 15) / 16 * 16 + 8;
-  const int first_row = blockIdx.x / SPLIT * ROWS;
-  const int group = (blockIdx.z * gridDim.y + blockIdx.y) * (gridDim.x / SPLIT) + blockIdx.x / SPLIT;
-  merge_in_memory<DIMS, HEADS, ROWS, KEY_WARPS, SPLIT>(
-      reinterpret_cast<float*>(shared), partial + size_t(group) * SPLIT * ROWS * PITCH, counters + group,
-      blockIdx.x % SPLIT, first_row, min(ROWS, tokens * HEADS - first_row), out, out_stride);
+  float* const partial = reinterpret_cast<float*>(shared);
+  deposit<ROWS>(partial, o, m, l, 16 * row_warp, key_warp);
+  merge<DIMS, HEADS, ROWS, KEY_WARPS, SPLIT>(partial, rank, first_row, rows, out, out_stride);
 }

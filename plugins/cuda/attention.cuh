@@ -35,6 +35,30 @@ template <bool MAX> __device__ inline float reduce_warp(float v) {
   return v;
 }
 
+// d[16, 8] += a[16, 16] b[16, 8]. Lane 4 g + t holds
+//   a[0]: row g, columns 2 t, 2 t + 1;  a[1]: row g + 8;  a[2], a[3]: the same, columns + 8
+//   b0: rows 2 t, 2 t + 1 of column g;  b1: rows + 8
+//   d[0], d[1]: row g, columns 2 t, 2 t + 1;  d[2], d[3]: row g + 8
+// so that d of two neighboring tiles of 8 columns is, as bf16, an a.
+__device__ inline void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four 8 x 8 matrices of 16-bit values; lane 8 i + r gives the address of row r of matrix i. A lane gets columns 2 t, 2 t + 1 of row g
+// of each, or TRANSPOSED rows 2 t, 2 t + 1 of column g.
+template <bool TRANSPOSED> __device__ inline void load_matrices(unsigned (&m)[4], unsigned at) {
+  if constexpr (TRANSPOSED)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3]) : "r"(at) : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3]) : "r"(at) : "memory");
+}
+
+__device__ inline unsigned shared_address(const void* at) { return unsigned(__cvta_generic_to_shared(at)); }
+
 constexpr float LOWEST = -1e30f;  // m before the first key: finite, so that exp2(-inf - m) is 0 and not NaN
 constexpr float SLACK = 8;        // m follows the maximum when it is this far behind: exp2(s - m) stays below 256
 
@@ -132,72 +156,6 @@ __device__ inline void merge_in_block(const float* partial, int first_row, int r
     const float inverse = __fdividef(1.0f, v.l);
     *reinterpret_cast<uint2*>(out + size_t(row / HEADS) * out_stride + row % HEADS * DIMS + column) = {
         pack2<Bf16>(v.sum.x * inverse, v.sum.y * inverse), pack2<Bf16>(v.sum.z * inverse, v.sum.w * inverse)};
-  }
-}
-
-// Over the block's KEY_WARPS and then, without a cluster, over SPLIT blocks: each writes its part of `rows` rows to memory,
-// `parts` [SPLIT][ROWS][PITCH], and the last one to have done so adds them, in the order of their ranks. A warp takes a row
-// or two and asks for all of them at once; lane i weighs part i. `counter` is zero before and after.
-template <int DIMS, int HEADS, int ROWS, int KEY_WARPS, int SPLIT>
-__device__ inline void merge_in_memory(const float* partial, float* parts, int* counter, int rank, int first_row, int rows,
-                                       Bf16* out, int out_stride) {
-  constexpr int PADDED = (DIMS + 15) / 16 * 16, PITCH = PADDED + 8, QUADS = DIMS / 4, PART = ROWS * PITCH;
-  constexpr int PIECES = (DIMS + 127) / 128, AT_ONCE = SPLIT * PIECES <= 16 ? 2 : 1;
-  static_assert(SPLIT <= 32);
-  __syncthreads();
-  for (int quad = threadIdx.x; quad < rows * QUADS; quad += blockDim.x) {
-    const int row = quad / QUADS, column = quad % QUADS * 4;
-    const Merged v = merged<ROWS, PITCH, KEY_WARPS>(partial + row * PITCH, column);
-    float* const to = parts + rank * PART + row * PITCH;
-    *reinterpret_cast<float4*>(to + column) = v.sum;
-    if (column == 0) *reinterpret_cast<float2*>(to + PADDED) = {v.m, v.l};
-  }
-  __threadfence();
-  __syncthreads();  // all of the part can be seen
-  const bool is_last = threadIdx.x == 0 && atomicAdd(counter, 1) == SPLIT - 1;
-  if (!__syncthreads_or(is_last)) return;
-  __threadfence();
-  if (threadIdx.x == 0) *counter = 0;
-
-  const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the compiler sees one for all lanes
-  for (int first = warp * AT_ONCE; first < rows; first += blockDim.x / 32 * AT_ONCE) {
-    float2 tail[AT_ONCE];
-    float4 o[AT_ONCE][PIECES][SPLIT];
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) {
-      const float* const row = parts + min(first + i, rows - 1) * PITCH;
-      tail[i] = {LOWEST, 0};
-      if (lane < SPLIT) tail[i] = __ldcg(reinterpret_cast<const float2*>(row + lane * PART + PADDED));
-#pragma unroll
-      for (int piece = 0; piece < PIECES; ++piece)
-#pragma unroll
-        for (int part = 0; part < SPLIT; ++part)
-          o[i][piece][part] =
-              __ldcg(reinterpret_cast<const float4*>(row + part * PART + min(128 * piece + 4 * lane, DIMS - 4)));
-    }
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) {
-      const float factor = exp2_fast(tail[i].x - reduce_warp<true>(tail[i].x));
-      const float weight = __fdividef(factor, reduce_warp<false>(factor * tail[i].y));
-      float4 sum[PIECES] = {};
-#pragma unroll
-      for (int part = 0; part < SPLIT; ++part) {
-        const float w = __shfl_sync(~0u, weight, part);
-#pragma unroll
-        for (int piece = 0; piece < PIECES; ++piece) {
-          const float4 v = o[i][piece][part];
-          sum[piece].x = fmaf(w, v.x, sum[piece].x), sum[piece].y = fmaf(w, v.y, sum[piece].y);
-          sum[piece].z = fmaf(w, v.z, sum[piece].z), sum[piece].w = fmaf(w, v.w, sum[piece].w);
-        }
-      }
-      const int row = first_row + first + i;
-      Bf16* const to = out + size_t(row / HEADS) * out_stride + row % HEADS * DIMS + 4 * lane;
-#pragma unroll
-      for (int piece = 0; piece < PIECES; ++piece)
-        if (first + i < rows && 128 * piece + 4 * lane < DIMS)
-          *reinterpret_cast<uint2*>(to + 128 * piece) = {pack2<Bf16>(sum[piece].x, sum[piece].y),
-                                                         pack2<Bf16>(sum[piece].z, sum[piece].w)};
-    }
   }
 }
 

@@ -19,11 +19,13 @@
 // ring of STAGES chunks in shared memory, the warp's own: loaded straight into the tensor cores' layout they would be
 // pieces of 8 cache lines at a time, and the number of such requests would bound this kernel, not the bytes.
 //
-// WARPS warps of a block and SPLIT blocks of a cluster (SM 90; elsewhere SPLIT = 1) share K. A block adds its warps'
-// accumulators and sends those of token m to the block that finishes it, m % SPLIT. All additions have a fixed order, so
-// the result is reproducible.
+// WARPS warps of a block and SPLIT blocks share K. A block adds its warps' accumulators, and then
+//   in a cluster     sends those of token m to the block that finishes it, m % SPLIT;
+//   without (SM 80)  leaves them in `partial`, [grid z, grid x][SPLIT][tokens][rows of a block], and the last block to have done so
+//                    finishes all tokens. `counters`, one for every SPLIT blocks, are zero before and after.
+// All additions have a fixed order, that of the ranks, so the result is reproducible, and the same in both.
 //
-// grid (N / (16 ROWS16), SPLIT, ceil(M / (8 TOKENS8))), block 32 WARPS, cluster (1, SPLIT, 1), shared memory as in
+// grid (N / (16 ROWS16), SPLIT, ceil(M / (8 TOKENS8))), block 32 WARPS, cluster (1, SPLIT, 1) or none, shared memory as in
 // plugins/kernels/gemm_float.py.
 #include "int4.cuh"
 
@@ -54,16 +56,23 @@ __device__ inline void prefetch(const void* from, int bytes) {
 __device__ inline float4 load4(const float* from) { return *reinterpret_cast<const float4*>(from); }
 __device__ inline float4 operator+(float4 a, float4 b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
 
-// The sum of COUNT quads `stride` floats apart.
-template <int COUNT> __device__ inline float4 sum_quads(const float* at, int stride) {
-  float4 sum = load4(at);
+// The sum of COUNT quads `stride` floats apart, in this order. FRESH: other blocks have just written them.
+template <int COUNT, bool FRESH = false> __device__ inline float4 sum_quads(const float* at, int stride) {
+  auto load = [&](int i) {
+    const float4* const from = reinterpret_cast<const float4*>(at + i * stride);
+    return FRESH ? __ldcg(from) : *from;
+  };
+  float4 sum = load(0);
 #pragma unroll
-  for (int i = 1; i < COUNT; ++i) sum = sum + load4(at + i * stride);
+  for (int i = 1; i < COUNT; ++i) sum = sum + load(i);
   return sum;
 }
 
 #if CLUSTER
 #include "cluster.cuh"
+constexpr bool IN_CLUSTER = true;
+#else
+constexpr bool IN_CLUSTER = false;
 #endif
 
 __device__ inline void store4(float* to, const float (&v)[4]) {
@@ -163,7 +172,7 @@ __global__ void __launch_bounds__(32 * WARPS)
 gemm_float(const Bf16* x, const float* squares, const uint4* weight, const float* channel_scale, const float* bias,
            const float* residual, Out* y, Out* k, Out* v, const float* cosine, const float* sine, const int* past,
            int tokens, int rows, int depth, int y_stride, int kv_stride, int first_position, int to_cache,
-           float epsilon, Bf16* normed, const float* normed_gain, float* normed_squares) {
+           float epsilon, Bf16* normed, const float* normed_gain, float* normed_squares, float* partial, int* counters) {
   using O = Output<EPILOGUE, Out>;
   constexpr int ROWS = 16 * ROWS16, TOKENS = 8 * TOKENS8, PITCH = pitch(ROWS), THREADS = 32 * WARPS;
   constexpr int TILES = 4, ROW = TILES * 16 * 2;  // of K = 16 in a chunk; bytes of a token in a chunk
@@ -237,7 +246,9 @@ gemm_float(const Bf16* x, const float* squares, const uint4* weight, const float
   if (threadIdx.x < ROWS16 && rest < last)
     prefetch(weights + (size_t(threadIdx.x) * loads + rest) * 32, (last - rest) * 512);
   const int position = first_position + (past ? *past : 0);
-  constexpr int SLOTS = (TOKENS + SPLIT - 1) / SPLIT;  // tokens that this block finishes: rank, rank + SPLIT...
+  constexpr int FINISHERS = IN_CLUSTER ? SPLIT : 1;             // blocks; without a cluster the last one
+  constexpr int SLOTS = (TOKENS + FINISHERS - 1) / FINISHERS;  // tokens that this block finishes: finisher, + FINISHERS...
+  const int finisher = IN_CLUSTER ? rank : 0;
   constexpr int ALL = ROWS / 4;                        // quads of a token's accumulators
 #if CLUSTER
   __shared__ unsigned long long arrived;
@@ -291,7 +302,7 @@ gemm_float(const Bf16* x, const float* squares, const uint4* weight, const float
                     to_cache ? position : 0, {normed, normed_gain, normed_squares}};
   const int row = O::row_of(threadIdx.x % QUADS), n = blockIdx.x * ROWS + row;
   auto slot_of = [&](int i) { return (i * THREADS + int(threadIdx.x)) / QUADS; };
-  auto token_of = [&](int i) { return slot_of(i) * SPLIT + rank; };
+  auto token_of = [&](int i) { return slot_of(i) * FINISHERS + finisher; };
   const typename O::Columns columns = output.columns(n);
   typename O::Inputs inputs[COUNT];
 #pragma unroll
@@ -317,33 +328,44 @@ gemm_float(const Bf16* x, const float* squares, const uint4* weight, const float
   }
   __syncthreads();
 
-#if CLUSTER
-  float* const received = shared + WARPS * REGION;
-  if (SPLIT > 1) {
-    constexpr int EACH = (TOKENS * ALL + THREADS - 1) / THREADS;
-    auto quad_of = [&](int i) { return min(i * THREADS + int(threadIdx.x), TOKENS * ALL - 1); };
-    float4 sums[EACH];  // all of them before the first is sent
+  float* received = shared + WARPS * REGION;  // the SPLIT parts of the tokens that this block finishes
+  constexpr int EACH = (TOKENS * ALL + THREADS - 1) / THREADS;
+  auto quad_of = [&](int i) { return min(i * THREADS + int(threadIdx.x), TOKENS * ALL - 1); };
+  auto is_mine = [&](int i) { return i * THREADS + threadIdx.x < TOKENS * ALL && quad_of(i) / ALL < tokens; };
+  if constexpr (SPLIT > 1) {
+    float4 sums[EACH];  // all of them before the first goes away
 #pragma unroll
     for (int i = 0; i < EACH; ++i)
       sums[i] = sum_quads<WARPS>(shared + quad_of(i) / ALL * PITCH + quad_of(i) % ALL * 4, REGION);
+#if CLUSTER
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
       const int token = quad_of(i) / ALL, row = quad_of(i) % ALL * 4;
-      if (token < tokens && i * THREADS + threadIdx.x < TOKENS * ALL)
+      if (is_mine(i))
         send(sums[i], received + (rank * SLOTS + token / SPLIT) * PITCH + row, &arrived, token % SPLIT);
     }
     wait(&arrived);
-  }
 #else
-  static_assert(SPLIT == 1, "blocks add their sums through the shared memory of a cluster");
-  float* const received = shared;
+    const int group = blockIdx.z * gridDim.x + blockIdx.x;
+    received = partial + size_t(group) * SPLIT * TOKENS * ROWS;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i)
+      if (is_mine(i)) *reinterpret_cast<float4*>(received + (rank * TOKENS * ALL + quad_of(i)) * 4) = sums[i];
+    __threadfence();
+    __syncthreads();  // all of the part can be seen
+    const bool is_last = threadIdx.x == 0 && atomicAdd(counters + group, 1) == SPLIT - 1;
+    if (!__syncthreads_or(is_last)) return;
+    __threadfence();
+    if (threadIdx.x == 0) counters[group] = 0;
 #endif
+  }
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) {
     const int slot = min(slot_of(i), SLOTS - 1);
     auto sum = [&](int row) {
-      if (SPLIT > 1) return sum_quads<SPLIT>(received + slot * PITCH + row, SLOTS * PITCH);
-      return sum_quads<WARPS>(shared + slot * PITCH + row, REGION);
+      if constexpr (SPLIT == 1) return sum_quads<WARPS>(shared + slot * PITCH + row, REGION);
+      else if constexpr (IN_CLUSTER) return sum_quads<SPLIT>(received + slot * PITCH + row, SLOTS * PITCH);
+      else return sum_quads<SPLIT, true>(received + slot * ROWS + row, TOKENS * ROWS);
     };
     const float r = NORM && token_of(i) < TOKENS ? inverse_rms[token_of(i)] : 1.0f;
     const typename O::Values values = output.values(columns, inputs[i], r, sum(row), sum(row + 8 * (O::PARTS - 1)));

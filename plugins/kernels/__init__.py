@@ -8,7 +8,9 @@ One module a source of plugins/cuda. Functions and tactics make an `Instance`, w
 from __future__ import annotations
 
 from duq.plugins.kernel import Kernel
-from duq.plugins.kernels.attention import ATTENTION, ATTENTION_SPLIT, Attention, SplitAttention
+from duq.plugins.kernels.attention import ATTENTION, Attention
+from duq.plugins.kernels.attention_split import ATTENTION_SPLIT, SplitAttention
+from duq.plugins.kernels.attention_tile import ATTENTION_TILE, TileAttention
 from duq.plugins.kernels.attention_wgmma import ATTENTION_WGMMA, WgmmaAttention
 from duq.plugins.kernels.bitblas import BITBLAS, Generated
 from duq.plugins.kernels.dequantize_weight import DEQUANTIZE_WEIGHT, dequantize_weight
@@ -36,6 +38,7 @@ __all__ = [
     "Large",
     "Small",
     "SplitAttention",
+    "TileAttention",
     "Wgmma",
     "WgmmaAttention",
     "WgmmaSmall",
@@ -58,6 +61,7 @@ KERNELS: dict[str, Kernel] = {
     for kernel in (
         ATTENTION,
         ATTENTION_SPLIT,
+        ATTENTION_TILE,
         ATTENTION_WGMMA,
         BITBLAS,
         DEQUANTIZE_WEIGHT,

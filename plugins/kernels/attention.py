@@ -1,14 +1,8 @@
-"""softmax(scale q k^T) v for heads of 72 and 256, mma.sync: attention.cu, and what it shares with attention_wgmma.cu.
-
-Thread blocks that share the keys of the same queries exchange what they have in a cluster (`Attention`), or in memory
-(`SplitAttention`), on any GPU.
-"""
+"""softmax(scale q k^T) v for heads of 72 and 256, mma.sync: attention.cu, and what all attention kernels share."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -40,7 +34,7 @@ def reference(
     cache_ready: int,
     scale: float,
 ) -> None:
-    """Of attention and attention_wgmma; of attention_split but for the memory that its blocks meet in."""
+    """Of all attention kernels; of attention_split but for the memory that its blocks meet in."""
     dims, heads, rows = _tile(launch)
     blocks, kv_heads, images = launch.grid
     assert blocks == -(-tokens * heads // rows) * _split(launch)
@@ -63,6 +57,10 @@ def _tile(launch: Launched) -> tuple[int, int, int]:
     """(channels a head, query heads a KV head, rows a thread block)."""
     if launch.kernel == "attention_wgmma":
         return 256, launch.number("HEADS"), 64 * launch.number("ROW_GROUPS")
+    if launch.kernel == "attention_tile":
+        return 256, launch.number("HEADS"), 64
+    if launch.kernel == "attention_split":
+        return 256, launch.number("HEADS"), 16 * launch.number("ROWS16")
     return launch.number("DIMS"), launch.number("HEADS"), 16 * launch.number("ROW_WARPS")
 
 
@@ -70,23 +68,12 @@ def _split(launch: Launched) -> int:
     return launch.number("SPLIT") if launch.kernel == "attention_split" else launch.split
 
 
-def split_reference(launch: Launched, partial: Pointer, counters: Pointer, **arguments: Any) -> None:
-    """Of attention_split: the counters are zero before and after a launch; `partial` holds nothing that lasts."""
-    dims, _, rows = _tile(launch)
-    blocks = math.prod(launch.grid)
-    assert not counters.read("int", blocks // launch.number("SPLIT")).any(), "the counters are zero ahead of a launch"
-    partial.write("float", np.full(blocks * rows * pitch_of(dims), np.nan, np.float32))
-    reference(launch, **arguments)
-
-
-TEMPLATE = "int DIMS, int HEADS, int ROW_WARPS, int KEY_WARPS, int KEYS, int STAGES, int SPLIT"
-ATTENTION = Kernel("attention.cu", "attention", TEMPLATE, PARAMETERS, reference)
-ATTENTION_SPLIT = Kernel(
+ATTENTION = Kernel(
     "attention.cu",
-    "attention_split",
-    TEMPLATE,
-    f"{PARAMETERS}, float* partial, int* counters",
-    split_reference,
+    "attention",
+    "int DIMS, int HEADS, int ROW_WARPS, int KEY_WARPS, int KEYS, int STAGES, int SPLIT",
+    PARAMETERS,
+    reference,
 )
 
 
@@ -107,8 +94,6 @@ class Attention:
     stages: int
     split: int = 1
 
-    kernel: ClassVar[Kernel] = ATTENTION
-
     def fits(self, gpu: Gpu) -> bool:
         return self.shape(1).shared_bytes <= gpu.block_shared_bytes and (self.split == 1 or gpu.has_clusters)
 
@@ -122,7 +107,7 @@ class Attention:
 
     def instance(self, tokens: int, kv_heads: int = 1, images: int = 1) -> Instance:
         """For `tokens` queries of each of `images`, and heads * kv_heads query heads."""
-        return self.kernel.instance(
+        return ATTENTION.instance(
             self.shape(tokens, kv_heads, images),
             DIMS=self.dims,
             HEADS=self.heads,
@@ -132,28 +117,3 @@ class Attention:
             STAGES=self.stages,
             SPLIT=self.split,
         )
-
-
-@dataclass(frozen=True)
-class SplitAttention(Attention):
-    """The same where the `split` thread blocks are no cluster: they meet in memory, the last to finish merges."""
-
-    kernel: ClassVar[Kernel] = ATTENTION_SPLIT
-
-    def fits(self, gpu: Gpu) -> bool:
-        return self.shape(1).shared_bytes <= gpu.block_shared_bytes
-
-    def shape(self, tokens: int, kv_heads: int = 1, images: int = 1) -> Shape:
-        return replace(super().shape(tokens, kv_heads, images), cluster=(1, 1, 1))
-
-    def row_tiles(self, tokens: int) -> int:
-        """How many groups of `split` blocks a KV head has."""
-        return -(-tokens * self.heads // (16 * self.row_warps))
-
-    def groups(self, tokens: int, kv_heads: int = 1, images: int = 1) -> int:
-        """Counters, int32, zero before and after a launch."""
-        return self.row_tiles(tokens) * kv_heads * images
-
-    def partial_words(self, tokens: int, kv_heads: int = 1, images: int = 1) -> int:
-        """Float32 numbers that the blocks leave for each other."""
-        return self.groups(tokens, kv_heads, images) * self.split * 16 * self.row_warps * pitch_of(self.dims)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,9 +51,16 @@ def reference(
     normed: Pointer | None,
     normed_gain: Pointer | None,
     normed_squares: Pointer | None,
+    partial: Pointer | None,
+    counters: Pointer | None,
 ) -> None:
-    tile_rows, tile_tokens = 16 * launch.number("ROWS16"), 8 * launch.number("TOKENS8")
-    assert launch.grid == (rows // tile_rows, launch.number("SPLIT"), -(-tokens // tile_tokens))
+    tile_rows, tile_tokens, split = 16 * launch.number("ROWS16"), 8 * launch.number("TOKENS8"), launch.number("SPLIT")
+    assert launch.grid == (rows // tile_rows, split, -(-tokens // tile_tokens))
+    if split != launch.split:  # the blocks are no cluster: they meet in memory
+        assert partial is not None and counters is not None
+        groups = launch.grid[0] * launch.grid[2]
+        assert not counters.read("int", groups).any(), "the counters are zero ahead of a launch"
+        partial.write("float", np.full(groups * split * tile_tokens * tile_rows, np.nan, np.float32))
     acc = x.read("Bf16", tokens, depth) @ _weight(weight, rows, depth, launch.number("BITS")).T
     if launch["NORM"] == "true":
         assert squares is not None
@@ -92,14 +100,14 @@ GEMM_FLOAT = Kernel(
     """const Bf16* x, const float* squares?, const uint4* weight, const float* channel_scale?, const float* bias?,
     const float* residual?, Out* y, Out* k?, Out* v?, const float* cosine?, const float* sine?, const int* past?,
     int tokens, int rows, int depth, int y_stride, int kv_stride, int first_position, int to_cache, float epsilon,
-    Bf16* normed?, const float* normed_gain?, float* normed_squares?""",
+    Bf16* normed?, const float* normed_gain?, float* normed_squares?, float* partial?, int* counters?""",
     reference,
 )
 
 
 @dataclass(frozen=True)
 class GemmFloat:
-    """A tactic: `warps` of a thread block, and `split` blocks, a cluster, share K."""
+    """A tactic: `warps` of a thread block, and `split` blocks, share K. The blocks are a cluster, or meet in memory."""
 
     rows16: int
     tokens8: int
@@ -124,6 +132,14 @@ class GemmFloat:
         received = self.split * -(-self.tile_tokens // self.split) if self.split > 1 else 0
         shared_bytes = self.warps * max(ring, staged) + staged_bytes(received, self.tile_rows)
         return Shape(grid, 32 * self.warps, shared_bytes, (1, self.split, 1))
+
+    def groups(self, m: int, n: int) -> int:
+        """Counters of blocks that meet in memory, int32, zero before and after a launch."""
+        return math.prod(self.shape(m, n).grid) // self.split
+
+    def partial_words(self, m: int, n: int) -> int:
+        """Float32 numbers that such blocks leave for each other."""
+        return math.prod(self.shape(m, n).grid) * self.tile_tokens * self.tile_rows
 
     def instance(self, m: int, n: int, out: str, norm: bool, epilogue: str, bits: int = 16) -> Instance:
         """For y [m, n] of the C++ type `out` ("float" or "Bf16") and weights of `bits`, with the norm in front or without;

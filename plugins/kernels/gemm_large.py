@@ -53,7 +53,7 @@ class Large:
 
     def shape(self, m: int, n: int, bits: int) -> Shape:
         warps = self.warps_n * self.warps_m
-        ring = self.stages * (self.tile_tokens * 128 + self.tile_rows * 16 * bits)
+        ring = self.stages * (self.tile_tokens * 128 + self.tile_rows * 16 * bits + 2 * 8)  # and two barriers a stage
         shared_bytes = max(ring, warps * warp_staging_bytes(self.rows16))
         return Shape((-(-m // self.tile_tokens), n // self.tile_rows, 1), 32 * warps, shared_bytes)
 

@@ -123,15 +123,17 @@ def test_split_keys_meet_in_memory(config, tokens):
 @pytest.mark.parametrize("images", [1, 3])
 def test_split_keys_of_many_heads_and_images(images):
     """A counter for each KV head of each image."""
-    config, tokens, heads, dims = SplitAttention(72, 1, 1, 2, 16, 2, 3), 40, 16, 72
-    q, k, v = random(images * tokens, 3 * heads * dims, seed=images).split(heads * dims, 1)
-    out = poisoned(images * tokens, heads * dims)
+    config, tokens, kv_heads = SplitAttention(8, 2, 64, 3), 40, 2
+    q, k, v = random(images * tokens, 10 * kv_heads * DIMS, seed=images).split(
+        [8 * kv_heads * DIMS, kv_heads * DIMS, kv_heads * DIMS], 1
+    )
+    out = poisoned(images * tokens, 8 * kv_heads * DIMS)
     launch.attention(config, q, k, v, out[: images * tokens], images=images)
     per_image = zip(*(x.split(tokens) for x in (q, k, v)), strict=True)
-    check(out, torch.cat([definition(*operands, heads, heads) for operands in per_image]))
+    check(out, torch.cat([definition(*operands, 8 * kv_heads, kv_heads) for operands in per_image]))
 
 
-EXTREME = [*tactics.MANY_QUERIES[:2], *tactics.MANY_QUERIES[5:7], tactics.FEW_QUERIES[0], tactics.SPLIT_KEYS[3]]
+EXTREME = [*tactics.MANY_QUERIES[:2], *tactics.MANY_QUERIES[5:8], tactics.FEW_QUERIES[0], *tactics.SPLIT_KEYS[3:5]]
 
 
 @pytest.mark.parametrize("config", EXTREME, ids=str)

@@ -14,7 +14,18 @@ from hypothesis import strategies as st
 from duq.plugins import kernels
 from duq.plugins.gpu import GPUS
 from duq.plugins.kernel import Instance
-from duq.plugins.kernels import KERNELS, Attention, GemmFloat, Large, Small, SplitAttention, Wgmma, WgmmaSmall, reference
+from duq.plugins.kernels import (
+    KERNELS,
+    Attention,
+    GemmFloat,
+    Large,
+    Small,
+    SplitAttention,
+    TileAttention,
+    Wgmma,
+    WgmmaSmall,
+    reference,
+)
 from duq.plugins.kernels.bitblas import BITBLAS
 from duq.plugins.kernels.gemm_wgmma import wgmma_header
 from duq.plugins.nvrtc import SOURCES, compile_cubin, nvrtc_version, supported_sms
@@ -111,9 +122,11 @@ SMALLEST = [
     Large(1, 1, 1, 1, 2).instance(8, 16, 8, "Bf16", "GEGLU"),
     GemmFloat(1, 1, 1, 1).instance(8, 768, "Bf16", True, "ROTARY"),
     GemmFloat(1, 1, 1, 1).instance(8, 16, "float", False, "GEGLU", bits=4),
+    GemmFloat(1, 1, 1, 1, 2).instance(8, 16, "float", False, "NONE"),
     kernels.rotate_quantize(8, 1024, "Half", "RMS_NORM", 64),
     Attention(72, 1, 1, 2, 16, 2).instance(8),
-    SplitAttention(72, 1, 1, 2, 16, 2, 3).instance(8),
+    SplitAttention(8, 1, 16, 2).instance(8),
+    TileAttention(8).instance(8),
     kernels.rotary(8, 8, 256),
     kernels.normalize(1, 1152, "float", "Bf16", center=True),
     kernels.normalize(1, 8192, "Bf16", "float", center=False),
@@ -191,7 +204,7 @@ def test_memory_notices_a_launch_that_overwrites_what_it_reads():
 
 @pytest.mark.parametrize("counter", [0, 1])
 def test_attention_split_needs_counters_of_zero_and_room_for_every_part(counter):
-    tactic, tokens, keys = SplitAttention(256, 8, 2, 2, 16, 3, 6), 5, 40
+    tactic, tokens, keys = SplitAttention(8, 2, 16, 3), 5, 40
     sizes = {"q": 2 * tokens * 2048, "k": 2 * keys * 256, "v": 2 * keys * 256, "out": 2 * tokens * 2048}
     sizes |= {"partial": 4 * tactic.partial_words(tokens), "counters": 4 * tactic.groups(tokens)}
     memory = {name: reference.Memory(np.zeros(size, np.uint8)) for name, size in sizes.items()}

@@ -12,9 +12,9 @@ from duq.plugins import tactics
 from duq.plugins.errors import KernelError
 from duq.plugins.gpu import CARDS, Gpu, gpu_named, gpu_of
 from duq.plugins.kernels import SplitAttention
-from duq.plugins.tactics import SMALL_M, best, best_attention, best_float, candidates, fits
+from duq.plugins.tactics import SMALL_M, best, best_attention, best_float, candidates, fits, split_keys
 
-H100 = gpu_of(90)
+H100, A40 = gpu_of(90), gpu_of(86)
 EXPERT = [(2560, 1024), (1024, 2048), (8192, 1024), (1024, 4096)]
 PREFIX = [(2560, 2048), (2048, 2048), (32768, 2048), (2048, 16384)]
 PROBLEMS = [(m, *s) for m in (50, 51, 64) for s in EXPERT] + [(m, *s) for m in (256, 306, 562, 818, 968) for s in PREFIX]
@@ -136,13 +136,13 @@ def test_a_suffix_has_tiles_of_its_share_of_the_keys(cached, own, keys):
 
 
 @pytest.mark.parametrize(
-    ("sm", "tokens", "blocks"), [(86, 50, 78), (80, 50, 104), (89, 50, 130), (87, 50, 25), (86, 1, 10)]
+    ("sm", "tokens", "blocks"), [(86, 50, 78), (80, 50, 104), (89, 50, 130), (87, 50, 26), (86, 1, 16)]
 )
 def test_without_clusters_few_queries_split_the_keys_over_the_multiprocessors(sm, tokens, blocks):
-    """As many blocks as multiprocessors at the most, 13 row tiles (state token: one) times the split; Orin has too few."""
+    """13 row tiles (state token: one) times the split: about as many blocks as multiprocessors, but at least two a tile."""
     gpu = gpu_of(sm)
     tactic = best_attention(256, tokens, 1, gpu, 833, tokens)
-    assert isinstance(tactic, SplitAttention) == (blocks > 25 or tokens == 1) and tactic.fits(gpu)
+    assert isinstance(tactic, SplitAttention) and tactic.fits(gpu)
     assert tactic.shape(tokens).grid == (blocks, 1, 1)
 
 
@@ -156,3 +156,16 @@ def test_keys_are_split_in_memory_only_without_clusters(tokens, gpu):
 def test_refuses_heads_without_a_kernel():
     with pytest.raises(KernelError, match="heads of 128.*72 and 256"):
         best_attention(128, 50, 1, H100)
+
+
+@pytest.mark.parametrize(("keys", "pieces"), [(0, 1), (355, 1), (867, 1), (1018, 2), (4000, 5)])
+def test_split_keys_are_one_piece_where_shared_memory_holds_it(keys, pieces):
+    tactic = split_keys(50, keys, A40)
+    share = max(1, -(-(-(-keys // 16)) // tactic.split))  # of 16 keys
+    assert -(-16 * share // tactic.keys) == pieces and tactic.fits(A40)
+
+
+@pytest.mark.parametrize(("n", "k"), [(2560, 1024), (1024, 2048), (8192, 1024), (1024, 4096)])
+def test_float_k_is_split_in_memory_only_where_tiles_are_too_few(n, k):
+    assert best_float(50, n, k, A40).split == 1
+    assert best_float(50, 16, 4096, A40).split > 1  # one tile of rows: its blocks can only share K

@@ -247,17 +247,16 @@ def attention(
         "scale": tactic.dims**-0.5,
     }
     if isinstance(tactic, SplitAttention):
-        partial, counters = meeting or meeting_place(tactic, tokens, kv_heads, images)
+        sizes = tokens, kv_heads, images
+        partial, counters = meeting or meeting_place(tactic.partial_words(*sizes), tactic.groups(*sizes))
         arguments |= {"partial": partial, "counters": counters}
     run(tactic.instance(tokens, kv_heads, images), arguments, overlap)
 
 
 @functools.cache
-def meeting_place(tactic: SplitAttention, tokens: int, kv_heads: int, images: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`partial`, NaN at first, and `counters`, zero, for the launches of one stream."""
-    sizes = tokens, kv_heads, images
-    partial = torch.full((tactic.partial_words(*sizes),), math.nan, device="cuda")
-    return partial, torch.zeros(tactic.groups(*sizes), dtype=torch.int32, device="cuda")
+def meeting_place(words: int, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`partial`, NaN at first, and `counters`, zero, for blocks that meet in memory, of the launches of one stream."""
+    return torch.full((words,), math.nan, device="cuda"), torch.zeros(groups, dtype=torch.int32, device="cuda")
 
 
 def rotary(
@@ -450,4 +449,7 @@ def gemm_float(
         "epsilon": epsilon,
     }
     instance = tactic.instance(m, n, TYPES[y.dtype], squares is not None, epilogue, bits)
+    if tactic.split > 1 and not gpu().has_clusters:
+        partial, counters = meeting_place(tactic.partial_words(m, n), tactic.groups(m, n))
+        arguments |= {"partial": partial, "counters": counters}
     run(instance, arguments | for_norm.arguments, overlap)

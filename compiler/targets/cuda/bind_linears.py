@@ -148,15 +148,27 @@ def _small_m(binder: Binder, op: Linear) -> Matrix:
     pack = binder.weights.float_fragments if gemm.bits == 16 else binder.weights.int4_fragments
     turned, cached, past = _rotary_arguments(binder, op, rotation, y)
     normed = _for_norm(binder, op, y)
+    tactic = binder.chosen.floating[op]
+    shared = _shared_by_blocks(binder, op, tactic, gemm)
     arguments: Arguments = dict(
         x=source, squares=squares, weight=pack(op.weight, order), channel_scale=factor, bias=bias, residual=residual, y=y,
-        tokens=m, rows=n, depth=k, y_stride=y.stride, epsilon=norm.epsilon if norm else 0.0, **turned, **normed,
+        tokens=m, rows=n, depth=k, y_stride=y.stride, epsilon=norm.epsilon if norm else 0.0, **turned, **normed, **shared,
     )  # fmt: skip
     reads = [each for each in (source, squares, residual, past) if each]
-    writes = [y, *cached, *_written(normed)]
-    instance = gemm.instance(binder.chosen.floating[op])
+    writes = [y, *cached, *_written(normed), *_written(shared)]
+    instance = gemm.instance(tactic)
     binder.launch(op, op.name, instance, arguments, reads, writes, 2.0 * m * n * k, n * k * gemm.bits // 8)
     return y
+
+
+def _shared_by_blocks(binder: Binder, op: Linear, tactic: kernels.GemmFloat, gemm: FloatGemm) -> Arguments:
+    """Where blocks that share K meet, if it is in memory."""
+    if tactic.split == 1 or binder.gpu.has_clusters:
+        return {}
+    return {
+        "partial": binder.partial(tactic.partial_words(gemm.m, gemm.n), op.branch),
+        "counters": binder.counters(tactic.groups(gemm.m, gemm.n), op.branch),
+    }
 
 
 def _rotary_arguments(

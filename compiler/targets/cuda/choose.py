@@ -12,12 +12,10 @@ from dataclasses import dataclass, field
 from duq.compiler.targets.cuda.gemm import AnyGemm, Gemm, IntegerTactic, Tactic, Tuner
 from duq.compiler.targets.cuda.specialize import Sized
 from duq.compiler.targets.ops import Attention, Linear, Quantize
-from duq.plugins import kernels, tactics
+from duq.plugins import tactics
 from duq.plugins.errors import KernelError
 from duq.plugins.gpu import Gpu
 from duq.plugins.kernels import GemmFloat
-
-AttentionTactic = kernels.Attention | kernels.WgmmaAttention
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Chosen:
 
     integer: dict[Linear, IntegerTactic] = field(default_factory=dict)
     floating: dict[Linear, GemmFloat] = field(default_factory=dict)
-    attention: dict[Attention, AttentionTactic] = field(default_factory=dict)
+    attention: dict[Attention, tactics.AttentionTactic] = field(default_factory=dict)
     layouts: dict[Quantize, Layout] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -86,7 +84,7 @@ def _tactic(name: str, gemm: AnyGemm | None, tuner: Tuner, slab_tokens: int | No
         raise KernelError(f"{name}: --target cuda has {error}") from error
 
 
-def _attention(op: Attention, sized: Sized, gpu: Gpu) -> AttentionTactic:
+def _attention(op: Attention, sized: Sized, gpu: Gpu) -> tactics.AttentionTactic:
     images = sized.size.cameras if op.each_image else 1
     own = sized.rows[op.own[0]] if op.own else 0
     rows, cached = sized.rows[op.q] // images, sized.rows[op.k] // images

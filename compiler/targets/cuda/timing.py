@@ -76,7 +76,7 @@ def time_each(gemm: AnyGemm, tactics: Sequence[Tactic], kernels: Mapping[Code, K
 
     They overlap, as those of a policy do. Raises KernelError for a tactic whose y is not, bit for bit, that of the first.
     """
-    inputs = IntegerInputs(gemm, gpu) if isinstance(gemm, Gemm) else FloatInputs(gemm)
+    inputs = IntegerInputs(gemm, gpu) if isinstance(gemm, Gemm) else FloatInputs(gemm, gpu)
 
     def work_of(tactic: Tactic) -> Callable[[int, Stream], None]:
         instances = [each.on(gpu) for each in gemm.instances(tactic)]

@@ -17,7 +17,7 @@ from duq.compiler.targets.cuda.launches import BYTES
 from duq.compiler.targets.cuda.weights import to_bf16
 from duq.plugins.driver import Memory, Stream
 from duq.plugins.gpu import Gpu
-from duq.plugins.kernels import Generated
+from duq.plugins.kernels import Generated, GemmFloat
 from duq.plugins.layout import (
     activation_slabs,
     interleave_gate_up,
@@ -100,9 +100,9 @@ class IntegerInputs(_Inputs):
 class FloatInputs(_Inputs):
     """Of a FloatGemm. Its rotary embedding turns by angles of zero, and its norm divides by one: neither rounds."""
 
-    def __init__(self, gemm: FloatGemm):
+    def __init__(self, gemm: FloatGemm, gpu: Gpu):
         super().__init__(gemm, _float_fragments(gemm.n, gemm.k, gemm.bits).nbytes)
-        self.gemm = gemm
+        self.gemm, self._clusters = gemm, gpu.has_clusters
 
     def arguments(self, tactic: Any, copy: int) -> list[Arguments]:
         g = self.gemm
@@ -120,7 +120,17 @@ class FloatInputs(_Inputs):
             rotary = dict(k=key, v=value, cosine=cosine, sine=sine, kv_stride=g.n)
         sizes = dict(tokens=g.m, rows=g.n, depth=g.k, y_stride=columns, first_position=0, to_cache=0)
         tensors: Arguments = dict(x=x, squares=squares, weight=weight, residual=self._residual(g), y=self.y)
-        return [{**tensors, **rotary, **sizes, "epsilon": 0.0}]
+        return [{**tensors, **rotary, **sizes, **self._meeting_place(tactic), "epsilon": 0.0}]
+
+    def _meeting_place(self, tactic: GemmFloat) -> Arguments:
+        """Of blocks that share K, where they are no cluster."""
+        if tactic.split == 1 or self._clusters:
+            return {}
+        words, groups = (count(self.gemm.m, self.gemm.n) for count in (tactic.partial_words, tactic.groups))
+        return {
+            "partial": self._address(f"partial {words}", partial(np.zeros, words, np.float32)),
+            "counters": self._address(f"counters {groups}", partial(np.zeros, groups, np.int32)),
+        }
 
 
 def _upload(array: np.ndarray, copies: int) -> Memory:
