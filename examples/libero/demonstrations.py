@@ -1,7 +1,8 @@
 """Demonstrations on disk: a folder for each task, a file for each episode, with simulator states and actions only.
 
 DIR/task_3/seed_1000012.npz     states float64 [T, numbers], actions float32 [T, 7], pushed bool [T]
-DIR/task_3/seed_1000012.140.npz what a policy sees in these states, at 140 pixels, where render.py made it; .140x3.npz in one of three
+DIR/task_3/seed_1000012.168.npz what a policy sees in these states, at 168 pixels, where render.py made it
+                                (.168x3.npz: in one of three)
 DIR/episodes.jsonl              task, seed and steps (null: failed, and thrown away) of everything tried
 """
 

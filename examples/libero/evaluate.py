@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence

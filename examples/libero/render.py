@@ -67,7 +67,9 @@ def _render(block: list[tuple[int, int]], directory: Path, size: int, every: int
 def rendered(directory: Path, size: int, every: int) -> list[tuple[int, int]]:
     """(task, seed) of the demonstrations that have pictures."""
     listed = demonstrations.listed(directory)
-    return [job for job in listed if demonstrations.seen_path(demonstrations.path_of(directory, *job), size, every).exists()]
+    return [
+        job for job in listed if demonstrations.seen_path(demonstrations.path_of(directory, *job), size, every).exists()
+    ]
 
 
 def render(directory: Path, size: int, jobs: int, every: int = 1, minutes: float = math.inf) -> int:

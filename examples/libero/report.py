@@ -87,9 +87,7 @@ def common(entries: Sequence[Entry]) -> list[Entry]:
         arms.setdefault(condition_of(entry), set()).add(entry["arm"])
         have.setdefault((condition_of(entry), entry["task"], entry["seed"]), set()).add(entry["arm"])
     return [
-        entry
-        for entry in entries
-        if have[condition_of(entry), entry["task"], entry["seed"]] == arms[condition_of(entry)]
+        entry for entry in entries if have[condition_of(entry), entry["task"], entry["seed"]] == arms[condition_of(entry)]
     ]
 
 

@@ -69,7 +69,8 @@ DRAWS = 4  # of noise and time for each observation: the action expert is much c
 SHIFT = 2  # pixels that images are moved by, at most: more would lie about where things are
 BRIGHTNESS, COLOR = 0.15, 0.08  # of images, deviation: gain and bias of all channels, gain of each
 STATE_NOISE = 0.02  # deviation, in deviations of the state
-TARGET, TARGET_WEIGHT = 0.1, 0.3  # m that count as 1 where an object is to be located; of these losses against the velocity's
+TARGET = 0.1  # m that count as 1 where an object is to be located
+TARGET_WEIGHT = 0.3  # of the losses of places against the velocity's
 HELD_OUT = 20  # one demonstration of so many is not trained on
 EMA_DECAY = 0.999
 REPORT_STEPS = 250
@@ -289,7 +290,11 @@ class Learner(nn.Module):
         velocity = velocities(policy, batch.states, t * noise + (1 - t) * actions, times, mask, past)
         error = (velocity - (noise - actions)).square().mean(dim=-1)
         valid = batch.valid[:, None].expand_as(error)
-        return (error * valid).sum() / valid.sum().clamp_min(1), located, self._everywhere(image_tokens.float(), batch.objects)
+        return (
+            (error * valid).sum() / valid.sum().clamp_min(1),
+            located,
+            self._everywhere(image_tokens.float(), batch.objects),
+        )
 
     def _everywhere(self, image_tokens: Tensor, objects: Tensor) -> Tensor:
         """Each object attends to what shows it."""
@@ -456,7 +461,7 @@ def _train(
         int, typer.Option(min=1, help="Learn from one of so many moments: more demonstrations instead of pictures.")
     ] = 1,
     render_minutes: Annotated[
-        float, typer.Option(min=0.01, help="The most that rendering may take; demonstrations without pictures are left out.")
+        float, typer.Option(min=0.0, help="The most that rendering may take; demonstrations without pictures are left out.")
     ] = math.inf,
     image_size: Annotated[int | None, typer.Option(min=14, help="Of the policy's images, a multiple of 14 pixels.")] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
@@ -495,7 +500,8 @@ def _train(
             raise DuqError(f"--image-size {image_size}: is no multiple of {policy.vision.patch_size}")
         policy = replace(policy, vision=replace(policy.vision, image_size=image_size))
     size = policy.vision.image_size
-    render(directory, size, jobs, every, render_minutes)
+    if render_minutes:
+        render(directory, size, jobs, every, render_minutes)
     recorded = read(directory, policy, every, None if render_minutes == math.inf else rendered(directory, size, every))
     settings = {"policy": policy.to_json(), **asdict(schedule), "seed": seed, "demonstrations": recorded.fingerprint}
     settings |= {"every": every, "minutes": None if minutes == math.inf else minutes}  # JSON knows no infinity

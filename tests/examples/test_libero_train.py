@@ -170,7 +170,8 @@ def test_what_is_not_valid_has_no_part_in_the_loss(recorded, monkeypatch):
     whole = learner(images, batch, noise, times)[0]
     masked = learner(images, replace(batch, valid=valid), noise, times)[0]
     assert not torch.isclose(whole, masked)
-    monkeypatch.setattr(train, "velocities", lambda policy, state, x_t, *_: torch.zeros_like(x_t))  # which see the spoilt action otherwise
+    # which see the spoilt action otherwise
+    monkeypatch.setattr(train, "velocities", lambda policy, state, x_t, *_: torch.zeros_like(x_t))
     first = learner(images, replace(batch, valid=valid), noise, times)[0]
     torch.testing.assert_close(first, learner(images, replace(batch, valid=valid, actions=spoilt), noise, times)[0])
 
@@ -255,7 +256,8 @@ def test_the_command_writes_a_checkpoint_for_duq_compile(tiny, command_line, dir
     assert checkpoint.config == TINY and checkpoint.tokenizer is not None
     assert {"state", "actions"} <= set(checkpoint.norm_stats)
     weights = load_file(tmp_path / "policy" / "model.safetensors")
-    assert not any(part in name for name in weights for part in ("locate", "attend", "place.")) and {w.dtype for w in weights.values()} == {torch.bfloat16}
+    assert not any(part in name for name in weights for part in ("locate", "attend", "place."))
+    assert {w.dtype for w in weights.values()} == {torch.bfloat16}
     notes = json.loads((tmp_path / "policy" / "training.json").read_text())
     assert [losses["step"] for losses in notes["losses"]] == [2, 4] and notes["best"] in notes["losses"]
     assert set(load_observations(tmp_path / "policy" / "calibration.npz")[0]) == {*CAMERAS, "observation/state", "prompt"}
