@@ -479,7 +479,7 @@ def _train(
 
     [bold]Examples[/bold]
 
-      python examples/libero/train.py demonstrations --out policy --minutes 20
+      python examples/libero/train.py demonstrations --out policy --minutes 20 --torch-compile
 
       python examples/libero/train.py demonstrations --out policy --device cpu --steps 20 --batch 4
     """
