@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 from scipy.stats import binomtest
 
-from duq.examples.libero import collect, demonstrations, evaluate, report, rollout
+from duq.examples.libero import collect, demonstrations, evaluate, pack_assets, report, rollout
 from duq.examples.libero.demonstrations import Demonstration
 from duq.examples.libero.expert import attitude, choose_grasp, clearance, highest, in_hand
 from duq.examples.libero.journal import Journal
@@ -473,3 +474,11 @@ def test_a_replay_goes_on_from_where_the_episode_is(tmp_path):
         evaluate.ReplayArm(tmp_path, execute=5)
     with pytest.raises(DuqError, match="no demonstration of task 7"):
         arm.answer([Start(7, 0)], [0], [{}], np.zeros((1, 1, 1)))
+
+
+def test_a_wheel_is_packed_without_what_nobody_needs(tmp_path):
+    names = "mujoco/__init__.py", "mujoco/libmujoco.so", "mujoco/included.py", "mujoco/include/mujoco/mujoco.h", "mujoco/a_test.py"
+    with zipfile.ZipFile(tmp_path / "mujoco.whl", "w") as wheel:
+        for name in names:
+            wheel.writestr(name, name)
+    assert list(pack_assets.of_wheel(tmp_path / "mujoco.whl")) == list(names[:3])
