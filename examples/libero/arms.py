@@ -89,7 +89,8 @@ def make(name: str, policy: Path, out: Path, sm: int | None) -> Path:
         quantization = quantize_checkpoint(checkpoint, recipe, inputs, progress, transforms)
         if arm.engine:
             common: dict[str, Any] = {"robot": "libero", "cameras": CAMERAS, "settings": settings}
-            options = Options(**common) if sm is None else CudaOptions(sm=(sm,), **common)
+            # many processes at once would time each other
+            options = Options(**common) if sm is None else CudaOptions(sm=(sm,), timing=False, **common)
             compile_policy(checkpoint, quantization, file, options, progress)
         else:
             save_quantization(quantization, file, checkpoint.fingerprint, progress)

@@ -87,13 +87,15 @@ def demonstrate(
     return None
 
 
-def _record(job: tuple[int, int], out: Path, places: str, strength: float) -> tuple[int, int, int | None]:
-    """In a worker: writes a demonstration, and says which, and how long it was."""
-    task, seed = job
-    found = demonstrate(held_scene(SUITE, task, None), Start(task, seed, places), strength=strength)
-    if found is not None:
-        demonstrations.save(demonstrations.path_of(out, task, seed), found)
-    return task, seed, None if found is None else len(found.actions)
+def _record(block: list[tuple[int, int]], out: Path, places: str, strength: float) -> list[tuple[int, int, int | None]]:
+    """In a worker: writes demonstrations, and says which, and how long each was."""
+    done: list[tuple[int, int, int | None]] = []
+    for task, seed in block:
+        found = demonstrate(held_scene(SUITE, task, None), Start(task, seed, places), strength=strength)
+        if found is not None:
+            demonstrations.save(demonstrations.path_of(out, task, seed), found)
+        done.append((task, seed, None if found is None else len(found.actions)))
+    return done
 
 
 def missing(tried: dict[tuple[int, int], int | None], chosen: list[int], episodes: int) -> list[tuple[int, int]]:
@@ -155,11 +157,12 @@ def _collect(
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool, Progress(console=Console(stderr=True)) as progress:
         while todo := missing(tried, chosen, episodes):
             bar = progress.add_task("Recording", total=len(todo))
-            for found in as_completed([pool.submit(_record, job, out, places, strength) for job in todo]):
-                number, seed, steps = found.result()
-                tried[number, seed] = steps
-                journal.add({"task": number, "seed": seed, "steps": steps, "places": places, "strength": strength})
-                progress.advance(bar)
+            submitted = [pool.submit(_record, block, out, places, strength) for block in demonstrations.blocks(todo, jobs)]
+            for found in as_completed(submitted):
+                for number, seed, steps in found.result():
+                    tried[number, seed] = steps
+                    journal.add({"task": number, "seed": seed, "steps": steps, "places": places, "strength": strength})
+                    progress.advance(bar)
     Console(highlight=False).print(summary(tried, {number: known[number].prompt for number in chosen}))
     short = [number for number in chosen if _successes(tried)[number] < episodes]
     if short:

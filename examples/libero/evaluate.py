@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -36,6 +38,7 @@ from duq.runtime.policy import preprocessor_of
 
 ROBOT = "libero"
 REPLAY = "replay"
+ROUND = 10  # episodes of each task in a round, where there are minutes
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -206,6 +209,21 @@ def done_already(lines: list[dict], wanted: list[dict], journal: Path) -> set[tu
     return set(found)
 
 
+def rounds(starts: list[Start], minutes: float, clock: Callable[[], float] = time.monotonic) -> Iterator[list[Start]]:
+    """The episodes in rounds, ROUND of each task, for all policies in turn: as many as the minutes are expected to be enough
+    for, judged by the longest so far, and one at least. All in one round where there is no limit."""
+    if minutes == math.inf:
+        yield starts
+        return
+    began, longest = clock(), 0.0
+    for first in range(0, max(start.seed for start in starts) + 1, ROUND):
+        before = clock()
+        if first and before + longest > began + 60 * minutes:
+            return
+        yield [start for start in starts if first <= start.seed < first + ROUND]
+        longest = max(longest, clock() - before)
+
+
 def opened(kind: str, what: str, plans: list[tuple[str, str]], execute: int) -> Arm:
     if kind == "plan":
         return PlanArm(Path(what))
@@ -243,6 +261,9 @@ def _evaluate(
         bool,
         typer.Option("--stock-rendering", help="Antialiasing, shadows and reflections, as LIBERO's own data have them."),
     ] = False,
+    minutes: Annotated[
+        float, typer.Option(min=0.01, help="Stop early: all policies get the same, fewer episodes. Keeps all of them open.")
+    ] = math.inf,
     jobs: Annotated[int, typer.Option(min=1, help="Simulators, of 1.8 GB each.")] = min(16, os.cpu_count() or 1),
     out: Annotated[Path, typer.Option(help="File of JSON lines, an episode each; what it has is not run again.")] = Path(
         "episodes.jsonl"
@@ -269,24 +290,27 @@ def _evaluate(
     lines = journal.read()
     renderer = held_scene(suite, starts[0].task, image_size, not stock).renderer()
     release_scene()
-    plans = named("--plan", plan)
+    plans, held = named("--plan", plan), dict[str, Arm]()
     with Progress(console=Console(stderr=True)) as progress:
+        bars = {name: progress.add_task(name, total=len(starts)) for name, _, _ in arms}
         simulators = None
         try:
-            for name, kind, what in arms:
-                arm = opened(kind, what, plans, execute)
-                check_chunks(name, arm, execute)
-                wanted = [setting(name, arm.identity, start, conditions, renderer) for start in starts]
-                done = done_already(lines, wanted, out)
-                todo = [start for start, each in zip(starts, wanted, strict=True) if key_of(each) not in done]
-                bar = progress.add_task(name, total=len(starts), completed=len(starts) - len(todo))
-                if not todo:
-                    continue
-                simulators = simulators or Simulators(min(jobs, len(starts)), conditions)
-                for start, result in simulators.run(todo, arm.answer, arm.noise_shape):
-                    journal.add(line(name, arm.identity, start, conditions, result, renderer))
-                    progress.advance(bar)
-                del arm  # each may fill the GPU's memory
+            for some in rounds(starts, minutes):
+                for name, kind, what in arms:
+                    arm = held.pop(name, None) or opened(kind, what, plans, execute)
+                    check_chunks(name, arm, execute)
+                    wanted = [setting(name, arm.identity, start, conditions, renderer) for start in some]
+                    done = done_already(lines, wanted, out)
+                    todo = [start for start, each in zip(some, wanted, strict=True) if key_of(each) not in done]
+                    progress.advance(bars[name], len(some) - len(todo))
+                    if todo:
+                        simulators = simulators or Simulators(min(jobs, len(starts)), conditions)
+                        for start, result in simulators.run(todo, arm.answer, arm.noise_shape):
+                            journal.add(line(name, arm.identity, start, conditions, result, renderer))
+                            progress.advance(bars[name])
+                    if minutes != math.inf:
+                        held[name] = arm
+                    del arm  # each may fill the GPU's memory
         finally:
             if simulators is not None:
                 simulators.__exit__()

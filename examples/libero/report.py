@@ -79,6 +79,18 @@ def mcnemar(reference: Sequence[bool], found: Sequence[bool]) -> float:
     return min(1.0, 2 * tail)
 
 
+def common(entries: Sequence[Entry]) -> list[Entry]:
+    """Those of episodes that all policies under a condition have."""
+    arms: dict[tuple, set[str]] = {}
+    have: dict[tuple, set[str]] = {}
+    for entry in entries:
+        arms.setdefault(condition_of(entry), set()).add(entry["arm"])
+        have.setdefault((condition_of(entry), entry["task"], entry["seed"]), set()).add(entry["arm"])
+    return [
+        entry for entry in entries if have[condition_of(entry), entry["task"], entry["seed"]] == arms[condition_of(entry)]
+    ]
+
+
 def conditions(entries: Sequence[Entry]) -> list[tuple]:
     return list(dict.fromkeys(condition_of(entry) for entry in entries))
 
@@ -206,6 +218,9 @@ def _report(
     reference: Annotated[
         str | None, typer.Option(help="The policy to compare with; by default fp32, or the first.")
     ] = None,
+    only_common: Annotated[
+        bool, typer.Option("--common", help="Leave out episodes that not all policies under a condition have.")
+    ] = False,
     plot: Annotated[Path | None, typer.Option(help="Figure to write (.svg, .png, .pdf).")] = None,
     table: Annotated[Path | None, typer.Option(help="Markdown to write.")] = None,
 ) -> None:
@@ -228,6 +243,8 @@ def _report(
             if "arm" not in entry or "stress" not in entry:
                 raise DuqError(f"{file}: line {number} is no episode of evaluate.py")
         entries += found
+    if only_common and not (entries := common(entries)):
+        raise DuqError("--common: there is no episode that all policies have")
     reference = reference_of(entries, reference)
     print_tables(entries, Console(), reference)
     if plot is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -16,6 +17,7 @@ from duq.examples.libero.starts import INFERRING, STRESSING, Start
 from duq.plugins.errors import DuqError
 
 PUSH_AFTER, PUSH_BEFORE = 10, 40  # steps between which an object is pushed
+WORTH_A_SCENE = 3  # episodes left to each process that has a task's scene: then another makes it, in seconds
 
 
 @dataclass(frozen=True)
@@ -197,12 +199,15 @@ class Simulators:
                     connection.send(chunk)
 
     def _next(self, connection: Connection, waiting: list[Start], running: dict[Connection, _Running]) -> None:
-        """Starts another episode; of the task that the process has at hand, if there is one."""
-        if not waiting:
-            return
-        task = self._tasks.get(connection, waiting[0].task)
-        position = next((i for i, start in enumerate(waiting) if start.task == task), 0)
-        start = waiting.pop(position)
+        """Starts another episode: of the task whose scene the process has, or of one that is worth making the scene."""
+        held = Counter(self._tasks.values())
+        left = Counter(start.task for start in waiting)
+        task = self._tasks.get(connection)
+        if task not in left:
+            task = max(left, key=lambda each: left[each] / (held[each] or 0.5 / WORTH_A_SCENE), default=None)
+            if task is None or (running and held[task] and left[task] < WORTH_A_SCENE * held[task]):
+                return
+        start = waiting.pop(next(i for i, start in enumerate(waiting) if start.task == task))
         self._tasks[connection] = start.task
         running[connection] = _Running(start, start.generator(INFERRING), [], [])
         connection.send(start)

@@ -1,7 +1,8 @@
 """Trains a small pi0 on LIBERO-Object's ten tasks, from scratch: `python examples/libero/train.py --help`.
 
-Flow-matching behavior cloning, as examples/train_metaworld.py explains it. Beside the velocity, the language model learns
-to say where the object is that the prompt asks for; what says it is not part of the policy.
+Flow-matching behavior cloning, as examples/train_metaworld.py explains it. Beside the velocity, the images' tokens learn to
+say where every object is, and the language model where the one is that the prompt asks for; what says it is not part of the
+policy.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -42,8 +44,10 @@ from duq.compiler.checkpoint.synthetic.files import (
     write_json,
 )
 from duq.compiler.model import Pi0
+from duq.compiler.model.gemma import KeyValue
 from duq.examples.libero import demonstrations
-from duq.examples.libero.render import render
+from duq.examples.libero.demonstrations import LEAST
+from duq.examples.libero.render import render, rendered
 from duq.examples.libero.scene import CAMERAS
 from duq.examples.train_metaworld import draw_noise, initialize, make_optimizer
 from duq.plugins.errors import DuqError
@@ -53,9 +57,9 @@ from duq.runtime.observations import save_observations
 from duq.runtime.preprocess import Normalizer
 from duq.runtime.tokenizer import Tokenizer
 
-POLICY = ModelConfig(  # 20.7 M weights; heads of 72 and 256, as every pi0 has
+POLICY = ModelConfig(  # 20.9 M weights; heads of 72 and 256, as every pi0 has
     pi05=False,
-    vision=VisionConfig(width=432, depth=6, mlp_width=864, heads=6, image_size=140),
+    vision=VisionConfig(width=432, depth=6, mlp_width=864, heads=6, image_size=168),
     llm=GemmaConfig(width=384, depth=4, mlp_width=1024, heads=2, kv_heads=1, head_dim=256),
     expert=GemmaConfig(width=256, depth=4, mlp_width=768, heads=2, kv_heads=1, head_dim=256),
     vocab_size=TOKENIZER_SIZE,
@@ -65,11 +69,12 @@ DRAWS = 4  # of noise and time for each observation: the action expert is much c
 SHIFT = 2  # pixels that images are moved by, at most: more would lie about where things are
 BRIGHTNESS, COLOR = 0.15, 0.08  # of images, deviation: gain and bias of all channels, gain of each
 STATE_NOISE = 0.02  # deviation, in deviations of the state
-TARGET, TARGET_WEIGHT = 0.1, 0.1  # m that count as 1 where the object is to be located; of that loss against the velocity's
-LEAST = 5  # undisturbed actions that a moment must be followed by to be learned from
+TARGET = 0.1  # m that count as 1 where an object is to be located
+TARGET_WEIGHT = 0.3  # of the losses of places against the velocity's
 HELD_OUT = 20  # one demonstration of so many is not trained on
 EMA_DECAY = 0.999
 REPORT_STEPS = 250
+SAVE_SECONDS = 60  # between two states of a run: 0.4 GB each
 CALIBRATION = 64
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -89,6 +94,7 @@ class Moments:
     actions: Tensor  # float32 [N, H, A]
     valid: Tensor  # bool [N, H]: what follows until the next push or the end
     targets: Tensor  # float32 [N, 3]
+    objects: Tensor  # float32 [N, K, 3]: where everything is that any task has; NaN for what is not there
 
     def __len__(self) -> int:
         return len(self.states)
@@ -131,16 +137,20 @@ class Recorded:
     fingerprint: str
 
 
-def read(directory: Path, config: ModelConfig) -> Recorded:
-    """Reads demonstrations with their pictures. Raises DuqError if there are too few."""
+def read(directory: Path, config: ModelConfig, every: int = 1, jobs: list[tuple[int, int]] | None = None) -> Recorded:
+    """Reads demonstrations with pictures of one of `every` moments; by default all. Raises DuqError if there are too few."""
     size, horizon, tokenizer = config.vision.image_size, config.action_horizon, train_tokenizer()
-    jobs = demonstrations.listed(directory)
+    jobs = demonstrations.listed(directory) if jobs is None else jobs
     if len(jobs) < 2:
-        raise DuqError(f"{directory}: one demonstration is too few, as some are held out; collect more")
+        raise DuqError(f"{directory}: {len(jobs)} demonstrations are too few, as some are held out; collect or render more")
     files = [demonstrations.path_of(directory, *job) for job in jobs]
     episodes = [demonstrations.load(file) for file in files]
-    seen = [demonstrations.load_seen(file, size) for file in files]
-    found = [chunks(each.actions, each.pushed, horizon) for each in episodes]
+    with ThreadPoolExecutor(8) as pool:
+        seen = list(pool.map(lambda file: demonstrations.load_seen(file, size, every), files))
+    found = [
+        [part[each.steps] for part in chunks(episode.actions, episode.pushed, horizon)]
+        for episode, each in zip(episodes, seen, strict=True)
+    ]
     chosen = [valid[:, : min(LEAST, horizon)].all(axis=1) for _, valid in found]
 
     def join(parts: list[np.ndarray]) -> np.ndarray:
@@ -161,6 +171,7 @@ def read(directory: Path, config: ModelConfig) -> Recorded:
         normalized(actions, stats, "actions", config.action_dim),
         torch.from_numpy(valid),
         torch.from_numpy(join([each.targets for each in seen])),
+        torch.from_numpy(join(by_name(seen))),
     )
     held = torch.from_numpy(held_out(jobs)[of])
     keys = tuple(CAMERAS)
@@ -172,6 +183,17 @@ def read(directory: Path, config: ModelConfig) -> Recorded:
     ]
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     return Recorded(moments.take(~held), moments.take(held), stats, tokenizer, observations, digest)
+
+
+def by_name(seen: list[demonstrations.Seen]) -> list[np.ndarray]:
+    """Where things are, float32 [N, K, 3] of each demonstration, in one order of all names; NaN for what is not there."""
+    known = sorted({str(name) for each in seen for name in each.names})
+    found = []
+    for each in seen:
+        places = np.full((len(each.steps), len(known), 3), np.nan, np.float32)
+        places[:, [known.index(str(name)) for name in each.names]] = each.objects
+        found.append(places)
+    return found
 
 
 def held_out(jobs: list[tuple[int, int]]) -> np.ndarray:
@@ -221,37 +243,65 @@ def augmented(pictures: Tensor, shift: int = 0, brightness: float = 0.0, color: 
 # --- the loss -----------------------------------------------------------------------------------------------------------
 
 
-class Learner(nn.Module):
-    """The policy, and what reads off its language model where the object is."""
+def velocities(
+    policy: Pi0, states: Tensor, x_t: Tensor, times: Tensor, prefix_mask: Tensor, past: list[KeyValue]
+) -> Tensor:
+    """A pi0's velocities [B, R, H, A] of R draws for each observation, `Pi0.velocity` of each in one pass: draws share the
+    prefix, and none sees another. x_t [B, R, H, A], times [B, R]."""
+    batch, draws, horizon = x_t.shape[:3]
+    x, condition = policy.embed_suffix(states.repeat_interleave(draws, dim=0), x_t.flatten(0, 1), times.flatten())
+    assert condition is None, "pi0.5's norms depend on the time, which draws do not share"
+    length = x.shape[1]
+    position = torch.arange(draws * length, device=x.device)
+    draw, row = position // length, position % length
+    sees = (draw[:, None] == draw) & ((row == 0) | (row[:, None] > 0))  # a state token does not see the actions
+    mask = torch.cat((prefix_mask[:, None].expand(-1, len(row), -1), sees.expand(batch, -1, -1)), dim=-1)
+    positions = prefix_mask.sum(dim=1, keepdim=True) + row
+    hidden, _ = policy.expert(x.reshape(batch, draws * length, -1), positions, mask[:, None], past)
+    return policy.action_out_proj(hidden.view(batch, draws, length, -1)[:, :, -horizon:])
 
-    def __init__(self, config: ModelConfig):
+
+class Learner(nn.Module):
+    """The policy, and what reads off it where things are: all `objects` off the images' tokens, and the one that the prompt
+    asks for off the prompt's last token."""
+
+    def __init__(self, config: ModelConfig, objects: int):
         super().__init__()
         self.policy = initialize(Pi0(config))
         self.locate = nn.Linear(config.llm.width, 3)
+        self.attend, self.place = nn.Linear(config.llm.width, objects), nn.Linear(config.llm.width, 3)
 
-    def forward(self, images: Tensor, batch: Moments, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean squared errors of the velocities and of the object's place. images [B, C, 3, S, S] float32; noise
-        [B, R, H, A] and times [B, R]: R draws for each of the B observations."""
-        policy, draws = self.policy, noise.shape[1]
+    def forward(self, images: Tensor, batch: Moments, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean squared errors of the velocities, of the wanted object's place, and of all objects'. images [B, C, 3, S, S]
+        float32; noise [B, R, H, A] and times [B, R]: R draws for each of the B observations."""
+        policy = self.policy
         image_mask = batch.token_mask.new_ones(len(images), images.shape[1] * policy.config.vision.tokens)
         mask = torch.cat((image_mask, batch.token_mask), dim=1)
         with torch.autocast(
             noise.device.type, torch.bfloat16, enabled=noise.is_cuda
         ):  # not the expert: x_t wants its digits
-            hidden, past = policy.prefix(policy.embed_images(images), batch.tokens, mask)
+            image_tokens = policy.embed_images(images)
+            hidden, past = policy.prefix(image_tokens, batch.tokens, mask)
         last = hidden[torch.arange(len(hidden), device=mask.device), mask.sum(dim=1) - 1]
         located = F.mse_loss(self.locate(last.float()), batch.targets / TARGET)
 
-        def repeat(tensor: Tensor) -> Tensor:
-            return tensor.repeat_interleave(draws, dim=0)
-
         actions, t = batch.actions[:, None], times[..., None, None]
-        x_t = (t * noise + (1 - t) * actions).flatten(0, 1)
-        past = [(repeat(key.to(noise.dtype)), repeat(value.to(noise.dtype))) for key, value in past]
-        velocity = policy.velocity(repeat(batch.states), x_t, times.flatten(), repeat(mask), past)
-        error = (velocity - (noise - actions).flatten(0, 1)).square().mean(dim=-1)
-        valid = repeat(batch.valid)
-        return (error * valid).sum() / valid.sum().clamp_min(1), located
+        past = [(key.to(noise.dtype), value.to(noise.dtype)) for key, value in past]
+        velocity = velocities(policy, batch.states, t * noise + (1 - t) * actions, times, mask, past)
+        error = (velocity - (noise - actions)).square().mean(dim=-1)
+        valid = batch.valid[:, None].expand_as(error)
+        return (
+            (error * valid).sum() / valid.sum().clamp_min(1),
+            located,
+            self._everywhere(image_tokens.float(), batch.objects),
+        )
+
+    def _everywhere(self, image_tokens: Tensor, objects: Tensor) -> Tensor:
+        """Each object attends to what shows it."""
+        shown = self.attend(image_tokens).softmax(dim=1).transpose(1, 2) @ image_tokens
+        there = ~objects.isnan()
+        error = torch.where(there, self.place(shown) - objects.nan_to_num() / TARGET, 0.0).square()
+        return error.sum() / there.sum().clamp_min(1)
 
 
 def drawn(batch: Moments) -> tuple[Tensor, Tensor]:
@@ -260,16 +310,17 @@ def drawn(batch: Moments) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def held_out_loss(learner: Learner, data: Moments) -> tuple[float, float]:
-    """Both losses on a fixed sample of moments, noise and times."""
+def held_out_loss(learner: Learner, data: Moments) -> tuple[float, float, float]:
+    """The losses on a fixed sample of moments, noise and times."""
     device = data.states.device
     with torch.random.fork_rng(devices=[device] if data.states.is_cuda else []):
         torch.manual_seed(0)
-        total, batches = torch.zeros(2), max(1, min(8, len(data) // 128))
+        total, batches = torch.zeros(3), max(1, min(8, len(data) // 128))
         for _ in range(batches):
             batch = data.take(torch.randint(len(data), (min(128, len(data)),), device=device))
             total += torch.tensor([x.item() for x in learner(augmented(batch.pictures), batch, *drawn(batch))])
-    return tuple((total / batches).tolist())
+    velocity, located, everywhere = (total / batches).tolist()
+    return velocity, located, everywhere
 
 
 # --- training -----------------------------------------------------------------------------------------------------------
@@ -290,14 +341,21 @@ class Schedule:
         return self.learning_rate * min(1.0, (step + 1) / self.warmup) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
+def centimeters(losses: list[float]) -> list[float]:
+    """Along each axis, root mean square, of losses of places."""
+    return [100 * TARGET * loss**0.5 for loss in losses]
+
+
 class Training:
     """A training run; `state` and `restore` let it go on in another process."""
 
-    def __init__(self, config: ModelConfig, schedule: Schedule, seed: int, device: str, compiled: bool = False):
+    def __init__(
+        self, config: ModelConfig, objects: int, schedule: Schedule, seed: int, device: str, compiled: bool = False
+    ):
         torch.manual_seed(seed)
         torch.set_float32_matmul_precision("high")  # TF32, on GPUs
         self.schedule, self.seed, self.device = schedule, seed, device
-        self.learner = Learner(config).to(device)
+        self.learner = Learner(config, objects).to(device)
         self.average = copy.deepcopy(self.learner).requires_grad_(False)
         self.best = copy.deepcopy(self.average.policy)
         self.weights, self.averages = list(self.learner.parameters()), list(self.average.parameters())
@@ -317,21 +375,22 @@ class Training:
             recent.append(self._advance(recorded.kept))
             self.step, self.seconds = self.step + 1, time.perf_counter() - started
             if self.step % REPORT_STEPS == 0 or self.progress >= 1:
-                loss, located = torch.stack(recent).mean(dim=0).tolist()
-                held, held_located = held_out_loss(self.average, recorded.held_out)
+                loss, *places = torch.stack(recent).mean(dim=0).tolist()
+                held, *held_places = held_out_loss(self.average, recorded.held_out)
                 if held < self.lowest:
                     self.lowest = held
                     self.best.load_state_dict(self.average.policy.state_dict())
                 self.history.append(
                     {"step": self.step, "seconds": round(self.seconds), "loss": loss, "held_out": held}
-                    | {"target_cm": 100 * TARGET * located**0.5, "held_out_target_cm": 100 * TARGET * held_located**0.5}
+                    | dict(zip(("target_cm", "objects_cm"), centimeters(places), strict=True))
+                    | dict(zip(("held_out_target_cm", "held_out_objects_cm"), centimeters(held_places), strict=True))
                 )
                 recent.clear()
                 report(self.history[-1])
                 keep()
 
     def _advance(self, data: Moments) -> Tensor:
-        """One step; both losses [2]. All draws follow from the seed and the step."""
+        """One step; its losses [3]. All draws follow from the seed and the step."""
         torch.manual_seed(self.seed * 1_000_003 + self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.rate(self.step, self.progress)
@@ -340,7 +399,7 @@ class Training:
         batch = replace(batch, states=batch.states + noise)
         losses = self.forward(augmented(batch.pictures, SHIFT, BRIGHTNESS, COLOR), batch, *drawn(batch))
         self.optimizer.zero_grad()
-        (losses[0] + TARGET_WEIGHT * losses[1]).backward()
+        (losses[0] + TARGET_WEIGHT * (losses[1] + losses[2])).backward()
         nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.optimizer.step()
         torch._foreach_lerp_(
@@ -398,6 +457,13 @@ def _train(
     minutes: Annotated[float, typer.Option(min=0.01, help="The most it may take, all runs of it together.")] = math.inf,
     batch: Annotated[int, typer.Option(min=1, help="Observations in a step.")] = Schedule.batch,
     learning_rate: Annotated[float, typer.Option(min=0.0, help="The largest.")] = Schedule.learning_rate,
+    every: Annotated[
+        int, typer.Option(min=1, help="Learn from one of so many moments: more demonstrations instead of pictures.")
+    ] = 1,
+    render_minutes: Annotated[
+        float, typer.Option(min=0.0, help="The most that rendering may take; demonstrations without pictures are left out.")
+    ] = math.inf,
+    image_size: Annotated[int | None, typer.Option(min=14, help="Of the policy's images, a multiple of 14 pixels.")] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     jobs: Annotated[int, typer.Option(min=1, help="Processes that render.")] = os.cpu_count() or 1,
@@ -409,11 +475,11 @@ def _train(
     """Train a small pi0 on demonstrations, from scratch, and write a checkpoint that [bold]duq-compile[/bold] takes.
 
     Renders first what is not rendered. The weights are the moving average with the lowest loss on demonstrations that are
-    held out. A run that was stopped goes on where it was, from the last line it printed.
+    held out. A run that was stopped goes on where it was, at most a minute before.
 
     [bold]Examples[/bold]
 
-      python examples/libero/train.py demonstrations --out policy --minutes 20
+      python examples/libero/train.py demonstrations --out policy --minutes 20 --torch-compile
 
       python examples/libero/train.py demonstrations --out policy --device cpu --steps 20 --batch 4
     """
@@ -428,16 +494,26 @@ def _train(
     if device == "cuda" and not torch.cuda.is_available():
         raise DuqError("--device cuda: PyTorch finds no GPU that it can use; --device cpu trains slowly")
     schedule = Schedule(steps, minutes, batch, learning_rate)
-    render(directory, POLICY.vision.image_size, jobs)
-    recorded = read(directory, POLICY)
-    settings = {"policy": POLICY.to_json(), **asdict(schedule), "seed": seed, "demonstrations": recorded.fingerprint}
-    settings["minutes"] = None if minutes == math.inf else minutes  # JSON knows no infinity
-    training = Training(POLICY, schedule, seed, device, compiled)
+    policy = POLICY
+    if image_size is not None:
+        if image_size % policy.vision.patch_size:
+            raise DuqError(f"--image-size {image_size}: is no multiple of {policy.vision.patch_size}")
+        policy = replace(policy, vision=replace(policy.vision, image_size=image_size))
+    size = policy.vision.image_size
+    if render_minutes:
+        render(directory, size, jobs, every, render_minutes)
+    recorded = read(directory, policy, every, None if render_minutes == math.inf else rendered(directory, size, every))
+    settings = {"policy": policy.to_json(), **asdict(schedule), "seed": seed, "demonstrations": recorded.fingerprint}
+    settings |= {"every": every, "minutes": None if minutes == math.inf else minutes}  # JSON knows no infinity
+    training = Training(policy, recorded.kept.objects.shape[1], schedule, seed, device, compiled)
     out.parent.mkdir(parents=True, exist_ok=True)
     kept = out.with_name(f"{out.name}.state")
     restore(training, kept, settings)
     recorded = replace(recorded, kept=recorded.kept.to(device), held_out=recorded.held_out.to(device))
+    moments = f"{len(recorded.kept)} moments, and {len(recorded.held_out)} held out"
+    saved = time.monotonic()
     with Progress() as progress:
+        progress.console.print(moments)
         bar = progress.add_task("Training", total=1.0)
         progress.update(bar, completed=training.progress)
 
@@ -446,6 +522,10 @@ def _train(
             progress.console.print(", ".join(f"{key} {value:.4g}" for key, value in losses.items()))
 
         def keep() -> None:
+            nonlocal saved
+            if training.progress < 1 and time.monotonic() - saved < SAVE_SECONDS:
+                return
+            saved = time.monotonic()
             demonstrations.write_whole(kept, lambda stream: torch.save({"settings": settings, **training.state()}, stream))
 
         training.run(recorded, report, keep)

@@ -1,7 +1,9 @@
 """examples/libero, all that needs no simulator: starts, grasps, journals, evaluation and reports."""
 
+import itertools
 import json
 import math
+import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 from scipy.stats import binomtest
 
-from duq.examples.libero import collect, demonstrations, evaluate, report, rollout
+from duq.examples.libero import collect, demonstrations, evaluate, pack_assets, report, rollout
 from duq.examples.libero.demonstrations import Demonstration
 from duq.examples.libero.expert import attitude, choose_grasp, clearance, highest, in_hand
 from duq.examples.libero.journal import Journal
@@ -185,7 +187,9 @@ def test_demonstrations_are_found_and_checked(tmp_path):
     found = demonstrations.load(file)
     for name, value in vars(made).items():
         np.testing.assert_array_equal(getattr(found, name), value)
-    seen = demonstrations.Seen(np.ones((5, 2, 14, 14, 3), np.uint8), np.zeros((5, 8)), np.zeros((5, 3)), "pick it up")
+    pictures, names = np.ones((5, 2, 14, 14, 3), np.uint8), np.array(["milk"])
+    places = np.zeros((5, 3)), np.zeros((5, 1, 3))
+    seen = demonstrations.Seen(np.arange(5), pictures, np.zeros((5, 8)), *places, names, "pick it up")
     demonstrations.save_seen(file, seen)
     assert demonstrations.load_seen(file, 14).prompt == "pick it up" and len(demonstrations.listed(tmp_path)) == 3
     assert not list(tmp_path.rglob(".*"))
@@ -194,6 +198,24 @@ def test_demonstrations_are_found_and_checked(tmp_path):
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(DuqError, match="is no demonstration"):
         demonstrations.load(file)
+
+
+def test_moments_before_a_push_are_not_rendered():
+    pushed = np.arange(20) == 12
+    steps = demonstrations.learned_from(pushed, 0, 1)
+    assert steps.tolist() == [*range(8), *range(13, 16)]  # five undisturbed actions follow, before the end
+    thirds = [demonstrations.learned_from(pushed, seed, 3).tolist() for seed in (0, 1, 5)]
+    assert thirds[0] == [0, 3, 6, 14] and sorted(step for some in thirds for step in some) == steps.tolist()
+    assert len(demonstrations.learned_from(pushed[:3], 0, 1)) == 0
+
+
+def test_processes_get_jobs_of_one_task_in_blocks():
+    jobs = [(task, seed) for task in range(3) for seed in range(60)]
+    blocks = demonstrations.blocks(jobs, 2)
+    assert sorted(job for block in blocks for job in block) == jobs
+    assert all(len({task for task, _ in block}) == 1 and len(block) <= demonstrations.BLOCK for block in blocks)
+    assert [block[0] for block in blocks[:4]] == [(0, 0), (1, 0), (2, 0), (0, 25)]
+    assert demonstrations.blocks([(0, 0)], 16) == [[(0, 0)]] and demonstrations.blocks([], 16) == []
 
 
 def test_failed_starts_are_replaced_by_the_next():
@@ -308,6 +330,39 @@ def test_simulators_run_all_episodes_with_noise_of_their_own(jobs):
     assert again[starts[0]].success is False
 
 
+def test_simulators_keep_their_scenes():
+    """One for each task: none makes the scene of another for the last episodes."""
+    from tests.support.libero import simulate
+
+    with rollout.Simulators(3, CONDITIONS, simulate) as simulators:
+        for _ in range(3):
+            starts = [Start(task, seed) for task in range(3) for seed in range(3)]
+            assert len(list(simulators.run(starts, answer, (10, 8)))) == 9
+            assert sorted(simulators._tasks.values()) == [0, 1, 2]
+        assert len(list(simulators.run([Start(0, seed) for seed in range(12)], answer, (10, 8)))) == 12
+        assert list(simulators._tasks.values()).count(0) > 1  # which is worth it
+
+
+def test_rounds_end_when_another_would_not_fit():
+    starts, now = [Start(task, seed) for task in range(2) for seed in range(25)], [0.0]
+    assert list(evaluate.rounds(starts, math.inf)) == [starts]
+    done = []
+    for some in evaluate.rounds(starts, 1.0, lambda: now[0]):
+        now[0] += 25
+        done += some
+    assert sorted(start.seed for start in done if start.task == 1) == list(range(20))
+    assert len(list(evaluate.rounds(starts, 1e-6, itertools.count().__next__))) == 1  # one at least
+    assert [len(some) for some in evaluate.rounds(starts, 10.0)] == [20, 20, 10]
+
+
+def test_only_common_episodes_are_compared():
+    entries = [entry("fp32", seed=seed) for seed in range(4)] + [entry("w4a8", seed=seed) for seed in range(2, 7)]
+    entries += [entry("fp32", seed=9, stress={"noise": 5.0})]  # another condition
+    assert [(each["arm"], each["seed"]) for each in report.common(entries)] == [
+        ("fp32", 2), ("fp32", 3), ("w4a8", 2), ("w4a8", 3), ("fp32", 9),
+    ]  # fmt: skip
+
+
 def test_what_a_simulator_fails_with_is_said():
     from tests.support.libero import dying, failing
 
@@ -419,3 +474,11 @@ def test_a_replay_goes_on_from_where_the_episode_is(tmp_path):
         evaluate.ReplayArm(tmp_path, execute=5)
     with pytest.raises(DuqError, match="no demonstration of task 7"):
         arm.answer([Start(7, 0)], [0], [{}], np.zeros((1, 1, 1)))
+
+
+def test_a_wheel_is_packed_without_what_nobody_needs(tmp_path):
+    names = "mujoco/__init__.py", "mujoco/libmujoco.so", "mujoco/included.py", "mujoco/include/mujoco/mujoco.h", "mujoco/a_test.py"
+    with zipfile.ZipFile(tmp_path / "mujoco.whl", "w") as wheel:
+        for name in names:
+            wheel.writestr(name, name)
+    assert list(pack_assets.of_wheel(tmp_path / "mujoco.whl")) == list(names[:3])

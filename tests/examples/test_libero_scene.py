@@ -142,8 +142,9 @@ def test_the_expert_succeeds_though_pushed_and_its_pictures_are_rendered(tmp_pat
     assert refused.code == 2 and "records --places permuted" in refused.err
     found = demonstrations.load(file)
     scene = Scene("libero_object", MILK, SIZE)
-    seen = render.look(scene, found.states[[0, -1]], 28)
+    seen = render.look(scene, found.states, np.array([0, len(found.states) - 1]), 28)
     assert seen.pictures.shape == (2, 2, 28, 28, 3) and seen.robot.shape == (2, 8) and seen.prompt == scene.task.prompt
+    np.testing.assert_array_equal(seen.objects[:, list(seen.names).index(scene.target)], seen.targets)
     assert np.linalg.norm(seen.targets[1, :2] - (0.0, 0.26)) < 0.1 < np.linalg.norm(seen.targets[0, :2] - (0.0, 0.26))
     scene.close()
 

@@ -35,7 +35,10 @@ def directory(tmp_path_factory):
             demonstrations.save(file, Demonstration(random.random((steps, 5)), actions, np.arange(steps) == 12))
             pictures = random.integers(0, 20, (steps, 2, SIZE, SIZE, 3)) + (200 if light else 30)
             robot = random.normal((0.1, 0, 0.3, 3.1, 0, 0, 0.04, -0.04), 0.05, (steps, 8)).astype(np.float32)
-            demonstrations.save_seen(file, Seen(pictures.astype(np.uint8), robot, np.full((steps, 3), 0.1 * task), prompt))
+            where = np.full((steps, 3), 0.1 * task, np.float32)
+            objects, names = np.stack((where, where + 0.2), axis=1), np.array([f"object_{task}", "basket"])
+            seen = Seen(np.arange(steps), pictures.astype(np.uint8), robot, where, objects, names, prompt)
+            demonstrations.save_seen(file, seen)
     return made
 
 
@@ -65,7 +68,7 @@ def test_some_of_each_task_are_held_out():
 
 def test_moments_are_what_the_runtime_makes_of_observations(directory, recorded, tmp_path):
     """Normalized, padded and tokenized as the compiled policy will do it, and actions back again."""
-    train.save_checkpoint(tmp_path / "policy", Learner(TINY).policy, recorded, {})
+    train.save_checkpoint(tmp_path / "policy", Learner(TINY, 3).policy, recorded, {})
     checkpoint, settings = settle(load_checkpoint(tmp_path / "policy"), Choices(robot="libero", delta_actions=False))
     preprocessor = settings.preprocessor(checkpoint, cameras=2)
     observations = load_observations(tmp_path / "policy" / "calibration.npz")
@@ -99,7 +102,7 @@ def test_a_prompt_longer_than_the_policy_takes():
 def test_too_few_demonstrations(directory, tmp_path):
     one = demonstrations.load(path_of(directory, 0, 0))
     demonstrations.save(path_of(tmp_path, 0, 0), one)
-    with pytest.raises(DuqError, match="one demonstration is too few"):
+    with pytest.raises(DuqError, match="1 demonstrations are too few"):
         train.read(tmp_path, TINY)
     demonstrations.save(path_of(tmp_path, 0, 1), one)
     with pytest.raises(DuqError, match="holds no pictures"):
@@ -127,9 +130,36 @@ def test_images_are_moved_and_tinted_each_by_itself():
 # --- learning ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_not_valid_has_no_part_in_the_loss(recorded):
+def test_draws_are_velocities_each_by_itself(recorded):
     torch.manual_seed(0)
-    learner, batch = Learner(TINY), recorded.kept.take(torch.arange(4))
+    policy, batch = Learner(TINY, 3).policy, recorded.kept.take(torch.tensor([0, len(recorded.kept) - 1]))
+    policy.action_out_proj.weight.data.normal_()
+    x_t, times = torch.randn(2, 3, *batch.actions.shape[1:]), torch.rand(2, 3)
+    mask = torch.cat((torch.ones(2, 2 * TINY.vision.tokens, dtype=torch.bool), batch.token_mask), dim=1)
+    with torch.no_grad():
+        _, past = policy.prefix(policy.embed_images(augmented(batch.pictures)), batch.tokens, mask)
+        found = train.velocities(policy, batch.states, x_t, times, mask, past)
+        for draw in range(3):
+            alone = policy.velocity(batch.states, x_t[:, draw], times[:, draw], mask, past)
+            torch.testing.assert_close(found[:, draw], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_objects_that_are_not_there_are_not_looked_for(recorded):
+    objects = recorded.kept.objects
+    assert objects.shape[1] == 3 and objects.isnan().any(dim=2).sum(dim=1).unique().tolist() == [1]
+    torch.manual_seed(0)
+    learner, tokens = Learner(TINY, 3), torch.randn(len(objects), 5, TINY.llm.width)
+    error = learner._everywhere(tokens, objects)
+    there = objects.clone()
+    there[:, 0] = 5.0  # where a third of them is counted only if it is there
+    assert error.isfinite() and learner._everywhere(tokens, there) > error
+    error.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in (learner.attend.weight, learner.place.weight))
+
+
+def test_what_is_not_valid_has_no_part_in_the_loss(recorded, monkeypatch):
+    torch.manual_seed(0)
+    learner, batch = Learner(TINY, 3), recorded.kept.take(torch.arange(4))
     learner.policy.action_out_proj.weight.data.normal_()
     noise, times = train.draw_noise(batch, 2)
     images = augmented(batch.pictures)
@@ -140,13 +170,14 @@ def test_what_is_not_valid_has_no_part_in_the_loss(recorded):
     whole = learner(images, batch, noise, times)[0]
     masked = learner(images, replace(batch, valid=valid), noise, times)[0]
     assert not torch.isclose(whole, masked)
-    learner.policy.velocity = lambda state, x_t, *_: torch.zeros_like(x_t)  # which sees the spoilt action otherwise
+    # which see the spoilt action otherwise
+    monkeypatch.setattr(train, "velocities", lambda policy, state, x_t, *_: torch.zeros_like(x_t))
     first = learner(images, replace(batch, valid=valid), noise, times)[0]
     torch.testing.assert_close(first, learner(images, replace(batch, valid=valid, actions=spoilt), noise, times)[0])
 
 
 def test_the_place_of_the_object_is_read_off_the_prompts_last_token(recorded):
-    learner = Learner(TINY)
+    learner = Learner(TINY, 3)
     batch = recorded.kept.take(torch.tensor([0, len(recorded.kept) - 1]))
     assert batch.token_mask.sum(dim=1).unique().numel() == 2
     seen = []
@@ -163,7 +194,7 @@ def test_the_place_of_the_object_is_read_off_the_prompts_last_token(recorded):
 
 def trained(recorded, monkeypatch, steps, stop=None, state=None):
     monkeypatch.setattr(train, "REPORT_STEPS", 5)
-    training = Training(TINY, Schedule(steps=steps, batch=16, learning_rate=3e-3, warmup=5), seed=1, device="cpu")
+    training = Training(TINY, 3, Schedule(steps=steps, batch=16, learning_rate=3e-3, warmup=5), seed=1, device="cpu")
     if state is not None:
         training.restore(state)
     states = []
@@ -225,7 +256,8 @@ def test_the_command_writes_a_checkpoint_for_duq_compile(tiny, command_line, dir
     assert checkpoint.config == TINY and checkpoint.tokenizer is not None
     assert {"state", "actions"} <= set(checkpoint.norm_stats)
     weights = load_file(tmp_path / "policy" / "model.safetensors")
-    assert not any("locate" in name for name in weights) and {w.dtype for w in weights.values()} == {torch.bfloat16}
+    assert not any(part in name for name in weights for part in ("locate", "attend", "place."))
+    assert {w.dtype for w in weights.values()} == {torch.bfloat16}
     notes = json.loads((tmp_path / "policy" / "training.json").read_text())
     assert [losses["step"] for losses in notes["losses"]] == [2, 4] and notes["best"] in notes["losses"]
     assert set(load_observations(tmp_path / "policy" / "calibration.npz")[0]) == {*CAMERAS, "observation/state", "prompt"}
@@ -251,6 +283,7 @@ def test_a_run_goes_on_only_with_its_own_settings(tiny, command_line, directory,
 
 @pytest.mark.parametrize("options, message", [
     (["--deterministic", "--minutes", 1], "the clock does not give the same steps again"),
+    (["--image-size", 100, "--device", "cpu"], "--image-size 100: is no multiple of 14"),
     (["--device", "cuda"], "--device cuda: PyTorch finds no GPU"),
     (["--out", "/dev/null/policy"], "--out /dev/null/policy"),
 ])  # fmt: skip
