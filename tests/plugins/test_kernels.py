@@ -104,6 +104,12 @@ def test_the_parser_sees_differences():
         declared_in("a.cu", "extern __global__ int odd(int);")
 
 
+def test_every_kernel_is_checked_as_each_program_launches_it():
+    from tests.gpu.test_kernels_of_programs import CHECKS
+
+    assert CHECKS.keys() == {name for name, each in IN_SOURCES.items() if "wgmma" not in each.source}
+
+
 # Compiling
 
 SMALLEST = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import onnx_ir.passes.common as common
@@ -11,8 +10,8 @@ import torch
 
 from duq.compiler.checkpoint.shapes import expected_shapes
 from duq.compiler.graph.export import Graphs, export
-from duq.compiler.pipeline import PHASES, TARGETS
 from duq.compiler.phases import passes_of
+from duq.compiler.pipeline import PHASES, TARGETS
 from duq.compiler.quant import load_recipe
 from duq.compiler.quant.linears import select_linears
 from duq.compiler.quant.pack import LinearPack
@@ -26,7 +25,6 @@ from duq.compiler.targets.cuda.weights import Weights
 from duq.compiler.targets.fuse import fuse
 from duq.plugins.gpu import Gpu
 from duq.runtime.config import ModelConfig
-from duq.runtime.plan import Plan
 
 BLOCK = 64  # of the Hadamard rotations of made packs
 

@@ -138,7 +138,9 @@ def test_a_stand_in_runs_the_schedule_of_its_gpu(sm, others, uncompiled):
     found, own = (json.loads(bytes(each.read(f"schedule/sm{of}.json"))) for each, of in ((plan, HERE), (others, sm)))
     for kernel in found["kernels"]:
         kernel["cubin"] = kernel["cubin"].replace(f"/sm{HERE}/", f"/sm{sm}/")
-    places = [schedule.pop("weights") for schedule in (found, own)]  # of the plan, which has the weights of other programs too
+    places = [
+        schedule.pop("weights") for schedule in (found, own)
+    ]  # of the plan, which has the weights of other programs too
     assert found == own and set(places[0]) <= set(places[1])
 
 
