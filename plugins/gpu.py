@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from duq.plugins.errors import KernelError
 
@@ -129,6 +129,29 @@ def runs_code_of(sm: int, made_for: int) -> bool:
         return False
     same_major = sm // 10 == made_for // 10 and sm > made_for
     return same_major and not (gpu.is_tegra or other.is_tegra) and other.ptx_architecture is not None
+
+
+def runs_ptx_of(sm: int, made_for: int) -> bool:
+    """Whether the driver of a GPU of compute capability `sm` compiles PTX made for `made_for`, an earlier one."""
+    return sm > made_for and gpu_of(made_for).ptx_architecture is not None
+
+
+def stand_in(gpu: Gpu, sm: int) -> Gpu:
+    """`gpu` as a GPU of compute capability `sm` can run it: the limits and rates of `gpu`, hence its schedule and tiles, in
+    machine code for `sm` that uses the features of `gpu` alone.
+
+    It tries out what a GPU that is not at hand would be given; its times are no measure of that GPU. Raises KernelError
+    where a GPU of `sm` has less than `gpu`.
+    """
+    here = gpu_of(sm)
+    features = {"has_wgmma": "wgmma", "has_clusters": "clusters", "has_pdl": "programmatic launch"}
+    lacking = [word for field, word in features.items() if getattr(gpu, field) > getattr(here, field)]
+    if gpu.block_shared_bytes > here.block_shared_bytes:
+        lacking.append(f"{gpu.block_shared_bytes // KB} KB of shared memory a thread block")
+    if lacking:
+        raise KernelError(f"SM {sm} cannot stand in for {gpu.name} (SM {gpu.sm}): it lacks {', '.join(lacking)}")
+    architecture = here.architecture if gpu.has_wgmma else f"sm_{sm}"
+    return replace(gpu, name=f"SM {sm} in place of {gpu.name}", sm=sm, architecture=architecture)
 
 
 def gpu_named(name: str) -> Gpu:

@@ -36,13 +36,14 @@ class Cubin:
 
 def compile_cubin(
     source: str,
-    sm: int,
+    sm: int | Gpu,
     kernels: Sequence[str],
     headers: Mapping[str, str] | None = None,
     options: Sequence[str] = (),
     cache: Path | None = None,
 ) -> Cubin:
-    """Instantiates `kernels` (template expressions) of ``plugins/cuda/<source>`` for compute capability `sm` (e.g. 86).
+    """Instantiates `kernels` (template expressions) of ``plugins/cuda/<source>`` for compute capability `sm` (e.g. 86), or
+    for one GPU with the features that it has.
 
     `headers` are generated headers (name -> text), `options` further NVRTC options such as ``-DNAME=1``. The result is
     cached under `cache`, by default $DUQ_CACHE or ~/.cache/duq.
@@ -54,7 +55,7 @@ def compile_cubin(
 
 def compile_ptx(
     source: str,
-    sm: int,
+    sm: int | Gpu,
     kernels: Sequence[str],
     headers: Mapping[str, str] | None = None,
     options: Sequence[str] = (),
@@ -64,23 +65,27 @@ def compile_ptx(
 
     Raises KernelError also for an SM whose PTX runs on no other.
     """
-    gpu = gpu_of(sm)
+    gpu = _gpu(sm)
     if gpu.ptx_architecture is None:
-        raise KernelError(f"{source}: PTX for {gpu.architecture} runs on SM {sm} alone; compile a cubin")
+        raise KernelError(f"{source}: PTX for {gpu.architecture} runs on SM {gpu.sm} alone; compile a cubin")
     return _compile_cached(source, (SOURCES / source).read_text(), gpu, True, kernels, headers, options, cache)
 
 
 def compile_text(
     name: str,
     text: str,
-    sm: int,
+    sm: int | Gpu,
     kernels: Sequence[str],
     headers: Mapping[str, str] | None = None,
     options: Sequence[str] = (),
     cache: Path | None = None,
 ) -> Cubin:
     """As `compile_cubin`, of source that is no file; `name` is what the compiler calls it."""
-    return _compile_cached(name, text, gpu_of(sm), False, kernels, headers, options, cache)
+    return _compile_cached(name, text, _gpu(sm), False, kernels, headers, options, cache)
+
+
+def _gpu(sm: int | Gpu) -> Gpu:
+    return sm if isinstance(sm, Gpu) else gpu_of(sm)
 
 
 def _compile_cached(

@@ -81,8 +81,8 @@ def _bench(
         str | None,
         typer.Option(
             metavar="SM",
-            help="gpu: an SM, e.g. 86, whose program to run instead of this GPU's own, from PTX: foreign to this GPU, and "
-            "no measure of a GPU of that SM.",
+            help="gpu: an SM, e.g. 86, whose program to run instead of this GPU's own, from PTX; of a later SM its schedule, "
+            "compiled for this GPU. Foreign to this GPU, and no measure of a GPU of that SM.",
             **SUITE,
         ),
     ] = None,

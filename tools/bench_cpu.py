@@ -23,9 +23,9 @@ from duq.compiler.model import Pi0, build_model
 from duq.compiler.pipeline import compile_policy, quantize_checkpoint
 from duq.compiler.quant import load_recipe
 from duq.compiler.targets import Options
+from duq.compiler.targets.cuda import options_of_program
 from duq.plugins.driver import open_device
-from duq.plugins.errors import DuqError
-from duq.plugins.gpu import gpu_of, runs_code_of
+from duq.plugins.errors import DuqError, KernelError
 from duq.runtime.command_line import progress_bar
 from duq.runtime.config import IMAGE_SLOTS, ModelConfig
 from duq.runtime.executors.cpu import CpuExecutor
@@ -100,14 +100,15 @@ def bench(
 
 
 def _check_program(suite: str, program: int | None) -> None:
-    """Finds out before anything is compiled whether this machine's GPU runs a program of that SM."""
+    """Finds out before anything is compiled whether this machine's GPU runs a program of that SM, or stands in for one."""
     if program is None:
         return
     if suite != "gpu":
         raise DuqError(f"--program {program}: is for --suite gpu; leave it out for {suite}")
-    sm, as_ptx = open_device(), gpu_of(program).ptx_architecture is not None
-    if not (runs_code_of(sm, program) or (as_ptx and sm > program)):
-        raise DuqError(f"--program {program}: this machine's GPU, SM {sm}, runs no program made for SM {program}")
+    try:
+        options_of_program(program, open_device())
+    except KernelError as error:
+        raise DuqError(f"--program {program}: {error}") from error
 
 
 def _measure(

@@ -25,7 +25,7 @@ from duq.compiler.model import Pi0, build_model
 from duq.compiler.pipeline import compile_policy, quantize_checkpoint
 from duq.compiler.quant import Quantization, Recipe
 from duq.compiler.quant.linears import select_linears
-from duq.compiler.targets.cuda import CudaOptions
+from duq.compiler.targets.cuda import options_of_program
 from duq.plugins.driver import free_memory, open_device
 from duq.runtime.config import ModelConfig
 from duq.runtime.executors.cuda import CudaExecutor
@@ -50,7 +50,8 @@ def measure(
 ) -> list[dict]:
     """One record for each contender and case: milliseconds of all calls, and what the engine reports of itself.
 
-    program: an SM whose program the engines run on this GPU, in place of the GPU's own. Raises PlanError where it cannot.
+    program: an SM whose program the engines run on this GPU, in place of the GPU's own, or a stand-in for it runs. Raises
+    KernelError where neither can.
     """
     shape = checkpoint.config.action_horizon, checkpoint.config.action_dim
     noise = np.random.default_rng(1).standard_normal(shape, np.float32)
@@ -67,12 +68,14 @@ def measure(
         integers = (
             quantize_checkpoint(checkpoint, recipe, inputs, progress, device="cuda") if quantized else Quantization(recipe)
         )
-        compile_policy(checkpoint, integers, plan, CudaOptions(sm=(program or open_device(),)), progress)
+        options = options_of_program(program or open_device(), open_device())
+        compile_policy(checkpoint, integers, plan, options, progress)
         seconds = time.perf_counter() - start
         del integers
         torch.cuda.empty_cache()
         with _paused(progress):
-            records += _measure_engine(f"engine, --quant {name}", plan, seconds, checkpoint.config, observations, noise)
+            contender = f"engine, --quant {name}"
+            records += _measure_engine(contender, plan, seconds, checkpoint.config, observations, noise, program)
     for record in records:
         actions = record.pop("actions")
         record["cosine"] = difference(expected[record["cameras"], record["prompt_tokens"]], actions).cosine
@@ -104,7 +107,13 @@ def _measure_pytorch(checkpoint: Checkpoint, observations: dict, noise: np.ndarr
 
 
 def _measure_engine(
-    name: str, plan: Path, compile_s: float, config: ModelConfig, observations: dict, noise: np.ndarray
+    name: str,
+    plan: Path,
+    compile_s: float,
+    config: ModelConfig,
+    observations: dict,
+    noise: np.ndarray,
+    program: int | None,
 ) -> list[dict]:
     free, start = free_memory()[0], time.perf_counter()
     policy = Policy(plan)
@@ -135,18 +144,20 @@ def _measure_engine(
         records.append(_record(name, case, actions, times, replay_ms=replay, host_ms=host, **split, **facts))
     executor, preprocessor = CudaExecutor(Plan(plan, verify=False)), Preprocessor(config)
     for record, obs in zip(records, observations.values(), strict=True):
-        record["contender"] += _foreign(executor.program, open_device())
+        record["contender"] += _foreign(program, executor.program, open_device())
         size = executor.stage(preprocessor.model_inputs(obs), noise)
         record["loop_ms"] = executor.milliseconds_in_turn(size)[1]
     return records
 
 
-def _foreign(program: Program, sm: int) -> str:
-    """Says of a program that was not made for the GPU of compute capability `sm` that it was not."""
-    if program.sm == sm:
+def _foreign(wanted: int | None, ran: Program, sm: int) -> str:
+    """Says of the program of an SM that it was not made for the GPU of compute capability `sm`, which ran it or a stand-in."""
+    if wanted in (None, sm):
         return ""
-    how = "PTX" if program.image == "ptx" else "machine code"
-    return f"; foreign program: made for SM {program.sm}, run as {how} on SM {sm}"
+    if ran.sm != wanted:
+        return f"; foreign program: schedule of SM {wanted}, compiled for SM {ran.sm} without what it lacks"
+    how = "PTX" if ran.image == "ptx" else "machine code"
+    return f"; foreign program: made for SM {wanted}, run as {how} on SM {sm}"
 
 
 def _host(stages: list[dict]) -> dict[str, list[float]]:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from duq.plugins import kernels
-from duq.plugins.gpu import GPUS
+from duq.plugins.gpu import GPUS, stand_in
 from duq.plugins.kernel import Instance
 from duq.plugins.kernels import (
     KERNELS,
@@ -115,6 +115,12 @@ def test_the_parser_sees_differences():
         declared_in("a.cu", "extern __global__ int odd(int);")
 
 
+def test_every_kernel_is_checked_as_each_program_launches_it():
+    from tests.gpu.test_kernels_of_programs import CHECKS
+
+    assert CHECKS.keys() == {name for name, each in IN_SOURCES.items() if "wgmma" not in each.source}
+
+
 # Compiling
 
 SMALLEST = [
@@ -169,6 +175,24 @@ def test_every_kernel_is_compiled_here_for_every_gpu():
 def test_compiles_for_every_gpu(instance, sm, tmp_path):
     cubin = compile_cubin(instance.source, sm, [instance.expression], instance.headers, cache=tmp_path)
     assert cubin.image.startswith(b"\x7fELF") and cubin.symbols[instance.expression].encode() in cubin.image
+
+
+WITHOUT_CLUSTERS = [  # of the kernels that use clusters, what a GPU without them launches
+    Small(1, 1, 1, 1, 2).instance(8, 16, 4, "int"),
+    GemmFloat(1, 1, 1, 1).instance(8, 768, "Bf16", True, "ROTARY"),
+    Attention(72, 1, 1, 2, 16, 2).instance(8),
+    SplitAttention(72, 1, 1, 2, 16, 2, 3).instance(8),
+]
+
+
+@pytest.mark.parametrize("instance", WITHOUT_CLUSTERS, ids=lambda instance: instance.expression)
+def test_compiles_for_a_stand_in(instance, tmp_path):
+    """SM 120's, in code for SM 90, which does have clusters."""
+    own, foreign = (
+        compile_cubin(instance.source, gpu, [instance.expression], cache=tmp_path)
+        for gpu in (GPUS[90], stand_in(GPUS[120], 90))
+    )
+    assert foreign.image.startswith(b"\x7fELF") and foreign.symbols == own.symbols and foreign.image != own.image
 
 
 def test_wgmma_has_an_operand_for_every_accumulator():

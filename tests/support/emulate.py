@@ -74,8 +74,10 @@ class Device:
         else:
             shape = Shape(tuple(data["grid"]), data["threads"], data["shared"], tuple(data.get("cluster", (1, 1, 1))))
             assert shape.cluster == (1, 1, 1) or self.gpu.has_clusters, "this GPU has no clusters"
+            assert self.gpu.has_pdl or "overlap" not in data, "this GPU starts no kernel early"
             assert shape.shared_bytes <= self.gpu.block_shared_bytes, "more shared memory than a thread block can have"
             kernel = self.kernels[data["kernel"]]
+            assert self.gpu.has_wgmma or "wgmma" not in kernel["expression"], "this GPU has no wgmma"
             declared = KERNELS[kernel["expression"].partition("<")[0]].parameters
             assert [name for name, _ in kernel.get("parameters", ())] in ([], list(declared))
             launch(kernel["expression"], shape, arguments)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,11 +15,11 @@ import numpy as np
 import torch
 
 from duq.plugins import driver, kernels
-from duq.plugins.gpu import Gpu, gpu_of
+from duq.plugins.gpu import Gpu, gpu_of, runs_code_of, runs_ptx_of, stand_in
 from duq.plugins.kernel import Code, Instance
 from duq.plugins.kernels import Attention, GemmFloat, SplitAttention, WgmmaAttention
 from duq.plugins.layout import activation_slabs, pack_float_fragments, pack_fragments
-from duq.plugins.nvrtc import compile_cubin
+from duq.plugins.nvrtc import compile_cubin, compile_ptx
 from duq.plugins.tactics import Tactic
 
 TYPES = {
@@ -63,16 +64,52 @@ def compute_capability() -> int:
     return driver.open_device()
 
 
+class Image(NamedTuple):
+    """What kernels are compiled to: for a GPU, as PTX or as machine code."""
+
+    gpu: Gpu
+    ptx: bool = False
+
+
+_program: list[Image] = []  # the one in use last
+
+
+def image() -> Image:
+    return _program[-1] if _program else Image(gpu_of(compute_capability()))
+
+
 def gpu() -> Gpu:
-    return gpu_of(compute_capability())
+    """Whose limits the kernels keep."""
+    return image().gpu
 
 
-@functools.cache
+@contextmanager
+def program(sm: int) -> Iterator[Image]:
+    """Within, kernels are launched as the program of an SM launches them on this GPU: as machine code, as PTX, or with a
+    stand-in, as `options_of_program` of the cuda target has it."""
+    here = compute_capability()
+    if runs_code_of(here, sm):
+        _program.append(Image(gpu_of(sm)))
+    elif runs_ptx_of(here, sm):
+        _program.append(Image(gpu_of(sm), ptx=True))
+    else:
+        _program.append(Image(stand_in(gpu_of(sm), here)))
+    try:
+        yield _program[-1]
+    finally:
+        _program.pop()
+
+
 def kernel(code: Code, options: tuple[str, ...] = ()) -> driver.Kernel:
     if os.environ.get("DUQ_RACECHECK"):
         options = (*options, "-DFOR_RACECHECK")  # plugins/cuda/gemm_wgmma.cuh
-    cubin = compile_cubin(code.source, compute_capability(), [code.expression], dict(code.headers), options)
-    return driver.load(cubin)[code.expression]
+    return _compiled(code, options, image())
+
+
+@functools.cache
+def _compiled(code: Code, options: tuple[str, ...], image: Image) -> driver.Kernel:
+    compile = compile_ptx if image.ptx else compile_cubin
+    return driver.load(compile(code.source, image.gpu, [code.expression], dict(code.headers), options))[code.expression]
 
 
 def compile_all(instances: Iterable[Instance]) -> None:
@@ -134,6 +171,8 @@ def gemm(
     instance = tactic.instance(m, n, bits, TYPES[y.dtype], epilogue)
     if "-DNO_CLUSTER" in options:
         instance = replace(instance, shape=replace(instance.shape, cluster=(1, 1, 1)))
+    elif workspace is None and tactic.split > 1 and not gpu().has_clusters:
+        workspace = accumulators(tactic, m, n)
     arguments = {
         "x_q": x,
         "x_scale": x_scale,
@@ -148,6 +187,13 @@ def gemm(
         "depth": k,
     }
     run(instance, arguments | for_norm.arguments, overlap, options)
+
+
+@functools.cache
+def accumulators(tactic: Tactic, m: int, n: int) -> torch.Tensor:
+    """Where blocks that share K add theirs without clusters: zero, and left so by each launch."""
+    tiles = -(-m // tactic.tile_tokens)
+    return torch.zeros(tiles * (tactic.tile_tokens * n + n // 16), dtype=torch.int32, device="cuda")
 
 
 def rotate_quantize(

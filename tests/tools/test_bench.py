@@ -25,8 +25,16 @@ ROOT = Path(__file__).parents[2]
     [
         (90, ("--program", "86"), "--program 86: is for --suite gpu; leave it out for cpu"),
         (90, ("--suite", "gpu", "--program", "75"), "no kernels for SM 75"),
-        (100, ("--suite", "gpu", "--program", "90"), "this machine's GPU, SM 100, runs no program made for SM 90"),
-        (80, ("--suite", "gpu", "--program", "86"), "this machine's GPU, SM 80, runs no program made for SM 86"),
+        (
+            100,
+            ("--suite", "gpu", "--program", "90"),
+            "--program 90: SM 100 cannot stand in for H100 (SM 90): it lacks wgmma, clusters, programmatic launch",
+        ),
+        (
+            86,
+            ("--suite", "gpu", "--program", "100"),
+            "--program 100: SM 86 cannot stand in for B200 (SM 100): it lacks 227 KB of shared memory a thread block",
+        ),
     ],
 )
 def test_a_program_that_cannot_run_is_refused(gpu, arguments, says, command_line, monkeypatch):
@@ -36,15 +44,22 @@ def test_a_program_that_cannot_run_is_refused(gpu, arguments, says, command_line
 
 
 @pytest.mark.parametrize(
-    ("program", "gpu", "says"),
+    ("wanted", "ran", "gpu", "says"),
     [
-        (Program(86, "ptx"), 90, "; foreign program: made for SM 86, run as PTX on SM 90"),
-        (Program(86, "cubin"), 89, "; foreign program: made for SM 86, run as machine code on SM 89"),
-        (Program(90, "cubin"), 90, ""),
+        (86, Program(86, "ptx"), 90, "; foreign program: made for SM 86, run as PTX on SM 90"),
+        (86, Program(86, "cubin"), 89, "; foreign program: made for SM 86, run as machine code on SM 89"),
+        (
+            120,
+            Program(90, "cubin"),
+            90,
+            "; foreign program: schedule of SM 120, compiled for SM 90 without what it lacks",
+        ),
+        (90, Program(90, "cubin"), 90, ""),
+        (None, Program(90, "cubin"), 90, ""),
     ],
 )
-def test_a_foreign_program_is_said_to_be_one(program, gpu, says):
-    assert bench_gpu._foreign(program, gpu) == says
+def test_a_foreign_program_is_said_to_be_one(wanted, ran, gpu, says):
+    assert bench_gpu._foreign(wanted, ran, gpu) == says
 
 
 # --- a plan ---------------------------------------------------------------------------------------------------------------

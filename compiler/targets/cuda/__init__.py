@@ -41,7 +41,7 @@ from duq.compiler.targets.fuse import check_covered, fuse
 from duq.compiler.targets.gpu import GPU_PHASES
 from duq.compiler.targets.ops import Prompt
 from duq.compiler.targets.values import array_of
-from duq.plugins.gpu import GPUS, Gpu, gpu_of
+from duq.plugins.gpu import GPUS, Gpu, gpu_named, gpu_of, runs_code_of, runs_ptx_of, stand_in
 from duq.plugins.nvrtc import check_supported, nvrtc_version
 from duq.runtime.executors.schedule import Context, check_schedule
 from duq.runtime.plan import PlanWriter
@@ -91,6 +91,33 @@ class CudaOptions(GpuOptions):
         least = shared <= min(gpu.block_shared_bytes for gpu in GPUS.values())
         more = "" if least else f"; add --sm 86 for those with less than {shared >> 10} KB of shared memory a thread block"
         return f"{made_for}; on later GPUs from PTX of its program for SM {of}, which the driver compiles{more}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandInOptions(CudaOptions):
+    """For a plan of one program: the schedule of the card `gpu`, as machine code for the one GPU of `sm` (plugins/gpu.py,
+    `stand_in`). It is a program for `sm` like any other, and slower than that GPU's own. Tests and duq-bench make such
+    plans, duq-compile does not."""
+
+    timing: bool = False
+    ptx: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises KernelError where the GPU of `sm` has less than the card: before any work."""
+        assert self.cards
+
+    @property
+    def cards(self) -> dict[int, Gpu]:
+        (sm,), (name,) = self.sm, self.gpu
+        return {sm: stand_in(gpu_named(name), sm)}
+
+
+def options_of_program(program: int, here: int, **options: Any) -> CudaOptions:
+    """For a plan whose program is that of an SM, and which a GPU of compute capability `here` runs: as machine code or as
+    PTX where it can, else with a stand-in. Raises KernelError where it can do neither."""
+    if runs_code_of(here, program) or runs_ptx_of(here, program):
+        return CudaOptions(sm=(program,), **options)
+    return StandInOptions(sm=(here,), gpu=(gpu_of(program).name,), **options)
 
 
 def check(options: CudaOptions) -> None:

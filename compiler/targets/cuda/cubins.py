@@ -17,7 +17,7 @@ def compile_each(wanted: Iterable[Code], gpu: Gpu, ptx: bool = False) -> Iterato
     compile_one = compile_ptx if ptx else compile_cubin
 
     def build(code: Code) -> Cubin:
-        return compile_one(code.source, gpu.sm, [code.expression], dict(code.headers))
+        return compile_one(code.source, gpu, [code.expression], dict(code.headers))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield from zip(codes, pool.map(build, codes), strict=True)

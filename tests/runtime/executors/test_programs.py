@@ -48,6 +48,7 @@ def manifest(sms: list[int], ptx: list[int] | None) -> dict:
         ([86], None, 90, None),
         ([90], [], 100, None),
         ([90], [], 120, None),
+        ([100, 120], [100, 120], 90, None),
         ([80, 86, 89, 90], [80], 75, None),
         # a plan of before there was PTX
         ([80, 90], None, 86, "80 cubin"),
