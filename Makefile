@@ -57,7 +57,8 @@ test-resolve: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check uv
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python tests/install/resolve.py
 
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Python compiles what is imported, once; pip would compile every file of every package.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) torch

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import json
 import os
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+# The policies here are tiny: threads cost more than they save. Numpy's are set before it is imported, and those of programs
+# that tests start with them; OpenBLAS's threads wait in a loop, which costs the cores that pytest-xdist's processes share.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import onnx_ir as ir
 import pytest
@@ -25,42 +32,60 @@ from duq.compiler.targets import Options
 from duq.compiler.targets.cuda import CudaOptions
 from duq.runtime.preprocess import Preprocessor
 
-torch.set_num_threads(1)  # the policies here are tiny: threads cost more than they save
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def tiny_pi0(tmp_path_factory):
+def shared(tmp_path_factory) -> Path:
+    """A folder that pytest-xdist's processes share."""
+    own = tmp_path_factory.getbasetemp()
+    directory = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    directory.mkdir(exist_ok=True)
+    return directory
+
+
+def once(path: Path, make: Callable[[Path], object]) -> Path:
+    """`path`, a file or folder of `shared`, which make(path to write) has made in this process or in another."""
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            partial = path.with_name(f"{path.name}.partial") / path.name
+            shutil.rmtree(partial.parent, ignore_errors=True)  # of one that failed
+            partial.parent.mkdir()
+            make(partial)
+            partial.rename(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_pi0(shared):
     """Directory of a tiny pi0 in openpi's layout. Read only."""
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "pi0", variant="tiny")
+    return once(shared / "tiny_pi0", lambda path: make_checkpoint(path, variant="tiny"))
 
 
 @pytest.fixture(scope="session")
-def tiny_pi05(tmp_path_factory):
+def tiny_pi05(shared):
     """Directory of a tiny pi0.5 in openpi's layout. Read only."""
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "pi05", variant="tiny", pi05=True)
+    return once(shared / "tiny_pi05", lambda path: make_checkpoint(path, variant="tiny", pi05=True))
 
 
 @pytest.fixture(scope="session", autouse=True)
-def trace_once(tmp_path_factory):
+def trace_once(shared):
     """Tracing a policy takes seconds whatever its size, and depends on nothing but its dimensions: each is traced once, and
     kept where pytest-xdist's other processes find it."""
     original = export.trace
-    own = tmp_path_factory.getbasetemp()
-    directory = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-
-    def kept(config, num_steps: int, half: str) -> Path:
-        key = hashlib.sha256(json.dumps([config.to_json(), num_steps, half]).encode()).hexdigest()
-        return directory / f"trace-{key}.onnx"
 
     @functools.cache
     def cached(config, num_steps: int) -> tuple[ir.Model, ir.Model]:
-        prefix, step = kept(config, num_steps, "prefix"), kept(config, num_steps, "step")
-        if step.exists():
-            return load_graph(prefix), load_graph(step)
-        graphs = original(config, num_steps)
-        save_graph(graphs.prefix, prefix)
-        save_graph(graphs.step, step)  # last: with it, both are there
-        return graphs.prefix, graphs.step
+        def make(folder: Path) -> None:
+            graphs = original(config, num_steps)
+            folder.mkdir()
+            save_graph(graphs.prefix, folder / "prefix.onnx")
+            save_graph(graphs.step, folder / "step.onnx")
+
+        key = hashlib.sha256(json.dumps([config.to_json(), num_steps]).encode()).hexdigest()
+        folder = once(shared / f"trace-{key}", make)
+        return load_graph(folder / "prefix.onnx"), load_graph(folder / "step.onnx")
 
     def trace(config, num_steps: int) -> export.Graphs:
         return export.Graphs(*(model.clone() for model in cached(config, num_steps)), config, num_steps)
@@ -77,9 +102,7 @@ def save_graph(model: ir.Model, path: Path) -> None:
         del model.graph.initializers[name]
         value.metadata_props["initializer"] = "yes"
         model.graph.inputs.append(value)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_bytes(ir.to_proto(model).SerializeToString())
-    partial.rename(path)
+    path.write_bytes(ir.to_proto(model).SerializeToString())
 
 
 def load_graph(path: Path) -> ir.Model:
@@ -96,18 +119,19 @@ class Compiled(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def tiny_plans(tmp_path_factory, trace_once):
+def tiny_plans(shared, trace_once):
     """("pi0" or "pi05", preset, target) -> Compiled: a LIBERO policy of two layers, 8 actions and 4 steps. Read only.
 
-    Each is compiled when it is first asked for. A plan for the target "cuda" is for SM 86, also as PTX, and SM 90;
+    Each is compiled once a run, when it is first asked for. A plan for the target "cuda" is for SM 86, also as PTX, and SM 90;
     `float_images`: it takes images as floats.
     """
-    directory = tmp_path_factory.mktemp("plans")
+    directory = shared / "plans"
+    directory.mkdir(exist_ok=True)
 
     @functools.cache
     def checkpoint(policy: str) -> Path:
         sizes = dict(depth=2, vision_depth=1, action_horizon=8)
-        return make_checkpoint(directory / policy, pi05=policy == "pi05", robot="libero", **sizes)
+        return once(directory / policy, lambda path: make_checkpoint(path, pi05=policy == "pi05", robot="libero", **sizes))
 
     @functools.cache
     def quantization(policy: str, quant: str) -> Quantization:
@@ -121,12 +145,14 @@ def tiny_plans(tmp_path_factory, trace_once):
 
     @functools.cache
     def plan(policy: str, quant: str, target: str, float_images: bool) -> Path:
-        path = directory / f"{policy}.{quant}.{target}{'.float_images' * float_images}.plan"
         common = dict(robot="libero", num_steps=4, float_images=float_images)
         options = CudaOptions(sm=(86, 90), **common) if target == "cuda" else Options(**common)
-        with Progress(disable=True) as progress:
-            compile_policy(load_checkpoint(checkpoint(policy)), quantization(policy, quant), path, options, progress)
-        return path
+
+        def make(path: Path) -> None:
+            with Progress(disable=True) as progress:
+                compile_policy(load_checkpoint(checkpoint(policy)), quantization(policy, quant), path, options, progress)
+
+        return once(directory / f"{policy}.{quant}.{target}{'.float_images' * float_images}.plan", make)
 
     def compiled(policy: str, quant: str, target: str = "cpu", float_images: bool = False) -> Compiled:
         return Compiled(checkpoint(policy), plan(policy, quant, target, float_images))

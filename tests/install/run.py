@@ -71,7 +71,8 @@ class Environment:
         say(f"{directory.name}: {' '.join(requirements)}")
         subprocess.run([sys.executable, "-m", "venv", directory], check=True)
         self.bin, self.work = directory / "bin", work
-        pip = [self.bin / "pip", "install", "--quiet", "--disable-pip-version-check"]
+        # Python compiles what the commands import, once; pip would compile every file of every package.
+        pip = [self.bin / "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
         subprocess.run([*pip, *requirements], check=True, cwd=work)
 
     @property
