@@ -21,7 +21,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,21 @@ from rich.table import Table
 from scipy.optimize import least_squares
 
 from duq.plugins.gpu import gpu_named
-from duq.tools.latency import CONSTANTS, MEASURED_ON, Constants, Launch, Sum, Terms, constants, seconds_of, sum_of, terms
+from duq.tools.latency import (
+    CONSTANTS,
+    MEASURED_ON,
+    Constants,
+    Launch,
+    Sum,
+    Terms,
+    Timed,
+    constants,
+    kernel_of,
+    sum_of,
+    terms,
+    time_of,
+    time_of_terms,
+)
 
 DATA = Path(__file__).parent / "data"
 CARDS = {80: "A100", 86: "A40", 87: "Jetson AGX Orin 64 GB", 89: "L40S", 90: "H200", 120: "RTX 5090"}  # that compiled for
@@ -42,9 +56,9 @@ KERNEL_BOUND, SUM_BOUND = 0.20, 0.10
 
 # What is plausible before anything is measured, and by which factor it may be off: cycles, or a ratio to the peak.
 PRIORS = {
-    "edge": (4500.0, 1.7), "block": (200.0, 2.0), "turn": (2500.0, 2.0), "bytes": (2.5, 1.5), "issue": (17.0, 1.15), "reached": (1.3, 1.15),
-    "chain": (300.0, 3.0), "tokens": (150.0, 3.0), "token": (50.0, 2.0), "staged": (100.0, 2.0), "rotary": (1500.0, 2.0),
-    "cluster": (1500.0, 2.0), "memory": (3000.0, 2.0), "merged": (60.0, 2.0),
+    "edge": (4500.0, 1.7), "block": (200.0, 2.0), "bytes": (2.5, 1.5), "turn": (2500.0, 2.0), "issue": (17.0, 1.15),
+    "reached": (1.3, 1.15), "chain": (300.0, 3.0), "tokens": (150.0, 3.0), "token": (50.0, 2.0), "staged": (100.0, 2.0),
+    "rotary": (1500.0, 2.0), "cluster": (1500.0, 2.0), "memory": (3000.0, 2.0), "merged": (60.0, 2.0),
 }  # fmt: skip
 PRIORS_OF = {  # a softmax is between the products of attention; wgmma decodes INT4 in between
     ("attention_wgmma", "reached"): (2.5, 1.15),
@@ -52,6 +66,9 @@ PRIORS_OF = {  # a softmax is between the products of attention; wgmma decodes I
     ("attention_split", "issue"): (20.0, 1.3),
 }
 NOISE = 0.05  # of a measured time
+
+
+Compiled = tuple[str, str, Launch]  # half, name, launch
 
 
 class Kind(NamedTuple):
@@ -86,7 +103,7 @@ def add(program: int, profile: Path) -> Path:
     for cameras in (c for c in (1, 2, 3) if f"launches{c}" in measured):
         whole = measured[str(cameras)]
         times = {"graph_ms": [whole["prefix"], whole["denoise"]], "in_turn_ms": whole["turn"]}
-        kinds = _kinds(measured[f"launches{cameras}"], program, cameras)
+        kinds = kinds_of(measured[f"launches{cameras}"], _compiled(program, cameras))
         data.append({"program": program, "cameras": cameras, **times, "kinds": kinds})
     path = DATA / f"launches-sm{program}.json"
     DATA.mkdir(exist_ok=True)
@@ -98,15 +115,19 @@ def add(program: int, profile: Path) -> Path:
     return path
 
 
-def _kinds(launches: list[dict[str, Any]], program: int, cameras: int) -> list[dict[str, Any]]:
+def kinds_of(launches: Iterable[Mapping[str, Any]], compiled: Iterable[Compiled]) -> list[dict[str, Any]]:
+    """Measured launches of a profile by kind, with the sizes of the compiler's. Raises ValueError for one that it does not make."""
     known: dict[tuple[str, str, float], Launch] = {}
-    for half, name, launch in _compiled(program, cameras):
+    for half, name, launch in compiled:
         known.setdefault((half, _generic(name), launch.work), launch)
     times: dict[tuple[str, str], list[float]] = {}
     for each in launches:
         key = each["program"], _generic(each["name"]), each["work"]
         if key not in known:
-            raise ValueError(f"{each['name']} of {each['work']:.0f} operations: no launch of full-size pi0, {cameras} cameras")
+            raise ValueError(
+                f"{each['program']}: {each['name']} of {each['work']:.0f} operations: the compiler makes no such launch of "
+                "full-size pi0"
+            )
         shape = {"grid": tuple(each["grid"] or ()), "threads": each["threads"] or 0, "shared": each["shared"] or 0}
         launch = replace(known[key], kernel=each["kernel"], moved=each["moved"], **shape)
         times.setdefault((each["program"], json.dumps(asdict(launch))), []).append(each["us"])
@@ -116,7 +137,8 @@ def _kinds(launches: list[dict[str, Any]], program: int, cameras: int) -> list[d
     ]
 
 
-def _compiled(program: int, cameras: int) -> Iterable[tuple[str, str, Launch]]:
+def _compiled(program: int, cameras: int) -> Iterator[Compiled]:
+    """Of full-size pi0 with few layers, which are alike."""
     from benchmarks.schedules import schedule_for, sizes  # torch
 
     config = sizes(depth=2, vision_depth=1)
@@ -125,11 +147,6 @@ def _compiled(program: int, cameras: int) -> Iterable[tuple[str, str, Launch]]:
     for half in ("prefix", "step"):
         for launch in variant[half]:
             yield half, launch["name"], Launch.of(launch, kernel_of(schedule, launch))
-
-
-def kernel_of(schedule: Mapping[str, Any], launch: Mapping[str, Any]) -> str:
-    """The expression of its kernel, or the library."""
-    return schedule["kernels"][launch["kernel"]]["expression"] if "kernel" in launch else launch["call"]
 
 
 def _generic(name: str) -> str:
@@ -153,12 +170,7 @@ def load(folder: Path = DATA) -> list[Measured]:
 # The fit
 
 
-class Fitted(NamedTuple):
-    constants: Constants
-    event_us: float
-
-
-def fit(measured: Iterable[Measured]) -> Fitted:
+def fit(measured: Iterable[Measured]) -> Constants:
     """The constants that these calls say."""
     measured = list(measured)
     event_us = _event_us(measured)
@@ -171,7 +183,7 @@ def fit(measured: Iterable[Measured]) -> Fitted:
             if _is_of_rows(needs):
                 rows.append((replace(needs, family="rows"), us))
     families = {name: _family(name, pairs) for name, pairs in sorted({**asked, "rows": rows}.items())}
-    return Fitted(_overlap_and_beside(measured, families, event_us), event_us)
+    return _with_whole_calls(measured, families, event_us)
 
 
 def _is_of_rows(needs: Terms) -> bool:
@@ -205,14 +217,14 @@ def _family(name: str, pairs: list[tuple[Terms, float]]) -> dict[str, float]:
 
     def residuals(logs: np.ndarray) -> np.ndarray:
         found = dict.fromkeys(PRIORS, 0.0) | dict(zip(order, np.exp(logs), strict=True))
-        off = [np.log(1e6 * seconds_of(needs, GPU, {needs.family: found}) / us) / NOISE for needs, us in pairs]
+        off = [np.log(1e6 * time_of_terms(needs, GPU, {needs.family: found}).seconds / us) / NOISE for needs, us in pairs]
         return np.array([*off, *((logs - center) / width)])
 
     best = least_squares(residuals, center, bounds=(np.log(1e-2), np.log(1e6)))
     return {each: float(f"{value:.4g}") for each, value in zip(order, np.exp(best.x), strict=True)}
 
 
-def _overlap_and_beside(measured: list[Measured], families: Mapping[str, Any], event_us: float) -> Constants:
+def _with_whole_calls(measured: list[Measured], families: Mapping[str, Any], event_us: float) -> Constants:
     """By calls: what a launch saves that overlaps, and what the prefix loses to what runs beside it."""
     saved = overlapping = 0.0
     shares = []
@@ -223,13 +235,14 @@ def _overlap_and_beside(measured: list[Measured], families: Mapping[str, Any], e
             saved, overlapping = saved + alone - 1e3 * _in_turn_ms(call), overlapping + count
     overlap = 1e-6 * saved / overlapping if overlapping else 0.0
     for call in measured:
+
         def own(kind: Kind) -> float:
             return kind.count * (1e-6 * (kind.us - event_us) - overlap * kind.launch.overlap)
 
         beside = sum(own(kind) for kind in call.kinds if kind.half == "step" or kind.launch.branch)
         main = sum(own(kind) for kind in call.kinds if kind.half == "prefix" and not kind.launch.branch)
         shares.append((1e-3 * call.graph_ms[0] - main) / beside)
-    return Constants(families, overlap, statistics.mean(shares))
+    return Constants(families, overlap, statistics.mean(shares), 1e-6 * event_us)
 
 
 # The check
@@ -249,19 +262,19 @@ class Row(NamedTuple):
         return self.predicted_us / self.measured_us - 1
 
 
-def kernel_errors(measured: Iterable[Measured], fitted: Fitted) -> list[Row]:
+def kernel_errors(measured: Iterable[Measured], fitted: Constants) -> list[Row]:
     """Of each kind of launch whose family was fitted, without the event. Launches that are equal in several calls are one
     kind, with the mean of what was measured: they differ by more than an error that the model could have."""
     found: dict[str, list[tuple[str, Kind]]] = {}
     for call in measured:
         for kind in call.kinds:
-            if terms(kind.launch, GPU).family in fitted.constants.families:
+            if terms(kind.launch, GPU).family in fitted.families:
                 found.setdefault(equality(kind.launch), []).append((call.label, kind))
     rows = []
     for same in found.values():
         launch, count = same[0][1].launch, sum(kind.count for _, kind in same)
-        us = statistics.mean(kind.us for _, kind in same) - fitted.event_us
-        predicted = 1e6 * seconds_of(terms(launch, GPU), GPU, fitted.constants.families)
+        us = statistics.mean(kind.us for _, kind in same) - 1e6 * fitted.event
+        predicted = 1e6 * time_of(launch, GPU, fitted).seconds
         calls = "; ".join(dict.fromkeys(label for label, _ in same))
         rows.append(Row(calls, launch.kernel, count, us, predicted))
     return rows
@@ -272,11 +285,11 @@ def equality(launch: Launch) -> str:
     return json.dumps([launch.kernel, launch.work, launch.moved, launch.grid, launch.threads, launch.shared, launch.sizes])
 
 
-def sum_errors(measured: Iterable[Measured], fitted: Fitted) -> list[Row]:
+def sum_errors(measured: Iterable[Measured], fitted: Constants) -> list[Row]:
     """Of prefix and steps, in turn and in the graph, of calls all of whose kernels were fitted."""
     rows = []
     for call in measured:
-        if not {terms(kind.launch, GPU).family for kind in call.kinds} <= set(fitted.constants.families):
+        if not {terms(kind.launch, GPU).family for kind in call.kinds} <= set(fitted.families):
             continue
         found = predicted_sum(call, fitted)
         for name, ms, predicted in (
@@ -290,32 +303,26 @@ def sum_errors(measured: Iterable[Measured], fitted: Fitted) -> list[Row]:
     return rows
 
 
-def predicted_sum(call: Measured, fitted: Fitted) -> Sum:
-    halves: dict[str, list[tuple[Launch, float]]] = {"prefix": [], "step": []}
+def predicted_sum(call: Measured, fitted: Constants) -> Sum:
+    halves: dict[str, list[Timed]] = {"prefix": [], "step": []}
     for kind in call.kinds:
-        took = seconds_of(terms(kind.launch, GPU), GPU, fitted.constants.families)
-        halves[kind.half] += [(kind.launch, took)] * kind.count
-    return sum_of(halves["prefix"], halves["step"], STEPS, fitted.constants)
+        halves[kind.half] += [(kind.launch, time_of(kind.launch, GPU, fitted))] * kind.count
+    return sum_of(halves["prefix"], halves["step"], STEPS, fitted)
 
 
-def stored() -> Fitted:
-    """What tools/latency.json holds."""
-    return Fitted(constants(), json.loads(CONSTANTS.read_text())["event_us"])
-
-
-def write(fitted: Fitted, kernels: list[Row], sums: list[Row]) -> None:
+def write(fitted: Constants, kernels: list[Row], sums: list[Row]) -> None:
     found = {
         "command": "python -m benchmarks.fit_latency",
         "measured_on": MEASURED_ON,
         "calls": [row.call for row in sums if row.what == "the call"],
         "kernel_error": round(worst(kernels), 3),
         "sum_error": round(worst(sums), 3),
-        "event_us": round(fitted.event_us, 3),
-        "overlap_us": round(1e6 * fitted.constants.overlap, 3),
-        "beside": round(fitted.constants.beside, 3),
+        "event_us": round(1e6 * fitted.event, 3),
+        "overlap_us": round(1e6 * fitted.overlap, 3),
+        "beside": round(fitted.beside, 3),
     }
     lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in found.items()]
-    families = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in fitted.constants.families.items()]
+    families = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in fitted.families.items()]
     CONSTANTS.write_text("{\n" + ",\n".join(lines) + ',\n "families": {\n' + ",\n".join(families) + "\n }\n}\n")
 
 
@@ -352,7 +359,7 @@ def main() -> int:
     measured = load()
     chosen = [c for c in measured if c.cameras in (args.fit_cameras or (1, 2, 3))]
     chosen = [c for c in chosen if c.program in (args.fit_programs or CARDS)]
-    fitted = stored() if args.check else fit(chosen)
+    fitted = constants() if args.check else fit(chosen)
     checked = [c for c in measured if c.cameras in (args.check_cameras or (1, 2, 3))]
     checked = [c for c in checked if c.program in (args.check_programs or CARDS)]
     kernels, sums = kernel_errors(checked, fitted), sum_errors(checked, fitted)

@@ -3,11 +3,12 @@
     cycles = edge + counts x constants + max(issue x instructions of a warp, reached x operations / rate)
 
 edge: from launch to end of a kernel with nothing to do but its dependent steps. counts: turns (waves of thread blocks), blocks
-that a multiprocessor starts, links of the chain over K, exchanges between blocks. Operations are those of the busiest multiprocessor, tiles in full, over its peak
-rate. Bytes are read at the bandwidth of L2, and of memory where L2 does not hold them. Nothing but `Gpu` depends on the GPU.
+that a multiprocessor starts, links of the chain over K, exchanges between blocks. Operations are those of the busiest
+multiprocessor, tiles in full, over its peak rate. Bytes are read at the bandwidth of L2, and of memory where L2 does not hold
+them; a launch takes as long as they do at least. Nothing but `Gpu` depends on the GPU.
 
 The constants, cycles of a kernel family or ratios, are in latency.json: `python -m benchmarks.fit_latency` finds them. A kernel
-that was never measured is not estimated: `seconds` refuses it by name.
+that was never measured is not estimated: `time_of` refuses it by name.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,25 +86,43 @@ class Terms:
 
 class Constants(NamedTuple):
     """families: cycles and ratios by family. overlap: seconds that a launch saves which may start early. beside: the share of
-    what runs on other streams that the prefix takes longer by."""
+    what runs on other streams that the prefix takes longer by. event: seconds of an event, which measured launches had.
+    kernel_error, sum_error: the largest relative ones on the GPU that was measured."""
 
     families: Mapping[str, Mapping[str, float]]
     overlap: float
     beside: float
+    event: float
+    kernel_error: float = 0.0
+    sum_error: float = 0.0
 
 
 @functools.cache
 def constants() -> Constants:
+    """Those of latency.json."""
     data = json.loads(CONSTANTS.read_text())
-    return Constants(data["families"], 1e-6 * data["overlap_us"], data["beside"])
+    errors = data["kernel_error"], data["sum_error"]
+    return Constants(data["families"], 1e-6 * data["overlap_us"], data["beside"], 1e-6 * data["event_us"], *errors)
 
 
-def seconds(launch: Launch, gpu: Gpu, fitted: Constants | None = None) -> float:
-    """Of the launch alone on the GPU. KernelError names a kernel that was not measured, and a rate that is not public."""
-    return seconds_of(terms(launch, gpu), gpu, (fitted or constants()).families)
+def kernel_of(schedule: Mapping[str, Any], launch: Mapping[str, Any]) -> str:
+    """The expression of its kernel, or the library."""
+    return schedule["kernels"][launch["kernel"]]["expression"] if "kernel" in launch else launch["call"]
 
 
-def seconds_of(asked: Terms, gpu: Gpu, families: Mapping[str, Mapping[str, float]]) -> float:
+class Time(NamedTuple):
+    """Seconds of a launch alone on the GPU; memory: that its bytes take, which nothing beside it can hide."""
+
+    seconds: float
+    memory: float
+
+
+def time_of(launch: Launch, gpu: Gpu, fitted: Constants | None = None) -> Time:
+    """KernelError names a kernel that was not measured, and a rate that is not public."""
+    return time_of_terms(terms(launch, gpu), gpu, (fitted or constants()).families)
+
+
+def time_of_terms(asked: Terms, gpu: Gpu, families: Mapping[str, Mapping[str, float]]) -> Time:
     if asked.family not in families:
         raise KernelError(f"{asked.family}: no launch of this kernel was measured; python -m benchmarks.fit_latency --help")
     c = families[asked.family]
@@ -111,8 +130,11 @@ def seconds_of(asked: Terms, gpu: Gpu, families: Mapping[str, Mapping[str, float
     cycles = busy + sum(count * c[name] for name, count in asked.counts.items())
     from_l2 = c.get("bytes", 0) * asked.activations / (L2_BYTES * gpu.multiprocessors)
     held = asked.activations <= L2_HELD * gpu.known("l2_bytes")
-    from_memory = (asked.weights + (0 if held else asked.activations)) / (MEMORY_REACHED * gpu.memory_bandwidth)
-    return c["edge"] / gpu.clock + max((cycles + from_l2) / gpu.clock, from_memory)
+    memory = (asked.weights + (0 if held else asked.activations)) / (MEMORY_REACHED * gpu.memory_bandwidth)
+    return Time(c["edge"] / gpu.clock + max((cycles + from_l2) / gpu.clock, memory), memory)
+
+
+Timed = tuple[Launch, Time]
 
 
 class Sum(NamedTuple):
@@ -129,17 +151,18 @@ class Sum(NamedTuple):
         return self.prefix + self.steps
 
 
-def sum_of(
-    prefix: Iterable[tuple[Launch, float]], step: Iterable[tuple[Launch, float]], num_steps: int, fitted: Constants
-) -> Sum:
-    """Of launches with their seconds."""
+def sum_of(prefix: Sequence[Timed], step: Sequence[Timed], num_steps: int, fitted: Constants) -> Sum:
+    """Of all launches of both halves. What runs beside the prefix costs it a share, and at least the bytes."""
+    one, whole = seconds_in_turn(step, fitted), seconds_in_turn(prefix, fitted)
+    beside = [*(each for each in prefix if each[0].branch), *step]
+    hidden = seconds_in_turn([each for each in prefix if each[0].branch], fitted)
+    costs = max(fitted.beside * (hidden + one), sum(time.memory for _, time in beside))
+    return Sum(whole, one, whole - hidden + costs, (num_steps - 1) * one)
 
-    def total(pairs: Iterable[tuple[Launch, float]]) -> float:
-        return sum(took - fitted.overlap * launch.overlap for launch, took in pairs)
 
-    prefix, one = list(prefix), total(step)
-    whole, beside = total(prefix), total(pair for pair in prefix if pair[0].branch)
-    return Sum(whole, one, whole - beside + fitted.beside * (beside + one), (num_steps - 1) * one)
+def seconds_in_turn(timed: Iterable[Timed], fitted: Constants) -> float:
+    """Of launches that follow each other on one stream."""
+    return sum(time.seconds - fitted.overlap * launch.overlap for launch, time in timed)
 
 
 def terms(launch: Launch, gpu: Gpu) -> Terms:
