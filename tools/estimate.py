@@ -125,7 +125,8 @@ def with_assumed(card: Gpu, assume: Sequence[str]) -> Gpu:
         if name not in unknown:
             raise DuqError(f"--assume {text}: the {name} of {card.name} is known, or given twice; leave it out")
         unknown.remove(name)
-        card = replace(card, **{name: int(value)})
+        given: dict[str, Any] = {name: int(value)}
+        card = replace(card, **given)
     if unknown:
         needed = " ".join(f"--assume {name}=..." for name in unknown)
         raise DuqError(f"--gpu {card.name}: its {' and '.join(unknown)} are not public; say what to assume: {needed}")
