@@ -43,6 +43,7 @@ from duq.tools.latency import (
     constants,
     kernel_of,
     sum_of,
+    template_of,
     terms,
     time_of,
     time_of_terms,
@@ -129,7 +130,8 @@ def kinds_of(launches: Iterable[Mapping[str, Any]], compiled: Iterable[Compiled]
                 "full-size pi0"
             )
         shape = {"grid": tuple(each["grid"] or ()), "threads": each["threads"] or 0, "shared": each["shared"] or 0}
-        launch = replace(known[key], kernel=each["kernel"], moved=each["moved"], **shape)
+        template = template_of(each["kernel"])
+        launch = replace(known[key], kernel=each["kernel"], template=template, moved=each["moved"], **shape)
         times.setdefault((each["program"], json.dumps(asdict(launch))), []).append(each["us"])
     return [
         {"half": half, "count": len(us), "us": round(statistics.median(us), 3), **json.loads(launch)}

@@ -169,7 +169,7 @@ def estimate(schedule: Mapping[str, Any], variant: Mapping[str, Any], num_steps:
         main = LLM if launch.kernel == "tokens" else main  # the prompt comes behind the pictures
         parts[STATE if launch.branch else main].append((launch, time))
     parts[STEP] = step
-    kernels = sorted({launch.kernel.partition("<")[0] for launch, _ in (*prefix, *step)} & set(UNMEASURED))
+    kernels = sorted({launch.name for launch, _ in (*prefix, *step)} & set(UNMEASURED))
     rows = [
         Part(
             name,

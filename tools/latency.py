@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +53,7 @@ class Launch:
     branch: bool = False
     overlap: bool = False
     clusters: bool = False  # blocks that share K or keys are one
+    template: Mapping[str, str] | None = None  # the arguments by name, of a kernel whose parameters may have changed since
 
     @classmethod
     def of(cls, launch: Mapping[str, Any], kernel: str) -> Launch:
@@ -62,6 +62,11 @@ class Launch:
         shape = tuple(launch.get("grid", ())), launch.get("threads", 0), launch.get("shared", 0)
         flags = launch.get("branch", False), launch.get("overlap", False), "cluster" in launch
         return cls(kernel, launch["work"], launch["moved"], *shape, sizes, *flags)
+
+    @property
+    def name(self) -> str:
+        """Of the kernel, without template arguments."""
+        return self.kernel.partition("<")[0]
 
     @property
     def blocks(self) -> int:
@@ -167,20 +172,19 @@ def seconds_in_turn(timed: Iterable[Timed], fitted: Constants) -> float:
 
 def terms(launch: Launch, gpu: Gpu) -> Terms:
     """Raises KernelError for a kernel that the model does not know."""
-    name, template = _parsed(launch.kernel)
-    if name not in _TERMS:
-        raise KernelError(f"{name}: duq-estimate has no model of this kernel (tools/latency.py)")
-    return _TERMS[name](launch, template, gpu)
+    if launch.name not in _TERMS:
+        raise KernelError(f"{launch.name}: duq-estimate has no model of this kernel (tools/latency.py)")
+    return _TERMS[launch.name](launch, template_of(launch.kernel) if launch.template is None else launch.template, gpu)
 
 
-def _parsed(expression: str) -> tuple[str, dict[str, str]]:
-    """Name and template arguments by name of a C++ expression."""
-    found = re.fullmatch(r"(\w+)(?:<(.*)>)?", expression)
-    name, values = (found[1], found[2].split(", ") if found[2] else []) if found else (expression, [])
+def template_of(expression: str) -> dict[str, str]:
+    """The template arguments by name of a kernel's C++ expression. KernelError where it has others in this duq."""
+    name, _, rest = expression.partition("<")
+    values = rest.removesuffix(">").split(", ") if rest else []
     names = KERNELS[name].template if name in KERNELS else ()
-    if name in _TERMS and len(names) != len(values):
+    if len(names) != len(values):
         raise KernelError(f"{expression}: this duq's kernel {name} has other parameters; compile the plan again")
-    return name, dict(zip(names, values, strict=False))
+    return dict(zip(names, values, strict=True))
 
 
 class Load(NamedTuple):
@@ -199,15 +203,14 @@ class Load(NamedTuple):
 
 def _rows(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> Terms:
     """A kernel that reads rows of activations and writes others; those that were never measured are as the others are."""
-    name = _parsed(launch.kernel)[0]
-    name = "rows" if name in UNMEASURED else name
-    return Terms(name, {"block": launch.blocks / gpu.multiprocessors}, activations=launch.moved)
+    family = "rows" if launch.name in UNMEASURED else launch.name
+    return Terms(family, {"block": launch.blocks / gpu.multiprocessors}, activations=launch.moved)
 
 
 def _alone(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> Terms:
     turns = Load.of(launch, gpu, OTHER_REGISTERS).turns
     counts = {"token": turns * int(template["TOKENS"])} if "TOKENS" in template else {"turn": turns - 1.0}
-    return Terms(_parsed(launch.kernel)[0], counts, weights=launch.moved)
+    return Terms(launch.name, counts, weights=launch.moved)
 
 
 def _matmul(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> Terms:
@@ -265,7 +268,7 @@ def _gemm_large(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> Terms:
 
 def _few_tokens(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> Terms:
     """gemm_small and gemm_float: the warps of a block, and blocks, share K."""
-    name, is_float = launch.kernel.split("<")[0], "NORM" in template
+    is_float = launch.name == "gemm_float"
     rows16, tokens8 = int(template["ROWS16"]), int(template["TOKENS8"])
     warps, split, bits = launch.threads // 32, launch.grid[1], int(template["BITS"])
     load = Load.of(launch, gpu, 4 * rows16 * tokens8 + OTHER_REGISTERS)
@@ -277,7 +280,7 @@ def _few_tokens(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> Terms:
     if is_float:
         counts |= {"staged": load.turns * rows16 * tokens8, "rotary": float(template["EPILOGUE"] == "ROTARY")}
     counts |= _exchange(launch, split)
-    return Terms(name, counts, links * rows16 * tokens8 * mma, operations, **_gemm(launch, bits))
+    return Terms(launch.name, counts, links * rows16 * tokens8 * mma, operations, **_gemm(launch, bits))
 
 
 def _attention(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> Terms:
@@ -290,12 +293,11 @@ def _attention(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> Terms:
     instructions = walked * keys_of_warp / 8 * padded / 16 * 2
     operations = walked * load.together * 16 * row_warps * key_warps * keys_of_warp * padded * 2 / _mma_sync_bf16(gpu)
     counts: dict[str, float] = {"turn": load.turns}
-    name = launch.kernel.split("<")[0]
-    if name == "attention_split":  # the last block merges what all have left
+    if launch.name == "attention_split":  # the last block merges what all have left
         counts = {"merged": load.turns * split * min(16 * row_warps, launch.sizes["tokens"] * heads)}
     else:
         counts |= {"cluster": float(split > 1)}
-    return Terms(name, counts, instructions, operations, activations=launch.moved)
+    return Terms(launch.name, counts, instructions, operations, activations=launch.moved)
 
 
 def _attention_wgmma(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> Terms:
