@@ -15,7 +15,7 @@ from duq.compiler.quant.pack import save_pack
 from duq.compiler.quant.recipe import ENVIRONMENT, PRESETS, SCHEMES, Recipe, environment_settings
 from duq.runtime import inspect as inspect_cli
 from duq.runtime import serve_cli
-from duq.tools import bench, compare, completion, demo, doctor, make_checkpoint, profile
+from duq.tools import bench, compare, completion, demo, doctor, estimate, make_checkpoint, profile
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -23,7 +23,8 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 COMMANDS = {
     "duq-compile": compile_app, "duq-quantize": quantize_app, "duq-serve": serve_cli.app, "duq-inspect": inspect_cli.app,
     "duq-compare": compare.app, "duq-bench": bench.app, "duq-profile": profile.app, "duq-demo": demo.app,
-    "duq-make-checkpoint": make_checkpoint.app, "duq-doctor": doctor.app, "duq-completion": completion.app,
+    "duq-estimate": estimate.app, "duq-make-checkpoint": make_checkpoint.app, "duq-doctor": doctor.app,
+    "duq-completion": completion.app,
 }  # fmt: skip
 FOLDERS = "benchmarks|compiler|duq|examples|plugins|runtime|tests|tools"
 TEXT = (DOCS / "quantization.md").read_text()

@@ -1,142 +1,245 @@
-"""What a call of a policy should take on a GPU that is not at hand, for duq-profile --sm and --gpu.
-
-A model, not a measurement: operations and bytes of every kernel against the GPU's rates. Integer products are estimated
-by the tile that would run (plugins/bitblas.py); the other kernels by the larger of bytes over bandwidth and operations over
-rate, plus the time a launch takes.
-"""
+"""What a call of a cuda plan should take on a GPU that is not at hand: `duq-estimate --help`. The model is latency.py."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+if __name__ == "__main__":  # in a checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from duq import commands
+
+    commands.estimate()
+
+import typer
+from rich.console import Console
 from rich.table import Table
 
-from duq.plugins import bitblas
-from duq.plugins.gpu import Gpu, gpu_of
-from duq.runtime.config import GemmaConfig, ModelConfig
+from duq.plugins.errors import DuqError
+from duq.plugins.gpu import CARDS, Gpu, gpu_named
+from duq.plugins.libraries import Version
+from duq.runtime.cli_errors import one_line_errors
+from duq.runtime.command_line import choice, command_app
+from duq.runtime.executors.programs import Program, best_first, program_for, programs_of, sm_to_compile_for
+from duq.runtime.executors.schedule import read_schedule
 from duq.runtime.plan import Plan
+from duq.tools.latency import (
+    MEASURED_ON,
+    UNMEASURED,
+    Launch,
+    Sum,
+    Timed,
+    constants,
+    kernel_of,
+    seconds_in_turn,
+    sum_of,
+    time_of,
+)
 
-LAUNCH = 2e-6  # seconds of a kernel in a CUDA graph, beyond its work
-REACHED = 0.75  # of the tensor cores' rate, by float products and attention
-FLOAT = 2  # bytes of an activation
+RATES = ("int8_rate", "bf16_rate", "l2_bytes")  # that may not be public, and --assume may give
+ANY_DRIVER = Version(1000, 0)
+VISION, LLM, STATE, STEP = "vision (SigLIP)", "LLM", "state token", "a denoising step"
+
+app = command_app()
 
 
-class Kernel(NamedTuple):
-    part: str
-    kind: str
+class Part(NamedTuple):
+    """Launches of a call; seconds: one after the other."""
+
+    name: str
+    launches: int
     operations: float
     bytes: float
     seconds: float
 
 
-def estimate(plan: Path, gpu: Gpu, cameras: int, prompt_tokens: int) -> Table:
-    """For every part of a policy call: launches, operations, bytes and estimated time.
+class Estimate(NamedTuple):
+    """Of one call of a schedule's variant. stand_ins: kernels that nobody measured, for which an average one stands."""
 
-    Of the plan only sizes and what is quantized matter. Raises KernelError for a GPU whose rates are not public.
+    parts: list[Part]
+    sums: Sum
+    num_steps: int
+    stand_ins: list[str]
+
+
+@app.command()
+def _estimate(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan of target cuda.")],
+    gpu: Annotated[
+        str,
+        choice((card.name for card in CARDS), "--gpu", metavar="NAME", help=f"{', '.join(card.name for card in CARDS)}."),
+    ],
+    cameras: Annotated[int | None, typer.Option(min=1, max=3, help="Of the observation; by default the plan's.")] = None,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of the observation, padded to the plan's next size; by default the largest.")
+    ] = None,
+    assume: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RATE=VALUE",
+            help=f"A number of the GPU that is not public: {', '.join(RATES)}. Rates are multiply-adds of a multiprocessor in "
+            "a cycle. May be given several times.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the estimate as JSON.")] = False,
+) -> None:
+    """Estimate a call on a GPU from the plan's launches: no GPU is needed, and nothing is measured.
+
+    The model of a launch was fitted to what an H200 took, and to nothing of other GPUs but their data sheets. The plan needs a
+    program that the GPU would run.
+
+    [bold]Example[/bold]
+
+      duq-estimate engine.plan --gpu rtx4090
+
+      duq-estimate engine.plan --gpu thor --assume int8_rate=2048 --assume bf16_rate=1024
     """
-    manifest = Plan(plan, verify=False).manifest
-    config = ModelConfig.from_json(manifest["model"])
-    return table(list(kernels(config, manifest, gpu, cameras, prompt_tokens)), gpu)
+    card = with_assumed(gpu_named(gpu), assume or [])
+    opened = Plan(plan)
+    if opened.manifest["target"] != "cuda":
+        raise DuqError(f"{plan}: is for target {opened.manifest['target']}; an estimate needs a plan of --target cuda")
+    program, schedule = _program(opened, card)
+    variant = _variant(plan, schedule, cameras, prompt_tokens)
+    found = estimate(schedule, variant, opened.manifest["num_steps"], card)
+    size = {"cameras": variant["cameras"], "prompt_tokens": variant["prompt"]}
+    if as_json:
+        typer.echo(json.dumps(_as_json(found, card, program, assume or []) | size, indent=1))
+        return
+    title = f"An estimate for {card.name} (SM {card.sm}), not a measurement: {_shown(program)}, "
+    title += f"{size['cameras']} cameras, {size['prompt_tokens']} prompt tokens"
+    for each in [title, _table(found), *_lines(found, assume or [])]:
+        Console(width=120, highlight=False).print(each)
 
 
-def kernels(config: ModelConfig, manifest: dict, device: Gpu, cameras: int, prompt_tokens: int) -> Iterator[Kernel]:
-    """Every launch of a call."""
-    gpu = Model(device)
-    quantized = {name for name, linear in manifest["quantization"]["linears"].items() if linear["activation_bits"] == 8}
-    vision, patches = config.vision, config.vision.tokens
-    prefix = cameras * patches + prompt_tokens
-    for _ in range(vision.depth):
-        for n, k in ((3 * vision.width, vision.width), (vision.width, vision.width), (vision.mlp_width, vision.width),
-                     (vision.width, vision.mlp_width)):  # fmt: skip
-            yield gpu.float_linear("SigLIP", cameras * patches, n, k)
-        yield gpu.attention("SigLIP", cameras * vision.heads, patches, patches, vision.width // vision.heads)
-        yield from (gpu.elementwise("SigLIP", cameras * patches * vision.width) for _ in range(2))
-    for layer in range(config.llm.depth):
-        last = layer == config.llm.depth - 1  # of which only keys and values are computed
-        yield from gpu.layer("LLM", "llm", config.llm, layer, prefix, prefix, quantized, only_cache=last)
-    for _ in range(manifest["num_steps"]):
-        for layer in range(config.expert.depth):
-            keys = prefix + config.action_horizon + (0 if config.pi05 else 1)
-            yield from gpu.layer("expert", "expert", config.expert, layer, config.action_horizon, keys, quantized)
+def with_assumed(card: Gpu, assume: Sequence[str]) -> Gpu:
+    """The card with numbers that are not public, "int8_rate=2048". DuqError where one is missing, unknown, or public."""
+    unknown = [name for name in RATES if getattr(card, name) is None]
+    for text in assume:
+        name, _, value = text.partition("=")
+        if name not in RATES or not value.isdecimal() or int(value) == 0:
+            raise DuqError(f"--assume {text}: is none of {', '.join(RATES)} with a positive integer; write int8_rate=2048")
+        if name not in unknown:
+            raise DuqError(f"--assume {text}: the {name} of {card.name} is known, or given twice; leave it out")
+        unknown.remove(name)
+        given: dict[str, Any] = {name: int(value)}
+        card = replace(card, **given)
+    if unknown:
+        needed = " ".join(f"--assume {name}=..." for name in unknown)
+        raise DuqError(f"--gpu {card.name}: its {' and '.join(unknown)} are not public; say what to assume: {needed}")
+    return card
 
 
-class Model:
-    """The kernels of one GPU and their times."""
-
-    def __init__(self, device: Gpu):
-        device.known("int8_rate")  # refuse before any work
-        self.device, self.bf16 = device, 2 * device.known("bf16_rate") * device.multiprocessors * device.clock
-
-    def layer(self, part: str, model: str, config: GemmaConfig, layer: int, m: int, keys: int, quantized: set[str],
-              only_cache: bool = False) -> Iterator[Kernel]:  # fmt: skip
-        """A layer of Gemma for m tokens that see `keys`: the products that plugins or TensorRT run, and what is between."""
-        heads, cache = config.heads * config.head_dim, 2 * config.kv_heads * config.head_dim
-        linears = [("self_attn.k_proj", cache if only_cache else heads + cache, config.width)]
-        if not only_cache:
-            linears += [("self_attn.o_proj", config.width, heads), ("mlp.gate_proj", 2 * config.mlp_width, config.width),
-                        ("mlp.down_proj", config.width, config.mlp_width)]  # fmt: skip
-        for name, n, k in linears:
-            if f"{model}.layers.{layer}.{name}" in quantized:
-                read = 2 * k if name == "mlp.down_proj" else k  # gate and up
-                yield self.moved(part, "prologues", m * (FLOAT * read + k), rotations(m, k))
-                yield self.integer_linear(part, m, n, k)
-                residual = FLOAT if name in ("self_attn.o_proj", "mlp.down_proj") else 0
-                yield self.moved(part, "epilogues", m * n * (4 + FLOAT + residual), 2 * m * n)
-            else:
-                yield self.float_linear(part, m, n, k)
-                yield self.elementwise(part, m * config.width)  # the norm before it or the sum behind it
-        if not only_cache:
-            yield self.attention(part, config.heads, m, keys, config.head_dim)
-        yield self.elementwise(part, m * (heads + cache))  # the rotary embedding
-
-    def integer_linear(self, part: str, m: int, n: int, k: int) -> Kernel:
-        tile = bitblas.best(m, n, k, self.device if self.device.sm in bitblas.SMS else gpu_of(86))
-        moved = n * k / 2 + m * k + 4 * m * n
-        return Kernel(part, "integer products", 2 * m * n * k, moved, bitblas.estimate(tile, m, n, k, self.device))
-
-    def float_linear(self, part: str, m: int, n: int, k: int) -> Kernel:
-        moved = FLOAT * (n * k + m * k + m * n)
-        return self.product(part, "float products", 2 * m * n * k, moved)
-
-    def attention(self, part: str, heads: int, queries: int, keys: int, dims: int) -> Kernel:
-        return self.product(
-            part, "attention", 4 * heads * queries * keys * dims, FLOAT * 2 * (heads * queries + keys) * dims
+def _program(plan: Plan, card: Gpu) -> tuple[Program, dict[str, Any]]:
+    """Which of the plan's programs the card would run, and its schedule."""
+    fitting = best_first(programs_of(plan.manifest), card.sm, ANY_DRIVER)
+    found = program_for(fitting, card.sm, card.block_shared_bytes, lambda each: read_schedule(plan, each.schedule))
+    if found is None:
+        made_for = ", ".join(map(str, plan.manifest["sm"]))
+        wanted = sm_to_compile_for(card.sm, card.block_shared_bytes)
+        raise DuqError(
+            f"{plan.path}: is made for SM {made_for}, and {card.name} (SM {card.sm}) runs none of it; compile it with --sm {wanted}"
         )
-
-    def elementwise(self, part: str, elements: int) -> Kernel:
-        return self.moved(part, "norms, rotary embeddings, sums", 3 * FLOAT * elements, elements)
-
-    def product(self, part: str, kind: str, operations: float, moved: float) -> Kernel:
-        seconds = max(operations / (REACHED * self.bf16), moved / self.device.memory_bandwidth)
-        return Kernel(part, kind, operations, moved, seconds + LAUNCH)
-
-    def moved(self, part: str, kind: str, moved: float, operations: float) -> Kernel:
-        return Kernel(part, kind, operations, moved, moved / self.device.memory_bandwidth + LAUNCH)
+    return found
 
 
-def rotations(m: int, k: int, block: int = 64) -> float:
-    """Additions of a block Hadamard."""
-    return m * k * (block.bit_length() - 1)
+def _variant(plan: Path, schedule: Mapping[str, Any], cameras: int | None, prompt_tokens: int | None) -> dict[str, Any]:
+    """The smallest of the schedule for such an observation."""
+    most = max(variant["cameras"] for variant in schedule["variants"])
+    longest = max(variant["prompt"] for variant in schedule["variants"])
+    wanted = cameras or most, prompt_tokens or longest
+    fitting = [each for each in schedule["variants"] if each["cameras"] == wanted[0] and each["prompt"] >= wanted[1]]
+    if not fitting:
+        raise DuqError(
+            f"{plan}: is not for {wanted[0]} cameras and {wanted[1]} prompt tokens, but for up to {most} and {longest}"
+        )
+    return min(fitting, key=lambda each: each["prompt"])
 
 
-def table(work: list[Kernel], gpu: Gpu) -> Table:
-    title = f"An estimate for {gpu.name} (SM {gpu.sm}), not a measurement"
-    result = Table("part", "what", title=title, title_justify="left")
+def estimate(schedule: Mapping[str, Any], variant: Mapping[str, Any], num_steps: int, gpu: Gpu) -> Estimate:
+    """Of a variant of a schedule. Raises KernelError for a kernel that was never measured."""
+    fitted = constants()
+    prefix, step = (_timed(schedule, variant[half], gpu) for half in ("prefix", "step"))
+    parts: dict[str, list[Timed]] = {VISION: [], LLM: [], STATE: []}
+    main = VISION
+    for launch, time in prefix:
+        main = LLM if launch.kernel == "tokens" else main  # the prompt comes behind the pictures
+        parts[STATE if launch.branch else main].append((launch, time))
+    parts[STEP] = step
+    kernels = sorted({launch.name for launch, _ in (*prefix, *step)} & set(UNMEASURED))
+    rows = [
+        Part(
+            name,
+            len(timed),
+            sum(launch.work for launch, _ in timed),
+            sum(launch.moved for launch, _ in timed),
+            seconds_in_turn(timed, fitted),
+        )
+        for name, timed in parts.items()
+        if timed
+    ]
+    return Estimate(rows, sum_of(prefix, step, num_steps, fitted), num_steps, kernels)
+
+
+def _timed(schedule: Mapping[str, Any], launches: Iterable[Mapping[str, Any]], gpu: Gpu) -> list[Timed]:
+    found = (Launch.of(each, kernel_of(schedule, each)) for each in launches)
+    return [(launch, time_of(launch, gpu)) for launch in found]
+
+
+def _shown(program: Program) -> str:
+    return f"the program for SM {program.sm}" + (", from PTX" if program.image == "ptx" else "")
+
+
+def _table(found: Estimate) -> Table:
+    table = Table("part")
     for column in ("launches", "operations", "bytes", "ms"):
-        result.add_column(column, justify="right")
-    for part in dict.fromkeys(each.part for each in work):
-        own = [each for each in work if each.part == part]
-        for kind in dict.fromkeys(each.kind for each in own):
-            _add_row(result, part, kind, [each for each in own if each.kind == kind])
-        _add_row(result, part, "together", own, end_section=True)
-    _add_row(result, "the call", "", work)
-    return result
+        table.add_column(column, justify="right")
+    for part in found.parts:
+        numbers = f"{part.launches}", f"{part.operations / 1e9:,.1f} G", f"{part.bytes / 1e6:,.0f} MB"
+        table.add_row(part.name, *numbers, f"{1e3 * part.seconds:.2f}")
+    return table
 
 
-def _add_row(result: Table, part: str, kind: str, chosen: list[Kernel], **options) -> None:
-    operations, moved = sum(each.operations for each in chosen), sum(each.bytes for each in chosen)
-    seconds = sum(each.seconds for each in chosen)
-    numbers = f"{len(chosen)}", f"{operations / 1e9:,.1f} G", f"{moved / 1e6:,.0f} MB", f"{1e3 * seconds:.2f}"
-    result.add_row(part, kind, *numbers, **options)
+def _lines(found: Estimate, assume: Sequence[str]) -> list[str]:
+    sums, error = found.sums, constants()
+    lines = [
+        f"The call: {1e3 * sums.call:.2f} ms. Prefix {1e3 * sums.prefix:.2f} ms, with the state token and the first denoising "
+        f"step beside it; the other {found.num_steps - 1} steps {1e3 * sums.steps:.2f} ms.",
+        f"On an {MEASURED_ON}, where the model was fitted, a kernel is at most {error.kernel_error:.0%} off and a sum "
+        f"{error.sum_error:.0%}. How far it is off elsewhere, nobody has measured.",
+    ]
+    if found.stand_ins:
+        lines.append(f"Never measured, taken for average kernels of their kind: {', '.join(found.stand_ins)}.")
+    if assume:
+        lines.append(f"Assumed: {', '.join(assume)}.")
+    return lines
+
+
+def _as_json(found: Estimate, card: Gpu, program: Program, assume: Sequence[str]) -> dict[str, Any]:
+    sums, error = found.sums, constants()
+    return {
+        "estimate": True,
+        "gpu": card.name,
+        "sm": card.sm,
+        "program": {"sm": program.sm, "image": program.image},
+        "assumed": list(assume),
+        "parts": [
+            {"part": part.name, "launches": part.launches, "operations": part.operations, "bytes": part.bytes,
+             "ms": 1e3 * part.seconds}
+            for part in found.parts
+        ],
+        "prefix_ms": 1e3 * sums.prefix,
+        "steps_ms": 1e3 * sums.steps,
+        "call_ms": 1e3 * sums.call,
+        "in_turn_ms": {"prefix": 1e3 * sums.prefix_in_turn, "step": 1e3 * sums.step_in_turn},
+        "never_measured": found.stand_ins,
+        "error": {"on": MEASURED_ON, "kernel": error.kernel_error, "sum": error.sum_error},
+    }  # fmt: skip
+
+
+def main() -> None:
+    with one_line_errors():
+        app()

@@ -20,13 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 from duq.plugins.errors import DuqError
-from duq.plugins.gpu import gpu_named, gpu_of
 from duq.runtime.cli_errors import one_line_errors
-from duq.runtime.command_line import command_app, compute_capability
+from duq.runtime.command_line import command_app
 from duq.runtime.executors.cuda import CudaExecutor
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import ModelInputs
-from duq.tools.estimate import estimate
 
 # What one H100 SXM reaches (docs/performance.md): bytes a second from memory, operations a second in dense products.
 BANDWIDTH, INT8, BF16 = 3.0e12, 1.39e15, 0.79e15
@@ -41,37 +39,18 @@ def _profile(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Of the observation; padded to the plan's next size.")] = 48,
     each_layer: Annotated[bool, typer.Option("--layers", help="Do not sum over layers.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print every launch as JSON.")] = False,
-    sm: Annotated[
-        str | None,
-        typer.Option(
-            "--sm",
-            metavar="SM",
-            help="Measure nothing: estimate a call on this GPU, e.g. 86 or 8.6 for an A40. Any plan will do.",
-        ),
-    ] = None,
-    gpu: Annotated[str | None, typer.Option("--gpu", metavar="NAME", help="The same on this card, e.g. rtx4090.")] = None,
 ) -> None:
     """Time every launch of a call and print a table: kernel, launches, microseconds, bytes, share of the ceiling.
 
     Launches follow each other on one stream. Times include an event each, 3 to 4 microseconds on an H100, and launches
     do not overlap, so their sum exceeds the graph's time, which is printed too; there the state token and the first
     step run beside the prefix. The ceiling is the larger of bytes over bandwidth and operations over the tensor cores'
-    rate (H100).
+    rate (H100). Of a GPU that is not at hand, duq-estimate says what to expect.
 
     [bold]Example[/bold]
 
       duq-profile engine.plan --cameras 3
-
-      duq-profile engine.plan --sm 86
-
-      duq-profile engine.plan --gpu rtx4090
     """
-    if sm is not None and gpu is not None:
-        raise DuqError(f"--sm {sm} and --gpu {gpu}: give one of them")
-    card = gpu_named(gpu) if gpu is not None else gpu_of(compute_capability("--sm", sm)) if sm is not None else None
-    if card is not None:
-        Console(width=110).print(estimate(plan, card, cameras, prompt_tokens))
-        return
     executor = CudaExecutor(Plan(plan))
     size = min((s for s in executor.sizes if s[0] == cameras and s[1] >= prompt_tokens), default=None)
     if size is None:

@@ -173,7 +173,7 @@ def check_compiler(environment: Environment) -> None:
     run("duq-doctor", "engine.plan", "--target", "cuda", "--do", "compile")
     bench = run("duq-bench", "--variant", "tiny", "--quant", "none", "--rounds", 1, "--no-torch-compile", "--json")
     check(len(json.loads(bench.stdout)["results"][0]["milliseconds"]) == 2, "duq-bench: expected PyTorch and the engine")
-    check("An estimate for A40 (SM 86)" in run("duq-profile", "cuda.plan", "--sm", 86).stdout, "duq-profile: no estimate")
+    check("An estimate for A40 (SM 86)" in run("duq-estimate", "cuda.plan", "--gpu", "a40").stdout, "duq-estimate: none")
     run("python", "-c", INFER)
     check_server(environment)
 
@@ -218,7 +218,7 @@ def check_robot(environment: Environment) -> None:
     check(len(timed["times_ms"]) == 5, "duq-bench engine.plan: expected five calls")
     run("duq-compare", "float.plan", "engine.plan", "--observations", "observations.npz")
     check("complete" in run("duq-completion", "bash").stdout, "duq-completion: prints no script")
-    check("An estimate" in run("duq-profile", "cuda.plan", "--sm", 86).stdout, "duq-profile: no estimate")
+    check("An estimate" in run("duq-estimate", "cuda.plan", "--gpu", "a40").stdout, "duq-estimate: none")
     for *arguments, extra in (
         ("duq-compile", "checkpoint", "--out", "new.plan", "compile"),
         ("duq-compare", "checkpoint", "engine.plan", "compile"),

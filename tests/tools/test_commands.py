@@ -271,12 +271,6 @@ def test_a_compute_capability_is_taken_as_people_write_it(text, sm):
     assert compute_capability("--sm", text) == sm
 
 
-def test_a_plan_is_estimated_for_a_gpu_written_with_a_dot(command_line, tiny_plans):
-    from duq.tools.profile import main
-
-    assert "A40 (SM 86)" in command_line(main, tiny_plans("pi0", "none").plan, "--sm", "8.6").out
-
-
 @pytest.mark.parametrize("text", ["8,6", "8.60", "ampere", "", "8.6.1", "-86", "٨٦"])
 def test_what_is_no_compute_capability_is_refused(text, command_line, tmp_path):
     from duq.compiler.commands import compile_main

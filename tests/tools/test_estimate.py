@@ -1,64 +1,115 @@
-"""tools/profile.py --sm: what a call consists of, counted by hand, and its table."""
+"""duq-estimate: which program it takes, what it sums up, what it refuses."""
 
-import dataclasses
+import json
 
-from duq.compiler.checkpoint.synthetic import make_config
-from duq.plugins.gpu import gpu_named, gpu_of
+import pytest
+
+from benchmarks.schedules import schedule_for
+from duq.plugins.gpu import gpu_of
+from duq.runtime.config import ModelConfig
+from duq.runtime.plan import Plan
 from duq.tools import estimate, profile
 
-CONFIG = make_config("full", pi05=False)
-MLP = [
-    f"{model}.layers.{i}.mlp.{name}_proj"
-    for model in ("llm", "expert")
-    for i in range(18)
-    for name in ("gate", "up", "down")
-]
-ATTENTION = [f"llm.layers.{i}.self_attn.{name}_proj" for i in range(18) for name in "qkvo"]
-MANIFEST = {"num_steps": 10, "quantization": {"linears": {name: {"activation_bits": 8} for name in MLP + ATTENTION}}}
+
+@pytest.fixture(scope="module")
+def plan(tiny_plans):
+    """For SM 86, also as PTX, and 90."""
+    return tiny_plans("pi0", "llm+expert-mlp", "cuda").plan
 
 
-def work(card="A40", **changes):
-    return list(estimate.kernels(dataclasses.replace(CONFIG, **changes), MANIFEST, gpu_named(card), 3, 48))
+def test_the_table_of_a_plan(plan, command_line):
+    ran = command_line(estimate.main, plan, "--gpu", "rtx4090")
+    assert ran.code == 0
+    assert (
+        "An estimate for RTX 4090 (SM 89), not a measurement: the program for SM 86, 3 cameras, 48 prompt tokens" in ran.out
+    )
+    assert all(part in ran.out for part in ("vision (SigLIP)", "LLM", "state token", "a denoising step", "The call: "))
+    assert "How far it is off elsewhere, nobody has measured" in " ".join(ran.out.split())
 
 
-def test_operations_of_the_integer_products():
-    """2 M N K: 17 whole layers of the language model and the keys and values of the last; the expert's MLPs ten times."""
-    llm = 17 * (2560 * 2048 + 2048 * 2048 + 32768 * 2048 + 2048 * 16384) + 512 * 2048
-    expert = 10 * 18 * (8192 * 1024 + 1024 * 4096)
-    integer = [kernel for kernel in work() if kernel.kind == "integer products"]
-    assert sum(kernel.operations for kernel in integer if kernel.part == "LLM") == 2 * 816 * llm
-    assert sum(kernel.operations for kernel in integer if kernel.part == "expert") == 2 * 50 * expert
+@pytest.mark.parametrize(
+    ("gpu", "program"),
+    [
+        ("a40", {"sm": 86, "image": "cubin"}),
+        ("h200", {"sm": 90, "image": "cubin"}),
+        ("rtx 5090", {"sm": 86, "image": "ptx"}),
+    ],
+)
+def test_it_is_the_program_that_the_gpu_would_run(gpu, program, plan, command_line):
+    assert json.loads(command_line(estimate.main, plan, "--gpu", gpu, "--json").out)["program"] == program
 
 
-def test_nothing_is_faster_than_the_gpu():
-    gpu = gpu_of(86)
-    int8 = 2 * gpu.int8_rate * gpu.multiprocessors * gpu.clock
-    assert 280e12 < int8 < 320e12  # the A40's data sheet: 299
-    for kernel in work():
-        rate = int8 if kernel.kind == "integer products" else int8 / 2
-        assert kernel.seconds >= kernel.operations / rate and kernel.seconds >= kernel.bytes / gpu.memory_bandwidth
+def test_its_sums_are_of_its_parts(plan, command_line):
+    found = json.loads(command_line(estimate.main, plan, "--gpu", "a40", "--json").out)
+    vision, llm, state, step = (part["ms"] for part in found["parts"])
+    assert found["estimate"] is True
+    assert found["in_turn_ms"]["prefix"] == pytest.approx(vision + llm + state)
+    assert found["in_turn_ms"]["step"] == pytest.approx(step)
+    assert found["steps_ms"] == pytest.approx(3 * step)  # of 4 steps, the first beside the prefix
+    assert vision + llm < found["prefix_ms"] < vision + llm + state + step
+    assert found["call_ms"] == pytest.approx(found["prefix_ms"] + found["steps_ms"])
 
 
-def test_a_geforce_card_multiplies_floats_at_half_the_rate():
-    """An RTX A6000 is the same chip with 2 more multiprocessors and a clock 6 % higher: 2 x 1.09."""
-    siglip = [
-        sum(k.seconds - estimate.LAUNCH for k in work(card) if (k.part, k.kind) == ("SigLIP", "float products"))
-        for card in ("RTX A6000", "RTX 3090")
-    ]
-    assert 2.0 < siglip[1] / siglip[0] < 2.3
+def test_fewer_cameras_take_less(plan, command_line):
+    def call(*options):
+        return json.loads(command_line(estimate.main, plan, "--gpu", "a40", "--json", *options).out)
+
+    assert call("--cameras", 1)["call_ms"] < call("--cameras", 3)["call_ms"]
+    short = call("--prompt-tokens", 20)
+    assert short["prompt_tokens"] == 32 and short["call_ms"] < call()["call_ms"]
 
 
-def test_fewer_actions_take_less():
-    assert sum(k.seconds for k in work(action_horizon=25)) < sum(k.seconds for k in work())
+def test_a_plan_without_a_program_says_what_to_compile(plan, command_line):
+    ran = command_line(estimate.main, plan, "--gpu", "a100")
+    assert ran.code == 2 and ran.err.count("\n") == 1
+    assert "is made for SM 86, 90, and A100 (SM 80) runs none of it; compile it with --sm 80" in ran.err
 
 
-def test_the_table_of_a_plan(tiny_plans, command_line):
-    plan = tiny_plans("pi0", "llm+expert-mlp").plan
-    ran = command_line(profile.main, plan, "--sm", "86")
-    assert ran.code == 0 and "A40 (SM 86), not a measurement" in ran.out and "the call" in ran.out
-    assert "RTX 4090 (SM 89), not" in command_line(profile.main, plan, "--gpu", "rtx4090").out
-    refused = command_line(profile.main, plan, "--sm", "75")
-    assert refused.code == 2 and "no kernels for SM 75" in refused.err
-    refused = command_line(profile.main, plan, "--gpu", "gb10")
-    assert refused.code == 2 and "GB10: its int8_rate is not public" in refused.err
-    assert command_line(profile.main, plan, "--gpu", "a40", "--sm", "86").code == 2
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpu", "gb10"], "GB10: its int8_rate and bf16_rate are not public; say what to assume: --assume int8_rate=..."),
+        (["--gpu", "b200"], "B200: its int8_rate are not public"),
+        (["--gpu", "a40", "--assume", "int8_rate=2048"], "--assume int8_rate=2048: the int8_rate of A40 is known"),
+        (["--gpu", "b200", "--assume", "int8_rate=x"], "--assume int8_rate=x: is none of int8_rate, bf16_rate, l2_bytes"),
+        (["--gpu", "b200", "--assume", "clock=1"], "--assume clock=1: is none of"),
+        (["--gpu", "voodoo"], "--gpu voodoo: unknown; known are A100"),
+        (["--gpu", "a40", "--prompt-tokens", "999"], "is not for 3 cameras and 999 prompt tokens, but for up to 3 and 48"),
+    ],
+)
+def test_what_is_refused(options, message, plan, command_line):
+    ran = command_line(estimate.main, plan, *options)
+    assert ran.code == 2 and message in ran.err and ran.err.count("\n") == 1
+
+
+def test_what_is_assumed_is_said(plan, command_line):
+    ran = command_line(estimate.main, plan, "--gpu", "b200", "--assume", "int8_rate=2048")
+    assert ran.code == 0 and "Assumed: int8_rate=2048." in ran.out
+
+
+def test_a_plan_for_cpus_is_refused(tiny_plans, command_line):
+    ran = command_line(estimate.main, tiny_plans("pi0", "none").plan, "--gpu", "a40")
+    assert ran.code == 2 and "is for target cpu; an estimate needs a plan of --target cuda" in ran.err
+
+
+def test_duq_profile_estimates_no_more(plan, command_line):
+    assert command_line(profile.main, plan, "--gpu", "a40").code == 2
+
+
+@pytest.mark.parametrize("sm", [86, 90])
+def test_a_schedule_from_sizes_is_that_of_a_plan(sm, plan):
+    """Launch by launch: the compiler's schedule of weights that are not there, which docs/performance.md is made of."""
+    opened = Plan(plan, verify=False)
+    compiled = json.loads(opened.copy(f"schedule/sm{sm}.json"))
+    made = schedule_for(ModelConfig.from_json(opened.manifest["model"]), gpu_of(sm))
+    for ours, theirs in zip(made["variants"], compiled["variants"], strict=True):
+        for half in ("prefix", "step"):
+            assert [_without_places(made, launch) for launch in ours[half]] == [
+                _without_places(compiled, launch) for launch in theirs[half]
+            ]
+
+
+def _without_places(schedule, launch):
+    kept = {key: value for key, value in launch.items() if key not in ("args", "kernel")}
+    numbers = {name: value for name, value in launch["args"].items() if isinstance(value, int)}
+    return kept, numbers, estimate.kernel_of(schedule, launch)

@@ -139,7 +139,7 @@ def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options: CudaOp
     sections: dict[str, Any] = {"ptx": list(options.ptx_sms), "nvrtc": str(nvrtc_version())}
     for sm in options.sm:
         gpu, timed = _gpu_for(sm, options)
-        planned = _plan_for(gpu, timed, graphs, ops, weights, progress, options, report)
+        planned = plan_for(gpu, timed, graphs, ops, weights, progress, options, report)
         schedules[sm] = emit_schedule(planned, gpu, _pixel(options), sm in options.ptx_sms, writer, progress)
         sections[f"sm{sm}"] = _summary(planned, schedules[sm], gpu, timed)
     offsets = _write_weights(weights, writer, progress)
@@ -161,7 +161,7 @@ def _gpu_for(sm: int, options: CudaOptions) -> tuple[Gpu, bool]:
     return here, True
 
 
-def _plan_for(
+def plan_for(
     gpu: Gpu,
     timed: bool,
     graphs: Graphs,
@@ -171,7 +171,7 @@ def _plan_for(
     options: CudaOptions,
     report: Report,
 ) -> list[Planned]:
-    """The planned programs of every size for a GPU; `timed`: which is at hand to time tactics on."""
+    """The planned programs of every size for a GPU; `timed`: which is at hand to time tactics on. ops: of each graph, fused."""
     config = graphs.config
     sizes = [Size(c, p) for c in range(1, options.cameras + 1) for p in prompt_sizes(config.max_prompt_tokens)]
     models = dict(graphs.items())

@@ -39,6 +39,12 @@ def emit_schedule(
     kernels = _write_cubins(wanted, gpu, writer, progress)
     if ptx:
         _write_ptx(kernels, gpu, writer, progress)
+    return schedule_of(planned, kernels, pixel)
+
+
+def schedule_of(planned: Sequence[Planned], kernels: Mapping[Code, dict[str, Any]], pixel: str) -> dict[str, Any]:
+    """The same, of kernels that are described already, by what is compiled for them."""
+    launches = [launch for program, _, _ in planned for launch in program.launches]
     number = {code: index for index, code in enumerate(kernels)}
     calls = {each.instance.source: _parameters(each.instance) for each in launches if each.instance.kernel.is_library}
     return {
