@@ -169,7 +169,8 @@ def float_candidates(m: int, n: int, k: int, gpu: Gpu) -> list[GemmFloat]:
     spread = [t for t in busy if _off(n // (16 * t.rows16) * t.split, gpu) == 0]
     if gpu.has_clusters:
         return spread or fitting
-    return sorted(busy or fitting, key=lambda t: (_off(n // (16 * t.rows16) * t.split, gpu), t.split))
+    found = busy or [t for t in fitting if t.split == 1]
+    return sorted(found, key=lambda t: (_off(n // (16 * t.rows16) * t.split, gpu), t.split))
 
 
 # (N, K) -> rows16, warps, stages, split: the fastest on an H100 for 50 tokens, overlapped with the kernels around it

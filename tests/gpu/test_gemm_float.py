@@ -19,10 +19,10 @@ SPLITS = [1, 2, 3, 4, 8]
 
 
 def tactics_for(m: int) -> list[GemmFloat]:
-    """Tiles of all kinds; tokens in one block or, of more than 32, in two. Without clusters no split."""
+    """Tiles of all kinds; tokens in one block or, of more than 32, in two; K split over a cluster or in memory."""
     gpu, tokens8 = launch.gpu(), -(-m // 8)
     tiles = [(1, tokens8, 4, 3), (2, tokens8, 4, 2), (2, min(tokens8, 4), 8, 1), (4, tokens8, 4, 1), (1, tokens8, 8, 1)]
-    tactics = [GemmFloat(*tile, split if gpu.has_clusters else 1) for tile, split in zip(tiles, SPLITS, strict=True)]
+    tactics = [GemmFloat(*tile, split) for tile, split in zip(tiles, SPLITS, strict=True)]
     return [tactic for tactic in tactics if tactic.shape(m, 64).shared_bytes <= gpu.block_shared_bytes]
 
 
@@ -169,8 +169,6 @@ def test_what_is_left_for_a_norm(m, gain):
 @pytest.mark.parametrize("split", SPLITS)
 def test_residual_in_place_and_the_same_again(split):
     m, n, k, tactic = 50, 256, 1024, GemmFloat(2, 7, 4, 2, split)
-    if split > 1 and not launch.gpu().has_clusters:
-        pytest.skip("no clusters on this GPU")
     o = operands(m, n, k)
     packed, outputs = launch.pack_float_weight(o.weight), []
     for _ in range(3):

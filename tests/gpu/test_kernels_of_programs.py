@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from duq.plugins.kernel import Instance
+from duq.plugins.kernels import TileAttention
 from duq.plugins.tactics import SPLIT_KEYS, Small, best, best_attention, fits
 from tests.gpu import test_attention as attention
 from tests.gpu import test_gemm_float as gemm_float
@@ -52,6 +53,11 @@ def float_gemms() -> None:
     gemm_float.test_rotary(50, 5, True)
 
 
+def float_gemms_that_split_k() -> None:
+    for split in gemm_float.SPLITS:
+        gemm_float.test_residual_in_place_and_the_same_again(split)
+
+
 def float_gemms_at_full_size() -> None:
     for n, k in kernels.EXPERT:
         gemm_float.test_best_tactic_at_full_size(n, k, 50)
@@ -87,9 +93,10 @@ def rotations() -> None:
 CHECKS: dict[str, list[Callable[[], None]]] = {  # by kernel
     "gemm_small": [lambda: gemms_at_full_size(SMALL_SIZES), lambda: epilogues(*SMALL_SIZES[0]), split_k],
     "gemm_large": [lambda: gemms_at_full_size(LARGE_SIZES), lambda: epilogues(*LARGE_SIZES[0])],
-    "gemm_float": [float_gemms, float_gemms_at_full_size],
+    "gemm_float": [float_gemms, float_gemms_at_full_size, float_gemms_that_split_k],
     "attention": [prefix_attention, vision_attention, lambda: suffix_attention(50), lambda: suffix_attention(1)],
     "attention_split": [split_attention],
+    "attention_tile": [lambda: attention.test_prefix(TileAttention(8), 306)],
     "rotate_quantize": [rotations, lambda: kernels.test_rotation_for_products_of_floats("RMS_NORM", 64)],
     "hadamard_quantize": [lambda: kernels.test_hadamard_quantize(16384, 816)],
     "rotary": [lambda: attention.test_rotary(818, 0, None, True)],

@@ -114,7 +114,7 @@ def test_every_float_gemm_of_the_expert_has_a_tactic(n, k, m, gpu):
     tactic = best_float(m, n, k, gpu)
     shape = tactic.shape(m, n)
     assert tactic.divides(n, k) and shape.shared_bytes <= gpu.block_shared_bytes
-    assert shape.grid[2] == 1 and (gpu.has_clusters or shape.cluster == (1, 1, 1))
+    assert shape.grid[2] == 1 and (gpu.has_clusters or shape.on(gpu).cluster == (1, 1, 1))
 
 
 @EVERY_GPU
