@@ -33,5 +33,6 @@ def extend_step_by_history(graphs: Graphs) -> int:
     replace(x_next, new)
     history_next.name, history_next.shape, history_next.type = "history_next", shape, history.type
     graph.outputs.append(history_next)
+    graphs.step.opset_imports[ops.DOMAIN] = ops.VERSION
     simplify(graphs.step)
     return 1
