@@ -347,14 +347,14 @@ def test_dimensions_that_only_pad_count_nowhere_else():
         engine = basis | {"x": x + 0, "actions": x[2] + 0}
         for key in ("x", "actions"):
             engine[key][..., 4:] += noise * random.normal(size=engine[key][..., 4:].shape)
-        stages = Stages(2, [None], dims=4)
+        stages = Stages(Solver("euler", 2), True, [None], dims=4)
         stages.add(reference, engine)
         return stages.to_json()
 
     quiet, loud = measured(0), measured(100)
     assert quiet.pop("padding_dimensions")["max_error"] == 0 and loud.pop("padding_dimensions")["max_error"] > 10
     assert quiet == loud
-    every = Stages(2, [None], dims=6)
+    every = Stages(Solver("euler", 2), True, [None], dims=6)
     every.add(reference, basis | {"x": x, "actions": x[2]})
     assert every.to_json()["padding_dimensions"] is None
 
