@@ -53,8 +53,8 @@ def _reference_of_flow_step(
         assert history is not None and coefficients is not None
         changes = np.concatenate([change, history.read("float", earlier * m, columns)])
         history.write("float", changes[: earlier * m])
-        factors = coefficients.read("float", 1, 1 + earlier)
-        change = np.tensordot(factors[0], changes.reshape(1 + earlier, m, columns), 1)
+        factors = coefficients.read_each("float", 1 + earlier)
+        change = np.tensordot(factors, changes.reshape(1 + earlier, m, columns), 1)
     flow.write("float", flow.read("float", m, columns) + change)
 
 

@@ -46,16 +46,18 @@ TIMED = ("pi0", "llm+expert-mlp")  # with tactics by timing, the others with the
 
 
 @functools.cache
-def policy(name: str, quant: str, directory, float_images: bool = False, program: int | None = None):
+def policy(
+    name: str, quant: str, directory, float_images: bool = False, program: int | None = None, solver: str = "euler"
+):
     """The checkpoint's config and the paths of its cpu and cuda plans, the latter for this GPU or for the SM `program`."""
     sizes = dict(depth=3, vision_depth=2, action_horizon=50)
-    stem = directory / f"{name}.{quant}{'.float_images' * float_images}{f'.sm{program}' if program else ''}"
+    stem = directory / f"{name}.{quant}{'.float_images' * float_images}{f'.sm{program}' if program else ''}.{solver}"
     checkpoint = load_checkpoint(make_checkpoint(stem, pi05=name == "pi05", robot="libero", **sizes))
     preprocessor = Preprocessor(checkpoint.config)
     inputs = [preprocessor.model_inputs(each) for each in synthetic_observations(checkpoint.config, cameras=3, count=2)]
     preset, settings = RECIPES.get(quant, (quant, {}))
-    timing = (name, quant) == TIMED and not float_images
-    return checkpoint.config, both_plans(checkpoint, preset, settings, inputs, stem, timing, float_images, program)
+    timing = (name, quant) == TIMED and not float_images and solver == "euler"
+    return checkpoint.config, both_plans(checkpoint, preset, settings, inputs, stem, timing, float_images, program, solver)
 
 
 def both_plans(
@@ -67,11 +69,12 @@ def both_plans(
     timing: bool = False,
     float_images: bool = False,
     program: int | None = None,
+    solver: str = "euler",
 ) -> dict[str, Path]:
     recipe = load_recipe(preset, settings, environment={})
     integers = Quantization(recipe) if preset == "none" else quantize_checkpoint(checkpoint, recipe, inputs, SILENT)
     plans = {}
-    common = dict(num_steps=NUM_STEPS, float_images=float_images)
+    common = dict(num_steps=NUM_STEPS, solver=solver, float_images=float_images)
     for options in (Options(**common), CudaOptions(sm=(program or open_device(),), timing=timing, **common)):
         plans[options.target] = stem.with_name(f"{stem.name}.{options.target}.plan")
         compile_policy(checkpoint, integers, plans[options.target], options, SILENT)
@@ -103,6 +106,21 @@ def test_equals_cpu_engine(name, quant, cameras, prompt, directory):
     # A flipped rounding of one INT8 activation moves what follows by as much as quantization itself does: the bound
     # with quantization is above that noise (docs/accuracy.md), the one without is bf16's.
     check_stages(plans, *make_inputs(config, cameras, prompt), at_least=0.9999 if quant in ("none", "w4a16") else 0.9995)
+
+
+@pytest.mark.parametrize("quant", ["none", "llm+expert-mlp"])
+@pytest.mark.parametrize(("name", "solver"), [("pi0", "ab2"), ("pi05", "ab2"), ("pi0", "ab3")])
+def test_multistep_solvers_equal_the_cpu_engine(name, solver, quant, directory):
+    """In the graph and launch by launch, whatever the size, and nothing of one call's history in the next."""
+    config, plans = policy(name, quant, directory, solver=solver)
+    for case in CASES:
+        check_stages(plans, *make_inputs(config, *case), at_least=0.9999 if quant == "none" else 0.9995)
+    _, eulers = policy(name, quant, directory)
+    inputs, noise = make_inputs(config, *CASES[0])
+    mistaken, _ = cuda_executor(eulers["cuda"]).run(inputs, noise)
+    actions, _ = cuda_executor(plans["cuda"]).run(inputs, noise)
+    expected, _ = CpuExecutor(Plan(plans["cpu"])).run(inputs, noise)
+    assert np.abs(actions - expected).max() < np.abs(actions - mistaken).max()
 
 
 @pytest.mark.parametrize(("cameras", "prompt"), CASES)
