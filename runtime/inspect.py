@@ -194,7 +194,7 @@ def summary_rows(plan: Plan) -> list[tuple[str, str]]:
         "robot": settings.get("robot", str(manifest.get("robot", "none"))),
         "cameras": settings.get("cameras", ""),
         "actions": _joined(
-            f"{settings['action horizon']} a chunk, {settings['denoising steps']} denoising steps ({settings['solver']})" if settings else "",
+            f"{settings['action horizon']} a chunk, {_steps_text(manifest)}" if settings else "",
             f"deltas: {settings['deltas']}" if "deltas" in settings else "",
         ),
         "prompt": _joined(f"{settings['prompt slots']} slots", f"default {settings['default prompt']}") if settings else "",
@@ -206,6 +206,11 @@ def summary_rows(plan: Plan) -> list[tuple[str, str]]:
     notes = [("note", line) for line in manifest.get("notes") or ()]
     ignored = [("ignored", line) for line in manifest.get("ignored_settings") or ()]
     return [(name, text) for name, text in known.items() if text] + ignored + notes
+
+
+def _steps_text(manifest: dict[str, Any]) -> str:
+    solver = Solver.of(manifest)
+    return f"{solver.num_steps} denoising steps" + ("" if solver.name == "euler" else f" ({solver.name})")
 
 
 def _joined(*parts: str | None) -> str:

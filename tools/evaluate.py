@@ -60,7 +60,9 @@ app = command_app()
 @app.command()
 def _evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="Trained by examples/train_metaworld.py.")] = POLICY,
-    scheme: Annotated[list[str] | None, choice(SCHEMES, "--scheme", help="Repeatable; by default all of ten Euler steps.")] = None,
+    scheme: Annotated[
+        list[str] | None, choice(SCHEMES, "--scheme", help="Repeatable; by default all of ten Euler steps.")
+    ] = None,
     task: Annotated[
         list[str] | None, typer.Option(metavar="TASK", help="Repeatable; by default those it was trained on.")
     ] = None,

@@ -122,9 +122,9 @@ def compare(
     The actions of a plan by another solver than Euler's are compared with those of ten Euler steps (`reference_solver`), its
     velocities with those of its own solver, as are its actions in the stage "actions_same_solver".
 
-    The summary's keys: "checkpoint", "plan", "reference" (its solver), "threads", "seed", "date", "machine", "versions"; "stages": the measures
-    (cosine, max_error, sqnr_db) of every stage over all observations; "layers" and "steps": the same for keys and values of
-    each layer and velocities of each step; "observations": the same for the actions of each, and in the robot's units;
+    The summary's keys: "checkpoint", "plan", "reference" (its solver), "threads", "seed", "date", "machine", "versions";
+    "stages": the measures (cosine, max_error, sqnr_db) of every stage over all observations; "layers" and "steps": the same for
+    keys and values of each layer and velocities of each step; "observations": the same for the actions of each, and in the robot's units;
     "dimensions": errors of the actions that are read, one by one (see `joints_json`); "range": how the joints' ranges are
     known; "chunk": the error of each action of the chunk, in percent of the range; "linears"; "jerk"; "cost". Velocities
     and actions are those of the dimensions that the robot reads. The model's further ones are in "padding_dimensions" alone.

@@ -15,8 +15,9 @@ from duq.runtime.solver import Solver
 class Stages:
     """Collects the differences of all stages, observation by observation.
 
-    solver: the engine's; same_solver: whether the reference's actions are by it too. value_bases: by layer, the matrix that leads from the engine's values to the reference's, or None. dims: the leading
-    dimensions of actions and velocities that are read; those behind them only pad, and are measured apart.
+    solver: the engine's; same_solver: whether the reference's actions are by it too. value_bases: by layer, the
+    matrix that leads from the engine's values to the reference's, or None. dims: the leading dimensions of actions and
+    velocities that are read; those behind them only pad, and are measured apart.
     """
 
     def __init__(self, solver: Solver, same_solver: bool, value_bases: Sequence[np.ndarray | None], dims: int):
@@ -66,7 +67,9 @@ class Stages:
             "layers": [{"key": k.to_json(), "value": v.to_json()} for k, v in zip(self.keys, self.values, strict=True)],
             "steps": [
                 {"time": time, "velocity": free.to_json(), "velocity_at_engine_x": forced.to_json()}
-                for time, free, forced in zip(timesteps(self.solver.num_steps), self.velocities, self.at_engine_x, strict=True)
+                for time, free, forced in zip(
+                    timesteps(self.solver.num_steps), self.velocities, self.at_engine_x, strict=True
+                )
             ],
             "padding_dimensions": {"count": self.padding_dims, **self.padding.to_json()} if self.padding_dims else None,
         }

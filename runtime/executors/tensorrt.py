@@ -174,8 +174,8 @@ class Calls:
     """Whole calls of engines: either `policy`, or `prefix` and then `step` for every denoising step.
 
     Tensors are shared by name: what the prefix writes as key.0 the step reads in place. The state of the flow, and the solver's
-    history if it has one, move to and fro between two buffers each. signatures: engine -> tensor -> {"dtype", "shape"}; manifest: the plan's; table: the embeddings
-    of all tokens, 16-bit floats viewed as uint16 [vocabulary, width].
+    history if it has one, move to and fro between two buffers each. signatures: engine -> tensor -> {"dtype", "shape"}; manifest:
+    the plan's; table: the embeddings of all tokens, 16-bit floats viewed as uint16 [vocabulary, width].
     """
 
     def __init__(
@@ -304,7 +304,9 @@ class Calls:
     def _enqueue(self, name: str, shapes: dict[str, Shape], places: dict[str, int]) -> None:
         engine = self._engines[name]
         for tensor in self._signatures[name]:
-            is_input = tensor not in ("x_next", "history_next", "image_features") and not (name == "prefix" and _is_cache(tensor))
+            is_input = tensor not in ("x_next", "history_next", "image_features") and not (
+                name == "prefix" and _is_cache(tensor)
+            )
             address = places[tensor] if tensor in places else self._address(tensor)
             engine.bind(tensor, address, shapes[tensor] if is_input else None)
         engine.enqueue(self._stream.handle)

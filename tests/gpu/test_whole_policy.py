@@ -46,9 +46,7 @@ TIMED = ("pi0", "llm+expert-mlp")  # with tactics by timing, the others with the
 
 
 @functools.cache
-def policy(
-    name: str, quant: str, directory, float_images: bool = False, program: int | None = None, solver: str = "euler"
-):
+def policy(name: str, quant: str, directory, float_images: bool = False, program: int | None = None, solver: str = "euler"):
     """The checkpoint's config and the paths of its cpu and cuda plans, the latter for this GPU or for the SM `program`."""
     sizes = dict(depth=3, vision_depth=2, action_horizon=50)
     stem = directory / f"{name}.{quant}{'.float_images' * float_images}{f'.sm{program}' if program else ''}.{solver}"

@@ -15,6 +15,7 @@ from duq.compiler.accuracy.metrics import difference, jerk
 from duq.compiler.accuracy.stages import Stages
 from duq.compiler.accuracy.synthetic import synthetic_observations
 from duq.compiler.accuracy.thresholds import CRITERIA, judge
+from duq.runtime.solver import Solver
 
 
 def run_here(module, arguments, advance) -> dict:
@@ -84,7 +85,8 @@ def made_up_comparison(
         "checkpoint": {"path": "/checkpoints/" + "a_long_folder_name" * 5, "layout": "openpi", "fingerprint": "5e" * 32},
         "plan": {
             "path": "/plans/" + "a_long_folder_name" * 5 + "/engine.plan", "bytes": 20_000_000, "target": "cpu",
-            "robot": "arm", "num_steps": steps, "solver": "euler", "rotary": "bfloat16", "compiled_by": {"duq": "0.2", "python": "3.11"},
+            "robot": "arm", "num_steps": steps, "solver": "euler", "rotary": "bfloat16",
+            "compiled_by": {"duq": "0.2", "python": "3.11"},
             "recipe": {"scheme": "balanced", "include": "^llm\\.|^expert\\..*\\.mlp\\." * 2, "weight_bits": 4},
         },
         "reference": {"solver": "euler", "num_steps": steps},

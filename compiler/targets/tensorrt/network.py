@@ -142,7 +142,9 @@ def expand(network: Network, op_type: str) -> None:
                 values.setdefault(name, gs.Variable(f"{node.name}.{name}"))
             attributes = {each.name: onnx.helper.get_attribute_value(each) for each in inner.attribute}
             inputs, outputs = ([values[name] for name in names] for names in (inner.input, inner.output))
-            insert_before(graph, node, gs.Node(inner.op_type, f"{node.name}.{outputs[0].name}", attributes, inputs, outputs))
+            insert_before(
+                graph, node, gs.Node(inner.op_type, f"{node.name}.{outputs[0].name}", attributes, inputs, outputs)
+            )
     graph.cleanup()
 
 

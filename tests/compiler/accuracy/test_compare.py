@@ -39,6 +39,7 @@ from duq.runtime import Policy
 from duq.runtime.observations import save_observations
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import Preprocessor
+from duq.runtime.solver import Solver
 from tests.support.comparison import run_here, two_observations
 
 TOOLS = Path(duq.tools.compare.__file__).parent
