@@ -124,10 +124,11 @@ def compare(
 
     The summary's keys: "checkpoint", "plan", "reference" (its solver), "threads", "seed", "date", "machine", "versions";
     "stages": the measures (cosine, max_error, sqnr_db) of every stage over all observations; "layers" and "steps": the same for
-    keys and values of each layer and velocities of each step; "observations": the same for the actions of each, and in the robot's units;
-    "dimensions": errors of the actions that are read, one by one (see `joints_json`); "range": how the joints' ranges are
-    known; "chunk": the error of each action of the chunk, in percent of the range; "linears"; "jerk"; "cost". Velocities
-    and actions are those of the dimensions that the robot reads. The model's further ones are in "padding_dimensions" alone.
+    keys and values of each layer and velocities of each step; "observations": the same for the actions of each, and in the
+    robot's units; "dimensions": errors of the actions that are read, one by one (see `joints_json`); "range": how the joints'
+    ranges are known; "chunk": the error of each action of the chunk, in percent of the range; "linears"; "jerk"; "cost".
+    Velocities and actions are those of the dimensions that the robot reads. The model's further ones are in
+    "padding_dimensions" alone.
     """
     threads = threads or len(os.sched_getaffinity(0))
     config, solver = _compiled_model(plan), Solver.of(plan.manifest)

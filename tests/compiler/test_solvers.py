@@ -11,6 +11,9 @@ import pytest
 import torch
 from rich.progress import Progress
 
+import duq.compiler.accuracy.compare
+from duq.compiler.accuracy.compare import compare
+from duq.compiler.accuracy.synthetic import synthetic_observations
 from duq.compiler.checkpoint import load_checkpoint
 from duq.compiler.errors import DuqError
 from duq.compiler.graph.export import export
@@ -26,8 +29,10 @@ from duq.runtime.executors.cpu import CpuExecutor
 from duq.runtime.guidance import Guidance
 from duq.runtime.inspect import settings_rows
 from duq.runtime.plan import Plan
+from duq.runtime.preprocess import Preprocessor
 from duq.runtime.solver import Solver
 from tests.support import emulate
+from tests.support.comparison import run_here
 from tests.support.inputs import make_inputs, make_noise
 
 STEPS = 4
@@ -160,6 +165,25 @@ def test_the_tensorrt_network_computes_what_pytorch_does(policy, tiny_plans):
     assert {value.name for value in whole.graph.inputs} == set(feeds)
     (actions,) = ReferenceEvaluator(with_weights(whole)).run(None, feeds)
     np.testing.assert_allclose(actions, sample(build_model(checkpoint), inputs, noise, "ab2", 3), atol=1e-3)
+
+
+def test_a_comparison_is_with_ten_euler_steps(compiled, monkeypatch):
+    """The solver's error is in the actions, and in no stage before them."""
+    source, path = compiled("pi0", "ab2")
+    checkpoint, noise = load_checkpoint(source), np.random.default_rng([0, 0]).standard_normal((8, 32), np.float32)
+    monkeypatch.setattr(duq.compiler.accuracy.compare, "run_worker", run_here)
+    observations = synthetic_observations(checkpoint.config, cameras=1, count=1)
+    found = compare(checkpoint, Plan(path), observations, SILENT, threads=1)
+    assert (found.summary["plan"]["solver"], found.summary["plan"]["num_steps"]) == ("ab2", STEPS)
+    assert found.summary["reference"] == {"solver": "euler", "num_steps": 10}
+    inputs = Preprocessor(checkpoint.config, robot="libero", norm_stats=checkpoint.norm_stats).model_inputs(observations[0])
+    expected = {name: sample(build_model(checkpoint), inputs, noise, name, steps)[:, :7]
+                for name, steps in (("euler", 10), ("ab2", STEPS))}  # fmt: skip
+    np.testing.assert_allclose(found.reference[0], expected["euler"], atol=1e-5)
+    stages = found.summary["stages"]
+    error = np.abs(expected["euler"] - expected["ab2"]).max()
+    assert stages["actions"]["max_error"] == pytest.approx(error, rel=0.01) and error > 1e-3
+    assert max(stages[name]["max_error"] for name in ("velocity", "actions_same_solver")) < 1e-3
 
 
 def test_the_plan_says_it(compiled):
