@@ -291,13 +291,14 @@ class Calls:
             mark(self._events[1], self._stream)
             if "history" in self._types:
                 self._stream.clear(self._address("history"), self._bytes("history", shapes["history"]))
+            state = [name for name in ("x", "history") if name in self._types]
             before, after = "", "_next"
             for index in range(self._num_steps):
-                places = {name: self._address(f"{name}{before}") for name in ("x", "history") if name in self._types}
-                places |= {f"{name}_next": self._address(f"{name}{after}") for name in list(places)}
+                places = {name: self._address(name + before) for name in state}
+                places |= {f"{name}_next": self._address(name + after) for name in state}
                 self._enqueue("step", shapes, places | {"step": self._address("steps") + 8 * index})
                 before, after = after, before
-            result = f"x{before}"
+            result = "x" + before
         mark(self._events[2], self._stream)
         self._stream.download(self._download.address, self._address(result), self._bytes("x_next", shapes["x_next"]))
 

@@ -167,6 +167,25 @@ def test_the_tensorrt_network_computes_what_pytorch_does(policy, tiny_plans):
     np.testing.assert_allclose(actions, sample(build_model(checkpoint), inputs, noise, "ab2", 3), atol=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("loop", ["graph", "unrolled"])
+def test_tensorrt_builds_the_engines(loop, tiny_plans, tmp_path):
+    """Its parser takes the operators of the definition, and the flow stays float32."""
+    pytest.importorskip("tensorrt_rtx")
+    from duq.compiler.targets.tensorrt.options import TensorRTOptions
+
+    options = TensorRTOptions(sm=(86,), robot="libero", num_steps=3, solver="ab2", loop=loop)
+    checkpoint = load_checkpoint(tiny_plans("pi0", "none").checkpoint)
+    compile_policy(checkpoint, Quantization(load_recipe("none", environment={})), tmp_path / "a.plan", options, SILENT)
+    graphs = Plan(tmp_path / "a.plan").manifest["graphs"]
+    if loop == "unrolled":
+        assert "history" not in graphs["sm86/policy"]["inputs"]
+        return
+    step = graphs["sm86/step"]
+    assert step["inputs"]["history"] == {"dtype": "float", "shape": [1, 8, 32]}
+    assert {step["outputs"][name]["dtype"] for name in ("x_next", "history_next")} == {"float"}
+
+
 def test_a_comparison_is_with_ten_euler_steps(compiled, monkeypatch):
     """The solver's error is in the actions, and in no stage before them."""
     source, path = compiled("pi0", "ab2")
