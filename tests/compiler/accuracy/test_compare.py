@@ -263,8 +263,8 @@ def test_json(tool, tiny_plans):
     assert result.code == 0 and "made up" in summary["source"] and summary["thresholds"] == {"min_sqnr": 60}
     assert set(summary) == {
         "source", "command", "verdict", "thresholds", "failures", "checkpoint", "plan", "reference", "threads", "seed", "date",
-        "machine", "versions", "stages", "layers", "steps", "observations", "linears", "jerk", "cost", "dimensions", "range", "chunk",
-        "padding_dimensions",
+        "machine", "versions", "stages", "layers", "steps", "observations", "linears", "jerk", "cost", "dimensions", "range",
+        "chunk", "padding_dimensions",
     }  # fmt: skip
     measures = [*all_measures(summary).values(), *(found["actions"] for found in summary["observations"])]
     for found in measures:
