@@ -16,5 +16,6 @@ LOOPS = ("graph", "unrolled")  # compiler/targets/tensorrt/options.py
 FLOAT_TYPES = ("bf16", "fp16")
 ROBOTS = ("aloha", "droid", "libero", "none", "lerobot")  # runtime/robots
 LEROBOT_VERSIONS = ("0.3", "0.4", "0.5")  # compiler/checkpoint/lerobot.py
+SOLVERS = ("euler", "ab2", "ab3")  # runtime/solver.py
 ROTARIES = ("exact", "bfloat16", "auto")  # compiler/settings.py
 VARIANTS = ("tiny", "small", "dummy", "full")  # compiler/checkpoint/synthetic

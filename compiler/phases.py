@@ -20,7 +20,7 @@ Count = Callable[[Graphs], int]  # of the policy's config and quantization, neve
 
 @dataclass(frozen=True)
 class Pass:
-    """One exact rewrite of both graphs (quantization aside).
+    """One exact rewrite of both graphs (quantization and the solver aside).
 
     Attributes:
         why: one line, also for the error when it does not match.

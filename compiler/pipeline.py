@@ -18,6 +18,7 @@ from duq.compiler.graph.passes.layout import keep_embedding_dtype, weights_as_ma
 from duq.compiler.graph.passes.merge import merge_float_linears
 from duq.compiler.graph.passes.quantize import lower_quantized_linears
 from duq.compiler.graph.passes.rotary import tabulate_rotary_embeddings
+from duq.compiler.graph.passes.solver import extend_step_by_history
 from duq.compiler.graph.passes.time import split_time_from_actions, tabulate_time
 from duq.compiler.graph.passes.tokens import (
     compact_tokens,
@@ -41,7 +42,8 @@ from duq.runtime.signing import Signer
 
 TARGETS: dict[str, Target[Any]] = {target.name: target for target in (cpu.TARGET, cuda.TARGET, tensorrt.TARGET)}
 
-# The rewrites that every target wants, in order. Each is exact (quantization aside), and most make the next one possible.
+# The rewrites that every target wants, in order. Each is exact (quantization and the solver aside), and most make the next one
+# possible.
 PHASES = (
     Phase("canonicalize", (
         Pass(weights_as_matmul_reads_them, "linears are MatMuls of [K, N] weights, gains are weights",
@@ -76,6 +78,8 @@ PHASES = (
              counts.time_tables, needs=(fold_linear_chains, hoist_state_token)),
         Pass(fold_output_scales, "the Euler step's dt goes into action_out_proj",
              counts.once, needs=(weights_as_matmul_reads_them,)),
+        Pass(extend_step_by_history, "a multistep solver adds what earlier steps found",
+             counts.steps_with_history, needs=(tabulate_time, fold_output_scales)),
         Pass(fold_norm_gains, "gains and balance factors go into the weights behind or the norms before",
              counts.norms_with_folds, needs=(lower_quantized_linears, tabulate_time, eliminate_dead_prefix_tail)),
     )),
@@ -124,7 +128,7 @@ def compile_policy(
     fingerprint = in_background(lambda: checkpoint.fingerprint)  # reads all weight files, and is needed last
     weights = checkpoint.weights | quantization.float_weights
     task = progress.add_task("Exporting", total=None)
-    graphs = export(checkpoint.config, weights, options.steps, quantization.packs)
+    graphs = export(checkpoint.config, weights, options.steps, quantization.packs, options.solver_name)
     progress.update(task, total=1, completed=1)
     keep_graphs(graphs, keep, 0, "export")
     passes = list(passes_of((*PHASES, *target.phases)))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from duq.compiler.choices import LEROBOT_VERSIONS, ROBOTS, ROTARIES
+from duq.compiler.choices import LEROBOT_VERSIONS, ROBOTS, ROTARIES, SOLVERS
 from duq.runtime.command_line import choice
 
 PANEL = "Policy (each overrides --config and the checkpoint)"
@@ -42,6 +42,11 @@ POLICY_OPTIONS = {
         metavar="|".join((*ROBOTS, "FILE")),
     ),
     "num_steps": _option(int, "--num-steps", "Denoising steps; by default the checkpoint's, or 10.", min=1, max=1000),
+    "solver": _choice(
+        SOLVERS, "--solver",
+        "What integrates the flow: euler (the default), or ab2 or ab3 (Adams-Bashforth), for about half the --num-steps; "
+        "judge it by duq-compare and by trials.",
+    ),
     "action_horizon": _option(int, "--action-horizon", "Actions in a chunk, as in training.", min=1, max=1000),
     "max_prompt_tokens": _option(
         int, "--max-prompt-tokens", "Prompt slots, as in training; longer prompts are cut off.", min=1, max=4096

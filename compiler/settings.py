@@ -21,9 +21,10 @@ from duq.compiler.errors import CheckpointError, DuqError
 from duq.runtime.config import IMAGE_SLOTS, ROTARY
 from duq.runtime.preprocess import Preprocessor
 from duq.runtime.robots import ROBOT_NAMES, Robot, load_robot
+from duq.runtime.solver import SOLVERS, Solver
 from duq.runtime.transforms import default_transforms
 
-DEFAULT_STEPS = 10  # of openpi and of LeRobot
+DEFAULT_STEPS, DEFAULT_SOLVER = 10, "euler"  # of openpi and of LeRobot
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Choices:
     robot: str | None = None
     config: str | None = None
     num_steps: int | None = None
+    solver: str | None = None
     action_horizon: int | None = None
     max_prompt_tokens: int | None = None
     delta_actions: bool | None = None
@@ -54,6 +56,7 @@ class PolicySettings:
     config: str | None = None
     ignored: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    solver: str = DEFAULT_SOLVER
 
     @property
     def robot_name(self) -> str:
@@ -78,6 +81,7 @@ class PolicySettings:
             "robot_description": self.robot.to_json() if self.robot else None,
             "transforms": self.transforms,
             "num_steps": self.num_steps,
+            "solver": self.solver,
             "training_config": self.config,
             "settings_from": self.sources,
             "ignored_settings": list(self.ignored),
@@ -101,12 +105,15 @@ def _printable(path: Path) -> str:
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
-def default_settings(checkpoint: Checkpoint, robot: str | Robot = "none", num_steps: int | None = None) -> PolicySettings:
+def default_settings(
+    checkpoint: Checkpoint, robot: str | Robot = "none", num_steps: int | None = None, solver: str | None = None
+) -> PolicySettings:
     """The settings of a checkpoint whose user is not there to be asked: its own, then the robot's and its layout's."""
     said, known = checkpoint.settings, load_robot(robot) if isinstance(robot, str) else robot
     transforms = default_transforms(known, pi05=checkpoint.config.pi05, layout=checkpoint.layout) | said.transforms
     steps = num_steps or said.num_steps or DEFAULT_STEPS
-    return PolicySettings(known, transforms, steps, ignored=said.ignored, notes=tuple(getattr(checkpoint, "notes", ())))
+    notes = tuple(getattr(checkpoint, "notes", ()))
+    return PolicySettings(known, transforms, steps, ignored=said.ignored, notes=notes, solver=solver or DEFAULT_SOLVER)
 
 
 def settle(checkpoint: Checkpoint, choices: Choices) -> tuple[Checkpoint, PolicySettings]:
@@ -137,14 +144,16 @@ class _Decision:
             max_prompt_tokens=self._max_prompt_tokens(),
             rotary=self._rotary(),
         )
+        num_steps = self._choose("num_steps", DEFAULT_STEPS)
         settings = PolicySettings(
             self.robot,
             self._transforms(),
-            self._choose("num_steps", DEFAULT_STEPS),
+            num_steps,
             self.sources,
             self.training.name if self.training else self.said.config,
             self.said.ignored,
             (*self.checkpoint.notes, *self.notes),
+            self._solver(num_steps),
         )
         return replace(self.checkpoint, config=config), settings
 
@@ -249,6 +258,18 @@ class _Decision:
 
     def _max_prompt_tokens(self) -> int:
         return self._choose("max_prompt_tokens", self.checkpoint.config.max_prompt_tokens)
+
+    def _solver(self, num_steps: int) -> str:
+        """Nobody's but the user's: no policy is trained for one."""
+        chosen = self.choices.solver or DEFAULT_SOLVER
+        if chosen not in SOLVERS:
+            raise DuqError(f"--solver {chosen}: unknown, one of {', '.join(SOLVERS)}")
+        if Solver(chosen, num_steps).history >= num_steps:
+            raise DuqError(
+                f"--solver {chosen}: its first steps are those of lower orders, and so would be all {num_steps} "
+                f"(--num-steps); give it more, or say --solver euler"
+            )
+        return self._from("--solver" if self.choices.solver else "the default", "solver", chosen)
 
     def _rotary(self) -> str:
         """As the checkpoint was read: by what it says of its training, else by the type and origin of its weights."""

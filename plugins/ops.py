@@ -5,6 +5,7 @@
     W4A8Linear       INT8 activations x INT4 weights -> float                  (one per linear or merged group)
     W8A8Linear       INT8 activations x INT8 weights -> float
     W4A16Linear      float activations x INT4 weights -> float; W8A16Linear likewise
+    Multistep        the end of a denoising step of a solver that reads earlier steps (runtime/solver.py)
 
 An operator has variants (with or without a permutation, a bias, ...). ONNX functions cannot branch on the presence
 of an input, so each variant is an *overload* of the operator, named after the stages it has: `RotateQuantize` with
@@ -21,6 +22,14 @@ With K inputs and N outputs of the linear, B the rotation's block size and Bo th
     weight_scale      float32 [N]
     output_rotation   float32 [N/Bo, Bo, Bo] y[block] = y'[block] R_out ("restore")
     bias              float32 [N]
+
+Multistep takes the state of the flow, what Euler's method would add to it, and what it would have added in the P steps before,
+the latest first. It returns the next state, and the history with this step's change in it:
+
+    x, change         float32 [H, A]
+    history           float32 [P, H, A]; zeros before the first step
+    coefficients      float32 [steps, 1 + P]
+    step              int64   []
 """
 
 from __future__ import annotations
@@ -157,6 +166,19 @@ _EPILOGUE = {
     "bias": (["bias"], "y = Add(y, bias)"),
 }
 
+_MULTISTEP = """
+    row = Gather<axis = 0>(coefficients, step)
+    first = Constant<value_ints = [0]>()
+    newest = Unsqueeze(change, first)
+    changes = Concat<axis = 0>(newest, history)
+    behind = Constant<value_ints = [1, 2]>()
+    factors = Unsqueeze(row, behind)
+    weighted = Mul(changes, factors)
+    combined = ReduceSum<keepdims = 0>(weighted, first)
+    x_next = Add(x, combined)
+    kept = Shape<start = 0, end = 1>(history)
+    history_next = Slice(changes, first, kept, first)"""
+
 QUANTIZED_LINEARS = {"W4A8Linear": (4, 8), "W8A8Linear": (8, 8), "W4A16Linear": (4, 16), "W8A16Linear": (8, 16)}
 """Operator -> (weight bits, activation bits)."""
 
@@ -176,6 +198,8 @@ def overload_name(names: Sequence[str]) -> str:
 
 def inputs_of(op_type: str, overload: str) -> list[str]:
     """The names of a variant's inputs, in order."""
+    if op_type == "Multistep":
+        return ["x", "change", "history", "coefficients", "step"]
     tables = _PROLOGUE | _SCALE | _EPILOGUE
     extra = [name for stage in stages(overload) for name in tables[stage][0]]
     if op_type in ("Rotate", "RotateQuantize"):
@@ -190,7 +214,9 @@ def function(op_type: str, overload: str, opset: int, unsigned: bool = False) ->
     `unsigned` gives the equivalent body for CPUs, with activations as uint8 = int8 + 128 between the operators.
     """
     chosen = stages(overload)
-    if op_type in ("Rotate", "RotateQuantize"):
+    if op_type == "Multistep":
+        body, outputs = [_MULTISTEP], ["x_next", "history_next"]
+    elif op_type in ("Rotate", "RotateQuantize"):
         body = [_PROLOGUE[stage][1] for stage in chosen if stage in _PROLOGUE]
         scale = _SCALE | ({"per_token": ([], _SCALE_PER_TOKEN_UNSIGNED)} if unsigned else {})
         body += [scale[stage][1] for stage in chosen if stage in scale]

@@ -77,12 +77,12 @@ class Guidance:
     weights: np.ndarray
     strength: float
 
-    def corrected(self, x: np.ndarray, x_next: np.ndarray, step: int, num_steps: int) -> np.ndarray:
-        """The state after a denoising step, float32 [H, A], of the states before and after it without guidance."""
+    def correction(self, x: np.ndarray, change: np.ndarray, step: int, num_steps: int) -> np.ndarray:
+        """What to add to the change of a denoising step, -v / num_steps at the state x; all float32 [H, A]."""
         time = 1 - step / num_steps
-        velocity = (x - x_next) * np.float32(num_steps)
+        velocity = -change * np.float32(num_steps)
         error = (self.target - (x - np.float32(time) * velocity)) * self.weights
-        return x_next + np.float32(self._gain(time) / num_steps) * error
+        return np.float32(self._gain(time) / num_steps) * error
 
     def _gain(self, time: float) -> float:
         past = 1 - time

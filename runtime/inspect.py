@@ -20,6 +20,7 @@ from duq.runtime.executors.programs import programs_of, shared_bytes_of
 from duq.runtime.executors.schedule import read_schedule
 from duq.runtime.plan import Plan
 from duq.runtime.robots import Robot
+from duq.runtime.solver import Solver
 
 app = command_app()
 
@@ -162,6 +163,7 @@ def settings_rows(manifest: dict[str, Any]) -> list[tuple[str, str, str]]:
         row("deltas", _deltas(robot, transforms), "delta_actions")
         row("conversions", _conversions(robot, transforms), "adapt_to_pi")
     row("denoising steps", manifest["num_steps"], "num_steps")
+    row("solver", Solver.of(manifest).name, "solver")
     row("action horizon", model["action_horizon"], "action_horizon")
     row("prompt slots", model["max_prompt_tokens"], "max_prompt_tokens")
     row("state in prompt", _state_in_prompt(transforms), "state_in_prompt")
@@ -192,7 +194,7 @@ def summary_rows(plan: Plan) -> list[tuple[str, str]]:
         "robot": settings.get("robot", str(manifest.get("robot", "none"))),
         "cameras": settings.get("cameras", ""),
         "actions": _joined(
-            f"{settings['action horizon']} a chunk, {settings['denoising steps']} denoising steps" if settings else "",
+            f"{settings['action horizon']} a chunk, {_steps_text(manifest)}" if settings else "",
             f"deltas: {settings['deltas']}" if "deltas" in settings else "",
         ),
         "prompt": _joined(f"{settings['prompt slots']} slots", f"default {settings['default prompt']}") if settings else "",
@@ -204,6 +206,11 @@ def summary_rows(plan: Plan) -> list[tuple[str, str]]:
     notes = [("note", line) for line in manifest.get("notes") or ()]
     ignored = [("ignored", line) for line in manifest.get("ignored_settings") or ()]
     return [(name, text) for name, text in known.items() if text] + ignored + notes
+
+
+def _steps_text(manifest: dict[str, Any]) -> str:
+    solver = Solver.of(manifest)
+    return f"{solver.num_steps} denoising steps" + ("" if solver.name == "euler" else f" ({solver.name})")
 
 
 def _joined(*parts: str | None) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 from duq.plugins.errors import DuqError
 from duq.runtime.errors import PlanError
 from duq.runtime.plan import Plan
+from duq.runtime.solver import Solver
 
 PLAN, CONFIG, CARD = "engine.plan", "config.json", "README.md"
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
@@ -232,7 +233,7 @@ def _card(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         target=manifest["target"],
         checkpoint=Path(str(manifest["checkpoint"].get("path", "a checkpoint"))).name,
         linears=len(linears) or "none (floating point)",
-        steps=manifest["num_steps"],
+        steps=f"{manifest['num_steps']} ({Solver.of(manifest).name})",
         horizon=config["chunk_size"],
         executed=config["n_action_steps"],
         cameras=", ".join(f"`{key}`" for key, each in inputs.items() if each["type"] == "VISUAL"),

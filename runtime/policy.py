@@ -28,6 +28,7 @@ from duq.runtime.limits import LimitCheck
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import Checked, ModelInputs, Preprocessor
 from duq.runtime.robots import Robot
+from duq.runtime.solver import Solver
 
 # What a client was told when it connected and relies on, of `Policy.metadata`; and the parts of a robot's description that
 # it sends and gets. A plan that differs in one of them is another policy's.
@@ -314,6 +315,7 @@ def _metadata(manifest: Mapping[str, Any], config: ModelConfig, preprocessor: Pr
         "model": "pi0.5" if config.pi05 else "pi0",
         "target": manifest["target"],
         "num_steps": manifest["num_steps"],
+        "solver": Solver.of(manifest).name,
         "cameras": preprocessor.cameras,
         "action_horizon": config.action_horizon,
         "action_dim": preprocessor.action_dim,

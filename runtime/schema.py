@@ -21,6 +21,7 @@ from pydantic_core import PydanticCustomError
 from duq.runtime.config import ROTARY
 from duq.runtime.errors import PlanError
 from duq.runtime.robots import LAYOUTS, ROBOT_NAMES
+from duq.runtime.solver import SOLVERS
 
 MAX_STEPS = 1000  # denoising steps, and the other bounds: above any policy, below what hangs or exhausts a machine
 MAX_HORIZON = 1000
@@ -33,7 +34,8 @@ MAX_BYTES = 1 << 48
 MAX_NESTING = 24  # of lists and objects in each other
 MAX_SHOWN = 60  # characters of a value in an error
 
-ENGINE_TENSORS = ("images", "embeddings", "state", "image_features", "x", "x_next", "step")  # and key.0, value.0, ...
+ENGINE_TENSORS = ("images", "embeddings", "state", "image_features", "x", "x_next", "history", "history_next", "step")
+# and key.0, value.0, ...
 ENGINE_TYPES = ("float", "int64", "bfloat16", "float16")
 
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # controls but white space; lone surrogates
@@ -343,6 +345,7 @@ class PolicySettings(Section):
 
     robot: Name
     num_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]
+    solver: Literal[tuple(SOLVERS)] = "euler"  # type: ignore[valid-type]
     model: Model
     norm_stats: NormStats | None
     checkpoint: Checkpoint

@@ -161,7 +161,7 @@ def _memory(target: str) -> dict[str, int]:
 
 def _about(plan: Plan, policy: Policy) -> dict[str, Any]:
     recipe = (plan.manifest.get("quantization") or {}).get("recipe") or {}
-    keys = ("model", "robot", "target", "num_steps", "action_horizon", "checkpoint", "program")
+    keys = ("model", "robot", "target", "num_steps", "solver", "action_horizon", "checkpoint", "program")
     return {key: policy.metadata[key] for key in keys if key in policy.metadata} | {"scheme": recipe.get("scheme")}
 
 

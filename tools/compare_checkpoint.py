@@ -34,6 +34,7 @@ from duq.runtime.config import ModelConfig
 from duq.runtime.plan import Plan
 from duq.runtime.policy import preprocessor_of
 from duq.runtime.robots import Robot
+from duq.runtime.solver import Solver
 
 VERDICT_STYLES = {"pass": "green", "look": "yellow", "fail": "red"}
 
@@ -97,6 +98,9 @@ def _print(comparison: Comparison, report: Path | None) -> None:
     console, summary = Console(highlight=False, markup=False), comparison.summary
     count = len(summary["observations"])
     console.print(f"{summary['plan']['path']} on {count} observations, {summary['source']}", soft_wrap=True)
+    plan, reference = (Solver(summary[side]["solver"], summary[side]["num_steps"]) for side in ("plan", "reference"))
+    if plan != reference:
+        console.print(f"its actions, by {plan}, are compared with PyTorch's by {reference}", soft_wrap=True)
     _print_verdict(console, summary["verdict"])
     for draw in (_check_table, _dimension_table, _stage_table, _linear_table, _jerk_table, _cost_table):
         table = draw(summary)

@@ -1,4 +1,4 @@
-"""What quantization costs a policy in success: `duq-evaluate --help`. evaluation.py does the work."""
+"""What quantization, or another solver, costs a policy in success: `duq-evaluate --help`. evaluation.py does the work."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ POLICY = Path("examples/metaworld_policy")
 
 @dataclass(frozen=True)
 class Scheme:
-    """A preset with recipe settings, run by the engine or by PyTorch."""
+    """A preset with recipe settings, run by the engine, with a solver of its own, or by PyTorch, in ten Euler steps."""
 
     title: str
     preset: str
     settings: dict[str, Any] = field(default_factory=dict)
     engine: bool = True
+    solver: str = "euler"
+    num_steps: int = 10
 
 
 SCHEMES = {
@@ -44,7 +46,12 @@ SCHEMES = {
     "w8a8": Scheme("W8A8, all linears", "all", {"weight_bits": 8}),
     "reference": Scheme("original scheme, the default's linears", "llm+expert-mlp", {"scheme": "reference"}, engine=False),
     "reference-all": Scheme("original scheme, all linears", "all", {"scheme": "reference"}, engine=False),
+    "euler-5": Scheme("engine, float, --num-steps 5", "none", num_steps=5),
+    "ab2-5": Scheme("engine, float, --solver ab2 --num-steps 5", "none", solver="ab2", num_steps=5),
+    "w4a8-euler-5": Scheme("the default, --num-steps 5", "llm+expert-mlp", num_steps=5),
+    "w4a8-ab2-5": Scheme("the default, --solver ab2 --num-steps 5", "llm+expert-mlp", solver="ab2", num_steps=5),
 }
+OF_QUANTIZATION = [name for name, scheme in SCHEMES.items() if scheme.num_steps == 10]
 
 
 app = command_app()
@@ -53,7 +60,9 @@ app = command_app()
 @app.command()
 def _evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="Trained by examples/train_metaworld.py.")] = POLICY,
-    scheme: Annotated[list[str] | None, choice(SCHEMES, "--scheme", help="Repeatable; by default all.")] = None,
+    scheme: Annotated[
+        list[str] | None, choice(SCHEMES, "--scheme", help="Repeatable; by default all of ten Euler steps.")
+    ] = None,
     task: Annotated[
         list[str] | None, typer.Option(metavar="TASK", help="Repeatable; by default those it was trained on.")
     ] = None,
@@ -69,7 +78,7 @@ def _evaluate(
     plot: Annotated[Path | None, typer.Option(help="Figure to write (.svg, .png, .pdf).")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Table to write.")] = None,
 ) -> None:
-    """Drive a simulated robot with a policy at each quantization, and count the episodes that succeed.
+    """Drive a simulated robot with a policy at each quantization, or with another solver, and count the episodes that succeed.
 
     Every scheme gets the same starts, noise and pushes, so that what differs is the arithmetic. Calibration, and the
     observations on which actions are compared, come from the scripted expert, at starts of their own.
@@ -77,6 +86,8 @@ def _evaluate(
     [bold]Examples[/bold]
 
       duq-evaluate --episodes 20 --scheme fp32 --scheme w4a8
+
+      duq-evaluate --push 1 --scheme w4a8 --scheme w4a8-ab2-5
 
       duq-evaluate --plot docs/success.svg --markdown success.md --json > success.json
     """

@@ -29,7 +29,7 @@ from duq.runtime.cli_errors import check_output_file
 from duq.runtime.command_line import check_choice, progress_bar
 from duq.runtime.files import write_text
 from duq.tools import rollout
-from duq.tools.evaluate import SCHEMES
+from duq.tools.evaluate import OF_QUANTIZATION, SCHEMES
 from duq.tools.figures import Success, check_figure, draw_success
 
 CALIBRATION_SEED, OBSERVATION_SEED = 2_000_000, 3_000_000  # starts that are neither trained nor evaluated on
@@ -67,8 +67,9 @@ def prepare(name: str, checkpoint: Checkpoint, inputs: list, directory: Path, pr
     quantization = quantize_checkpoint(checkpoint, recipe, inputs, progress)
     source = rollout.Source(checkpoint.path, quantization, None)
     if scheme.engine:
+        options = Options(cameras=rollout.CAMERAS, num_steps=scheme.num_steps, solver=scheme.solver)
         source.plan = directory / f"{name}.plan"
-        compile_policy(checkpoint, quantization, source.plan, Options(cameras=rollout.CAMERAS), progress)
+        compile_policy(checkpoint, quantization, source.plan, options, progress)
     return source
 
 
@@ -87,7 +88,7 @@ def evaluate(
     markdown: Path | None,
 ) -> None:
     """What duq-evaluate does, with its options by name."""
-    chosen, tasks = scheme or list(SCHEMES), task or list(TASKS)
+    chosen, tasks = scheme or OF_QUANTIZATION, task or list(TASKS)
     for flag, names, known in (("--scheme", chosen, SCHEMES), ("--task", tasks, PROMPTS)):
         for name in names:
             check_choice(flag, name, known)

@@ -16,6 +16,7 @@ from rich.progress import Progress
 from duq.compiler.accuracy.joints import along_the_chunk, furthest_off, joints_json, working_range
 from duq.compiler.accuracy.metrics import difference, jerk
 from duq.compiler.accuracy.provenance import machine, now, versions
+from duq.compiler.accuracy.reference import reference_solver
 from duq.compiler.accuracy.stages import Stages
 from duq.compiler.accuracy.worker import passes, read_arrays, run_worker, write_inputs
 from duq.compiler.checkpoint import Checkpoint
@@ -26,6 +27,7 @@ from duq.runtime.errors import ObservationError
 from duq.runtime.plan import Plan
 from duq.runtime.policy import preprocessor_of
 from duq.runtime.preprocess import ModelInputs, Preprocessor
+from duq.runtime.solver import Solver
 
 # Chosen when compiling: the reference follows the plan, whatever the checkpoint's own are.
 CHOSEN = ("action_horizon", "max_prompt_tokens", "rotary")
@@ -117,15 +119,20 @@ def compare(
     observation. base: of an adapter, where it was given.
     Raises ObservationError, before any long work, if an observation does not fit the plan.
 
-    The summary's keys: "checkpoint", "plan", "threads", "seed", "date", "machine", "versions"; "stages": the measures
-    (cosine, max_error, sqnr_db) of every stage over all observations; "layers" and "steps": the same for keys and values of
-    each layer and velocities of each step; "observations": the same for the actions of each, and in the robot's units;
-    "dimensions": errors of the actions that are read, one by one (see `joints_json`); "range": how the joints' ranges are
-    known; "chunk": the error of each action of the chunk, in percent of the range; "linears"; "jerk"; "cost". Velocities
-    and actions are those of the dimensions that the robot reads. The model's further ones are in "padding_dimensions" alone.
+    The actions of a plan by another solver than Euler's are compared with those of ten Euler steps (`reference_solver`), its
+    velocities with those of its own solver, as are its actions in the stage "actions_same_solver".
+
+    The summary's keys: "checkpoint", "plan", "reference" (its solver), "threads", "seed", "date", "machine", "versions";
+    "stages": the measures (cosine, max_error, sqnr_db) of every stage over all observations; "layers" and "steps": the same for
+    keys and values of each layer and velocities of each step; "observations": the same for the actions of each, and in the
+    robot's units; "dimensions": errors of the actions that are read, one by one (see `joints_json`); "range": how the joints'
+    ranges are known; "chunk": the error of each action of the chunk, in percent of the range; "linears"; "jerk"; "cost".
+    Velocities and actions are those of the dimensions that the robot reads. The model's further ones are in
+    "padding_dimensions" alone.
     """
     threads = threads or len(os.sched_getaffinity(0))
-    config, num_steps = _compiled_model(plan), plan.manifest["num_steps"]
+    config, solver = _compiled_model(plan), Solver.of(plan.manifest)
+    its_own = reference_solver(solver)
     preprocessor = preprocessor_of(plan, config)
     inputs, count = model_inputs(preprocessor, observations), len(observations)
     with tempfile.TemporaryDirectory(prefix="duq-compare-") as name:
@@ -139,11 +146,14 @@ def compare(
         cost = {
             "engine": _run("engine", [*job, plan.path.resolve()], count, progress),
             "reference": _run(
-                "reference", [*job, checkpoint.path.resolve(), num_steps, config.rotary, *adapted], count, progress
+                "reference",
+                [*job, checkpoint.path.resolve(), solver.name, solver.num_steps, config.rotary, *adapted],
+                count,
+                progress,
             ),
         }
         bases, dims = [_value_basis(plan, layer) for layer in range(config.llm.depth)], preprocessor.action_dim
-        stages = Stages(num_steps, bases, dims)
+        stages = Stages(solver, its_own == solver, bases, dims)
         for index in range(count):
             stages.add(*(read_arrays(directory / f"{side}.{index}.npz") for side in ("reference", "engine")))
     reference, engine = np.stack(stages.reference_actions), np.stack(stages.engine_actions)
@@ -170,10 +180,12 @@ def compare(
             "path": str(plan.path),
             "bytes": plan.path.stat().st_size,
             **{key: plan.manifest[key] for key in ("target", "robot", "num_steps")},
+            "solver": solver.name,
             "rotary": config.rotary,
             "recipe": plan.manifest["quantization"]["recipe"],
             "compiled_by": plan.manifest["created_by"],
         },
+        "reference": {"solver": its_own.name, "num_steps": its_own.num_steps},
         "threads": threads,
         "seed": seed,
         "date": now(),

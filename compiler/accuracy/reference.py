@@ -15,19 +15,21 @@ from torch import Tensor
 
 from duq.compiler.accuracy.worker import Arrays, errors_to_parent, read_arrays, resident_bytes, work
 from duq.compiler.checkpoint import load_checkpoint
-from duq.compiler.model import Pi0, build_model, timesteps
+from duq.compiler.model import Pi0, build_model, integrate, timesteps
 from duq.runtime.preprocess import ModelInputs
+from duq.runtime.solver import Solver
 
 
 @torch.no_grad()
 def trace_reference(
-    model: Pi0, inputs: ModelInputs, noise: np.ndarray, num_steps: int, engine_x: np.ndarray | None = None
+    model: Pi0, inputs: ModelInputs, noise: np.ndarray, solver: Solver, engine_x: np.ndarray | None = None
 ) -> Arrays:
     """What the stages produce, for the tokens that the engine computes: present cameras, prompt without padding.
 
     Returns "image_features" [256 C, width]; "key.<layer>", "value.<layer>" [1, kv_heads, P, head_dim], where pi0's
-    state token is the last of the P; "v", the velocities [num_steps, H, A], each at the x that those before led to; and
-    "v_at_engine_x", likewise but at the states `engine_x` [num_steps + 1, H, A] through which the engine went.
+    state token is the last of the P; "v", the velocities [num_steps, H, A], each at the x that those before led to, and
+    "actions_same_solver" [H, A], where they all lead; and "v_at_engine_x", likewise but at the states `engine_x`
+    [num_steps + 1, H, A] through which the engine went. solver: the engine's.
     """
     images, image_mask, tokens, token_mask, state = tensors(inputs)
     cameras = image_mask.repeat_interleave(model.config.vision.tokens, dim=1)
@@ -44,16 +46,19 @@ def trace_reference(
     def velocity(x: Tensor, time: float) -> Tensor:
         return model.velocity(state, x, torch.tensor([time]), mask, past)
 
-    x, velocities = torch.from_numpy(noise)[None], []
-    for time in timesteps(num_steps):
-        velocities.append(velocity(x, time))
-        x = x - velocities[-1] / num_steps
-    stages["v"] = torch.cat(velocities).numpy()
+    actions, velocities = integrate(velocity, torch.from_numpy(noise)[None], solver)
+    stages["v"], stages["actions_same_solver"] = torch.cat(velocities).numpy(), actions[0].numpy()
     if engine_x is not None:
         states = torch.from_numpy(engine_x)[:, None]
-        forced = [velocity(state_x, time) for state_x, time in zip(states, timesteps(num_steps), strict=False)]
+        forced = [velocity(state_x, time) for state_x, time in zip(states, timesteps(solver.num_steps), strict=False)]
         stages["v_at_engine_x"] = torch.cat(forced).numpy()
     return stages
+
+
+def reference_solver(engine: Solver) -> Solver:
+    """Whose actions an engine's are compared with: of an engine by Euler's method, of as many steps; of any other, of openpi's
+    ten, so that what its solver costs is part of the error."""
+    return engine if engine.name == "euler" else Solver()
 
 
 def tensors(inputs: ModelInputs) -> list[Tensor]:
@@ -71,20 +76,22 @@ def _with_state_token(model: Pi0, state: Tensor, mask: Tensor, past: list) -> li
 
 
 def main(
-    directory: str, count: str, threads: str, checkpoint: str, steps: str, rotary: str, base: str | None = None
+    directory: str, count: str, threads: str, checkpoint: str, solver: str, steps: str, rotary: str, base: str | None = None
 ) -> None:
+    """solver, steps: the plan's."""
     opened = resident_bytes()
     torch.set_num_threads(int(threads))
-    num_steps = int(steps)
+    engine = Solver(solver, int(steps))
+    own = reference_solver(engine)
     policy = load_checkpoint(checkpoint, base=base, statistics=False)
     model = build_model(replace(policy, config=replace(policy.config, rotary=rotary)))
 
     def run(inputs, noise):
-        return model.sample_actions(*tensors(inputs), torch.from_numpy(noise)[None], num_steps)[0].numpy()
+        return model.sample_actions(*tensors(inputs), torch.from_numpy(noise)[None], own.num_steps, own.name)[0].numpy()
 
     def trace(index, inputs, noise):
         engine_x = read_arrays(Path(directory) / f"engine.{index}.npz")["x"]
-        return trace_reference(model, inputs, noise, num_steps, engine_x)
+        return trace_reference(model, inputs, noise, engine, engine_x)
 
     work(Path(directory), int(count), opened, run, trace, "reference")
 

@@ -28,6 +28,7 @@ STAGES = {
     "values": "all layers' values of the same tokens, in the checkpoint's basis",
     "velocity_at_engine_x": "v of every step, both sides at the x that the engine reached",
     "velocity": "v of every step, each side at the x that it reached itself",
+    "actions_same_solver": "the chunk, against PyTorch's by the plan's own solver and steps",
     "actions": "the chunk, normalized as the model gives it, in the dimensions that the robot reads",
     "robot_actions": "the chunk in the robot's units, all dimensions together",
 }

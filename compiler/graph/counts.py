@@ -12,6 +12,7 @@ import torch
 from duq.compiler.graph.export import Graphs
 from duq.compiler.quant.linears import GEMMA_LINEARS, VISION_LINEARS
 from duq.compiler.quant.pack import LinearPack
+from duq.runtime.solver import Solver
 
 NORMS_OF_A_LAYER = 2
 CACHED = ("self_attn.k_proj", "self_attn.v_proj")
@@ -122,6 +123,10 @@ def time_tables(policy: Graphs) -> int:
     """pi0: the time half of action_time_mlp_in. pi0.5: scale, shift, gate of each adaptive norm; the last has no gate."""
     depth = policy.config.expert.depth
     return 3 * NORMS_OF_A_LAYER * depth + 2 if policy.config.pi05 else 1
+
+
+def steps_with_history(policy: Graphs) -> int:
+    return int(Solver(policy.solver, policy.num_steps).history > 0)
 
 
 def norms_with_folds(policy: Graphs) -> int:

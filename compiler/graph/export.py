@@ -42,6 +42,7 @@ class Graphs:
     Attributes:
         weights: the tensors that the initializers are bound to, by canonical name.
         packs: the quantized form of linears, by canonical module name; their passes put it into the graphs.
+        solver: of runtime/solver.py. What is exported is a step of Euler's method, for a pass to extend.
     """
 
     prefix: ir.Model
@@ -50,6 +51,7 @@ class Graphs:
     num_steps: int
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     packs: Mapping[str, LinearPack] = field(default_factory=dict)
+    solver: str = "euler"
 
     def items(self) -> Iterator[tuple[str, ir.Model]]:
         yield "prefix", self.prefix
@@ -90,9 +92,10 @@ def export(
     weights: Mapping[str, Tensor],
     num_steps: int,
     packs: Mapping[str, LinearPack] | None = None,
+    solver: str = "euler",
 ) -> Graphs:
     """Traces the model and binds `weights` (canonical names, any float dtype, on disk) to the graphs' initializers."""
-    graphs = replace(trace(config, num_steps), weights=weights, packs=packs or {})
+    graphs = replace(trace(config, num_steps), weights=weights, packs=packs or {}, solver=solver)
     records = _records(config)
     for _, model in graphs.items():
         for name, value in model.graph.initializers.items():

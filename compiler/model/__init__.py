@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from duq.compiler.model.pi0 import Pi0, timesteps
+from duq.compiler.model.pi0 import Pi0, integrate, timesteps
 
-__all__ = ["Pi0", "build_model", "timesteps"]
+__all__ = ["Pi0", "build_model", "integrate", "timesteps"]
 
 
 def build_model(checkpoint) -> Pi0:

@@ -2,10 +2,12 @@
 
 A SigLIP tower turns up to three camera images into prefix tokens, a Gemma over image and prompt tokens turns the
 prefix into keys and values, and a second, smaller Gemma (the action expert) denoises an action chunk while looking
-at them: ten Euler steps of a flow from noise (t = 1) to actions (t = 0).
+at them: ten Euler steps of a flow from noise (t = 1) to actions (t = 0), or those of another solver.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from duq.compiler.model.gemma import Gemma, KeyValue
 from duq.compiler.model.layers import Linear
 from duq.compiler.model.siglip import SigLIP
 from duq.runtime.config import ModelConfig
+from duq.runtime.solver import Solver
 
 
 def time_embedding(time: Tensor, width: int) -> Tensor:
@@ -37,6 +40,18 @@ def timesteps(num_steps: int) -> list[float]:
         times.append(time.item())
         time = time + dt
     return times
+
+
+def integrate(velocity: Callable[[Tensor, float], Tensor], x: Tensor, solver: Solver) -> tuple[Tensor, list[Tensor]]:
+    """Follows the flow from x at t = 1; returns the state at t = 0, and the velocities of the steps."""
+    velocities: list[Tensor] = []
+    for time, row in zip(timesteps(solver.num_steps), solver.coefficients().tolist(), strict=True):
+        velocities.append(velocity(x, time))
+        combined = row[0] * velocities[-1]
+        for factor, earlier in zip(row[1:], reversed(velocities[:-1]), strict=False):
+            combined = combined + factor * earlier
+        x = x - combined / solver.num_steps
+    return x, velocities
 
 
 class Pi0(nn.Module):
@@ -109,13 +124,14 @@ class Pi0(nn.Module):
         state: Tensor,
         noise: Tensor,
         num_steps: int = 10,
+        solver: str = "euler",
     ) -> Tensor:
         """An action chunk [B, H, A] (normalized) from images [B, C, 3, 224, 224] float32 in [-1, 1], image_mask [B, C],
-        tokens and token_mask [B, T], state [B, A] (normalized, padded) and noise [B, H, A]."""
+        tokens and token_mask [B, T], state [B, A] (normalized, padded) and noise [B, H, A], by a method of SOLVERS."""
         mask = torch.cat((image_mask.repeat_interleave(self.config.vision.tokens, dim=1), token_mask), dim=1)
         _, past = self.prefix(self.embed_images(images), tokens, mask)
-        x_t = noise
-        for time in timesteps(num_steps):
-            v_t = self.velocity(state, x_t, torch.full((len(x_t),), time, device=x_t.device), mask, past)
-            x_t = x_t - v_t / num_steps
-        return x_t
+
+        def velocity(x_t: Tensor, time: float) -> Tensor:
+            return self.velocity(state, x_t, torch.full((len(x_t),), time, device=x_t.device), mask, past)
+
+        return integrate(velocity, noise, Solver(solver, num_steps))[0]

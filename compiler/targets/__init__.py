@@ -28,6 +28,7 @@ class Options:
     Attributes:
         robot: of the default settings.
         num_steps: likewise; None: the checkpoint's.
+        solver: likewise, of runtime/solver.py; None: Euler's.
         cameras: the most that an observation will have.
         settings: around the policy; by default those of the checkpoint and `robot`.
         float_images: the policy's images are resized in floating point (runtime/images.py, FLOAT_RULES).
@@ -36,6 +37,7 @@ class Options:
     target: ClassVar[str] = "cpu"
     robot: str = "none"
     num_steps: int | None = None
+    solver: str | None = None
     cameras: int = 3
     settings: PolicySettings | None = None
     float_images: bool = False
@@ -51,12 +53,18 @@ class Options:
         assert self.num_steps is not None, "settled() fills it in"
         return self.num_steps
 
+    @property
+    def solver_name(self) -> str:
+        """Of settled options."""
+        assert self.solver is not None, "settled() fills it in"
+        return self.solver
+
     def settled(self: OptionsT, checkpoint: Checkpoint) -> OptionsT:
         """The same with the settings around the policy, and what follows from them, filled in."""
-        settings = self.settings or default_settings(checkpoint, self.robot, self.num_steps)
+        settings = self.settings or default_settings(checkpoint, self.robot, self.num_steps, self.solver)
         return replace(
             self, settings=settings, robot=settings.robot_name, num_steps=settings.num_steps,
-            float_images=self.float_images or settings.transforms["resize"] != "openpi",
+            solver=settings.solver, float_images=self.float_images or settings.transforms["resize"] != "openpi",
         )  # fmt: skip
 
 

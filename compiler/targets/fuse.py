@@ -24,6 +24,7 @@ from duq.compiler.targets.ops import (
     JoinKeys,
     JoinRows,
     Linear,
+    Multistep,
     Norm,
     Op,
     Patches,
@@ -71,7 +72,7 @@ class Fusions:
     anchors: the kinds of nodes that become ops; all others are the target's own business, in whatever form they are.
     norms: the norms that a quantizer computes in front. adaptive_norms: whether it takes their scale and shift by table too.
     geglu_in_front: whether it computes a GeGLU there too. epilogue: the parts of a linear's epilogue, of "bias", "gate",
-    "activation", "residual", "split".
+    "activation", "residual", "split", "multistep".
     """
 
     anchors: frozenset[str] = frozenset(
@@ -80,7 +81,7 @@ class Fusions:
     norms: frozenset[str] = frozenset({"RMSNormalization", "LayerNormalization"})
     adaptive_norms: bool = True
     geglu_in_front: bool = False
-    epilogue: frozenset[str] = frozenset({"bias", "gate", "activation", "residual", "split"})
+    epilogue: frozenset[str] = frozenset({"bias", "gate", "activation", "residual", "split", "multistep"})
 
 
 ALL = Fusions()
@@ -365,6 +366,8 @@ def _extend(epilogue: Epilogue, takes: frozenset[str]) -> bool:
     if len(readers) != 1:
         return False
     (following,) = readers
+    if following.op_type == "Multistep" and "multistep" in takes:
+        return _take_multistep(following, epilogue)
     if following.op_type == "Split" and "split" in takes:
         epilogue.nodes.append(following)
         _split(following, epilogue)
@@ -386,6 +389,17 @@ def _extend(epilogue: Epilogue, takes: frozenset[str]) -> bool:
         return False
     epilogue.out = following.outputs[0]
     epilogue.nodes.append(following)
+    return True
+
+
+def _take_multistep(node: ir.Node, epilogue: Epilogue) -> bool:
+    x, change, history, coefficients, _ = inputs_of(node)
+    if change is not epilogue.out or epilogue.activation or epilogue.residual is not None:
+        return False
+    epilogue.out, history_next = node.outputs
+    epilogue.residual = source_of(x)
+    epilogue.multistep = Multistep(history, history_next, coefficients)
+    epilogue.nodes.append(node)
     return True
 
 

@@ -45,9 +45,20 @@ class Rotation:
     nodes: list[ir.Node]
 
 
+@dataclass(frozen=True, eq=False)
+class Multistep:
+    """The operator of a solver that reads earlier changes: history [P, H, A] and what it becomes, coefficients [steps, 1 + P]."""
+
+    history: ir.Value
+    history_next: ir.Value
+    coefficients: ir.Value
+
+
 @dataclass
 class Epilogue:
     """What follows a GEMM: (y * gate + bias) -> activation -> + residual, and the value, or the parts, that it ends in.
+
+    multistep: what is added to the residual is not y alone.
 
     bias_table, gate: rows of tables of the time. type: of the value, "float" for the residual stream, else "Bf16". joined: the
     value that the rows become part of, in front of or behind another's (`is_first`). any_stride: whether those that read the
@@ -61,6 +72,7 @@ class Epilogue:
     gate: ir.Value | None = None
     activation: str = ""
     residual: ir.Value | None = None
+    multistep: Multistep | None = None
     parts: list[ir.Value] = field(default_factory=list)
     rotation: Rotation | None = None
     type: str = "Bf16"
@@ -198,7 +210,7 @@ class Rotate(Op):
 class Linear(Op):
     """y = epilogue(x W). operands: of a quantized linear, by the names of plugins/ops.py.
 
-    kind: "integer" INT8 activations; "flow step" the output projection, which takes a whole Euler step; "narrow" the robot's
+    kind: "integer" INT8 activations; "flow step" the output projection, which takes a whole step of the flow; "narrow" the robot's
     state or actions, in float32; "float" any other, whose kernel depends on the number of tokens.
     """
 

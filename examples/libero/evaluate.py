@@ -35,6 +35,7 @@ from duq.runtime.cli_errors import check_output_file, one_line_errors
 from duq.runtime.config import ModelConfig
 from duq.runtime.plan import Plan
 from duq.runtime.policy import preprocessor_of
+from duq.runtime.solver import Solver
 
 ROBOT = "libero"
 REPLAY = "replay"
@@ -83,7 +84,7 @@ class TorchArm:
         if opened.manifest["checkpoint"]["fingerprint"] != found.fingerprint:
             raise DuqError(f"--torch {checkpoint}: {plan} was not compiled from it, so its settings do not hold")
         config = ModelConfig.from_json(opened.manifest["model"])
-        self._preprocessor, self._steps = preprocessor_of(opened, config), opened.manifest["num_steps"]
+        self._preprocessor, self._solver = preprocessor_of(opened, config), Solver.of(opened.manifest)
         self._cameras = opened.manifest["cameras"]
         self.noise_shape = config.action_horizon, config.action_dim
         self.identity = digest(*sorted(packs.iterdir())) if packs else found.fingerprint[:12]
@@ -104,7 +105,7 @@ class TorchArm:
         images, mask, *others = (torch.cat(parts).to(self._device) for parts in zip(*batch, strict=True))
         inputs = images[:, : self._cameras], mask[:, : self._cameras], *others
         sample = cast(Callable[..., torch.Tensor], self._model.sample_actions)
-        actions = sample(*inputs, torch.from_numpy(noise).to(self._device), self._steps)
+        actions = sample(*inputs, torch.from_numpy(noise).to(self._device), self._solver.num_steps, self._solver.name)
         return [
             self._preprocessor.robot_actions(each, observation)
             for each, observation in zip(actions.cpu().numpy(), observations, strict=True)

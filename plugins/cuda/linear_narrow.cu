@@ -53,12 +53,16 @@ linear_narrow(const float* x, const float* weight, const float* bias, Out* y, in
   }
 }
 
-// The end of a denoising step: flow += (RMSNorm(x) (* gain) (+ shift)) @ weight + bias, in place.
+// The end of a denoising step: flow += (RMSNorm(x) (* gain) (+ shift)) @ weight + bias, in place. With a HISTORY, that sum is
+// the step's change d, and the solver combines it with those of earlier steps (Multistep of plugins/ops.py):
+//
+//   flow += b_0 d + b_1 history_0 + b_2 history_1 + ...;  history = d, history_0, ... without the last
 //
 //   x            [tokens, depth]
 //   gain, shift  [depth], may be null
 //   weight       [depth, COLUMNS]; bias [COLUMNS]; both already times the length of the step
 //   flow         [tokens, COLUMNS]
+//   history      [HISTORY, tokens, COLUMNS], in place; coefficients [1 + HISTORY], b; both null without a HISTORY
 //
 // With r = 1 / sqrt(mean of x^2 + epsilon) the result is
 //
@@ -67,10 +71,10 @@ linear_narrow(const float* x, const float* weight, const float* bias, Out* y, in
 // Everything but x is constant and read ahead of the wait, and r joins at the end, so that one reduction over the block
 // does for both dot products and the squares. A block has 16 columns of a token; 4 threads share a row of the weight.
 // grid (COLUMNS / 16, tokens), block 512.
-template <int COLUMNS>
+template <int COLUMNS, int HISTORY>
 __global__ void __launch_bounds__(512)
 flow_step(const float* x, const float* gain, const float* shift, const float* weight, const float* bias, float* flow,
-          int depth, float epsilon) {
+          float* history, const float* coefficients, int depth, float epsilon) {
   static_assert(COLUMNS % 16 == 0);
   constexpr int ROWS = 8, APART = 128, WARPS = 16;  // a thread's rows of the weight at a time, in steps of 128
   struct Sums { float product[4], shift[4], squares; };
@@ -108,8 +112,11 @@ flow_step(const float* x, const float* gain, const float* shift, const float* we
   }
 
   const int column = 16 * blockIdx.x + threadIdx.x % 16;
-  float* const to = flow + size_t(blockIdx.y) * COLUMNS + column;
-  float product = 0, constant = bias[column], squares = 0, before = *to;
+  const size_t place = size_t(blockIdx.y) * COLUMNS + column, apart = size_t(gridDim.y) * COLUMNS;
+  float product = 0, constant = bias[column], squares = 0, before = flow[place];
+  float earlier[HISTORY + 1] = {};
+#pragma unroll
+  for (int i = 0; i < HISTORY; ++i) earlier[i] = history[i * apart + place];
 #pragma unroll
   for (int mask = 4; mask < 32; mask *= 2) {  // over the 8 rows of the warp
     for (int j = 0; j < 4; ++j) {
@@ -128,5 +135,13 @@ flow_step(const float* x, const float* gain, const float* shift, const float* we
     constant += part.shift[threadIdx.x % 4];
     squares += part.squares;
   }
-  *to = before + fmaf(product, __frsqrt_rn(squares / depth + epsilon), constant);
+  const float change = fmaf(product, __frsqrt_rn(squares / depth + epsilon), constant);
+  float combined = change;
+  if (HISTORY > 0) combined *= coefficients[0];
+#pragma unroll
+  for (int i = 0; i < HISTORY; ++i) {
+    combined = fmaf(coefficients[1 + i], earlier[i], combined);
+    history[i * apart + place] = i == 0 ? change : earlier[i - 1];
+  }
+  flow[place] = before + combined;
 }

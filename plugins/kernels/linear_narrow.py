@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from duq.plugins.kernel import Instance, Kernel, Shape
 from duq.plugins.kernels.reference import Launched, Pointer, affine, leave_for_norm, rms_norm, silu
 
@@ -38,14 +40,22 @@ def _reference_of_flow_step(
     weight: Pointer,
     bias: Pointer,
     flow: Pointer,
+    history: Pointer | None,
+    coefficients: Pointer | None,
     depth: int,
     epsilon: float,
 ) -> None:
-    columns, m = launch.number("COLUMNS"), launch.grid[1]
+    columns, m, earlier = launch.number("COLUMNS"), launch.grid[1], launch.number("HISTORY")
     assert launch.grid[0] * FLOW_COLUMNS == columns
     v = affine(rms_norm(x.read("float", m, depth), epsilon), gain, shift)
-    step = affine(v @ weight.read("float", depth, columns), None, bias)
-    flow.write("float", flow.read("float", m, columns) + step)
+    change = affine(v @ weight.read("float", depth, columns), None, bias)
+    if earlier:
+        assert history is not None and coefficients is not None
+        changes = np.concatenate([change, history.read("float", earlier * m, columns)])
+        history.write("float", changes[: earlier * m])
+        factors = coefficients.read_each("float", 1 + earlier)
+        change = np.tensordot(factors, changes.reshape(1 + earlier, m, columns), 1)
+    flow.write("float", flow.read("float", m, columns) + change)
 
 
 LINEAR_NARROW = Kernel(
@@ -59,9 +69,9 @@ LINEAR_NARROW = Kernel(
 FLOW_STEP = Kernel(
     "linear_narrow.cu",
     "flow_step",
-    "int COLUMNS",
+    "int COLUMNS, int HISTORY",
     """const float* x, const float* gain?, const float* shift?, const float* weight, const float* bias, float* flow,
-    int depth, float epsilon""",
+    float* history?, const float* coefficients?, int depth, float epsilon""",
     _reference_of_flow_step,
 )
 
@@ -72,6 +82,8 @@ def linear_narrow(tokens: int, columns: int, activation: str, out_type: str) -> 
     return LINEAR_NARROW.instance(shape, ACTIVATION=activation, Out=out_type, TOKENS=tokens)
 
 
-def flow_step(tokens: int, columns: int) -> Instance:
-    """Final norm, output projection to `columns` (a multiple of 16) action dimensions, and Euler step."""
-    return FLOW_STEP.instance(Shape((columns // FLOW_COLUMNS, tokens, 1), 512), COLUMNS=columns)
+def flow_step(tokens: int, columns: int, history: int = 0) -> Instance:
+    """Final norm, output projection to `columns` (a multiple of 16) action dimensions, and the step of Euler's method, or of
+    one that reads the changes of `history` earlier steps."""
+    shape = Shape((columns // FLOW_COLUMNS, tokens, 1), 512)
+    return FLOW_STEP.instance(shape, COLUMNS=columns, HISTORY=history)

@@ -62,15 +62,21 @@ class Pointer:
         self.memory.read.append(view)
         return from_bf16(view) if kind == "Bf16" else view.copy()
 
+    def read_each(self, kind: str, count: int) -> np.ndarray:
+        """A copy of elements that a kernel loads one at a time, so that they may lie anywhere."""
+        view = self._view(kind, (count,), 0, 0, alignment=np.dtype(TYPES[kind]).itemsize)
+        self.memory.read.append(view)
+        return view.copy()
+
     def write(self, kind: str, values: np.ndarray, stride: int = 0, at: int = 0) -> None:
         """`values` from element `at` on, rows `stride` elements apart; float32 is rounded to bf16 where `kind` is Bf16."""
         view = self._view(kind, values.shape, stride, at)
         self.memory.written.append(view)
         view[...] = to_bf16(values) if kind == "Bf16" else values
 
-    def _view(self, kind: str, shape: tuple[int, ...], stride: int, at: int) -> np.ndarray:
+    def _view(self, kind: str, shape: tuple[int, ...], stride: int, at: int, alignment: int = 16) -> np.ndarray:
         dtype = np.dtype(TYPES[kind])
-        assert self.offset % 16 == 0, "kernels load 16 bytes at a time"
+        assert self.offset % alignment == 0, f"kernels load {alignment} bytes at a time"
         strides = (stride * dtype.itemsize, dtype.itemsize) if stride else None
         return np.ndarray(shape, dtype, self.memory.data, self.offset + at * dtype.itemsize, strides)  # checks the bounds
 

@@ -18,6 +18,7 @@ from duq.runtime.errors import EngineError, PlanError
 from duq.runtime.guidance import Guidance
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import ModelInputs
+from duq.runtime.solver import Solver
 
 # All that ONNX Runtime raises: a class for each of its status codes, and what its bindings make of C++'s own.
 ONNXRUNTIME_ERRORS: tuple[type[Exception], ...] = (
@@ -59,8 +60,10 @@ class CpuExecutor:
         for name in GRAPHS:
             plan.read(_entry(name))  # is there
         self._threads = threads
-        self._num_steps = plan.manifest["num_steps"]
-        self._steps = [onnxruntime.OrtValue.ortvalue_from_numpy(np.array(i, np.int64)) for i in range(self._num_steps)]
+        self._solver, config = Solver.of(plan.manifest), plan.manifest["model"]
+        steps = range(self._solver.num_steps)
+        self._steps = [onnxruntime.OrtValue.ortvalue_from_numpy(np.array(i, np.int64)) for i in steps]
+        self._history_shape = self._solver.history, config["action_horizon"], config["action_dim"]
 
     def warmup(self) -> None:
         """Creates the sessions (ONNX Runtime unpacks the weights for its kernels) and runs once, at the largest size:
@@ -126,21 +129,39 @@ class CpuExecutor:
         past = dict(zip(names, values, strict=True))
         prefix_end = time.perf_counter()
 
-        x, flow = onnxruntime.OrtValue.ortvalue_from_numpy(noise), [noise]
-        corrected = []  # an OrtValue made of an array does not keep it alive
+        arrays = [noise]  # an OrtValue made of an array does not keep it alive
+        state = {"x": onnxruntime.OrtValue.ortvalue_from_numpy(noise)}
+        if self._solver.history:
+            arrays.append(np.zeros(self._history_shape, np.float32))
+            state["history"] = onnxruntime.OrtValue.ortvalue_from_numpy(arrays[-1])
+        flow = [noise]
         constant = {item.name: past[item.name] for item in step.get_inputs() if item.name in past}
         for number, index in enumerate(self._steps):
-            (x_next,) = step.run_with_ort_values(["x_next"], {"x": x, "step": index, **constant})
+            results = step.run_with_ort_values([f"{name}_next" for name in state], {**state, "step": index, **constant})
+            after = dict(zip(state, results, strict=True))
             if guidance is not None:
-                corrected.append(guidance.corrected(x.numpy(), x_next.numpy(), number, self._num_steps))
-                x_next = onnxruntime.OrtValue.ortvalue_from_numpy(corrected[-1])
-            x = x_next
+                corrected = self._corrected(state, after, number, guidance)
+                arrays += corrected.values()
+                after = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in corrected.items()}
+            state = after
             if trace is not None:
-                flow.append(x.numpy().copy())
+                flow.append(state["x"].numpy().copy())
         end = time.perf_counter()
         if trace is not None:
             trace.update({name: value.numpy() for name, value in past.items()}, x=np.stack(flow))
-        return x.numpy().copy(), {"prefix_ms": (prefix_end - start) * 1e3, "denoise_ms": (end - prefix_end) * 1e3}
+        return state["x"].numpy().copy(), {"prefix_ms": (prefix_end - start) * 1e3, "denoise_ms": (end - prefix_end) * 1e3}
+
+    def _corrected(
+        self, before: dict[str, Any], after: dict[str, Any], number: int, guidance: Guidance
+    ) -> dict[str, np.ndarray]:
+        """The state after a step, as if its velocity had been the guided one: for this step, and for those that read it later."""
+        x, x_next = before["x"].numpy(), after["x"].numpy()
+        if "history" not in after:
+            return {"x": x_next + guidance.correction(x, x_next - x, number, self._solver.num_steps)}
+        history = after["history"].numpy().copy()
+        correction = guidance.correction(x, history[0], number, self._solver.num_steps)
+        history[0] += correction
+        return {"x": x_next + self._solver.coefficients()[number, 0] * correction, "history": history}
 
     @cached_property
     def _prefix(self) -> onnxruntime.InferenceSession:
@@ -153,7 +174,7 @@ class CpuExecutor:
     def _step(self) -> onnxruntime.InferenceSession:
         config, session = self._plan.manifest["model"], self._session("step")
         cached = {item.name: item.shape for item in self._prefix.get_outputs()}
-        known = {"x": [config["action_horizon"], config["action_dim"]], "step": []}
+        known = {"x": [config["action_horizon"], config["action_dim"]], "step": [], "history": list(self._history_shape)}
         self._check_inputs(session, "step", {name: [None] * len(shape) for name, shape in cached.items()} | known)
         return session
 

@@ -22,6 +22,7 @@ from duq.runtime.errors import PlanError
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import ModelInputs
 from duq.runtime.schema import Name, Open
+from duq.runtime.solver import Solver
 
 ALIGNMENT = 256
 # Of what plugins store in an engine and pass to the plan's kernels, which are compiled with them; 1 passed fewer arguments.
@@ -172,9 +173,9 @@ class _LoadedEngine:
 class Calls:
     """Whole calls of engines: either `policy`, or `prefix` and then `step` for every denoising step.
 
-    Tensors are shared by name: what the prefix writes as key.0 the step reads in place. The state of the flow moves to and
-    fro between two buffers. signatures: engine -> tensor -> {"dtype", "shape"}; manifest: the plan's; table: the embeddings
-    of all tokens, 16-bit floats viewed as uint16 [vocabulary, width].
+    Tensors are shared by name: what the prefix writes as key.0 the step reads in place. The state of the flow, and the solver's
+    history if it has one, move to and fro between two buffers each. signatures: engine -> tensor -> {"dtype", "shape"}; manifest:
+    the plan's; table: the embeddings of all tokens, 16-bit floats viewed as uint16 [vocabulary, width].
     """
 
     def __init__(
@@ -201,7 +202,7 @@ class Calls:
         self._table = table
         config = manifest["model"]
         self._engines: Mapping[str, Engine] = engines
-        self._config, self._num_steps = config, manifest["num_steps"]
+        self._config, self._num_steps, self._history = config, manifest["num_steps"], Solver.of(manifest).history
         self._signatures = signatures
         self._types = {name: each["dtype"] for of_engine in signatures.values() for name, each in of_engine.items()}
         self._largest = manifest["cameras"], config["max_prompt_tokens"]
@@ -288,19 +289,25 @@ class Calls:
         else:
             self._enqueue("prefix", shapes, {})
             mark(self._events[1], self._stream)
-            source, result = "x", "x_next"
+            if "history" in self._types:
+                self._stream.clear(self._address("history"), self._bytes("history", shapes["history"]))
+            state = [name for name in ("x", "history") if name in self._types]
+            before, after = "", "_next"
             for index in range(self._num_steps):
-                places = {"x": self._address(source), "x_next": self._address(result)}
+                places = {name: self._address(name + before) for name in state}
+                places |= {f"{name}_next": self._address(name + after) for name in state}
                 self._enqueue("step", shapes, places | {"step": self._address("steps") + 8 * index})
-                source, result = result, source
-            result = source
+                before, after = after, before
+            result = "x" + before
         mark(self._events[2], self._stream)
         self._stream.download(self._download.address, self._address(result), self._bytes("x_next", shapes["x_next"]))
 
     def _enqueue(self, name: str, shapes: dict[str, Shape], places: dict[str, int]) -> None:
         engine = self._engines[name]
         for tensor in self._signatures[name]:
-            is_input = tensor not in ("x_next", "image_features") and not (name == "prefix" and _is_cache(tensor))
+            is_input = tensor not in ("x_next", "history_next", "image_features") and not (
+                name == "prefix" and _is_cache(tensor)
+            )
             address = places[tensor] if tensor in places else self._address(tensor)
             engine.bind(tensor, address, shapes[tensor] if is_input else None)
         engine.enqueue(self._stream.handle)
@@ -311,6 +318,7 @@ class Calls:
         config, vision, llm = self._config, self._config["vision"], self._config["llm"]
         image, actions = vision["image_size"], (config["action_horizon"], config["action_dim"])
         patches = cameras * (image // vision["patch_size"]) ** 2
+        history = (self._history, *actions)
         cache = (1, llm["kv_heads"], patches + prompt + (0 if config["pi05"] else 1), llm["head_dim"])
         shapes = {
             "images": (cameras, 3, image, image),
@@ -319,6 +327,8 @@ class Calls:
             "image_features": (patches, llm["width"]),
             "x": actions,
             "x_next": actions,
+            "history": history,
+            "history_next": history,
             "step": (),
         }
         return {name: cache if _is_cache(name) else shapes[name] for name in self._types}

@@ -14,27 +14,26 @@ from duq.runtime.executors.tensorrt import MAX_GRAPHS, Calls
 from tests.support import launch
 from tests.support.stand_ins import (
     ACTIONS,
-    MANIFEST,
-    SIGNATURES,
     SIZES,
     STEPS,
     TABLE,
     StandIn,
     expected_of_steps,
+    expected_of_steps_with_history,
     observation,
     parts,
     policy,
     prefix,
+    signatures_and_manifest,
     step,
+    step_with_history,
 )
 
 
 @contextmanager
 def calls(engines):
     launch.compute_capability()
-    yield Calls(
-        engines, {name: {t: {"dtype": d} for t, d in SIGNATURES[name].items()} for name in engines}, MANIFEST, TABLE
-    )
+    yield Calls(engines, *signatures_and_manifest(engines), TABLE)
 
 
 def test_prefix_and_steps():
@@ -50,6 +49,16 @@ def test_prefix_and_steps():
             assert timing["prefix_ms"] > 0 and timing["denoise_ms"] > 0
         assert engines["prefix"].calls == 2 * len(SIZES), "a size is run once and recorded once; the rest is replay"
         assert engines["step"].calls == 2 * len(SIZES) * STEPS
+
+
+def test_the_history_of_a_solver_moves_along_and_starts_at_zero():
+    engines = {"prefix": StandIn("prefix", prefix), "step": StandIn("step", step_with_history)}
+    with calls(engines) as whole:
+        for seed, size in enumerate([*SIZES, *SIZES]):
+            inputs = observation(*size, seed)
+            noise = np.random.default_rng(seed).integers(-8, 8, ACTIONS).astype(np.float32)
+            actions, _ = whole.run(inputs, noise)
+            np.testing.assert_array_equal(actions, expected_of_steps_with_history(inputs, noise))
 
 
 def test_one_engine():

@@ -158,6 +158,28 @@ def test_flow_step(tokens, depth, columns, features):
     check(flow, before + normalized(x, gain, shift, center=False) @ weight.double() + bias)
 
 
+@pytest.mark.parametrize("coefficients", [(1.5, -0.5), (23 / 12, -16 / 12, 5 / 12), (1.0, 0.0)])
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 16), (50, 32), (51, 64)])
+def test_flow_step_with_a_history(tokens, columns, coefficients):
+    """Three steps: what one leaves in the history, the next ones read, and nothing beside it is touched."""
+    depth, earlier = 1024, len(coefficients) - 1
+    weight, bias = random(depth, columns, seed=2) / 32, random(columns, seed=3)
+    flow = poisoned(tokens, columns)
+    flow[:tokens] = random(tokens, columns, seed=4)
+    history = poisoned(earlier * tokens, columns)
+    history[: earlier * tokens] = 0
+    exact, changes = flow[:tokens].double(), [torch.zeros(tokens, columns, device="cuda").double()] * earlier
+    factors = torch.tensor(coefficients, device="cuda")
+    for step in range(3):
+        x = random(tokens, depth, seed=10 + step) * 5
+        kept = history[: earlier * tokens].view(earlier, tokens, columns)
+        launch.flow_step(x, None, None, weight, bias, flow[:tokens], history=kept, coefficients=factors)
+        changes = [normalized(x, None, None, center=False) @ weight.double() + bias, *changes]
+        exact = exact + sum(b * change for b, change in zip(factors.double(), changes, strict=False))
+        check(flow, exact)
+        check(history, torch.cat(changes[:earlier]))
+
+
 @pytest.mark.parametrize("width", [8, 1096, 4096, 16384])
 @pytest.mark.parametrize("tokens", [1, 51])
 def test_geglu(tokens, width):

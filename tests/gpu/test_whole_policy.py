@@ -49,14 +49,14 @@ TIMED = ("pi0", "llm+expert-mlp")  # with tactics by timing, the others with the
 
 
 @functools.cache
-def policy(name: str, quant: str, directory, float_images: bool = False, program: int | None = None):
+def policy(name: str, quant: str, directory, float_images: bool = False, program: int | None = None, solver: str = "euler"):
     """The checkpoint's config and the paths of its cpu and cuda plans, the latter for this GPU or of the SM `program`.
 
     Each is made by the first of the test processes that wants it.
     """
-    stem = directory / f"{name}.{quant}{'.float_images' * float_images}"
-    timing = (name, quant) == TIMED and not float_images and program is None
-    common = dict(num_steps=NUM_STEPS, float_images=float_images)
+    stem = directory / f"{name}.{quant}{'.float_images' * float_images}.{solver}"
+    timing = (name, quant) == TIMED and not float_images and program is None and solver == "euler"
+    common = dict(num_steps=NUM_STEPS, float_images=float_images, solver=solver)
     cuda = options_of_program(program or open_device(), open_device(), timing=timing, **common)
     checkpoint, plans = checkpoint_of(name, directory), {}
     for options, kind in ((Options(**common), "cpu"), (cuda, f"cuda.sm{program or open_device()}")):
@@ -123,6 +123,21 @@ def test_equals_cpu_engine(name, quant, cameras, prompt, directory):
     # A flipped rounding of one INT8 activation moves what follows by as much as quantization itself does: the bound
     # with quantization is above that noise (docs/accuracy.md), the one without is bf16's.
     check_stages(plans, *make_inputs(config, cameras, prompt), at_least=0.9999 if quant in ("none", "w4a16") else 0.9995)
+
+
+@pytest.mark.parametrize("quant", ["none", "llm+expert-mlp"])
+@pytest.mark.parametrize(("name", "solver"), [("pi0", "ab2"), ("pi05", "ab2"), ("pi0", "ab3")])
+def test_multistep_solvers_equal_the_cpu_engine(name, solver, quant, directory):
+    """In the graph and launch by launch, whatever the size, and nothing of one call's history in the next."""
+    config, plans = policy(name, quant, directory, solver=solver)
+    for case in CASES:
+        check_stages(plans, *make_inputs(config, *case), at_least=0.9999 if quant == "none" else 0.9995)
+    _, eulers = policy(name, quant, directory)
+    inputs, noise = make_inputs(config, *CASES[0])
+    mistaken, _ = cuda_executor(eulers["cuda"]).run(inputs, noise)
+    actions, _ = cuda_executor(plans["cuda"]).run(inputs, noise)
+    expected, _ = CpuExecutor(Plan(plans["cpu"])).run(inputs, noise)
+    assert np.abs(actions - expected).max() < np.abs(actions - mistaken).max()
 
 
 @pytest.mark.parametrize(("cameras", "prompt"), CASES)

@@ -142,6 +142,7 @@ SMALLEST = [
     kernels.linear_narrow(50, 1024, "NONE", "float"),
     kernels.linear_narrow(1, 1024, "SILU", "Bf16"),
     kernels.flow_step(50, 32),
+    kernels.flow_step(50, 32, 2),
     kernels.geglu(50, 4096),
     kernels.dequantize_weight(64, 4304),
     kernels.hadamard_quantize(816, 16384),

@@ -47,8 +47,8 @@ def test_a_step_is_corrected_as_the_formula_says():
         time = 1 - step / 10
         gain = 5.0 if step == 0 else min(5.0, time / (1 - time) * ((1 - time) ** 2 + time**2) / time**2)
         guided = v - gain * weights * (target - (x - time * v))
-        found = guidance.corrected(x.astype(np.float32), (x - v / 10).astype(np.float32), step, 10)
-        np.testing.assert_allclose(found, x - guided / 10, rtol=0, atol=1e-5)
+        found = guidance.correction(x.astype(np.float32), (-v / 10).astype(np.float32), step, 10)
+        np.testing.assert_allclose(found, (v - guided) / 10, rtol=0, atol=1e-5)
 
 
 def test_blending_is_that_of_the_real_time_loop():

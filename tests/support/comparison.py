@@ -15,6 +15,7 @@ from duq.compiler.accuracy.metrics import difference, jerk
 from duq.compiler.accuracy.stages import Stages
 from duq.compiler.accuracy.synthetic import synthetic_observations
 from duq.compiler.accuracy.thresholds import CRITERIA, judge
+from duq.runtime.solver import Solver
 
 
 def run_here(module, arguments, advance) -> dict:
@@ -52,7 +53,7 @@ def made_up_comparison(
     random, steps, layers = np.random.default_rng(joints), 4, 3
     names = [f"left_arm_joint_{index}.position" for index in range(joints)]
     units = [UNITS[index % len(UNITS)] for index in range(joints)]
-    stages, time = Stages(steps, [None] * layers, joints), np.linspace(0, 3, horizon)[:, None]
+    stages, time = Stages(Solver("euler", steps), True, [None] * layers, joints), np.linspace(0, 3, horizon)[:, None]
     for _ in range(observations):
         actions = np.sin(time * random.uniform(0.5, 2, joints) + random.uniform(0, 6, joints)).astype(np.float32)
         off = (error * random.normal(size=actions.shape)).astype(np.float32)
@@ -84,9 +85,11 @@ def made_up_comparison(
         "checkpoint": {"path": "/checkpoints/" + "a_long_folder_name" * 5, "layout": "openpi", "fingerprint": "5e" * 32},
         "plan": {
             "path": "/plans/" + "a_long_folder_name" * 5 + "/engine.plan", "bytes": 20_000_000, "target": "cpu",
-            "robot": "arm", "num_steps": steps, "rotary": "bfloat16", "compiled_by": {"duq": "0.2", "python": "3.11"},
+            "robot": "arm", "num_steps": steps, "solver": "euler", "rotary": "bfloat16",
+            "compiled_by": {"duq": "0.2", "python": "3.11"},
             "recipe": {"scheme": "balanced", "include": "^llm\\.|^expert\\..*\\.mlp\\." * 2, "weight_bits": 4},
         },
+        "reference": {"solver": "euler", "num_steps": steps},
         "threads": 2,
         "seed": 0,
         "date": "2026-01-02T03:04:05Z",

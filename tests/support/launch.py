@@ -396,11 +396,17 @@ def flow_step(
     flow: torch.Tensor,
     epsilon: float = 1e-6,
     overlap: bool = False,
+    history: torch.Tensor | None = None,
+    coefficients: torch.Tensor | None = None,
 ) -> None:
-    """One launch on x [M, K] and weight [K, N], dense; adds to flow [M, N] in place."""
+    """One launch on x [M, K] and weight [K, N], dense; adds to flow [M, N] in place. history [P, M, N], coefficients [1 + P]."""
     m, k = x.shape
-    operands: dict[str, Value] = {"x": x, "gain": gain, "shift": shift, "weight": weight, "bias": bias, "flow": flow}
-    run(kernels.flow_step(m, weight.shape[1]), {**operands, "depth": k, "epsilon": epsilon}, overlap)
+    operands: dict[str, Value] = {
+        "x": x, "gain": gain, "shift": shift, "weight": weight, "bias": bias, "flow": flow, "history": history,
+        "coefficients": coefficients,
+    }  # fmt: skip
+    instance = kernels.flow_step(m, weight.shape[1], 0 if history is None else len(history))
+    run(instance, {**operands, "depth": k, "epsilon": epsilon}, overlap)
 
 
 def geglu(x: torch.Tensor, y: torch.Tensor, overlap: bool = False) -> None:

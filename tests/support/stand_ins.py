@@ -40,6 +40,7 @@ SIGNATURES = {
     "step": {"x": "float", "step": "int64"} | CACHES | {"x_next": "float"},
     "policy": INPUTS | {"x": "float", "x_next": "float"},
 }
+HISTORY = {"history": "float", "history_next": "float"}  # of a step with the solver ab2
 
 
 class Memory:
@@ -49,11 +50,16 @@ class Memory:
         self.__cuda_array_interface__ = {"data": (address, False), "shape": (size,), "typestr": "|u1", "version": 3}
 
 
+def signature(name: str, compute) -> dict[str, str]:
+    """The tensors of an engine that computes this."""
+    return SIGNATURES[name] | (HISTORY if compute is step_with_history else {})
+
+
 class StandIn:
     """An engine: `compute` gets the bound tensors by name."""
 
     def __init__(self, name: str, compute):
-        self.types, self.compute, self.bound, self.shapes = SIGNATURES[name], compute, {}, {}
+        self.types, self.compute, self.bound, self.shapes = signature(name, compute), compute, {}, {}
         self.calls = 0
 
     def bind(self, name, address, shape):
@@ -69,7 +75,7 @@ class StandIn:
             self.compute({name: self.tensor(name) for name in self.types}, self.shapes)
 
     def tensor(self, name):
-        shapes = self.shapes | {"x_next": ACTIONS}
+        shapes = self.shapes | {"x_next": ACTIONS, "history_next": (1, *ACTIONS)}
         if name not in shapes:  # an output of the prefix; what TensorRT would infer
             cameras, prompt = self.shapes["images"][0], self.shapes["embeddings"][0]
             shapes[name] = (cameras * 4, 64) if name == "image_features" else (1, 1, cameras * 4 + prompt + 1, CHANNELS)
@@ -100,6 +106,16 @@ def step(t, shapes):
     x_next.add_(t["step"])
     for value in (key[0, 0, 0, 0], key[0, 0, 0, 1], key[0, 0, -1, 0], key[0, 0, -1, 1], t["value.0"][0, 0, -1, -1]):
         x_next.add_(value)
+
+
+def step_with_history(t, shapes):
+    """ab2 after the first step, which has a history of zeros: x + 1.5 change - 0.5 history, where the change is step's."""
+    x, history, history_next = t["x"], t["history"], t["history_next"]
+    assert shapes["history"] == (1, *ACTIONS) and history.data_ptr() != history_next.data_ptr()
+    step(t, shapes)
+    history_next.copy_((t["x_next"] - x)[None])
+    combined = history_next[0] * torch.where(t["step"] > 0, 1.5, 1.0) - 0.5 * history[0]
+    torch.add(x, combined, out=t["x_next"])
 
 
 def policy(t, shapes):
@@ -133,12 +149,27 @@ def expected_of_steps(inputs: ModelInputs, noise: np.ndarray) -> np.ndarray:
     return x
 
 
+def expected_of_steps_with_history(inputs: ModelInputs, noise: np.ndarray) -> np.ndarray:
+    x, before = noise, None
+    for index in range(STEPS):
+        change = x + index + sum(parts(inputs))
+        x, before = x + (change if before is None else 1.5 * change - 0.5 * before), change
+    return x
+
+
 SIZES = [(3, 40), (1, 1), (2, 17), (1, 40), (3, 5)]
 
 
 class Resource:
     def close(self) -> None:
         self.closed = True
+
+
+def signatures_and_manifest(engines: dict[str, StandIn]) -> tuple[dict, dict]:
+    """What Calls takes of engines: their tensors, and a manifest with the solver that they are of."""
+    signatures = {name: {t: {"dtype": d} for t, d in engine.types.items()} for name, engine in engines.items()}
+    solver = "ab2" if any(HISTORY.keys() <= engine.types.keys() for engine in engines.values()) else "euler"
+    return signatures, MANIFEST | {"solver": solver}
 
 
 class Block(Resource):
@@ -159,6 +190,9 @@ class Stream(Resource):
         ctypes.memmove(to, source, size)
 
     download = upload
+
+    def clear(self, to: int, size: int) -> None:
+        ctypes.memset(to, 0, size)
 
     def synchronize(self) -> None:
         pass

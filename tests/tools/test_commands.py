@@ -23,6 +23,7 @@ from duq.runtime.command_line import compute_capability
 from duq.runtime.config import ROTARY
 from duq.runtime.extras import INCLUDES, PACKAGES, extra_of, missing_package
 from duq.runtime.robots import ROBOT_NAMES
+from duq.runtime.solver import SOLVERS
 from duq.tools import make_checkpoint, study_schemes
 
 if sys.version_info >= (3, 11):
@@ -70,6 +71,7 @@ def test_the_listed_values_are_those_that_are_taken():
     assert choices.TARGETS == tuple(TARGETS)
     assert choices.PRESETS == tuple(PRESETS) and choices.SCHEMES == tuple(SCHEMES)
     assert sorted(choices.LOOPS) == sorted(LOOPS) and sorted(choices.FLOAT_TYPES) == sorted(FLOAT_TYPES)
+    assert choices.SOLVERS == tuple(SOLVERS)
     assert choices.LEROBOT_VERSIONS == VERSIONS and choices.VARIANTS == tuple(VARIANTS)
     assert {*choices.ROBOTS} == {*ROBOT_NAMES, "lerobot"} and {*choices.ROTARIES} == {*ROTARY, "auto"}
     assert make_checkpoint.DTYPES == tuple(synthetic_files.DTYPES)

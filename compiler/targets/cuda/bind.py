@@ -50,9 +50,13 @@ def bind(
         launches[name] = binder.launches
         if name == "prefix":
             outputs = _outputs(binder, model)
+    state = {"x_next": binder.flow, "history_next": binder.history}
     for value in graphs["step"][0].graph.outputs:
-        expect(binder.values[value] is binder.flow, str(value.name))  # the next step reads it where this one did
+        name = str(value.name)
+        expect(binder.values[value] is state[name], name)  # the next step reads it where this one did
     zeroed = [workspace for workspace in binder.workspaces if workspace.bytes]
+    if binder.history is not None:
+        zeroed.append(binder.history.buffer)
     return Program(size.cameras, size.prompt, launches["prefix"], launches["step"], binder.inputs, zeroed, outputs)
 
 

@@ -20,7 +20,7 @@ from duq.compiler.targets.cuda.gemm import FloatGemm, Gemm
 from duq.compiler.targets.cuda.launches import BYTES, Argument, Arguments, Matrix, Weight
 from duq.compiler.targets.cuda.specialize import float_weight_bits
 from duq.compiler.targets.fuse import expect
-from duq.compiler.targets.ops import Linear, Op, Rotation
+from duq.compiler.targets.ops import Linear, Multistep, Op, Rotation
 from duq.compiler.targets.values import columns_of, shape_of
 from duq.plugins import kernels
 
@@ -283,7 +283,7 @@ def _narrow(binder: Binder, op: Linear) -> Matrix:
 
 
 def _flow_step(binder: Binder, op: Linear) -> Matrix:
-    """x + (norm(h) W + b): the last layer's output becomes the next state of the flow, in place."""
+    """x + (norm(h) W + b): the last layer's output becomes the next state of the flow, in place, as does the solver's history."""
     epilogue, norm, (k, n) = op.epilogue, op.norm, shape_of(op.weight)
     expect(epilogue.out.is_graph_output() and not epilogue.activation and epilogue.gate is None, op.name)
     expect(bool(epilogue.bias) and n % 16 == 0 and norm is not None, op.name)
@@ -291,12 +291,22 @@ def _flow_step(binder: Binder, op: Linear) -> Matrix:
     flow, h = binder.flow, binder.values[norm.x]
     gain, shift = binder.vectors(norm)
     weight, bias = binder.weights.float32(op.weight), binder.weights.float32(*epilogue.bias)
+    history, coefficients = (None, None) if epilogue.multistep is None else _solver_state(binder, epilogue.multistep)
+    state, earlier = ([flow], 0) if history is None else ([flow, history], history.rows // h.rows)
     arguments: Arguments = dict(
-        x=h, gain=gain, shift=shift, weight=weight, bias=bias, flow=flow, depth=k, epsilon=norm.epsilon
-    )
-    work = 2.0 * h.rows * n * k
-    binder.launch(op, op.name, kernels.flow_step(h.rows, n), arguments, [h, flow], [flow], work, 4 * n * k)
+        x=h, gain=gain, shift=shift, weight=weight, bias=bias, flow=flow, history=history, coefficients=coefficients,
+        depth=k, epsilon=norm.epsilon,
+    )  # fmt: skip
+    instance, work = kernels.flow_step(h.rows, n, earlier), 2.0 * h.rows * n * k
+    binder.launch(op, op.name, instance, arguments, [h, *state], state, work, 4 * n * k)
     return flow
+
+
+def _solver_state(binder: Binder, multistep: Multistep) -> tuple[Matrix, Weight]:
+    """The changes of earlier steps, which become the next step's in place; and this step's row of the coefficients."""
+    history = binder.solver_history(shape_of(multistep.history)[0])
+    binder.values[multistep.history_next] = history
+    return history, binder.weights.table(multistep.coefficients)
 
 
 _BY_KERNEL: Mapping[str, Callable[[Binder, Linear], Matrix]] = {

@@ -54,6 +54,7 @@ class Binder:
         self.flow = _input("x", config.action_horizon, config.action_dim, "float")
         self.past = _input("past", 1, 1, "int")  # how many tokens of the prefix are real
         self.inputs = [each.buffer for each in (self.images, self.embeddings, self.state, self.flow, self.past)]
+        self.history: Matrix | None = None  # of a solver that reads earlier steps
         self.caches: dict[str, Matrix] = {}
         streams = "the prefix", "the branch", "the step"
         self.workspaces = [Buffer(f"workspace of {stream}", 0, persistent=True) for stream in streams]
@@ -103,6 +104,13 @@ class Binder:
             buffer = Buffer(name, rows * dims * BYTES["Bf16"], persistent=True)
             self.caches[name] = Matrix(buffer, rows, dims, "Bf16")
         return self.caches[name]
+
+    def solver_history(self, earlier: int) -> Matrix:
+        """The changes of so many earlier steps, zero before the first."""
+        rows, columns = earlier * self.flow.rows, self.flow.columns
+        buffer = Buffer("history", rows * columns * BYTES["float"], persistent=True)
+        self.history = Matrix(buffer, rows, columns, "float")
+        return self.history
 
     def workspace(self, gemm: Gemm, tactic: IntegerTactic, branch: bool) -> Matrix | None:
         """Accumulators of the blocks that share K, on GPUs without clusters; zero before and after each launch."""

@@ -15,11 +15,11 @@ from rich.progress import Progress
 from duq.compiler.graph.export import Graphs
 from duq.compiler.targets.ops import Op, describe
 from duq.compiler.targets.tensorrt.builder import Engine, Profile, build
-from duq.compiler.targets.tensorrt.network import Network, unroll
+from duq.compiler.targets.tensorrt.network import Network, expand, unroll
 from duq.compiler.targets.tensorrt.options import FLOAT_TYPES, FloatType, TensorRTOptions
 from duq.compiler.targets.tensorrt.plugins import Plugin, add_plugins
 from duq.compiler.targets.tensorrt.precision import to_float_type
-from duq.compiler.targets.tensorrt.prepare import prepare, take_embeddings
+from duq.compiler.targets.tensorrt.prepare import EXPANDED, prepare, take_embeddings
 from duq.compiler.targets.values import dtype_of, name_of, tensor_of
 from duq.plugins import bitblas, trt
 from duq.plugins.nodes import KernelName
@@ -70,6 +70,8 @@ def adapt(model: ir.Model, ops: list[Op], float_type: FloatType, sm: int, prefix
     network = Network.of(model)
     plugins = add_plugins(network, ops, float_type.kernels, sm, prefix_tokens)
     to_float_type(network, float_type)
+    for op_type in EXPANDED:
+        expand(network, op_type)
     return Adapted(network, plugins)
 
 

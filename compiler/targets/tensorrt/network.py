@@ -17,6 +17,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from duq.compiler.graph.weights import weight_of
 from duq.compiler.targets.values import tensor_of
+from duq.plugins import ops
 
 INLINE_BYTES = 1024  # smaller constants stay inside the model
 
@@ -100,20 +101,25 @@ def unroll(prefix: Network, step: Network, num_steps: int) -> Network:
     constants = {name: prefix.adopted(step, name) for name, each in names.items() if isinstance(each, gs.Constant)}
     key_values = {value.name: value for value in whole.outputs}
     x = names["x"]
-    flow = gs.Variable("x", x.dtype, x.shape)
-    whole.inputs.append(flow)
+    state: dict[str, gs.Tensor] = {"x": gs.Variable("x", x.dtype, x.shape)}
+    whole.inputs.append(state["x"])
+    if "history" in names:
+        zeros = ir.tensor(np.zeros(names["history"].shape, np.float32))
+        state["history"] = prefix.constant("history_before_the_first_step", zeros)
     for index in range(num_steps):
         number = prefix.constant(f"step_{index}", ir.tensor(np.array(index, np.int64)))
-        inputs = {value.name: key_values.get(value.name, number) for value in step.graph.inputs} | {"x": flow}
-        flow = _append(whole, step.graph, constants | inputs, f"step_{index}")
+        inputs = {value.name: key_values.get(value.name, number) for value in step.graph.inputs} | state
+        values = _append(whole, step.graph, constants | inputs, f"step_{index}")
+        state = {name: values[f"{name}_next"] for name in state}
+    flow = state["x"]
     flow.name, flow.dtype, flow.shape = "x_next", x.dtype, x.shape
     whole.outputs = [flow]
     whole.cleanup()
     return Network(whole, prefix.tensors, prefix.weights)
 
 
-def _append(graph: gs.Graph, step: gs.Graph, known: Mapping[str, gs.Tensor], prefix: str) -> gs.Variable:
-    """Copies the step's nodes behind the graph's; returns the copy of x_next. known: the step's constants and inputs."""
+def _append(graph: gs.Graph, step: gs.Graph, known: Mapping[str, gs.Tensor], prefix: str) -> dict[str, gs.Tensor]:
+    """Copies the step's nodes behind the graph's; returns its values, copied. known: the step's constants and inputs."""
     values = dict(known)
     for node in step.nodes:
         for output in node.outputs:
@@ -121,7 +127,25 @@ def _append(graph: gs.Graph, step: gs.Graph, known: Mapping[str, gs.Tensor], pre
         inputs = [gs.Variable.empty() if each.is_empty() else values[each.name] for each in node.inputs]
         outputs = [values[each.name] for each in node.outputs]
         graph.nodes.append(gs.Node(node.op, f"{prefix}.{node.name}", dict(node.attrs), inputs, outputs, node.domain))
-    return values[step.outputs[0].name]
+    return values
+
+
+def expand(network: Network, op_type: str) -> None:
+    """Makes every node of a duq operator the nodes of its definition, for one that there is no plugin for."""
+    graph = network.graph
+    for node in [each for each in graph.nodes if (each.domain, each.op) == (ops.DOMAIN, op_type)]:
+        body = ir.serde.serialize_function(ops.function(op_type, "plain", graph.opset))
+        values: dict[str, gs.Tensor] = dict(zip([*body.input, *body.output], [*node.inputs, *node.outputs], strict=True))
+        node.outputs.clear()
+        for inner in body.node:
+            for name in inner.output:
+                values.setdefault(name, gs.Variable(f"{node.name}.{name}"))
+            attributes = {each.name: onnx.helper.get_attribute_value(each) for each in inner.attribute}
+            inputs, outputs = ([values[name] for name in names] for names in (inner.input, inner.output))
+            insert_before(
+                graph, node, gs.Node(inner.op_type, f"{node.name}.{outputs[0].name}", attributes, inputs, outputs)
+            )
+    graph.cleanup()
 
 
 def replace_readers(value: gs.Tensor, new: gs.Tensor) -> None:

@@ -1,7 +1,7 @@
 """One float type throughout. The network is strongly typed: what the ONNX says is what runs.
 
-Activations and weights become the float type; scales and rotations of the quantized linears stay float32, and so does the
-state x of the flow, to which every step adds a little.
+Activations and weights become the float type; scales and rotations of the quantized linears stay float32, and so do the
+state x of the flow, to which every step adds a little, and the solver's history.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def to_float_type(network: Network, float_type: FloatType) -> None:
         elif value.dtype == np.float32:
             _cast_input(graph, value, float_type)
     for value in graph.outputs:
-        value.dtype = np.float32 if value.name == "x_next" else int(float_type.onnx)
+        value.dtype = np.float32 if value.name in ("x_next", "history_next") else int(float_type.onnx)
         if value.name == "x_next":
             _keep_flow_in_float32(graph, value)
 
@@ -58,14 +58,16 @@ def _cast_input(graph: gs.Graph, value: gs.Variable, float_type: FloatType) -> N
 
 
 def _keep_flow_in_float32(graph: gs.Graph, x_next: gs.Variable) -> None:
-    """x_next = x + change: the sum is taken in float32, of the input as it is."""
-    (add,) = x_next.inputs
-    (cast,) = [node for operand in add.inputs for node in operand.inputs if node.op == "Cast"]
-    (x,), (narrow,) = cast.inputs, cast.outputs
-    (change,) = [operand for operand in add.inputs if operand is not narrow]
-    wide = gs.Variable(f"{change.name}_float32")
-    add.inputs = [wide if operand is change else x for operand in add.inputs]
-    insert_before(graph, add, _cast(change, wide, ir.DataType.FLOAT))
+    """x_next = x + change, or what the solver makes of it: computed in float32, of the inputs as they are."""
+    (last,) = x_next.inputs
+    for index, operand in enumerate(list(last.inputs)):
+        source = next((value for node in operand.inputs if node.op == "Cast" for value in node.inputs), None)
+        if any(source is each for each in graph.inputs):
+            last.inputs[index] = source
+        elif operand.inputs:  # the change
+            wide = gs.Variable(f"{operand.name}_float32")
+            last.inputs[index] = wide
+            insert_before(graph, last, _cast(operand, wide, ir.DataType.FLOAT))
 
 
 def _cast(value: gs.Variable, result: gs.Variable, to: ir.DataType) -> gs.Node:

@@ -39,6 +39,7 @@ from duq.runtime import Policy
 from duq.runtime.observations import save_observations
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import Preprocessor
+from duq.runtime.solver import Solver
 from tests.support.comparison import run_here, two_observations
 
 TOOLS = Path(duq.tools.compare.__file__).parent
@@ -261,9 +262,9 @@ def test_json(tool, tiny_plans):
     summary = finite_json(result.out)
     assert result.code == 0 and "made up" in summary["source"] and summary["thresholds"] == {"min_sqnr": 60}
     assert set(summary) == {
-        "source", "command", "verdict", "thresholds", "failures", "checkpoint", "plan", "threads", "seed", "date", "machine",
-        "versions", "stages", "layers", "steps", "observations", "linears", "jerk", "cost", "dimensions", "range", "chunk",
-        "padding_dimensions",
+        "source", "command", "verdict", "thresholds", "failures", "checkpoint", "plan", "reference", "threads", "seed", "date",
+        "machine", "versions", "stages", "layers", "steps", "observations", "linears", "jerk", "cost", "dimensions", "range",
+        "chunk", "padding_dimensions",
     }  # fmt: skip
     measures = [*all_measures(summary).values(), *(found["actions"] for found in summary["observations"])]
     for found in measures:
@@ -347,14 +348,14 @@ def test_dimensions_that_only_pad_count_nowhere_else():
         engine = basis | {"x": x + 0, "actions": x[2] + 0}
         for key in ("x", "actions"):
             engine[key][..., 4:] += noise * random.normal(size=engine[key][..., 4:].shape)
-        stages = Stages(2, [None], dims=4)
+        stages = Stages(Solver("euler", 2), True, [None], dims=4)
         stages.add(reference, engine)
         return stages.to_json()
 
     quiet, loud = measured(0), measured(100)
     assert quiet.pop("padding_dimensions")["max_error"] == 0 and loud.pop("padding_dimensions")["max_error"] > 10
     assert quiet == loud
-    every = Stages(2, [None], dims=6)
+    every = Stages(Solver("euler", 2), True, [None], dims=6)
     every.add(reference, basis | {"x": x, "actions": x[2]})
     assert every.to_json()["padding_dimensions"] is None
 

@@ -15,7 +15,7 @@ from duq.compiler.targets.cuda import CudaOptions
 from duq.plugins.gpu import gpu_named
 from duq.runtime.plan import Plan
 
-COMMON = {"robot", "num_steps", "cameras", "settings", "float_images"}
+COMMON = {"robot", "num_steps", "solver", "cameras", "settings", "float_images"}
 
 
 def test_a_target_has_the_common_options_and_its_own():

@@ -13,8 +13,6 @@ from duq.runtime.errors import PlanError
 from duq.runtime.executors import tensorrt as executor
 from tests.support.stand_ins import (
     ACTIONS,
-    MANIFEST,
-    SIGNATURES,
     SIZES,
     TABLE,
     Block,
@@ -22,11 +20,14 @@ from tests.support.stand_ins import (
     StandIn,
     Stream,
     expected_of_steps,
+    expected_of_steps_with_history,
     observation,
     parts,
     policy,
     prefix,
+    signatures_and_manifest,
     step,
+    step_with_history,
 )
 
 
@@ -45,8 +46,7 @@ def calls(monkeypatch):
 
     def make(**computes) -> executor.Calls:
         engines = {name: OnTheHost(name, compute) for name, compute in computes.items()}
-        signatures = {name: {t: {"dtype": d} for t, d in SIGNATURES[name].items()} for name in engines}
-        return executor.Calls(engines, signatures, MANIFEST, TABLE)
+        return executor.Calls(engines, *signatures_and_manifest(engines), TABLE)
 
     return make
 
@@ -58,6 +58,14 @@ def test_prefix_and_steps(calls):
         actions, timing = whole.run(inputs, noise)
         np.testing.assert_array_equal(actions, expected_of_steps(inputs, noise))
         assert set(timing) == {"prefix_ms", "denoise_ms"}
+
+
+def test_the_history_of_a_solver_moves_along_and_starts_at_zero(calls):
+    whole = calls(prefix=prefix, step=step_with_history)
+    for seed, size in enumerate([*SIZES, *SIZES]):
+        inputs, noise = observation(*size, seed), np.random.default_rng(seed).integers(-8, 8, ACTIONS).astype(np.float32)
+        actions, _ = whole.run(inputs, noise)
+        np.testing.assert_array_equal(actions, expected_of_steps_with_history(inputs, noise))
 
 
 def test_one_engine(calls):
