@@ -18,8 +18,8 @@ from tests.support.stand_ins import (
     SIGNATURES,
     SIZES,
     STEPS,
-    TABLE,
     StandIn,
+    embed,
     expected_of_steps,
     observation,
     parts,
@@ -33,7 +33,7 @@ from tests.support.stand_ins import (
 def calls(engines):
     launch.compute_capability()
     yield Calls(
-        engines, {name: {t: {"dtype": d} for t, d in SIGNATURES[name].items()} for name in engines}, MANIFEST, TABLE
+        engines, {name: {t: {"dtype": d} for t, d in SIGNATURES[name].items()} for name in engines}, MANIFEST, embed
     )
 
 

@@ -167,7 +167,7 @@ def edited(original, path, **changes):
     plan = Plan(original)
     with PlanWriter(path) as writer:
         for name in plan.names:
-            writer.write(name, bytes(plan.read(name)))
+            writer.write(name, plan.read(name))
         own = {key: value for key, value in plan.manifest.items() if key not in ("entries", "format_version")}
         writer.finish(own | changes)
 

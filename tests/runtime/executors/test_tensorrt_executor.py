@@ -16,11 +16,11 @@ from tests.support.stand_ins import (
     MANIFEST,
     SIGNATURES,
     SIZES,
-    TABLE,
     Block,
     Event,
     StandIn,
     Stream,
+    embed,
     expected_of_steps,
     observation,
     parts,
@@ -46,7 +46,7 @@ def calls(monkeypatch):
     def make(**computes) -> executor.Calls:
         engines = {name: OnTheHost(name, compute) for name, compute in computes.items()}
         signatures = {name: {t: {"dtype": d} for t, d in SIGNATURES[name].items()} for name in engines}
-        return executor.Calls(engines, signatures, MANIFEST, TABLE)
+        return executor.Calls(engines, signatures, MANIFEST, embed)
 
     return make
 
