@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 
+from duq.runtime.errors import PlanError
 from duq.runtime.plan import Plan
 
 ENTRY = "embedding"
@@ -13,16 +14,22 @@ KEPT_ROWS = 4096  # 16 MB at full size: the prompts of a robot have a few hundre
 
 
 class Embeddings:
-    """Rows of the table, read from the plan's file when a prompt first needs them. May be shared by threads."""
+    """Rows of the table, read from the plan's file when a prompt first needs them. May be shared by threads.
+
+    Raises PlanError if the plan lacks the table, or has one of another size.
+    """
 
     def __init__(self, plan: Plan):
         config = plan.manifest["model"]
         self._plan, self._vocabulary = plan, config["vocab_size"]
-        width = plan.sizes.get(ENTRY, 0) // (2 * self._vocabulary)
+        width = config["llm"]["width"]
+        if (size := plan.sizes.get(ENTRY)) != 2 * self._vocabulary * width:
+            raise PlanError(
+                f"{plan.path}: entry {ENTRY} has {size} bytes, not {2 * self._vocabulary * width}; compile it again"
+            )
         self._rows = np.empty((max(KEPT_ROWS, config["max_prompt_tokens"]), width), np.uint16)
         self._places: dict[int, int] = {}  # token -> where its row is kept
         self._lock = threading.Lock()
-        self.rows(np.zeros(1, np.int64))  # the entry is there
 
     def rows(self, tokens: np.ndarray) -> np.ndarray:
         """Of `tokens`, integers [n], at most max_prompt_tokens: 16-bit floats viewed as uint16 [n, width].

@@ -3,6 +3,7 @@
 import gc
 import io
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -358,6 +359,77 @@ def test_a_write_within_the_file_system_s_tick_is_noticed(path, monkeypatch):
         path.write_bytes(data)
         with pytest.raises(PlanError, match="was written to"):
             plan.check_unchanged()
+
+
+def written_and_set_back(path):
+    """Another byte in the middle of the large entry; the file's size and time of modification are as before."""
+    before = path.stat()
+    with open(path, "r+b") as file:
+        file.seek(before.st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(before.st_size // 2)
+        file.write(bytes([byte ^ 1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = path.stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+READS = {
+    "read": lambda plan: plan.read("weights/llm.layers.0"),
+    "a part": lambda plan: plan.read_into("weights/llm.layers.0", bytearray(4)),
+    "copy": lambda plan: plan.copy_into(os.open(os.devnull, os.O_WRONLY), "weights/llm.layers.0"),
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_a_write_whose_time_is_set_back_is_noticed_when_it_is_read(path, read, monkeypatch):
+    monkeypatch.undo()
+    plan = Plan(path)
+    written_and_set_back(path)
+    assert plan.read("weights/scale") == raw(ENTRIES["weights/scale"])  # which is what it was
+    for call in (read, read, Plan.check_unchanged, lambda plan: plan.read("weights/scale")):
+        with pytest.raises(PlanError, match="was written to while in use"):
+            call(plan)
+    unverified = Plan(path, verify=False)
+    written_and_set_back(path)
+    read(unverified)  # there is nothing to compare with
+
+
+HARMLESS = {
+    "renamed": lambda path: path.rename(path.with_name("elsewhere")),
+    "renamed over": lambda path: os.replace(shutil.copy(path, path.with_name("new")), path),
+    "removed": os.unlink,
+    "another name": lambda path: os.link(path, path.with_name("link")),
+    "another mode": lambda path: path.chmod(0o400),
+}
+
+
+@pytest.mark.parametrize("change", HARMLESS.values(), ids=HARMLESS)
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_what_leaves_the_contents_alone_is_no_error(path, change, read, monkeypatch):
+    monkeypatch.undo()
+    plan, hashed = Plan(path), []
+    sha256 = duq.runtime.plan._sha256
+    monkeypatch.setattr(duq.runtime.plan, "_sha256", lambda *place: hashed.append(place) or sha256(*place))
+    change(path)
+    for _ in range(3):
+        read(plan)
+    expected = 0 if change in (HARMLESS["renamed over"], HARMLESS["removed"]) else 1
+    assert len(hashed) <= expected  # once for each entry, and never when a plan is replaced as it should be
+
+
+@pytest.mark.parametrize(("call", "read"), zip(("pread", "preadv", "sendfile"), READS.values(), strict=True))
+def test_a_file_that_is_cut_short_while_it_is_read(path, call, read, monkeypatch):
+    """In the middle of an entry, after some of it was read."""
+    plan, original = Plan(path), getattr(os, call)
+
+    def cut(*arguments):
+        os.truncate(path, plan.manifest["entries"]["weights/llm.layers.0"]["offset"] + 2)
+        return original(*arguments)
+
+    monkeypatch.setattr(os, call, cut)
+    with pytest.raises(PlanError, match="was written to while in use"):
+        read(plan)
 
 
 def test_what_was_opened_stays_when_its_name_goes(path, tmp_path):
