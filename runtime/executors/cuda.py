@@ -15,8 +15,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
-from typing import Any, TypeVar, cast
+from itertools import cycle
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
@@ -43,6 +45,7 @@ from duq.runtime.plan import Plan
 from duq.runtime.preprocess import ModelInputs
 
 STAGING_BYTES = 64 << 20
+READERS = 4  # threads that read weights: one alone reads more slowly than the GPU takes them
 # What the driver says of an image that it does not take, and not of the GPU's state.
 NOT_COMPILED = tuple(
     f"CUDA_ERROR_{name}"
@@ -500,25 +503,43 @@ def _upload_weights(plan: Plan, weights: dict[str, list[int]], to: driver.Memory
             (stack.enter_context(closing(driver.PinnedArray(STAGING_BYTES))), stack.enter_context(closing(driver.Event())))
             for _ in range(2)
         ]
-        used, turn = 0, 0
-        for name, start, size in _pieces(weights):
-            if used + size > STAGING_BYTES:
-                staging[turn][1].record(stream)
-                turn, used = 1 - turn, 0
-                staging[turn][1].synchronize()
-            pinned = staging[turn][0]
-            plan.read_into(f"weights/{name}", pinned.array[used : used + size], start)
-            stream.upload(to.address + weights[name][0] + start, pinned.address + used, size)
-            used += size
+        readers = stack.enter_context(ThreadPoolExecutor(READERS, "duq-read"))
+        for load, (pinned, copied) in zip(_loads(weights), cycle(staging), strict=False):
+            copied.synchronize()
+            places = [pinned.array[each.place : each.place + each.size] for each in load]
+            read = [
+                readers.submit(plan.read_into, f"weights/{each.name}", place, each.start)
+                for each, place in zip(load, places, strict=True)
+            ]
+            for each, done in zip(load, read, strict=True):
+                done.result()
+                stream.upload(to.address + weights[each.name][0] + each.start, pinned.address + each.place, each.size)
+            copied.record(stream)
         stream.synchronize()
 
 
-def _pieces(weights: dict[str, list[int]]) -> Iterator[tuple[str, int, int]]:
-    """All of every weight in its order: name, start, and bytes, at most a quarter of the staging memory."""
-    step = STAGING_BYTES // 4
-    for name, (_, size) in weights.items():
-        for start in range(0, size, step):
-            yield name, start, min(step, size - start)
+class _Piece(NamedTuple):
+    """Bytes of a weight from `start` on, and their place in the staging memory."""
+
+    name: str
+    start: int
+    size: int
+    place: int
+
+
+def _loads(weights: dict[str, list[int]]) -> Iterator[list[_Piece]]:
+    """All of every weight in its order, in pieces of at most a quarter of the staging memory, which each load fills."""
+    load: list[_Piece] = []
+    used, step = 0, STAGING_BYTES // 4
+    for name, (_, weight_bytes) in weights.items():
+        for start in range(0, weight_bytes, step):
+            size = min(step, weight_bytes - start)
+            if used + size > STAGING_BYTES:
+                yield load
+                load, used = [], 0
+            load.append(_Piece(name, start, size, used))
+            used += size
+    yield load
 
 
 def _load_kernels(
