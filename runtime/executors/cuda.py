@@ -74,7 +74,7 @@ class CudaExecutor:
     It runs one call at a time. `another` gives one that runs calls beside this one's.
     """
 
-    in_flight = 2  # of a batch, where nobody says otherwise: a third adds little (docs/performance.md)
+    in_flight = 2  # of a batch, where nobody says otherwise
 
     def __init__(self, plan: Plan, threads: int | None = None, *, program: int | None = None):
         self._resources = ExitStack()

@@ -177,5 +177,8 @@ class Event(Resource):
 
     record_in_graph = record
 
+    def synchronize(self) -> None:
+        pass
+
     def milliseconds_since(self, earlier) -> float:
         return 1.0
