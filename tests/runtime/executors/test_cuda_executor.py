@@ -367,8 +367,9 @@ def test_another_shares_the_weights_and_gives_the_same_bits(on_the_host, tiny_pl
     first, noise = executor.CudaExecutor(plan), make_noise(config)
     blocks = len(Block.all)
     second = first.another()
-    own = sum(block.array.size for block in Block.all[blocks:])
-    assert own < first._weights.array.size and second._weights is first._weights
+    own = [first._arena, *first._workspaces.values(), first._upload, first._download]
+    assert [each.array.size for each in Block.all[blocks:]] == [each.array.size for each in own]
+    assert second._weights is first._weights
     assert second._arena is not first._arena and second._upload is not first._upload
     cases = [make_inputs(config, *case, seed) for seed, case in enumerate(CALLS)]
     sizes = [
@@ -391,7 +392,7 @@ def test_another_that_does_not_fit_is_refused(on_the_host, tmp_path, monkeypatch
 
 
 def test_what_a_gpu_plan_uploaded_stays_and_embeddings_are_checked(on_the_host, tmp_path):
-    """Its token table is read from the file in each call."""
+    """Its token table is read from the file for tokens that no call had before."""
     path = tmp_path / "engine.plan"
     write_cuda_plan(path)
     policy = executor.CudaExecutor(Plan(path))
@@ -399,5 +400,6 @@ def test_what_a_gpu_plan_uploaded_stays_and_embeddings_are_checked(on_the_host, 
     path.rename(tmp_path / "elsewhere")
     assert policy.stage(inputs, noise) == (1, 48)
     os.utime(tmp_path / "elsewhere")
+    assert policy.stage(inputs, noise) == (1, 48)
     with pytest.raises(PlanError, match="engine.plan: was written to while in use"):
-        policy.stage(inputs, noise)
+        policy.stage(make_inputs(CONFIG, (True, False, False), 4, seed=1), noise)
