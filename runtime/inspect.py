@@ -59,7 +59,7 @@ def inspect(
     elif as_json:
         programs = {"programs": found} if (found := _programs(plan)) else {}
         signature = plan.signature and {"key": plan.signature.key.fingerprint, "verified": plan.is_signed()}
-        about = {"path": str(path), "bytes": len(plan.mapping), **plan.manifest, **programs, "signature": signature}
+        about = {"path": str(path), "bytes": plan.size, **plan.manifest, **programs, "signature": signature}
         typer.echo(json.dumps(about, indent=1))
     elif everything or entries or layers:
         _print_all(console, plan, verify_key, entries, layers)
@@ -75,7 +75,7 @@ def _print_summary(console: Console, plan: Plan, verify_key: Path | None) -> Non
 
 
 def _checked(plan: Plan) -> str:
-    return f"{plan.path}: {human_size(len(plan.mapping))}, all {len(plan.names)} entries match their SHA-256"
+    return f"{plan.path}: {human_size(plan.size)}, all {len(plan.names)} entries match their SHA-256"
 
 
 def _print_differences(console: Console, first: Plan, second: Plan, as_json: bool) -> None:

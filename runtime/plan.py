@@ -1,8 +1,8 @@
-"""The engine plan: one uncompressed zip whose entries are aligned, hashed and memory-mapped.
+"""The engine plan: one uncompressed zip whose entries are aligned and hashed.
 
 local header | padding | weights/...    each entry's data starts on its alignment (the padding is a standard
-local header | padding | graph/...      extra field of the local header), so a reader maps the file once and
-...                                     takes tensors out of it without a copy
+local header | padding | graph/...      extra field of the local header), so that a builder may map the file and
+...                                     take tensors out of it without a copy
 local header | manifest.json            it holds the offset, size and SHA-256 of every entry before it
 local header | manifest.sig             perhaps: a signature of the manifest, and so of everything (runtime/signing.py)
 central directory                       the zip's own table of contents: ``unzip -l`` lists a plan
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 import stat
 import struct
@@ -22,6 +21,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from duq.runtime.files import Draft
 FORMAT_VERSION = 2
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 Bytes = bytes | bytearray | memoryview
+Buffer = bytearray | memoryview | np.ndarray[Any, Any]  # writable
 Data = Bytes | np.ndarray | Iterable[Bytes]
 
 _CHUNK = 1 << 20  # bytes hashed and written, or read and hashed, at a time
@@ -149,10 +150,11 @@ def _chunks(pieces: Iterable[Bytes]) -> Iterator[memoryview]:
 
 
 class Plan:
-    """An open plan: its manifest, checked, and its entries as views into the memory-mapped file.
+    """An open plan: its manifest, checked, and its entries, read from the file when they are asked for.
 
     What was verified is what is read: a plan keeps the file that it opened, whatever comes to be at its path, and reading
-    raises PlanError once that file has been written to. Replace a plan by renaming another one over it.
+    raises PlanError once that file has been written to or cut short. It never maps the file: to touch a mapping of a file that
+    was cut short ends the process. Replace a plan by renaming another one over it.
 
     `verify` also compares the SHA-256 of every entry. `verify_key`, a file with an Ed25519 public key (PEM), asks for a plan
     that is signed with it. Raises PlanError if the file is missing, not a plan, cut short, damaged, of another format version,
@@ -167,7 +169,8 @@ class Plan:
         try:
             self._fd = _open(self.path)
             self._release = weakref.finalize(self, os.close, self._fd)
-            self._map, self._identity = _mapped(self.path, self._fd)
+            found = _settled(self.path, self._fd)
+            self.size, self._identity, self._is_altered = found.st_size, _identity(found), False
             directory = _read_directory(self.path, self._fd)
             text = self._text = self._contained(directory, MANIFEST)
             self.signature = self._signature(directory)
@@ -175,7 +178,8 @@ class Plan:
                 signing.check(self.path, key, self.signature, text)
             self.manifest = _read_manifest(self.path, text)
             self._entries: dict[str, dict[str, Any]] = self.manifest["entries"]
-            _check_entries(self.path, self._fd, len(self._map), directory, self._entries)
+            _check_entries(self.path, self._fd, self.size, directory, self._entries)
+            self._verified = dict.fromkeys(self._entries, _history(found)) if verify else {}
             if verify:
                 _check_hashes(self.path, self._fd, self._entries)
             self.check_unchanged()
@@ -192,49 +196,82 @@ class Plan:
         """The bytes of every entry."""
         return {name: entry["bytes"] for name, entry in self._entries.items()}
 
-    @property
-    def mapping(self) -> mmap.mmap:
-        """The whole file. Whoever reads of it calls `check_unchanged` afterwards."""
-        self.check_unchanged()
-        return self._map
-
-    @property
-    def descriptor_path(self) -> str:
-        """A path that leads to the open file, whatever is at its own path by now."""
-        self.check_unchanged()
-        return f"/proc/self/fd/{self._fd}"
-
-    def read(self, name: str) -> memoryview:
-        """The bytes of an entry: a read-only view into the mapped file, nothing is copied.
-
-        Whoever keeps it calls `check_unchanged` after reading from it.
-        """
-        offset, size = self._place(name)
-        return memoryview(self.mapping)[offset : offset + size]
-
-    def copy(self, name: str) -> bytes:
-        """The bytes of an entry, in memory of their own: later changes of the file are none of theirs."""
-        self.check_unchanged()
-        data = _pread(self._fd, *self._place(name))
-        self.check_unchanged()
+    def read(self, name: str) -> bytes:
+        """The bytes of an entry."""
+        with self._reading(name) as (offset, size):
+            data = _pread(self._fd, offset, size)
+        self._check_entry(name, len(data) == size)
         return data
+
+    def read_into(self, name: str, into: Buffer, start: int = 0) -> None:
+        """Fills `into`, contiguous, with the bytes of an entry from `start` on. PlanError where it has fewer."""
+        view = (into.data if isinstance(into, np.ndarray) else memoryview(into)).cast("B")
+        with self._reading(name) as (offset, size):
+            if not 0 <= start <= size - len(view):
+                raise _damaged(self.path, f"entry {name} has {size} bytes, not {start + len(view)}")
+            done = 0
+            while done < len(view) and (got := os.preadv(self._fd, [view[done:]], offset + start + done)):
+                done += got
+        self._check_entry(name, done == len(view))
+
+    def copy_into(self, descriptor: int, name: str) -> None:
+        """Copies an entry into another open file, to the offset that it has in this one."""
+        with self._reading(name) as (offset, size):
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            done = 0
+            while done < size and (got := os.sendfile(descriptor, self._fd, offset + done, size - done)):
+                done += got
+        self._check_entry(name, done == size)
 
     def check_unchanged(self) -> None:
         """Raises PlanError if the open file was written to or cut short since it was opened, or is closed. Takes microseconds.
 
         A file that another one was renamed over is not changed, only out of sight.
         """
+        self._look()
+
+    def _look(self) -> os.stat_result:
+        """What the system says of the open file; raises as `check_unchanged`."""
         if not self._release.alive:
             raise PlanError(f"{self.path}: is closed; open it again")
         try:
-            found = _identity(os.fstat(self._fd))
+            found = os.fstat(self._fd)
         except OSError as error:  # a network file system has lost the file
             raise PlanError(f"{self.path}: cannot be read any more ({error.strerror}); open it again") from error
-        if found != self._identity:
+        if _identity(found) != self._identity or self._is_altered:
             raise PlanError(
                 f"{self.path}: was written to while in use, so it is no longer what was opened; replace a plan by rename "
                 "(mv new.plan engine.plan), and open it again"
             )
+        return found
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[tuple[int, int]]:
+        """Around reading of an entry: where it lies, offset and bytes."""
+        if name not in self._entries:
+            raise PlanError(f"{self.path}: has no entry {name}; compile the plan again")
+        self.check_unchanged()
+        try:
+            yield self._entries[name]["offset"], self._entries[name]["bytes"]
+        except OSError as error:
+            raise PlanError(f"{self.path}: entry {name} cannot be read: {error.strerror}") from error
+
+    def _check_entry(self, name: str, whole: bool) -> None:
+        """After reading of an entry: raises PlanError unless it is what was verified, and all of it was read.
+
+        Who writes to the file and sets its time of modification back leaves a trace: the time of the file's last change of
+        any kind. A new name or mode leaves it, too. So the entry is hashed once more, except where the file has lost a name:
+        another one was renamed over it, as it should be.
+        """
+        verified, now = self._verified.get(name), _history(self._look())
+        if verified is not None and verified != now:
+            entry, has_lost_a_name = self._entries[name], now[1] < verified[1]
+            if not has_lost_a_name and _sha256(self._fd, entry["offset"], entry["bytes"]) != entry["sha256"]:
+                self._is_altered = True
+            self._verified[name] = now
+            self.check_unchanged()
+        if not whole:
+            raise _damaged(self.path, f"entry {name} is cut short")
 
     def is_signed(self) -> bool | None:
         """Whether it has a signature that matches, by whatever key; None where `cryptography` is not installed to tell.
@@ -248,23 +285,9 @@ class Plan:
         signing.check(self.path, self.signature.key, self.signature, self._text)
         return True
 
-    def drop_pages(self) -> None:
-        """Takes what was read through the mapping out of this process's memory; reading brings it back."""
-        self._map.madvise(mmap.MADV_DONTNEED)
-
     def close(self) -> None:
-        """Gives file and mapping back. Views that `read` returned keep theirs as long as they are held."""
+        """Gives the file back."""
         self._release()
-        try:
-            self._map.close()
-        except BufferError:
-            pass  # views of it are in use; the last one closes it
-
-    def _place(self, name: str) -> tuple[int, int]:
-        """Where an entry lies: offset and bytes."""
-        if name not in self._entries:
-            raise PlanError(f"{self.path}: has no entry {name}; compile the plan again")
-        return self._entries[name]["offset"], self._entries[name]["bytes"]
 
     def _contained(self, directory: dict[str, zipfile.ZipInfo], name: str) -> bytes:
         """What the zip holds under a name that is no entry of the manifest: the manifest itself."""
@@ -272,7 +295,7 @@ class Plan:
             raise PlanError(f"{self.path}: not an engine plan: it is a zip file without {name}")
         info = directory[name]
         start = _data_offset(self.path, self._fd, info)
-        if info.file_size > min(_MAX_MANIFEST, len(self._map) - start):
+        if info.file_size > min(_MAX_MANIFEST, self.size - start):
             raise _damaged(self.path, f"{name} reaches beyond its end")
         text = _pread(self._fd, start, info.file_size)
         if zlib.crc32(text) != info.CRC:
@@ -305,26 +328,31 @@ def _open(path: Path) -> int:
     return fd
 
 
-def _mapped(path: Path, fd: int) -> tuple[mmap.mmap, tuple[int, ...]]:
-    """The mapped file, and what tells it from what a later write would make of it."""
+def _settled(path: Path, fd: int) -> os.stat_result:
+    """What tells the file from what a later write would make of it."""
     found = os.fstat(fd)
     if not found.st_size:
         raise _damaged(path, "is empty")
-    age = time.time_ns() - found.st_mtime_ns
+    age = time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns)
     if 0 <= age < _TICK_NS:  # just written: let the clock go on, so that another write bears another time
         time.sleep((_TICK_NS - age) / 1e9)
         found = os.fstat(fd)
-    return mmap.mmap(fd, found.st_size, access=mmap.ACCESS_READ), _identity(found)
+    return found
 
 
 def _identity(found: os.stat_result) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
+def _history(found: os.stat_result) -> tuple[int, int]:
+    """Of the file's last change of any kind: its time, and the names that the file has since."""
+    return found.st_ctime_ns, found.st_nlink
+
+
 def _pread(fd: int, offset: int, size: int) -> bytes:
     """`size` bytes from there on, fewer where the file has shrunk."""
     pieces = []
-    while size and (piece := os.pread(fd, min(size, 1 << 30), offset)):
+    while size and (piece := os.pread(fd, size, offset)):  # the system reads up to 2 GB at a time
         pieces.append(piece)
         offset, size = offset + len(piece), size - len(piece)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
@@ -396,7 +424,6 @@ def _check_hashes(path: Path, fd: int, entries: dict[str, Any]) -> None:
 
 
 def _sha256(fd: int, offset: int, size: int) -> str:
-    """Reads instead of mapping: the pages hashed do not count as this process's memory."""
     digest, buffer = hashlib.sha256(), bytearray(min(size, _CHUNK))
     while size:
         got = os.preadv(fd, [memoryview(buffer)[:size]], offset)

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +34,7 @@ from duq.runtime.solver import Solver
 # it sends and gets. A plan that differs in one of them is another policy's.
 RELIED_ON = ("robot", "model", "cameras", "action_horizon", "action_dim", "model_action_dim", "max_prompt_tokens")
 ROBOT_RELIED_ON = ("cameras", "state", "action_names", "action_units", "prompt_keys")
-AHEAD = 2  # observations of a batch that are preprocessed while the engine runs; each has threads for its own images
+AHEAD = 2  # observations of a batch that are preprocessed while the engine is busy; each has threads for its own images
 Result = TypeVar("Result")
 
 
@@ -43,7 +43,8 @@ class Policy:
 
     threads: CPU threads of the engine (None: all cores). verify: compare every hash of the plan while opening it.
     seed: of the noise that `infer` draws when it is given none. verify_key: a file with an Ed25519 public key, PEM, that the
-    plan has to be signed with; so does one that `reload` takes.
+    plan has to be signed with; so does one that `reload` takes. in_flight: how many calls of a batch a GPU runs at once, each
+    with memory for activations of its own, which the first batch takes (None: 2 for a cuda plan, 1 for others).
     Raises PlanError if the plan cannot be used, EngineError if the GPU refuses: it has too little memory, or failed.
 
     One policy may be shared by threads; they take turns on the engine. After an error it can be used as before, or says at
@@ -58,8 +59,10 @@ class Policy:
         verify: bool = True,
         seed: int | None = None,
         verify_key: str | os.PathLike[str] | None = None,
+        in_flight: int | None = None,
     ):
         self._path, self._threads, self._verify, self._verify_key = path, threads, verify, verify_key
+        self._in_flight = in_flight
         self._outside: Counter[str] = Counter()
         self._noise = np.random.default_rng(seed)
         self._swap = threading.RLock()  # between taking the opened plan and beginning a call of it; never held for long
@@ -144,8 +147,10 @@ class Policy:
     ) -> list[dict[str, Any]]:
         """An action chunk for each observation, in their order and bit for bit as `infer` gives them one after the other.
 
-        noise: float32 [N, H, A], or a list of [H, A] and None. While the engine runs one, others are preprocessed.
-        Raises as `infer`; an ObservationError names the first observation that does not fit, before any work of the model.
+        noise: float32 [N, H, A], or a list of [H, A] and None. While the engine runs one, or `in_flight` of them, others are
+        preprocessed. The times of calls that ran at once overlap.
+        Raises as `infer`; an ObservationError names the first observation that does not fit, before any work of the model. A
+        PlanError says so where there is too little memory for `in_flight` calls.
         """
         with self._call() as opened:
             listed = _items(obs, "a list of dicts")
@@ -154,7 +159,12 @@ class Policy:
                 raise ObservationError(f"noise: there are {len(noises)} for {len(listed)} observations")
             read = [_item(index, opened.preprocessor.read, each) for index, each in enumerate(listed)]
             drawn = [_item(index, partial(self._noise_of, opened), each) for index, each in enumerate(noises)]
-            return list(opened.answers(read, drawn))
+            return opened.answers(read, drawn)
+
+    @property
+    def in_flight(self) -> int:
+        """How many calls of a batch run at once, where it has as many."""
+        return self._opened.engine.in_flight
 
     def reset(self) -> None:
         """Of openpi's interface, called between episodes: there is nothing that one leaves to the next."""
@@ -176,6 +186,7 @@ class Policy:
             new = self._open(self._path if path is None else path)
             try:
                 new.check_serves_clients_of(self._opened)
+                new.engine.open_lanes(self._opened.engine.lanes)
                 new.warmup()
                 with self._swap:
                     self._opened.engine.check_open()  # closed in the meantime: it stays so
@@ -187,7 +198,7 @@ class Policy:
             old.engine.close()
 
     def _open(self, path: str | os.PathLike[str]) -> _Opened:
-        return _Opened.of(Plan(path, self._verify, self._verify_key), self._threads, self._outside)
+        return _Opened.of(Plan(path, self._verify, self._verify_key), self._threads, self._in_flight, self._outside)
 
     @contextmanager
     def _call(self) -> Iterator[_Opened]:
@@ -225,7 +236,7 @@ class _Opened:
     limits: LimitCheck | None
 
     @classmethod
-    def of(cls, plan: Plan, threads: int | None, outside: Counter[str]) -> _Opened:
+    def of(cls, plan: Plan, threads: int | None, in_flight: int | None, outside: Counter[str]) -> _Opened:
         """outside: where chunks with actions outside of the robot's limits are counted."""
         try:
             config = ModelConfig.from_json(plan.manifest["model"])
@@ -233,7 +244,7 @@ class _Opened:
             metadata = _metadata(plan.manifest, config, preprocessor)
         except (KeyError, TypeError) as error:
             raise PlanError(f"{plan.path}: its manifest is incomplete ({error}); compile it again") from error
-        engine = Engine(plan, threads)
+        engine = Engine(plan, threads, in_flight)
         program = getattr(engine.executor, "program", None)  # no other target than cuda has several
         metadata |= {"program": program.to_json()} if program else {}
         robot = preprocessor.robot
@@ -276,21 +287,26 @@ class _Opened:
         seconds = preprocessing + time.perf_counter() - ready
         return reply | {"policy_timing": {"infer_ms": seconds * 1e3, "preprocess_ms": preprocessing * 1e3, **timing}}
 
-    def answers(self, read: Sequence[Checked], noises: Sequence[np.ndarray]) -> Iterator[dict[str, Any]]:
-        """Those of a batch in its order. While the engine runs, threads preprocess what comes next, a few ahead."""
+    def answers(self, read: Sequence[Checked], noises: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+        """Those of a batch in its order, in which they also begin. While every lane of the engine runs a call, threads preprocess
+        what comes next, a few ahead. The first call that fails ends the batch."""
 
         def prepare(checked: Checked) -> tuple[ModelInputs, float]:
             start = time.perf_counter()
             inputs = self.preprocessor.finish(checked)
             return inputs, time.perf_counter() - start
 
-        with ThreadPoolExecutor(AHEAD, "duq-preprocess") as pool:
-            left = iter(read)
-            ahead = deque(pool.submit(prepare, each) for each in islice(left, AHEAD))
-            for checked, noise in zip(read, noises, strict=True):
+        lanes = self.engine.open_lanes(len(read))
+        with ThreadPoolExecutor(lanes, "duq-lane") as running, ThreadPoolExecutor(AHEAD, "duq-preprocess") as preparing:
+            left, calls, replies = iter(read), deque[Future[dict[str, Any]]](), []
+            ahead = deque(preparing.submit(prepare, each) for each in islice(left, AHEAD))
+            for index, (checked, noise) in enumerate(zip(read, noises, strict=True)):
                 inputs, preprocessing = ahead.popleft().result()
-                ahead.extend(pool.submit(prepare, each) for each in islice(left, 1))
-                yield self.answer(checked, inputs, noise, preprocessing)
+                ahead.extend(preparing.submit(prepare, each) for each in islice(left, 1))
+                if len(calls) == lanes:  # the oldest has the lane that is this one's
+                    replies.append(calls.popleft().result())
+                calls.append(running.submit(self.answer, checked, inputs, noise, preprocessing, lane=index % lanes))
+            return replies + [call.result() for call in calls]
 
     def check_serves_clients_of(self, other: _Opened) -> None:
         """Raises PlanError unless a client of the other plan may go on with this one."""
@@ -348,7 +364,7 @@ def preprocessor_of(plan: Plan, config: ModelConfig) -> Preprocessor:
         robot=Robot.from_json(described) if (described := manifest.get("robot_description")) else manifest["robot"],
         layout=manifest["checkpoint"]["layout"],
         norm_stats=manifest["norm_stats"],
-        tokenizer=plan.copy("tokenizer.model") if "tokenizer.model" in plan.names else None,
+        tokenizer=plan.read("tokenizer.model") if "tokenizer.model" in plan.names else None,
         cameras=manifest["cameras"],
         transforms=manifest.get("transforms"),
     )

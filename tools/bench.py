@@ -23,6 +23,7 @@ from duq.runtime.command_line import check_choice, choice, command_app, compute_
 
 SUITES = ("cpu", "gpu")
 PLAN_PANEL = "Of a plan"
+MOST_AT_ONCE = 1024  # observations of a batch
 SUITE: dict[str, Any] = {"rich_help_panel": "Of a suite"}
 app = command_app()
 
@@ -43,6 +44,22 @@ def _bench(
     observations: Annotated[
         Path | None,
         typer.Option(help="PLAN: time it on these (.npz), not on a made-up one.", rich_help_panel=PLAN_PANEL),
+    ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,...",
+            help="PLAN: also calls/s of infer_batch at these sizes, e.g. 1,2,4,8,16, beside single calls.",
+            rich_help_panel=PLAN_PANEL,
+        ),
+    ] = None,
+    in_flight: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="PLAN: calls of a batch that the GPU runs at once; by default the policy's.",
+            rich_help_panel=PLAN_PANEL,
+        ),
     ] = None,
     cameras: Annotated[
         int | None, typer.Option(min=1, max=3, help="In the observation; by default the plan's, or 3.")
@@ -103,6 +120,8 @@ def _bench(
 
       duq-bench engine.plan --calls 1000 --cameras 2 --json
 
+      duq-bench engine.plan --batch 1,2,4,8,16
+
       duq-bench --suite cpu
 
       duq-bench --checkpoint checkpoints/pi0 --quant llm+expert-mlp --no-torch-compile --rounds 5
@@ -115,10 +134,14 @@ def _bench(
         _refuse(given, f"is for suites; leave it out to time {plan}")
         _bench_plan(
             plan, as_json, calls=calls, warm_up=warm_up, repetitions=repetitions, cameras=cameras,
-            prompt_tokens=prompt_tokens, threads=threads, observations=observations,
+            prompt_tokens=prompt_tokens, threads=threads, observations=observations, in_flight=in_flight,
+            batches=[] if batch is None else _sizes(batch),
         )  # fmt: skip
         return
-    _refuse({"--observations": observations}, "is for a plan; name it: duq-bench engine.plan")
+    _refuse(
+        {"--observations": observations, "--batch": batch, "--in-flight": in_flight},
+        "is for a plan; name it: duq-bench engine.plan",
+    )
     check_choice("--suite", suite or "cpu", SUITES)
     from duq.tools.bench_cpu import bench
 
@@ -127,6 +150,14 @@ def _bench(
         prompt_tokens=prompt_tokens or 48, threads=threads, rounds=rounds, torch_compile=torch_compile, as_json=as_json,
         program=None if program is None else compute_capability("--program", program), out=out,
     )  # fmt: skip
+
+
+def _sizes(text: str) -> list[int]:
+    """Of batches, each once, in their order."""
+    sizes = [int(each) if each.strip().isdecimal() else 0 for each in text.split(",")]
+    if not all(1 <= size <= MOST_AT_ONCE for size in sizes):
+        raise DuqError(f"--batch {text}: expected sizes of 1 to {MOST_AT_ONCE}, as 1,2,4,8,16")
+    return list(dict.fromkeys(sizes))
 
 
 def _refuse(given: dict[str, Any], why: str) -> None:

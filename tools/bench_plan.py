@@ -22,6 +22,7 @@ import duq
 from duq.plugins.driver import device_properties, free_memory, open_device
 from duq.plugins.errors import DuqError, KernelError
 from duq.runtime.config import ModelConfig
+from duq.runtime.errors import EngineError
 from duq.runtime.extras import version_of
 from duq.runtime.machine import cores, cpu_name
 from duq.runtime.observations import load_observations
@@ -46,17 +47,20 @@ def measure(
     prompt_tokens: int | None = None,
     threads: int | None = None,
     observations: Path | None = None,
+    batches: Sequence[int] = (),
+    in_flight: int | None = None,
 ) -> dict[str, Any]:
     """Times calls of `Policy.infer`, from observation to actions, in JSON types; times in milliseconds.
 
-    cameras, prompt_tokens: of a made-up observation; observations: those of a file instead, in turn.
+    cameras, prompt_tokens: of a made-up observation; observations: those of a file instead, in turn. batches: sizes for
+    `Policy.infer_batch`, timed beside as many single calls; in_flight: as `Policy` takes it.
     Raises DuqError before anything is opened where the plan does not take such an observation.
     """
     plan = Plan(path, verify=False)
     found, case = _observations(plan, cameras, prompt_tokens, observations)
     target, before = plan.manifest["target"], _memory(plan.manifest["target"])
     start = time.perf_counter()
-    policy = Policy(path, threads=threads)
+    policy = Policy(path, threads=threads, in_flight=in_flight)
     opened = time.perf_counter()
     policy.warmup()
     ready = time.perf_counter()
@@ -71,6 +75,8 @@ def measure(
 
     stages, controls = _time(infer, calls, warm_up, progress)
     after = _memory(target)
+    throughput = in_batches(policy, found, batches, calls, repetitions, progress) if batches else None
+    with_batches = _memory(target)
     latency = [each["infer_ms"] for each in stages]
     return {
         "plan": {"path": str(path), "bytes": path.stat().st_size, **_about(plan, policy)},
@@ -85,7 +91,11 @@ def measure(
         "memory_bytes": {key: after[key] - before[key] for key in after},
         "machine": _machine(target),
         "times_ms": latency,
-    }
+    } | (
+        {"batches": throughput | {"memory_bytes": {key: with_batches[key] - after[key] for key in after}}}
+        if throughput
+        else {}
+    )
 
 
 def summary(times: Sequence[float]) -> dict[str, float]:
@@ -145,6 +155,55 @@ def _control() -> Iterator[float]:
         yield (time.perf_counter() - start) * 1e3
 
 
+def in_batches(
+    policy: Policy, found: Sequence[dict[str, Any]], sizes: Sequence[int], calls: int, repetitions: int, progress: Progress
+) -> dict[str, Any]:
+    """Calls a second of `infer_batch`, by size, beside as many single calls: in each round every size runs once both ways.
+
+    calls: of each size and way, at least; repetitions: rounds, at least. Raises EngineError where actions differ in a bit.
+    """
+    shape = (policy.metadata["action_horizon"], policy.metadata["model_action_dim"])
+    noise = np.random.default_rng(0).standard_normal((max(sizes), *shape), np.float32)
+    given = [observation for observation, _ in zip(cycle(found), noise, strict=False)]
+
+    def single(size: int) -> list[dict[str, Any]]:
+        return [policy.infer(*each) for each in zip(given[:size], noise[:size], strict=True)]
+
+    def batch(size: int) -> list[dict[str, Any]]:
+        return policy.infer_batch(given[:size], noise[:size])
+
+    for alone, together in zip(single(max(sizes)), batch(max(sizes)), strict=True):  # the first batch: opens what it needs
+        if not np.array_equal(alone["actions"], together["actions"]):
+            raise EngineError("infer_batch gives other actions than single calls; report it")
+    rounds = max(repetitions, -(-calls // max(sizes)))
+    times: dict[tuple[int, str], list[float]] = {(size, way): [] for size in sizes for way in ("single", "batch")}
+    task = progress.add_task("Measuring batches", total=rounds)
+    for _ in range(rounds):
+        for size in sizes:
+            for _ in range(max(sizes) // size):
+                for way, work in (("single", single), ("batch", batch)):
+                    start = time.perf_counter()
+                    work(size)
+                    times[size, way].append((time.perf_counter() - start) * 1e3)
+        progress.advance(task)
+        progress.refresh()
+    return {"in_flight": policy.in_flight, "sizes": [_of_size(size, times, repetitions) for size in sizes]}
+
+
+def _of_size(size: int, times: dict[tuple[int, str], list[float]], repetitions: int) -> dict[str, Any]:
+    single, batch = times[size, "single"], times[size, "batch"]
+    rates = {name: 1e3 * size / float(np.median(each)) for name, each in (("single", single), ("batch", batch))}
+    return {
+        "batch": size,
+        "calls_per_second": rates["batch"],
+        "single_calls_per_second": rates["single"],
+        "faster": rates["batch"] / rates["single"],
+        "batch_ms": summary(batch),
+        "single_ms": summary(single),  # of as many calls
+        "spread": {"batch": spread(batch, repetitions), "single": spread(single, repetitions)},
+    }
+
+
 def _memory(target: str) -> dict[str, int]:
     """Bytes in use now: of this process, and where the plan is a GPU's, of its memory."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -200,11 +259,24 @@ def tables(result: dict[str, Any]) -> list[Table | str]:
         table.add_row(name, *(f"{values[key]:.2f}" for key in PERCENTILES))
     memory = ", ".join(f"{name} {count / 1e6:,.0f} MB" for name, count in result["memory_bytes"].items())
     engine, control = result["spread"]["engine"], result["spread"]["control"]
+    batches = [_batches_table(result["batches"])] if "batches" in result else []
     return [
         head,
         table,
+        *batches,
         f"throughput {result['calls_per_second']:.2f} calls/s; between repetitions the median varied by {engine:.1%}, "
         f"that of the control by {control:.1%}",
         f"open {result['open_s']:.2f} s, warm up {result['warmup_s']:.2f} s; memory that the policy took: {memory}",
         f"on {machine.get('gpu', machine['cpu'])}, {machine['cores']} cores, Python {machine['python']}, duq {machine['duq']}",
     ]
+
+
+def _batches_table(batches: dict[str, Any]) -> Table:
+    memory = ", ".join(f"{name} {count / 1e6:,.0f} MB" for name, count in batches["memory_bytes"].items())
+    title = f"infer_batch, up to {batches['in_flight']} at once (memory that it took: {memory}), and single calls in the same run"
+    table = Table("batch", "calls/s", "single calls/s", "faster", "p50 ms", "p99 ms", title=title, title_justify="left")
+    for each in batches["sizes"]:
+        rates = each["calls_per_second"], each["single_calls_per_second"], each["faster"]
+        times = each["batch_ms"]["p50"], each["batch_ms"]["p99"]
+        table.add_row(str(each["batch"]), *(f"{value:.2f}" for value in (*rates, *times)))
+    return table

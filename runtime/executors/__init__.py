@@ -35,6 +35,18 @@ class Executor(Protocol):
         """Frees its memory. It is not used any more."""
 
 
+class Widening(Executor, Protocol):
+    """An executor that can have others beside it.
+
+    in_flight: how many calls run at once where nobody says otherwise.
+    """
+
+    in_flight: int
+
+    def another(self) -> Executor:
+        """One that runs calls beside this one's, with the same results to the bit. To be closed before this one."""
+
+
 def open_executor(plan: Plan, threads: int | None = None) -> Executor:
     """The executor of the plan's target.
 

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import mmap
 import os
+import re
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -32,6 +38,8 @@ PLAN_FILE = "@" * 512
 """The file that the graphs say their weights are in, by offset: the plan, under a name of fixed length (see `_with_weights`)."""
 
 
+# An entry of a tensor's external data, {key: "offset", value: digits}, as ONNX serializes it: the value behind its length.
+_OFFSET = re.compile(rb"\n\x06offset\x12([\x01-\x14])(\d{1,20})", re.DOTALL)
 _opening = threading.RLock()  # ONNX Runtime has locks of its own while it creates a session: a fork waits until it is done
 _libc = ctypes.CDLL(None)
 
@@ -179,7 +187,6 @@ class CpuExecutor:
         return session
 
     def _session(self, name: str) -> onnxruntime.InferenceSession:
-        """If the plan is as it was opened before and after this, what ONNX Runtime has read of it is what was verified."""
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.enable_mem_pattern = False  # it would keep memory for every combination of cameras and prompt length
@@ -188,15 +195,16 @@ class CpuExecutor:
         # Idle threads wait instead of spinning: alone on the machine a call takes 5 to 13 % longer, but beside one other
         # busy process about half the time (docs/performance.md), and a robot's processor is rarely idle.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        graph = _with_weights(self._plan, self._plan.copy(_entry(name)), options)
-        try:
-            return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        except ONNXRUNTIME_ERRORS as error:
-            version = onnxruntime.__version__
-            raise PlanError(f"{self._plan.path}: ONNX Runtime {version} cannot load its {name} graph: {error}") from error
-        finally:
-            self._plan.drop_pages()
-            self._plan.check_unchanged()
+        graph = self._plan.read(_entry(name))
+        with _weights_of(self._plan, name, graph) as weights:
+            graph = _with_weights(graph, weights, options)
+            try:
+                return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+            except ONNXRUNTIME_ERRORS as error:
+                version = onnxruntime.__version__
+                raise PlanError(
+                    f"{self._plan.path}: ONNX Runtime {version} cannot load its {name} graph: {error}"
+                ) from error
 
     def _check_inputs(
         self, session: onnxruntime.InferenceSession, name: str, expected: dict[str, list[int | None]]
@@ -215,17 +223,47 @@ class CpuExecutor:
                 )
 
 
-def _with_weights(plan: Plan, graph: bytes, options: onnxruntime.SessionOptions) -> bytes:
-    """The graph and options of a session that takes its weights from the open plan, not from what is at its path by now.
+@dataclass(frozen=True)
+class _Weights:
+    """A file in memory, which nobody can write to or cut short."""
 
-    ONNX Runtime copies them out of the mapping, so nothing that happens to the file later can reach them. Releases without that
-    (1.23, the last for Python 3.10) open the plan by its descriptor and map it themselves.
+    descriptor: int
+    mapping: mmap.mmap
+
+
+@contextmanager
+def _weights_of(plan: Plan, name: str, graph: bytes) -> Iterator[_Weights]:
+    """Those of a graph, where they are in the plan; what else the plan has is holes.
+
+    From the plan itself ONNX Runtime would read for seconds, in which that may be cut short.
+    """
+    entries = {entry["offset"]: each for each, entry in plan.manifest["entries"].items() if entry["bytes"]}
+    offsets = {int(digits[: length[0]]) for length, digits in _OFFSET.findall(graph)}
+    if unknown := offsets - entries.keys():
+        raise PlanError(f"{plan.path}: its {name} graph has weights at {min(unknown)}, where no entry is; compile it again")
+    descriptor = os.memfd_create("duq weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.truncate(descriptor, plan.size)
+        for offset in sorted(offsets):
+            plan.copy_into(descriptor, entries[offset])
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
+        yield _Weights(descriptor, mmap.mmap(descriptor, plan.size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ))
+    finally:
+        os.close(descriptor)
+
+
+def _with_weights(graph: bytes, weights: _Weights, options: onnxruntime.SessionOptions) -> bytes:
+    """The graph and options of a session that takes its weights from there.
+
+    ONNX Runtime copies them out of the mapping. Releases without that (1.23, the last for Python 3.10) open the file by its
+    descriptor and map it themselves, for as long as the session lives.
     """
     if hasattr(options, "add_external_initializers_from_files_in_memory"):
-        options.add_external_initializers_from_files_in_memory([PLAN_FILE], [plan.mapping], [len(plan.mapping)])
+        size = len(weights.mapping)
+        options.add_external_initializers_from_files_in_memory([PLAN_FILE], [weights.mapping], [size])
         return graph
-    folder, name = os.path.split(plan.descriptor_path)
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    name = str(weights.descriptor)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", "/proc/self/fd")
     room = len(PLAN_FILE) - len(name)
     return graph.replace(
         PLAN_FILE.encode(), ("./" * (room // 2) + "/" * (room % 2) + name).encode()

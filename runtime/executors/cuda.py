@@ -10,12 +10,15 @@ A plan has a schedule for each SM that it was compiled for, and the GPU at hand 
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
-from typing import Any, TypeVar, cast
+from itertools import cycle
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
@@ -25,6 +28,7 @@ from duq.plugins.errors import DeviceError, KernelError
 from duq.plugins.kernel import as_scalar
 from duq.plugins.nvrtc import Cubin
 from duq.runtime.errors import PlanError
+from duq.runtime.executors.embeddings import Embeddings
 from duq.runtime.executors.programs import (
     Program,
     best_first,
@@ -41,6 +45,7 @@ from duq.runtime.plan import Plan
 from duq.runtime.preprocess import ModelInputs
 
 STAGING_BYTES = 64 << 20
+READERS = 4  # threads that read weights: one alone reads more slowly than the GPU takes them
 # What the driver says of an image that it does not take, and not of the GPU's state.
 NOT_COMPILED = tuple(
     f"CUDA_ERROR_{name}"
@@ -65,7 +70,11 @@ class CudaExecutor:
 
     Loads kernels and weights onto the GPU. Raises PlanError where the plan is for other GPUs or does not fit into memory,
     KernelError where there is no usable driver or a wheel is missing.
+
+    It runs one call at a time. `another` gives one that runs calls beside this one's.
     """
+
+    in_flight = 2  # of a batch, where nobody says otherwise
 
     def __init__(self, plan: Plan, threads: int | None = None, *, program: int | None = None):
         self._resources = ExitStack()
@@ -86,26 +95,52 @@ class CudaExecutor:
         _say(plan, self.program, sm)
         self._pixel = np.dtype(_TYPES[schedule["pixel"]])
         self._variants = {(each["cameras"], each["prompt"]): each for each in schedule["variants"]}
-        self._table = np.frombuffer(plan.read("embedding"), np.uint16).reshape(config["vocab_size"], -1)
+        self._embeddings = Embeddings(plan)
 
-        self._stream, self._branch, self._ahead = (self._own(driver.Stream()) for _ in range(3))
-        self._events = [self._own(driver.Event()) for _ in range(3)]  # before the prefix, after it, after the steps
         self._library = self._own(CublasLt()) if _uses_library(schedule) else None
+        self._recording = threading.Lock()  # library and kernels are set up for one graph at a time
+        self._arena_bytes = schedule["arena_bytes"]
         _check_memory(plan, device_bytes_of(schedule))
         self._offsets = {name: offset for name, (offset, _) in schedule["weights"].items()}
         self._weights = self._own(driver.Memory(end_of_weights(schedule["weights"])))
+        self._prepare()
         _upload_weights(plan, schedule["weights"], self._weights, self._stream)
-        self._arena = self._own(driver.Memory(schedule["arena_bytes"]))
-        workspace_bytes = WORKSPACE_BYTES if self._library else 1
-        self._workspaces = {stream: self._own(driver.Memory(workspace_bytes)) for stream in self._streams}
         self._kernels = _load_kernels(plan, schedule["kernels"], self.program, self._own)
         self._kernel_names = [each["expression"] for each in schedule["kernels"]]
         self._parameters = [each["parameters"] for each in schedule["kernels"]]
+        plan.check_unchanged()  # while weights and kernels were read from it
+
+    def _prepare(self) -> None:
+        """What a call has to itself."""
+        self._stream, self._branch, self._ahead = (self._own(driver.Stream()) for _ in range(3))
+        self._events = [self._own(driver.Event()) for _ in range(3)]  # before the prefix, after it, after the steps
+        self._arena = self._own(driver.Memory(self._arena_bytes))
+        workspace_bytes = WORKSPACE_BYTES if self._library else 1
+        self._workspaces = {stream: self._own(driver.Memory(workspace_bytes)) for stream in self._streams}
         self._upload = self._own(driver.PinnedArray(max(map(_end_of_inputs, self._variants.values()))))
         self._download = self._own(driver.PinnedArray(4 * int(np.prod(self._actions_shape))))
         self._graphs: dict[tuple[int, int], driver.Graph] = {}
         self._lock = threading.Lock()
-        plan.check_unchanged()  # while weights and kernels were read from it: what is on the GPU is what was verified
+
+    def another(self) -> CudaExecutor:
+        """One that runs calls beside this one's: the same weights and kernels, and the same results to the bit; streams, graphs
+        and memory for activations of its own. To be closed before this one.
+
+        Raises PlanError where there is too little memory.
+        """
+        driver.open_device()  # the caller may be another thread
+        made = copy.copy(self)
+        made._resources = ExitStack()
+        try:
+            workspaces = len(self._streams) * WORKSPACE_BYTES if self._library else 0
+            _check_memory(
+                self._plan, self._arena_bytes + workspaces, "for one more call at a time, ", "pass in_flight=1, or "
+            )
+            made._prepare()
+        except BaseException:
+            made.close()
+            raise
+        return made
 
     def _own(self, resource: Closable) -> Closable:
         """To be given back by `close`, the latest first."""
@@ -117,7 +152,8 @@ class CudaExecutor:
 
     def is_usable(self) -> bool:
         """Whether the GPU takes work, once it has done what it was given."""
-        return driver.is_usable(self._streams)
+        with self._lock:  # nothing is recorded meanwhile: to wait for a stream would end that
+            return driver.is_usable(self._streams)
 
     def close(self) -> None:
         """Gives back all memory of the GPU, and the kernels' code."""
@@ -191,8 +227,7 @@ class CudaExecutor:
         for image, slot in zip(images, np.flatnonzero(inputs.image_mask), strict=True):
             image[:] = self._pixels(inputs.images[slot])
         rows = into["embeddings"].view(np.uint16).reshape(size[1], -1)
-        np.take(self._table, tokens, axis=0, out=rows[: len(tokens)], mode="clip")
-        self._plan.check_unchanged()  # while embeddings were read from it
+        rows[: len(tokens)] = self._embeddings.rows(tokens)
         rows[len(tokens) :] = 0  # padding, whose results nothing reads
         if "state" in into:
             into["state"].view(np.float32)[:] = inputs.state
@@ -244,9 +279,10 @@ class CudaExecutor:
         `after_launch` may add to the events."""
         driver.open_device()
         with self._lock:
-            self._prepare_library(variant)
-            mark = driver.Event.record_in_graph
-            graph = self._stream.capture(lambda: self._follow(variant, mark, after_launch, one_stream=True))
+            with self._recording:
+                self._prepare_library(variant)
+                mark = driver.Event.record_in_graph
+                graph = self._stream.capture(lambda: self._follow(variant, mark, after_launch, one_stream=True))
             times = []
             for _ in range(calls):
                 graph.launch(self._stream)
@@ -260,8 +296,9 @@ class CudaExecutor:
 
     def _graph(self, size: tuple[int, int]) -> driver.Graph:
         if size not in self._graphs:
-            self._prepare_library(self._variants[size])
-            recorded = self._stream.capture(lambda: self._follow(self._variants[size], driver.Event.record_in_graph))
+            with self._recording:
+                self._prepare_library(self._variants[size])
+                recorded = self._stream.capture(lambda: self._follow(self._variants[size], driver.Event.record_in_graph))
             self._graphs[size] = self._own(recorded)
         return self._graphs[size]
 
@@ -274,7 +311,8 @@ class CudaExecutor:
 
     def _run_traced(self, size: tuple[int, int], noise: np.ndarray, prompt: int) -> dict[str, np.ndarray]:
         variant = self._variants[size]
-        self._prepare_library(variant)
+        with self._recording:
+            self._prepare_library(variant)
         found: dict[str, np.ndarray] = {}
         flow = [noise]
         of_x = {
@@ -449,12 +487,12 @@ def _end_of_inputs(variant: Data) -> int:
     return max(offset + size for offset, size in variant["inputs"].values())
 
 
-def _check_memory(plan: Plan, needed: int) -> None:
+def _check_memory(plan: Plan, needed: int, what_for: str = "", remedy: str = "") -> None:
     free, total = driver.free_memory()
     if needed > free:
         raise PlanError(
-            f"{plan.path}: needs {needed / 1e9:.2f} GB of GPU memory, {free / 1e9:.2f} of {total / 1e9:.2f} GB are free; "
-            "end what else uses the GPU"
+            f"{plan.path}: {what_for}needs {needed / 1e9:.2f} GB of GPU memory, {free / 1e9:.2f} of {total / 1e9:.2f} GB are "
+            f"free; {remedy}end what else uses the GPU"
         )
 
 
@@ -465,26 +503,43 @@ def _upload_weights(plan: Plan, weights: dict[str, list[int]], to: driver.Memory
             (stack.enter_context(closing(driver.PinnedArray(STAGING_BYTES))), stack.enter_context(closing(driver.Event())))
             for _ in range(2)
         ]
-        used, turn = 0, 0
-        for destination, piece in _pieces(plan, weights):
-            if used + len(piece) > STAGING_BYTES:
-                staging[turn][1].record(stream)
-                turn, used = 1 - turn, 0
-                staging[turn][1].synchronize()
-            pinned = staging[turn][0]
-            pinned.array[used : used + len(piece)] = piece
-            stream.upload(to.address + destination, pinned.address + used, len(piece))
-            used += len(piece)
+        readers = stack.enter_context(ThreadPoolExecutor(READERS, "duq-read"))
+        for load, (pinned, copied) in zip(_loads(weights), cycle(staging), strict=False):
+            copied.synchronize()
+            places = [pinned.array[each.place : each.place + each.size] for each in load]
+            read = [
+                readers.submit(plan.read_into, f"weights/{each.name}", place, each.start)
+                for each, place in zip(load, places, strict=True)
+            ]
+            for each, done in zip(load, read, strict=True):
+                done.result()
+                stream.upload(to.address + weights[each.name][0] + each.start, pinned.address + each.place, each.size)
+            copied.record(stream)
         stream.synchronize()
 
 
-def _pieces(plan: Plan, weights: dict[str, list[int]]) -> Iterator[tuple[int, np.ndarray]]:
-    """(offset in the block, at most a quarter of the staging memory) of every weight."""
-    step = STAGING_BYTES // 4
-    for name, (offset, size) in weights.items():
-        data = np.frombuffer(plan.read(f"weights/{name}"), np.uint8)
-        for start in range(0, size, step):
-            yield offset + start, data[start : start + step]
+class _Piece(NamedTuple):
+    """Bytes of a weight from `start` on, and their place in the staging memory."""
+
+    name: str
+    start: int
+    size: int
+    place: int
+
+
+def _loads(weights: dict[str, list[int]]) -> Iterator[list[_Piece]]:
+    """All of every weight in its order, in pieces of at most a quarter of the staging memory, which each load fills."""
+    load: list[_Piece] = []
+    used, step = 0, STAGING_BYTES // 4
+    for name, (_, weight_bytes) in weights.items():
+        for start in range(0, weight_bytes, step):
+            size = min(step, weight_bytes - start)
+            if used + size > STAGING_BYTES:
+                yield load
+                load, used = [], 0
+            load.append(_Piece(name, start, size, used))
+            used += size
+    yield load
 
 
 def _load_kernels(
@@ -497,7 +552,7 @@ def _load_kernels(
     loaded: dict[str, dict[str, driver.Kernel]] = {}
     try:
         for entry, names in symbols.items():
-            loaded[entry] = driver.load(Cubin(plan.copy(entry), names))
+            loaded[entry] = driver.load(Cubin(plan.read(entry), names))
             own(next(iter(loaded[entry].values())).module)
     except KernelError as error:
         if program.image == "cubin" or isinstance(error, DeviceError) and error.status not in NOT_COMPILED:

@@ -108,7 +108,7 @@ class Context:
 def read_schedule(plan: Plan, name: str) -> Data:
     """The schedule that is the plan's entry `name`, checked. PlanError names the entry, the field, and what is expected."""
     try:
-        schedule = schema.parse_json(plan.copy(name))
+        schedule = schema.parse_json(plan.read(name))
         version = schedule.get("version", 1)
         if version != SCHEDULE_VERSION:
             raise PlanError(f"is of version {shown(version)}, this runtime follows version {SCHEDULE_VERSION}")

@@ -19,6 +19,7 @@ from duq.plugins.nodes import KernelName, Kernels
 from duq.plugins.nvrtc import Cubin
 from duq.runtime import schema
 from duq.runtime.errors import PlanError
+from duq.runtime.executors.embeddings import Embeddings
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import ModelInputs
 from duq.runtime.schema import Name, Open
@@ -60,10 +61,7 @@ class TensorRTExecutor:
         engines = {name: _LoadedEngine(plan, sm, name) for name in section["engines"]}
         described = {name: plan.manifest["graphs"][f"sm{sm}/{name}"] for name in engines}
         signatures = {name: engine["inputs"] | engine["outputs"] for name, engine in described.items()}
-        table = np.frombuffer(plan.read("embedding"), np.uint16).reshape(plan.manifest["model"]["vocab_size"], -1)
-        self._calls = Calls(engines, signatures, plan.manifest, table)
-        self._plan = plan
-        plan.check_unchanged()  # while engines and kernels were read from it
+        self._calls = Calls(engines, signatures, plan.manifest, Embeddings(plan).rows)
 
     def is_usable(self) -> bool:
         """Whether the GPU takes work, once it has done what it was given."""
@@ -81,9 +79,7 @@ class TensorRTExecutor:
     def run(self, inputs: ModelInputs, noise: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
         """Denoises `noise` float32 [H, A] into normalized actions [H, A]; returns them with the stages' milliseconds."""
         driver.open_device()  # the caller may be another thread than the one that loaded the plan
-        result = self._calls.run(inputs, noise)
-        self._plan.check_unchanged()  # while embeddings were read from it
-        return result
+        return self._calls.run(inputs, noise)
 
 
 def section_of(plan: Plan, sm: int) -> dict[str, Any]:
@@ -118,7 +114,7 @@ def kernels_of(plan: Plan, sm: int) -> Kernels:
     """What the plan's plugins launch."""
     found = {}
     for each in _read_kernels(plan, f"engine/sm{sm}/kernels.json"):
-        cubin = Cubin(plan.copy(each["cubin"]), {each["expression"]: each["symbol"]})
+        cubin = Cubin(plan.read(each["cubin"]), {each["expression"]: each["symbol"]})
         found[KernelName(each["source"], each["expression"])] = cubin
     return Kernels(found)
 
@@ -138,7 +134,7 @@ class _KernelList(Open):
 
 def _read_kernels(plan: Plan, name: str) -> list[dict[str, str]]:
     try:
-        found = schema.parse_json(plan.copy(name))
+        found = schema.parse_json(plan.read(name))
         schema.check(_KernelList, found)
     except PlanError as error:
         raise PlanError(f"{plan.path}: {name}: {error}; compile it again") from error
@@ -175,7 +171,7 @@ class Calls:
 
     Tensors are shared by name: what the prefix writes as key.0 the step reads in place. The state of the flow, and the solver's
     history if it has one, move to and fro between two buffers each. signatures: engine -> tensor -> {"dtype", "shape"}; manifest:
-    the plan's; table: the embeddings of all tokens, 16-bit floats viewed as uint16 [vocabulary, width].
+    the plan's; embed: tokens, integers [n], -> their embeddings, 16-bit floats viewed as uint16 [n, width].
     """
 
     def __init__(
@@ -183,11 +179,11 @@ class Calls:
         engines: Mapping[str, Engine],
         signatures: Mapping[str, Mapping[str, dict[str, Any]]],
         manifest: dict[str, Any],
-        table: np.ndarray,
+        embed: Callable[[np.ndarray], np.ndarray],
     ):
         self._resources = ExitStack()
         try:
-            self._open(engines, signatures, manifest, table)
+            self._open(engines, signatures, manifest, embed)
         except BaseException:
             self.close()
             raise
@@ -197,9 +193,9 @@ class Calls:
         engines: Mapping[str, Engine],
         signatures: Mapping[str, Mapping[str, dict[str, Any]]],
         manifest: dict[str, Any],
-        table: np.ndarray,
+        embed: Callable[[np.ndarray], np.ndarray],
     ) -> None:
-        self._table = table
+        self._embed = embed
         config = manifest["model"]
         self._engines: Mapping[str, Engine] = engines
         self._config, self._num_steps, self._history = config, manifest["num_steps"], Solver.of(manifest).history
@@ -260,7 +256,7 @@ class Calls:
         """What is not there is not computed: absent cameras and prompt padding are left out here."""
         values = {
             "images": inputs.pixels()[inputs.image_mask],
-            "embeddings": np.take(self._table, inputs.tokens[inputs.token_mask], axis=0, mode="clip"),
+            "embeddings": self._embed(inputs.tokens[inputs.token_mask]),
             "state": inputs.state,
             "x": noise,
         }

@@ -352,7 +352,7 @@ def _inspect(path: Path, options: tuple[str, ...], refused: bool) -> None:
 def _contents(path: Path) -> tuple[dict[str, bytes], bytes]:
     """The entries of a plan, and its manifest."""
     plan = Plan(path)
-    return {name: plan.copy(name) for name in plan.names}, plan._text
+    return {name: plan.read(name) for name in plan.names}, plan._text
 
 
 def _rewrite(entries: dict[str, bytes], manifest: bytes, random: Random) -> tuple[dict[str, bytes], bytes]:

@@ -16,8 +16,8 @@ from tests.support.stand_ins import (
     ACTIONS,
     SIZES,
     STEPS,
-    TABLE,
     StandIn,
+    embed,
     expected_of_steps,
     expected_of_steps_with_history,
     observation,
@@ -33,7 +33,7 @@ from tests.support.stand_ins import (
 @contextmanager
 def calls(engines):
     launch.compute_capability()
-    yield Calls(engines, *signatures_and_manifest(engines), TABLE)
+    yield Calls(engines, *signatures_and_manifest(engines), embed)
 
 
 def test_prefix_and_steps():

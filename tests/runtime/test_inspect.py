@@ -101,7 +101,7 @@ def test_settings_that_differ(path, tmp_path):
     plan, other = Plan(path), tmp_path / "other.plan"
     with PlanWriter(other) as writer:
         for name in plan.names:
-            writer.write(name, bytes(plan.read(name)))
+            writer.write(name, plan.read(name))
         linears = plan.manifest["quantization"]["linears"]
         changed = linears | {"llm.layers.1.mlp.up_proj": linears["llm.layers.1.mlp.up_proj"] | {"sqnr_db": 7.0}}
         writer.finish(plan.manifest | {"cameras": 2, "quantization": {"recipe": {}, "linears": changed}})

@@ -549,6 +549,12 @@ def test_a_batch_s_images_are_resized_while_the_engine_runs(make_policy, monkeyp
     assert len(policy.infer_batch([varied(index) for index in range(6)])) == len(resized) == 6
 
 
+def test_more_calls_at_once_than_a_target_runs_are_refused(make_policy):
+    assert make_policy().in_flight == make_policy(in_flight=1).in_flight == 1
+    with pytest.raises(PlanError, match="in_flight=2: a plan for cpu runs one call at a time; leave it out"):
+        make_policy(in_flight=2)
+
+
 def test_a_failure_in_a_batch_ends_it(make_policy, monkeypatch):
     policy = make_policy()
     monkeypatch.setattr(executor_of(policy), "run", lambda *_: 1 / 0)

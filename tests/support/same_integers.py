@@ -28,8 +28,8 @@ class Given(Plan):
 
     quantizers: dict[str, list[tuple[str, str, str]]] = {}
 
-    def copy(self, name: str) -> bytes:
-        data = super().copy(name)
+    def read(self, name: str) -> bytes:
+        data = super().read(name)
         if not name.startswith("graph/"):
             return data
         model, found = onnx.load_from_string(data), []

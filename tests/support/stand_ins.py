@@ -29,6 +29,10 @@ TYPES = {"float": torch.float32, "int64": torch.int64, "bfloat16": torch.bfloat1
 TABLE = torch.arange(100)[:, None].expand(100, 64).bfloat16().contiguous().view(torch.int16).numpy().view(np.uint16)
 
 
+def embed(tokens: np.ndarray) -> np.ndarray:
+    return TABLE[tokens]
+
+
 INPUTS = {"images": "float", "embeddings": "bfloat16", "state": "float"}
 
 
@@ -206,6 +210,9 @@ class Event(Resource):
         pass
 
     record_in_graph = record
+
+    def synchronize(self) -> None:
+        pass
 
     def milliseconds_since(self, earlier) -> float:
         return 1.0

@@ -6,11 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.progress import Progress
 
+from duq.runtime.errors import EngineError
 from duq.runtime.executors.programs import Program
 from duq.runtime.observations import save_observations
 from duq.runtime.plan import Plan
@@ -102,6 +105,51 @@ def test_the_table_shows_percentiles_stages_throughput_and_spread(plan, command_
         assert text in ran.out.replace("\n", ""), text
 
 
+def test_batches_are_timed_beside_single_calls(plan, command_line):
+    options = ("--calls", 4, "--warm-up", 1, "--repetitions", 2, "--cameras", 1, "--batch", "1,4,2,4")
+    found = json.loads(command_line(bench.main, plan, *options, "--json").out)["batches"]
+    assert found["in_flight"] == 1 and set(found["memory_bytes"]) == {"host"}
+    assert [each["batch"] for each in found["sizes"]] == [1, 4, 2]
+    for each in found["sizes"]:
+        assert each["calls_per_second"] == pytest.approx(1e3 * each["batch"] / each["batch_ms"]["p50"])
+        assert each["single_calls_per_second"] == pytest.approx(1e3 * each["batch"] / each["single_ms"]["p50"])
+        assert each["faster"] == pytest.approx(each["calls_per_second"] / each["single_calls_per_second"])
+
+
+def test_every_size_has_as_many_calls():
+    """2 rounds, in each as many of every size as the largest has calls."""
+    sizes, counts = [], Counter()
+
+    class Timed:
+        metadata, in_flight = {"action_horizon": 2, "model_action_dim": 3}, 2
+
+        def infer(self, observation, noise):
+            counts["single"] += 1
+            return {"actions": noise + observation["n"]}
+
+        def infer_batch(self, observations, noise):
+            sizes.append(len(observations))
+            return [{"actions": given + each["n"]} for each, given in zip(observations, noise, strict=True)]
+
+    with Progress(disable=True) as progress:
+        found = bench_plan.in_batches(Timed(), [{"n": 1}, {"n": 2}], [1, 2, 4], 8, 2, progress)
+        assert Counter(sizes) == {1: 8, 2: 4, 4: 3} and counts["single"] == 24 + 4 and found["in_flight"] == 2
+        Timed.infer_batch = lambda self, observations, noise: [{"actions": given} for given in noise]
+        with pytest.raises(EngineError, match="infer_batch gives other actions than single calls"):
+            bench_plan.in_batches(Timed(), [{"n": 1}], [2], 1, 2, progress)
+
+
+def test_the_table_of_batches(plan, command_line):
+    ran = command_line(bench.main, plan, "--calls", 2, "--warm-up", 1, "--cameras", 1, "--repetitions", 2, "--batch", "2")
+    assert "single calls/s" in ran.out and "infer_batch, up to 1 at once" in ran.out.replace("\n", " "), ran.err
+
+
+@pytest.mark.parametrize("sizes", ["0", "1,,2", "a", "-1", "1.5", "", "1025"])
+def test_batches_of_no_size(sizes, plan, command_line):
+    ran = command_line(bench.main, plan, f"--batch={sizes}")
+    assert ran.code == 2 and f"--batch {sizes}: expected sizes of 1 to 1024, as 1,2,4,8,16" in ran.err
+
+
 def test_the_spread_is_that_of_the_repetitions_medians():
     assert bench_plan.spread([1, 1, 9, 2, 2, 2], 2) == pytest.approx((2 - 1) / 2)
     assert bench_plan.spread([3, 3, 3, 3], 4) == 0
@@ -119,6 +167,7 @@ def test_a_machine_that_is_not_steady_is_a_warning(control, warned):
     [
         (["--suite", "cpu"], "--suite: is for suites; leave it out to time"),
         (["--pi05"], "--pi05: is for suites"),
+        (["--in-flight", "2"], "in_flight=2: a plan for cpu runs one call at a time; leave it out"),
         (["--prompt-tokens", "49"], "--prompt-tokens 49: "),
         (["--observations", "o.npz", "--cameras", "1"], "leave --cameras and --prompt-tokens out"),
     ],

@@ -164,7 +164,7 @@ def test_the_same_plan_as_from_pytorch(tmp_path):
         with Progress(disable=True) as progress:
             compile_policy(checkpoint, Quantization(load_recipe("none", environment={})), out, Options(), progress)
         plan = Plan(out)
-        entries[layout] = {name: bytes(plan.read(name)) for name in plan.names}
+        entries[layout] = {name: plan.read(name) for name in plan.names}
     assert entries["jax"] == entries["openpi"] and sum(map(len, entries["jax"].values())) > 1e7
 
 

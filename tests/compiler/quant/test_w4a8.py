@@ -136,7 +136,7 @@ def test_given_its_own_integers_the_engine_does_the_same(policy, tmp_path, prese
     actions, calls = run_recorded(path, inputs, noise)
     plan = Given(path)
     for graph in ("prefix", "step"):
-        plan.copy(f"graph/{graph}.onnx")
+        plan.read(f"graph/{graph}.onnx")
     of_prefix, of_step = ([linear.removesuffix(".weight_q") for linear, *_ in found] for found in plan.quantizers.values())
     prefix = [(linear, calls[linear][0]) for linear in of_prefix]
     steps = [[(linear, calls[linear][step - NUM_STEPS]) for linear in of_step] for step in range(NUM_STEPS)]

@@ -140,6 +140,35 @@ def test_a_change_while_sessions_are_made_is_found(path, other, monkeypatch, cha
             infer(policy)
 
 
+@pytest.mark.parametrize("change", [truncated_to_nothing, truncated])
+@pytest.mark.parametrize("stage", ["sendfile", "memfd_create", "InferenceSession", "prefix runs"])
+def test_a_file_cut_short_while_sessions_are_made_is_an_error(path, other, expected, monkeypatch, change, stage):
+    """Before and in the middle of what reads from it. A process that touched a mapping of the file would end here."""
+    policy = Policy(path)
+    where, name = {
+        "InferenceSession": (onnxruntime, stage), "prefix runs": (policy._opened.engine.executor, "_run"),
+    }.get(stage, (os, stage))  # fmt: skip
+    original = getattr(where, name)
+
+    def change_first(*arguments, **options):
+        change(path, other)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(where, name, change_first)
+    if stage == "prefix runs":  # everything was read
+        assert np.array_equal(infer(policy), expected)
+    for _ in range(2):
+        with pytest.raises(PlanError, match="was written to while in use"):
+            infer(policy)
+
+
+def test_weights_that_are_nowhere_in_the_plan_are_refused(tmp_path):
+    graph = b"\x0a\x06offset\x12\x0212345"  # the offset 12
+    write_plan(tmp_path / "engine.plan", {"graph/prefix.onnx": graph, "graph/step.onnx": graph})
+    with pytest.raises(PlanError, match="its prefix graph has weights at 12, where no entry is; compile it again"):
+        Policy(tmp_path / "engine.plan").warmup()
+
+
 @pytest.mark.skipif(
     not hasattr(onnxruntime.SessionOptions, "add_external_initializers_from_files_in_memory"),
     reason="this ONNX Runtime maps the file itself",
@@ -167,7 +196,7 @@ def edited(original, path, **changes):
     plan = Plan(original)
     with PlanWriter(path) as writer:
         for name in plan.names:
-            writer.write(name, bytes(plan.read(name)))
+            writer.write(name, plan.read(name))
         own = {key: value for key, value in plan.manifest.items() if key not in ("entries", "format_version")}
         writer.finish(own | changes)
 

@@ -342,8 +342,57 @@ def test_a_plan_that_changes_while_it_goes_to_the_gpu(when, on_the_host, tmp_pat
         executor.CudaExecutor(plan)
 
 
+@pytest.mark.parametrize("cut_to", [0, 4096])
+@pytest.mark.parametrize("stage", ["Stream", "Memory", "PinnedArray", "upload", "load"])
+def test_a_plan_cut_short_while_it_goes_to_the_gpu_is_an_error(stage, cut_to, on_the_host, tmp_path, monkeypatch):
+    """Whatever is read of it next. A process that touched a mapping of the file would end here."""
+    path = tmp_path / "engine.plan"
+    write_cuda_plan(path)
+    plan = Plan(path)
+    where, name = (OneStream, stage) if stage == "upload" else (executor.driver, stage)
+    original = getattr(where, name)
+
+    def cut_first(*arguments):
+        os.truncate(path, cut_to)
+        return original(*arguments)
+
+    monkeypatch.setattr(where, name, cut_first)
+    with pytest.raises(PlanError, match="engine.plan: was written to while in use"):
+        executor.CudaExecutor(plan)
+
+
+def test_another_shares_the_weights_and_gives_the_same_bits(on_the_host, tiny_plans):
+    plan = Plan(tiny_plans("pi0", DEFAULT_PRESET, "cuda").plan)
+    config = ModelConfig.from_json(plan.manifest["model"])
+    first, noise = executor.CudaExecutor(plan), make_noise(config)
+    blocks = len(Block.all)
+    second = first.another()
+    own = [first._arena, *first._workspaces.values(), first._upload, first._download]
+    assert [each.array.size for each in Block.all[blocks:]] == [each.array.size for each in own]
+    assert second._weights is first._weights
+    assert second._arena is not first._arena and second._upload is not first._upload
+    cases = [make_inputs(config, *case, seed) for seed, case in enumerate(CALLS)]
+    sizes = [
+        each.stage(inputs, noise) for each, inputs in zip((first, second), cases, strict=True)
+    ]  # both before either runs
+    assert sizes[0] != sizes[1]
+    for each, inputs in zip((second, first, second), (cases[0], *cases), strict=True):
+        np.testing.assert_array_equal(each.run(inputs, noise)[0], emulate.run(plan, 90, inputs, noise))
+    second.close()
+    assert not hasattr(first._arena, "closed") and not hasattr(first._weights, "closed")
+    np.testing.assert_array_equal(first.run(cases[0], noise)[0], emulate.run(plan, 90, cases[0], noise))
+
+
+def test_another_that_does_not_fit_is_refused(on_the_host, tmp_path, monkeypatch):
+    write_cuda_plan(tmp_path / "engine.plan")
+    first = executor.CudaExecutor(Plan(tmp_path / "engine.plan"))
+    monkeypatch.setattr(executor.driver, "free_memory", lambda: (1 << 19, 1 << 30))
+    with pytest.raises(PlanError, match="for one more call at a time, needs .*; pass in_flight=1, or end what else uses"):
+        first.another()
+
+
 def test_what_a_gpu_plan_uploaded_stays_and_embeddings_are_checked(on_the_host, tmp_path):
-    """Its token table is read from the file in each call."""
+    """Its token table is read from the file for tokens that no call had before."""
     path = tmp_path / "engine.plan"
     write_cuda_plan(path)
     policy = executor.CudaExecutor(Plan(path))
@@ -351,5 +400,6 @@ def test_what_a_gpu_plan_uploaded_stays_and_embeddings_are_checked(on_the_host, 
     path.rename(tmp_path / "elsewhere")
     assert policy.stage(inputs, noise) == (1, 48)
     os.utime(tmp_path / "elsewhere")
+    assert policy.stage(inputs, noise) == (1, 48)
     with pytest.raises(PlanError, match="engine.plan: was written to while in use"):
-        policy.stage(inputs, noise)
+        policy.stage(make_inputs(CONFIG, (True, False, False), 4, seed=1), noise)

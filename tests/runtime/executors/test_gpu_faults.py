@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -187,6 +188,103 @@ def test_reload_holds_one_plan_again(gpu, plan):
         policy.reload()
     assert sorted(gpu.held.values()) == held
     np.testing.assert_array_equal(infer(policy), NOISE)
+
+
+# --- batches: calls beside each other -----------------------------------------------------------------------------------
+
+NOISES = np.random.default_rng(2).standard_normal((7, 50, 32), np.float32)
+
+
+def infer_batch(policy, noises=NOISES) -> None:
+    replies = policy.infer_batch([OBSERVATION] * len(noises), noises)
+    np.testing.assert_array_equal([each["actions"] for each in replies], noises)
+
+
+@pytest.mark.parametrize("in_flight", [None, 1, 2, 3])
+def test_a_batch_opens_what_it_needs_and_no_second_copy_of_the_weights(gpu, plan, in_flight):
+    policy = Policy(plan, in_flight=in_flight)
+    infer(policy)
+    infer_batch(policy, NOISES[:1])
+    one, uploads = gpu.held.copy(), gpu.calls["cuModuleLoadData"]
+    for _ in range(2):
+        infer_batch(policy)
+    lanes = in_flight or 2
+    assert policy._opened.engine.lanes == policy.in_flight == lanes and gpu.calls["cuModuleLoadData"] == uploads
+    allocated = [list(held.values()).count("cuMemAlloc") for held in (one, gpu.held)]
+    assert allocated == [5, 5 + 4 * (lanes - 1)]  # an arena and three workspaces; and once the weights
+    infer(policy)
+    policy.close()
+    assert not gpu.held
+
+
+def test_batches_and_calls_of_many_threads(gpu, plan):
+    policy = Policy(plan)
+    with ThreadPoolExecutor(6) as pool:
+        for done in [pool.submit(infer_batch, policy) for _ in range(10)] + [pool.submit(infer, policy) for _ in range(20)]:
+            done.result()
+    assert policy._opened.engine.lanes == 2
+
+
+@pytest.mark.parametrize("name", ["cuStreamCreate", "cuEventCreate", "cuMemAlloc", "cuMemHostAlloc"])
+def test_no_memory_for_a_second_call_leaves_the_policy_as_it_was(gpu, plan, name):
+    policy = Policy(plan)
+    infer(policy)
+    held = gpu.held.copy()
+    gpu.fail(name, 1, OUT_OF_MEMORY)
+    with pytest.raises(EngineError, match=f"{name}: out of memory: .*; the policy can still be used"):
+        infer_batch(policy)
+    assert gpu.held == held
+    infer_batch(policy)
+    policy.close()
+    assert not gpu.held
+
+
+def test_too_little_memory_for_a_second_call_says_how_to_do_without(gpu, plan):
+    policy = Policy(plan)
+    gpu.gpu["free"] = 1 << 19
+    with pytest.raises(PlanError, match="for one more call at a time, needs 0.00 GB .*; pass in_flight=1, or end"):
+        infer_batch(policy)
+    infer(policy)
+    infer_batch(policy, NOISES[:1])
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 7])
+@pytest.mark.parametrize("name", LATER_CALL)
+def test_a_call_of_a_batch_that_fails_ends_it(gpu, plan, name, call):
+    policy = Policy(plan)
+    infer_batch(policy)
+    gpu.fail(name, call, OUT_OF_MEMORY)
+    with pytest.raises(EngineError, match=f"{name}: out of memory: .*; the policy can still be used"):
+        infer_batch(policy)
+    assert policy._opened.engine._calls == 0
+    infer_batch(policy)
+    gpu.fail(name, call, ILLEGAL_ADDRESS, for_good=True)
+    with pytest.raises(EngineError, match="must be opened again, in a new process"):
+        infer_batch(policy)
+    calls = gpu.calls.copy()
+    with pytest.raises(EngineError, match="must be opened again, in a new process"):
+        infer_batch(policy)
+    assert gpu.calls == calls
+    policy.close()
+
+
+def test_reload_has_as_many_lanes_ready(gpu, plan):
+    policy = Policy(plan)
+    infer_batch(policy)
+    policy.reload()
+    held = sorted(gpu.held.values())
+    policy.reload()
+    assert sorted(gpu.held.values()) == held
+    calls = gpu.calls["cuStreamBeginCapture"]
+    infer_batch(policy)
+    assert gpu.calls["cuStreamBeginCapture"] == calls + 2  # of the size with one camera, which warm-up leaves out
+
+
+@pytest.mark.parametrize("in_flight", [0, -1, 1.5, True, "2"])
+def test_numbers_in_flight_that_are_none(gpu, plan, in_flight):
+    with pytest.raises(PlanError, match=f"in_flight={in_flight!r}: expected a number of calls, 1 or more"):
+        Policy(plan, in_flight=in_flight)
+    assert not gpu.held
 
 
 def test_a_fork_neither_uses_nor_frees_the_parent_s(gpu, plan, monkeypatch):

@@ -112,6 +112,6 @@ def test_nesting_without_end(tmp_path):
     write_cuda_plan(tmp_path / "engine.plan")
     plan = Plan(tmp_path / "engine.plan")
     for text, says in ((b"[" * 100_000, "is nested deeper"), (b"\xff", "is not JSON"), (b"3", "is 3, expected an object")):
-        plan.copy = lambda name, text=text: text
+        plan.read = lambda name, text=text: text
         with pytest.raises(PlanError, match=f"engine.plan: schedule/sm90.json {says}"):
             read_schedule(plan, "schedule/sm90.json")

@@ -14,11 +14,11 @@ from duq.runtime.executors import tensorrt as executor
 from tests.support.stand_ins import (
     ACTIONS,
     SIZES,
-    TABLE,
     Block,
     Event,
     StandIn,
     Stream,
+    embed,
     expected_of_steps,
     expected_of_steps_with_history,
     observation,
@@ -46,7 +46,7 @@ def calls(monkeypatch):
 
     def make(**computes) -> executor.Calls:
         engines = {name: OnTheHost(name, compute) for name, compute in computes.items()}
-        return executor.Calls(engines, *signatures_and_manifest(engines), TABLE)
+        return executor.Calls(engines, *signatures_and_manifest(engines), embed)
 
     return make
 
