@@ -290,7 +290,7 @@ class Calls:
             state = [name for name in ("x", "history") if name in self._types]
             before, after = "", "_next"
             for index in range(self._num_steps):
-                places = {name: self._address(name + before) for name in state}
+                places: dict[str, int] = {name: self._address(name + before) for name in state}
                 places |= {f"{name}_next": self._address(name + after) for name in state}
                 self._enqueue("step", shapes, places | {"step": self._address("steps") + 8 * index})
                 before, after = after, before

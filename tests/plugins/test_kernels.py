@@ -182,7 +182,7 @@ WITHOUT_CLUSTERS = [  # of the kernels that use clusters, what a GPU without the
     Small(1, 1, 1, 1, 2).instance(8, 16, 4, "int"),
     GemmFloat(1, 1, 1, 1).instance(8, 768, "Bf16", True, "ROTARY"),
     Attention(72, 1, 1, 2, 16, 2).instance(8),
-    SplitAttention(72, 1, 1, 2, 16, 2, 3).instance(8),
+    SplitAttention(8, 1, 16, 2).instance(8),
 ]
 
 
