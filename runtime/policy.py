@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -44,7 +44,7 @@ class Policy:
     threads: CPU threads of the engine (None: all cores). verify: compare every hash of the plan while opening it.
     seed: of the noise that `infer` draws when it is given none. verify_key: a file with an Ed25519 public key, PEM, that the
     plan has to be signed with; so does one that `reload` takes. in_flight: how many calls of a batch a GPU runs at once, each
-    with memory for activations of its own, which the first batch takes (None: 2 for a cuda plan, 1 for others).
+    with memory for activations of its own, which the first batch takes (None: 3 for a cuda plan, 1 for others).
     Raises PlanError if the plan cannot be used, EngineError if the GPU refuses: it has too little memory, or failed.
 
     One policy may be shared by threads; they take turns on the engine. After an error it can be used as before, or says at
@@ -171,7 +171,7 @@ class Policy:
 
     def close(self) -> None:
         """Frees the engine, once calls of other threads have ended; later calls raise EngineError. May be called again."""
-        self._opened.engine.close()
+        self._opened.close()
 
     def reload(self, path: str | os.PathLike[str] | None = None) -> None:
         """Takes a new plan, from `path` or from where the policy was opened, without a gap.
@@ -193,9 +193,9 @@ class Policy:
                     old, self._opened = self._opened, new
                     self._path = new.plan.path
             except BaseException:
-                new.engine.close()
+                new.close()
                 raise
-            old.engine.close()
+            old.close()
 
     def _open(self, path: str | os.PathLike[str]) -> _Opened:
         return _Opened.of(Plan(path, self._verify, self._verify_key), self._threads, self._in_flight, self._outside)
@@ -234,6 +234,8 @@ class _Opened:
     engine: Engine
     metadata: dict[str, Any]
     limits: LimitCheck | None
+    running: ThreadPoolExecutor  # of the calls of batches
+    preparing: ThreadPoolExecutor
 
     @classmethod
     def of(cls, plan: Plan, threads: int | None, in_flight: int | None, outside: Counter[str]) -> _Opened:
@@ -249,7 +251,15 @@ class _Opened:
         metadata |= {"program": program.to_json()} if program else {}
         robot = preprocessor.robot
         limits = LimitCheck(robot, outside) if robot and robot.limits else None
-        return cls(plan, config, preprocessor, engine, metadata, limits)
+        running = ThreadPoolExecutor(engine.in_flight, "duq-lane")  # each starts its threads when it first needs them
+        preparing = ThreadPoolExecutor(AHEAD, "duq-preprocess")
+        return cls(plan, config, preprocessor, engine, metadata, limits, running, preparing)
+
+    def close(self) -> None:
+        """Once its calls have ended."""
+        self.engine.close()
+        for pool in (self.running, self.preparing):
+            pool.shutdown(wait=False)
 
     def warmup(self) -> None:
         self.preprocessor.model_inputs(_blank_observation())
@@ -296,17 +306,21 @@ class _Opened:
             inputs = self.preprocessor.finish(checked)
             return inputs, time.perf_counter() - start
 
-        lanes = self.engine.open_lanes(len(read))
-        with ThreadPoolExecutor(lanes, "duq-lane") as running, ThreadPoolExecutor(AHEAD, "duq-preprocess") as preparing:
-            left, calls, replies = iter(read), deque[Future[dict[str, Any]]](), []
-            ahead = deque(preparing.submit(prepare, each) for each in islice(left, AHEAD))
+        lanes, left = self.engine.open_lanes(len(read)), iter(read)
+        ahead = deque(self.preparing.submit(prepare, each) for each in islice(left, AHEAD))
+        calls, replies = deque[Future[dict[str, Any]]](), []
+        try:
             for index, (checked, noise) in enumerate(zip(read, noises, strict=True)):
                 inputs, preprocessing = ahead.popleft().result()
-                ahead.extend(preparing.submit(prepare, each) for each in islice(left, 1))
+                ahead.extend(self.preparing.submit(prepare, each) for each in islice(left, 1))
                 if len(calls) == lanes:  # the oldest has the lane that is this one's
                     replies.append(calls.popleft().result())
-                calls.append(running.submit(self.answer, checked, inputs, noise, preprocessing, lane=index % lanes))
+                calls.append(self.running.submit(self.answer, checked, inputs, noise, preprocessing, lane=index % lanes))
             return replies + [call.result() for call in calls]
+        finally:  # behind a call that failed, others may still run
+            for each in (*ahead, *calls):
+                each.cancel()
+            wait((*ahead, *calls))
 
     def check_serves_clients_of(self, other: _Opened) -> None:
         """Raises PlanError unless a client of the other plan may go on with this one."""

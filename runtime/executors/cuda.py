@@ -74,7 +74,7 @@ class CudaExecutor:
     It runs one call at a time. `another` gives one that runs calls beside this one's.
     """
 
-    in_flight = 2  # of a batch, where nobody says otherwise
+    in_flight = 3  # of a batch, where nobody says otherwise: the most that gained on an H200 (docs/performance.md)
 
     def __init__(self, plan: Plan, threads: int | None = None, *, program: int | None = None):
         self._resources = ExitStack()

@@ -208,7 +208,7 @@ def test_a_batch_opens_what_it_needs_and_no_second_copy_of_the_weights(gpu, plan
     one, uploads = gpu.held.copy(), gpu.calls["cuModuleLoadData"]
     for _ in range(2):
         infer_batch(policy)
-    lanes = in_flight or 2
+    lanes = in_flight or cuda.CudaExecutor.in_flight
     assert policy._opened.engine.lanes == policy.in_flight == lanes and gpu.calls["cuModuleLoadData"] == uploads
     allocated = [list(held.values()).count("cuMemAlloc") for held in (one, gpu.held)]
     assert allocated == [5, 5 + 4 * (lanes - 1)]  # an arena and three workspaces; and once the weights
