@@ -36,7 +36,7 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory) -> Path:
+def shared_folder(tmp_path_factory) -> Path:
     """A folder that pytest-xdist's processes share."""
     own = tmp_path_factory.getbasetemp()
     directory = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
@@ -45,7 +45,7 @@ def shared(tmp_path_factory) -> Path:
 
 
 def once(path: Path, make: Callable[[Path], object]) -> Path:
-    """`path`, a file or folder of `shared`, which make(path to write) has made in this process or in another."""
+    """`path`, a file or folder of `shared_folder`, which make(path to write) has made in this process or in another."""
     with path.with_name(f"{path.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
@@ -58,19 +58,19 @@ def once(path: Path, make: Callable[[Path], object]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_pi0(shared):
+def tiny_pi0(shared_folder):
     """Directory of a tiny pi0 in openpi's layout. Read only."""
-    return once(shared / "tiny_pi0", lambda path: make_checkpoint(path, variant="tiny"))
+    return once(shared_folder / "tiny_pi0", lambda path: make_checkpoint(path, variant="tiny"))
 
 
 @pytest.fixture(scope="session")
-def tiny_pi05(shared):
+def tiny_pi05(shared_folder):
     """Directory of a tiny pi0.5 in openpi's layout. Read only."""
-    return once(shared / "tiny_pi05", lambda path: make_checkpoint(path, variant="tiny", pi05=True))
+    return once(shared_folder / "tiny_pi05", lambda path: make_checkpoint(path, variant="tiny", pi05=True))
 
 
 @pytest.fixture(scope="session", autouse=True)
-def trace_once(shared):
+def trace_once(shared_folder):
     """Tracing a policy takes seconds whatever its size, and depends on nothing but its dimensions: each is traced once, and
     kept where pytest-xdist's other processes find it."""
     original = export.trace
@@ -84,7 +84,7 @@ def trace_once(shared):
             save_graph(graphs.step, folder / "step.onnx")
 
         key = hashlib.sha256(json.dumps([config.to_json(), num_steps]).encode()).hexdigest()
-        folder = once(shared / f"trace-{key}", make)
+        folder = once(shared_folder / f"trace-{key}", make)
         return load_graph(folder / "prefix.onnx"), load_graph(folder / "step.onnx")
 
     def trace(config, num_steps: int) -> export.Graphs:
@@ -119,13 +119,13 @@ class Compiled(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def tiny_plans(shared, trace_once):
+def tiny_plans(shared_folder, trace_once):
     """("pi0" or "pi05", preset, target) -> Compiled: a LIBERO policy of two layers, 8 actions and 4 steps. Read only.
 
     Each is compiled once a run, when it is first asked for. A plan for the target "cuda" is for SM 86, also as PTX, and SM 90;
     `float_images`: it takes images as floats.
     """
-    directory = shared / "plans"
+    directory = shared_folder / "plans"
     directory.mkdir(exist_ok=True)
 
     @functools.cache

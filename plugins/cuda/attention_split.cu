@@ -182,12 +182,7 @@ attention_split(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
       for (int n = 0; n < 4; ++n) to[4 * n] = pack2<Half>(o[i][n][2 * half] * inverse, o[i][n][2 * half + 1] * inverse);
       if (warp == 0 && t == 0) parts[rank * PART + ROWS * (DIMS / 2) + row] = sum > 0 ? m[i][half] + log2_fast(sum) : LOWEST;
     }
-  __threadfence();
-  __syncthreads();  // all of the part can be seen
-  const bool is_last = threadIdx.x == 0 && atomicAdd(counters + group, 1) == SPLIT - 1;
-  if (!__syncthreads_or(is_last)) return;
-  __threadfence();
-  if (threadIdx.x == 0) counters[group] = 0;
+  if (!is_last_block(counters + group, SPLIT)) return;
 
   // A warp takes a row, 8 channels a lane; lane i weighs part i. All parts of AT_ONCE rows are asked for at once.
   constexpr int EACH = ROWS / WARPS, AT_ONCE = SPLIT <= 8 ? EACH : SPLIT <= 16 && EACH > 2 ? 2 : 1;

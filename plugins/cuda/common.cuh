@@ -68,6 +68,21 @@ template <int GROUPS> __device__ inline void wait_for_copies() {  // until all b
   asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
 
+// Whether this is the last of `blocks` blocks to come here: it then sees what all of them have written to memory before. All threads
+// of each block call it. `counter` is zero before the first and after the last. A fence of one thread, between barriers of its
+// block, is one for the whole block.
+__device__ inline bool is_last_block(int* counter, int blocks) {
+  __syncthreads();
+  bool is_last = false;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = atomicAdd(counter, 1) == blocks - 1;
+    if (is_last) *counter = 0;
+    __threadfence();
+  }
+  return __syncthreads_or(is_last);
+}
+
 // Blocks of a cluster (SM 90) that split K add their accumulators through each other's shared memory.
 #if __CUDA_ARCH__ >= 900 && !defined(NO_CLUSTER)
 #define CLUSTER 1

@@ -351,12 +351,7 @@ gemm_float(const Bf16* x, const float* squares, const uint4* weight, const float
 #pragma unroll
     for (int i = 0; i < EACH; ++i)
       if (is_mine(i)) *reinterpret_cast<float4*>(received + (rank * TOKENS * ALL + quad_of(i)) * 4) = sums[i];
-    __threadfence();
-    __syncthreads();  // all of the part can be seen
-    const bool is_last = threadIdx.x == 0 && atomicAdd(counters + group, 1) == SPLIT - 1;
-    if (!__syncthreads_or(is_last)) return;
-    __threadfence();
-    if (threadIdx.x == 0) counters[group] = 0;
+    if (!is_last_block(counters + group, SPLIT)) return;
 #endif
   }
 #pragma unroll

@@ -149,13 +149,7 @@ gemm_small(const signed char* x_q, const float* x_scale, const unsigned char* we
     int* const at = sums + size_t(token) * rows + first;
     atomicAdd(at, sum.x), atomicAdd(at + 1, sum.y), atomicAdd(at + 2, sum.z), atomicAdd(at + 3, sum.w);
   }
-  __threadfence();
-  __syncthreads();
-  __shared__ bool last;
-  if (threadIdx.x == 0) last = atomicAdd(counter, 1) == split - 1;
-  __syncthreads();
-  if (!last) return;
-  __threadfence();
+  if (!is_last_block(counter, split)) return;
   for (int quad = threadIdx.x; quad < TOKENS * QUADS; quad += THREADS) {
     const int token = quad / QUADS;
     const typename E::Inputs in = epilogue.inputs(first_token + token, n);
@@ -166,6 +160,5 @@ gemm_small(const signed char* x_q, const float* x_scale, const unsigned char* we
       return sum;
     });
   }
-  if (threadIdx.x == 0) *counter = 0;
 #endif
 }

@@ -21,7 +21,7 @@ from tests.support.metaworld import HORIZON, SIZE, TINY
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
     torch.manual_seed(0)
-    random, learner = np.random.default_rng(0), Learner(TINY)
+    random, learner = np.random.default_rng(0), Learner(TINY, objects=3)
     learner.policy.action_out_proj.weight.data.normal_()
     values = random.normal(size=(50, 8))
     stats = {"state": train.statistics(values), "actions": train.statistics(values[:, :7])}

@@ -222,7 +222,7 @@ def test_batches_and_calls_of_many_threads(gpu, plan):
     with ThreadPoolExecutor(6) as pool:
         for done in [pool.submit(infer_batch, policy) for _ in range(10)] + [pool.submit(infer, policy) for _ in range(20)]:
             done.result()
-    assert policy._opened.engine.lanes == 2
+    assert policy._opened.engine.lanes == policy.in_flight
 
 
 @pytest.mark.parametrize("name", ["cuStreamCreate", "cuEventCreate", "cuMemAlloc", "cuMemHostAlloc"])
@@ -277,7 +277,7 @@ def test_reload_has_as_many_lanes_ready(gpu, plan):
     assert sorted(gpu.held.values()) == held
     calls = gpu.calls["cuStreamBeginCapture"]
     infer_batch(policy)
-    assert gpu.calls["cuStreamBeginCapture"] == calls + 2  # of the size with one camera, which warm-up leaves out
+    assert gpu.calls["cuStreamBeginCapture"] == calls + policy.in_flight  # of the size with one camera, which warm-up leaves out
 
 
 @pytest.mark.parametrize("in_flight", [0, -1, 1.5, True, "2"])
