@@ -83,6 +83,14 @@ __device__ inline bool is_last_block(int* counter, int blocks) {
   return __syncthreads_or(is_last);
 }
 
+// Of a warp at a barrier in shared memory, when all its lanes have read what others are to overwrite: lane 0 speaks for them.
+// racecheck takes that for lane 0's own word, so there each lane speaks for itself.
+#ifdef FOR_RACECHECK
+constexpr int ARRIVALS_OF_WARP = 32;
+#else
+constexpr int ARRIVALS_OF_WARP = 1;
+#endif
+
 // Blocks of a cluster (SM 90) that split K add their accumulators through each other's shared memory.
 #if __CUDA_ARCH__ >= 900 && !defined(NO_CLUSTER)
 #define CLUSTER 1

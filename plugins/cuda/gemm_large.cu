@@ -54,7 +54,7 @@ gemm_large(const signed char* x_q, const float* x_scale, const unsigned char* we
   const unsigned barriers = shared_address + STAGES * STAGE_BYTES;
   auto full = [&](int slot) { return barriers + slot * 16; };
   auto empty = [&](int slot) { return full(slot) + 8; };
-  if (threadIdx.x < STAGES) init_barrier(full(threadIdx.x), THREADS), init_barrier(empty(threadIdx.x), WARPS_N * WARPS_M);
+  if (threadIdx.x < STAGES) init_barrier(full(threadIdx.x), THREADS), init_barrier(empty(threadIdx.x), WARPS_N * WARPS_M * ARRIVALS_OF_WARP);
   __syncthreads();
 
   // Four threads copy a token's chunk, a warp a tile.
@@ -141,7 +141,7 @@ gemm_large(const signed char* x_q, const float* x_scale, const unsigned char* we
     multiply_first();
     multiply_second(stage_of(slot), 1);
     __syncwarp();
-    if (lane == 0) arrive(empty(slot));
+    if (lane < ARRIVALS_OF_WARP) arrive(empty(slot));
     multiply_first();
     if (step + STAGES < steps) {
       wait(empty(slot), parity);

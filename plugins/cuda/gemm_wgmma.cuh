@@ -7,13 +7,7 @@
 __device__ inline void arrive(unsigned barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// A warp gives a stage of the ring back, which all its lanes have read: lane 0 speaks for them. racecheck takes that for
-// lane 0's own word, so there each lane speaks for itself.
-#ifdef FOR_RACECHECK
-constexpr int ARRIVALS_OF_WARP = 32;
-#else
-constexpr int ARRIVALS_OF_WARP = 1;
-#endif
+// A warp gives a stage of the ring back, which all its lanes have read.
 __device__ inline void give_back(unsigned barrier) {
   __syncwarp();
   if (threadIdx.x % 32 < ARRIVALS_OF_WARP) arrive(barrier);
