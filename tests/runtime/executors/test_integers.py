@@ -52,15 +52,20 @@ def test_the_cpu_is_asked_with_what_saturates(monkeypatch, products, answers):
     assert (answer(monkeypatch, products, False), answer(monkeypatch, products, True)) == answers
 
 
-def test_one_product_that_saturates_is_found(monkeypatch):
-    """Also where a CPU saturated for one sign only."""
-    for low, high in ((-(1 << 15), 1 << 20), (-(1 << 20), (1 << 15) - 1)):
+@pytest.mark.parametrize(
+    ("zero", "lowest", "highest"),
+    [(0, -(1 << 15), 1 << 20), (0, -(1 << 20), (1 << 15) - 1), (128, -(1 << 20), (1 << 15) - 1)],
+    ids=["negative", "positive", "int8 x int8"],
+)
+def test_a_single_kind_of_pair_that_saturates_is_found(monkeypatch, zero, lowest, highest):
+    """zero: of the activations that the CPU multiplies. 2 * -128 * -128 alone is too large where both are int8."""
 
-        def some(x, weight, low=low, high=high):
-            pairs = x[:, :-1:2, None].astype(np.int64) * weight[:-1:2] + x[:, 1::2, None].astype(np.int64) * weight[1::2]
-            return exact(x, weight) + (np.clip(pairs, low, high) - pairs).sum(1)
+    def some(x, weight):
+        products = (x[:, :-1, None].astype(np.int64) - zero) * weight[:-1].astype(np.int64)  # of an even number of channels
+        pairs = products[:, ::2] + products[:, 1::2]
+        return exact(x, weight) + (np.clip(pairs, lowest, highest) - pairs).sum(1)
 
-        assert not answer(monkeypatch, some, False)
+    assert not answer(monkeypatch, some, False)
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8])
