@@ -222,6 +222,18 @@ def test_accumulators_of_extreme_integers_are_exact(seed, bits, rows, channels, 
     np.testing.assert_array_equal(y, (x @ weight).astype(np.float32))
 
 
+@pytest.mark.parametrize(
+    ("bits", "unsigned_weights", "product"), [(8, True, "BitwiseXor"), (8, False, "Cast"), (4, True, "Cast")]
+)
+def test_what_is_multiplied(bits, unsigned_weights, product):
+    """On CPUs with VNNI no number tells the two bodies apart: int8 weights as they are, or with the sign bit flipped."""
+    body = ops.function(f"W{bits}A8Linear", "plain", OPSET, unsigned=True, unsigned_weights=unsigned_weights)
+    made = {node.op_type: node for node in body}
+    matmul, weight = made["MatMulIntegerToFloat"], made[product].outputs[0]
+    zero = [value is matmul.inputs[4] for value in matmul.inputs[5:]]  # 128 for both operands, or 0 for the weights
+    assert matmul.inputs[1] is weight and zero == ([True] if product == "BitwiseXor" else [])
+
+
 def test_a_token_of_zeros_stays_zero():
     operands = make_operands(np.random.default_rng(0), (2, K), 4)
     operands["x"][0] = 0
