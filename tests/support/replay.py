@@ -32,8 +32,8 @@ class Recorded(Plan):
 
     recorded: dict[str, dict[str, tuple[str, str]]] = {}
 
-    def copy(self, name: str) -> bytes:
-        data = super().copy(name)
+    def read(self, name: str) -> bytes:
+        data = super().read(name)
         if not name.startswith("graph/"):
             return data
         model, found = onnx.load_from_string(data), {}
