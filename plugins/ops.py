@@ -96,8 +96,8 @@ _QUANTIZE = """
     clamped = Clip(whole_ratio, lowest, highest)
     x_q = Cast<to = 3>(clamped)"""
 
-# acc = sum_k x_q[k] w_q[k, n] in int32, exact. MatMulInteger is asked for u8 x s8, the fast and everywhere exact
-# pair for INT4 weights: u8 = s8 + 128 with zero point 128 is the same sum.
+# acc = sum_k x_q[k] w_q[k, n] in int32, exact. MatMulInteger is asked for u8 x u8, u8 = s8 + 128 with zero point 128, which
+# is the same sum: ONNX Runtime adds pairs of u8 x s8 in saturating INT16 on x86 processors without VNNI.
 _INTEGER_MATMUL = """
     wide = Cast<to = 6>(x_q)
     offset = Constant<value = int32 {128}>()
@@ -105,7 +105,10 @@ _INTEGER_MATMUL = """
     x_u8 = Cast<to = 2>(shifted)
     zero_point = Constant<value = uint8 {128}>()
     weight_s8 = Cast<to = 3>(weight)
-    acc = MatMulInteger(x_u8, weight_s8, zero_point)
+    wide_weight = Cast<to = 6>(weight_s8)
+    shifted_weight = Add(wide_weight, offset)
+    weight_u8 = Cast<to = 2>(shifted_weight)
+    acc = MatMulInteger(x_u8, weight_u8, zero_point, zero_point)
     acc_float = Cast<to = 1>(acc)
     scaled = Mul(acc_float, weight_scale)
     y = Mul(scaled, x_scale)"""
@@ -143,6 +146,16 @@ _UNSIGNED_MATMUL = """
     one = Constant<value_float = 1.0>()
     weight_s8 = Cast<to = 3>(weight)
     scaled = com.microsoft.MatMulIntegerToFloat(x_q, weight_s8, one, weight_scale, zero_point)
+    y = Mul(scaled, x_scale)"""
+
+# The same with 8-bit weights as w + 128, for processors where u8 x s8 saturates (runtime/executors/integers.py). Pairs with
+# INT4 weights reach 2 * 255 * 8 at most and never saturate. Flipping the sign bit adds 128; ONNX Runtime folds both lines.
+_UNSIGNED_MATMUL_UNSIGNED_WEIGHTS = """
+    zero_point = Constant<value = uint8 {128}>()
+    one = Constant<value_float = 1.0>()
+    weight_bits = Cast<to = 2>(weight)
+    weight_u8 = BitwiseXor(weight_bits, zero_point)
+    scaled = com.microsoft.MatMulIntegerToFloat(x_q, weight_u8, one, weight_scale, zero_point, zero_point)
     y = Mul(scaled, x_scale)"""
 
 _FLOAT_MATMUL = """
@@ -208,10 +221,13 @@ def inputs_of(op_type: str, overload: str) -> list[str]:
     return [*activations, "weight", "weight_scale", *extra]
 
 
-def function(op_type: str, overload: str, opset: int, unsigned: bool = False) -> ir.Function:
+def function(
+    op_type: str, overload: str, opset: int, unsigned: bool = False, unsigned_weights: bool = False
+) -> ir.Function:
     """The body of one variant as a model-local function of standard operators of `opset`.
 
-    `unsigned` gives the equivalent body for CPUs, with activations as uint8 = int8 + 128 between the operators.
+    `unsigned` gives the equivalent body for CPUs, with activations as uint8 = int8 + 128 between the operators;
+    `unsigned_weights`, for those CPUs that multiply uint8 by int8 inexactly, has 8-bit weights in that form as well.
     """
     chosen = stages(overload)
     if op_type == "Multistep":
@@ -226,6 +242,8 @@ def function(op_type: str, overload: str, opset: int, unsigned: bool = False) ->
         outputs = ["x_q", "x_scale"] if op_type == "RotateQuantize" else ["rotated"]
     else:
         integer_matmul = _UNSIGNED_MATMUL if unsigned else _INTEGER_MATMUL
+        if unsigned and unsigned_weights and op_type == "W8A8Linear":
+            integer_matmul = _UNSIGNED_MATMUL_UNSIGNED_WEIGHTS
         body = [integer_matmul if op_type.endswith("A8Linear") else _FLOAT_MATMUL]
         body += [_EPILOGUE[stage][1] for stage in chosen]
         outputs = ["y"]
@@ -263,19 +281,22 @@ def _single_assignment(lines: list[str], inputs: list[str], outputs: list[str]) 
     return renamed
 
 
-def add_functions(model: ir.Model, unsigned: bool = False) -> None:
+def add_functions(model: ir.Model, unsigned: bool = False, unsigned_weights: bool = False) -> None:
     """Gives the model the function of every duq node in it, and the domain's opset import.
 
-    `unsigned`: the bodies for CPUs. Each variant then becomes an operator of its own name, `W4A8Linear.bias`: ONNX
-    Runtime looks overloads up correctly only from 1.24 on, which Python 3.10 does not have.
+    `unsigned`, `unsigned_weights`: the bodies for CPUs (see `function`). Each variant then becomes an operator of its own name,
+    `W4A8Linear.bias`: ONNX Runtime looks overloads up correctly only from 1.24 on, which Python 3.10 does not have. Such a
+    model can be given the other of these bodies later.
     """
     opset = model.opset_imports[""]
     model.functions.clear()
     for node in model.graph:
         if node.domain == DOMAIN:
-            body = function(node.op_type, node.overload, opset, unsigned)
+            op_type, _, overload = node.op_type.partition(".")
+            overload = overload or node.overload
+            body = function(op_type, overload, opset, unsigned, unsigned_weights)
             if unsigned:
-                node.op_type, node.overload = f"{node.op_type}.{node.overload}", ""
+                node.op_type, node.overload = f"{op_type}.{overload}", ""
                 body.name, body.overload = node.op_type, ""
             model.functions.setdefault(node.op_identifier(), body)
     if model.functions:

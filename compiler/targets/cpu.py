@@ -2,6 +2,9 @@
 
 The graphs refer to their weights by offset into the plan file itself, so that ONNX Runtime maps them from there: a
 13 GB policy opens without reading 13 GB, and what prefix and step share is stored once.
+
+A graph with 8-bit weights has two entries, which read the same weights: how the products are exact depends on the CPU
+(runtime/executors/integers.py).
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from rich.progress import Progress
 from duq.compiler.graph.export import Graphs
 from duq.compiler.targets import Options, Target
 from duq.plugins import ops
-from duq.runtime.executors.cpu import PLAN_FILE
+from duq.runtime.executors.cpu import INT8_WEIGHTS, PLAN_FILE, graph_entry
 from duq.runtime.plan import PlanWriter
 
 INLINE_BYTES = 1024  # smaller initializers (shapes, scalars) stay inside the graph
@@ -36,8 +39,10 @@ def emit(graphs: Graphs, writer: PlanWriter, progress: Progress, options: Option
     section = {}
     for name, model in graphs.items():
         section[name] = _describe(model)
-        ops.add_functions(model, unsigned=True)
-        writer.write(f"graph/{name}.onnx", ir.to_proto(model).SerializeToString())
+        has_int8 = any(node.op_type == INT8_WEIGHTS for node in model.graph)
+        for unsigned_weights in (False, True) if has_int8 else (False,):
+            ops.add_functions(model, unsigned=True, unsigned_weights=unsigned_weights)
+            writer.write(graph_entry(name, unsigned_weights), ir.to_proto(model).SerializeToString())
     return section
 
 

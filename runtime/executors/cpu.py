@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import logging
 import mmap
 import os
 import re
@@ -21,6 +22,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state
 
 from duq.runtime.config import IMAGE_SLOTS
 from duq.runtime.errors import EngineError, PlanError
+from duq.runtime.executors.integers import multiplies_exactly
 from duq.runtime.guidance import Guidance
 from duq.runtime.plan import Plan
 from duq.runtime.preprocess import ModelInputs
@@ -34,9 +36,12 @@ ONNXRUNTIME_ERRORS: tuple[type[Exception], ...] = (
     MemoryError,
 )
 GRAPHS = ("prefix", "step")
+INT8_WEIGHTS = "W8A8Linear"
+"""What the operators of INT8 activations and INT8 weights are called, in graphs that have some."""
 PLAN_FILE = "@" * 512
 """The file that the graphs say their weights are in, by offset: the plan, under a name of fixed length (see `_with_weights`)."""
 
+log = logging.getLogger("duq")
 
 # An entry of a tensor's external data, {key: "offset", value: digits}, as ONNX serializes it: the value behind its length.
 _OFFSET = re.compile(rb"\n\x06offset\x12([\x01-\x14])(\d{1,20})", re.DOTALL)
@@ -58,15 +63,16 @@ os.register_at_fork(before=_opening.acquire, after_in_parent=_opening.release, a
 class CpuExecutor:
     """Args: plan: opened, target "cpu"; threads: of one matrix product (None: one a core).
 
-    Raises PlanError where the plan lacks a graph; later where a graph cannot be loaded, or the plan has been written to.
+    Raises PlanError where the plan lacks a graph, or one whose products are exact on this CPU; later where a graph cannot be
+    loaded, or the plan has been written to.
     """
 
     guided = True
 
     def __init__(self, plan: Plan, threads: int | None = None):
         self._plan = plan
-        for name in GRAPHS:
-            plan.read(_entry(name))  # is there
+        with _opening:
+            self._entries = {name: _exact_entry(plan, name) for name in GRAPHS}
         self._threads = threads
         self._solver, config = Solver.of(plan.manifest), plan.manifest["model"]
         steps = range(self._solver.num_steps)
@@ -195,7 +201,7 @@ class CpuExecutor:
         # Idle threads wait instead of spinning: alone on the machine a call takes 5 to 13 % longer, but beside one other
         # busy process about half the time (docs/performance.md), and a robot's processor is rarely idle.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        graph = self._plan.read(_entry(name))
+        graph = self._plan.read(self._entries[name])
         with _weights_of(self._plan, name, graph) as weights:
             graph = _with_weights(graph, weights, options)
             try:
@@ -270,8 +276,29 @@ def _with_weights(graph: bytes, weights: _Weights, options: onnxruntime.SessionO
     )  # "./././3" or "././/13"
 
 
-def _entry(graph: str) -> str:
-    return f"graph/{graph}.onnx"
+def graph_entry(graph: str, unsigned_weights: bool = False) -> str:
+    """The plan's entry of a graph; `unsigned_weights`: with its 8-bit weights as uint8, where it has any."""
+    return f"graph/{graph}.uint8.onnx" if unsigned_weights else f"graph/{graph}.onnx"
+
+
+def _exact_entry(plan: Plan, graph: str) -> str:
+    """The entry of the graph that computes the plan's integers on this CPU: the faster one if its products are exact here."""
+    entry = graph_entry(graph)
+    if INT8_WEIGHTS.encode() not in plan.read(entry) or multiplies_exactly(unsigned_weights=False):
+        return entry
+    unsigned = graph_entry(graph, unsigned_weights=True)
+    if unsigned not in plan.names:
+        raise PlanError(
+            f"{plan.path}: has 8-bit weights and no {unsigned}: without it, this CPU would compute other actions, as its "
+            "products of 8 bits saturate (x86 without VNNI); compile the plan again"
+        )
+    if not multiplies_exactly(unsigned_weights=True):
+        raise PlanError(
+            f"{plan.path}: has 8-bit weights, which ONNX Runtime {onnxruntime.__version__} multiplies wrongly on this CPU; "
+            "use another release of it, or compile with --weight-bits 4"
+        )
+    log.info("%s: runs %s, as on this CPU the faster products of 8-bit weights saturate", plan.path, unsigned)
+    return unsigned
 
 
 def _ort_values(feeds: dict[str, np.ndarray], session: onnxruntime.InferenceSession) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 from duq.compiler.graph.export import OPSET
 from duq.plugins import ops
 from duq.plugins.layout import pack_int4
+from duq.runtime.executors.integers import multiplies_exactly
 
 K, N, BLOCK = 32, 24, 8
 PROLOGUES = [
@@ -49,12 +50,21 @@ def make_operands(rng: np.random.Generator, shape: tuple[int, ...], bits: int) -
     }
 
 
-def run(operands: dict[str, np.ndarray], bits: int, *variants: tuple[str, str], unsigned: bool = False) -> list[np.ndarray]:
-    """Runs a row of (operator, overload) in ONNX Runtime; returns what each puts out."""
+def run(
+    operands: dict[str, np.ndarray],
+    bits: int,
+    *variants: tuple[str, str],
+    unsigned: bool = False,
+    unsigned_weights: bool | None = None,
+) -> list[np.ndarray]:
+    """Runs a row of (operator, overload) in ONNX Runtime; returns what each puts out. unsigned_weights: None takes those
+    bodies that the executor would take on this CPU."""
+    if unsigned_weights is None:
+        unsigned_weights = not multiplies_exactly(unsigned_weights=False)
     nodes, outputs, functions, given_inputs = [], [], [], set()
     for op_type, overload in variants:
         inputs = ops.inputs_of(op_type, overload)
-        function = ops.function(op_type, overload, OPSET, unsigned)
+        function = ops.function(op_type, overload, OPSET, unsigned, unsigned_weights)
         made = [value.name for value in function.outputs]
         nodes.append(helper.make_node(op_type, inputs, made, domain=ops.DOMAIN, overload=overload))
         functions.append(ir.serde.serialize_function(function))
@@ -150,13 +160,13 @@ def test_float_linear_equals_numpy(seed, bits, rotated):
 @settings(deadline=None, max_examples=60)
 @given(
     st.integers(0, 1 << 30), st.sampled_from(PROLOGUES), st.sampled_from(EPILOGUES), st.sampled_from([4, 8]),
-    st.sampled_from([(1, K), (5, K), (1, 4, K)]),
+    st.sampled_from([(1, K), (5, K), (1, 4, K)]), st.sampled_from([None, True]),
 )  # fmt: skip
-def test_bodies_for_cpus_equal_the_definition(seed, prologue, epilogue, bits, shape):
+def test_bodies_for_cpus_equal_the_definition(seed, prologue, epilogue, bits, shape, unsigned_weights):
     operands = make_operands(np.random.default_rng(seed), shape, bits)
     variants = ("RotateQuantize", prologue), (f"W{bits}A8Linear", epilogue)
     x_q, scale, y = run(operands, bits, *variants)
-    x_u8, scale_u8, y_u8 = run(operands, bits, *variants, unsigned=True)
+    x_u8, scale_u8, y_u8 = run(operands, bits, *variants, unsigned=True, unsigned_weights=unsigned_weights)
     np.testing.assert_array_equal(x_u8.astype(np.int16) - 128, x_q)
     np.testing.assert_array_equal(scale_u8, scale)
     np.testing.assert_array_equal(y_u8, y)
@@ -173,17 +183,55 @@ def test_ties_round_to_even_and_the_ends_saturate(unsigned):
     assert signed[0, : len(values)].tolist() == [0, 2, 2, 0, -2, -2, 127, 127, 127, -128, -128, -128, 126]
 
 
-@pytest.mark.parametrize("unsigned", [False, True])
-@pytest.mark.parametrize("x, weight, bits", [(-128, -8, 4), (127, 7, 4), (-128, -128, 8), (127, -128, 8)])
-def test_accumulators_are_exact_at_their_largest(unsigned, x, weight, bits):
+BODIES = [{}, {"unsigned": True}, {"unsigned": True, "unsigned_weights": True}]
+
+
+@pytest.mark.parametrize("body", BODIES, ids=str)
+@pytest.mark.parametrize("x, weight, bits", [(-128, -8, 4), (127, 7, 4), (-128, -128, 8), (127, -128, 8), (127, 127, 8)])
+def test_accumulators_are_exact_at_their_largest(body, x, weight, bits):
     """INT16 saturation of pairs, as older x86 processors have it, would show here."""
-    operands = make_operands(np.random.default_rng(0), (1, K), bits)
-    operands["activation_scale"] = np.array(1, np.float32)
-    operands["x"] = np.full((1, K), x, np.float32)
-    operands["weight"] = np.full((K, N), weight, np.int8)
-    operands["weight_scale"] = np.ones(N, np.float32)
-    *_, y = run(operands, bits, ("RotateQuantize", "per_tensor"), (f"W{bits}A8Linear", "plain"), unsigned=unsigned)
+    _, _, y = run(extremes(np.array([[x]]), np.array([[weight]])), bits, *INTEGERS[bits], **body)
     assert (y == K * x * weight).all()
+
+
+INTEGERS = {bits: (("RotateQuantize", "per_tensor"), (f"W{bits}A8Linear", "plain")) for bits in (4, 8)}
+
+
+def extremes(x: np.ndarray, weight: np.ndarray) -> dict[str, np.ndarray]:
+    """Operands whose integers are these, repeated to [rows, K] and [K, N] where they are of size 1; y are the accumulators."""
+    x, weight = np.broadcast_to(x, (len(x), max(K, x.shape[1]))), np.broadcast_to(weight, (max(K, len(weight)), N))
+    return {
+        "x": x.astype(np.float32),
+        "activation_scale": np.array(1, np.float32),
+        "weight": weight.astype(np.int8),
+        "weight_scale": np.ones(N, np.float32),
+    }
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(0, 1 << 30), st.sampled_from([4, 8]), st.sampled_from([1, 5, 50]), st.sampled_from([33, 512, 2048]),
+    st.sampled_from(BODIES),
+)  # fmt: skip
+def test_accumulators_of_extreme_integers_are_exact(seed, bits, rows, channels, body):
+    """Long sums of the ends of both ranges: INT16 pairs saturate in nearly all of them, INT32 never (2048 * 128 * 128 < 2^31)."""
+    rng, largest = np.random.default_rng(seed), 1 << bits - 1
+    x = rng.choice([-128, 127, 126, 0], (rows, channels), p=[0.3, 0.5, 0.1, 0.1])
+    weight = rng.choice([-largest, largest - 1, 0], (channels, N), p=[0.5, 0.4, 0.1])
+    _, _, y = run(extremes(x, weight), bits, *INTEGERS[bits], **body)
+    np.testing.assert_array_equal(y, (x @ weight).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("bits", "unsigned_weights", "product"), [(8, True, "BitwiseXor"), (8, False, "Cast"), (4, True, "Cast")]
+)
+def test_what_is_multiplied(bits, unsigned_weights, product):
+    """On CPUs with VNNI no number tells the two bodies apart: int8 weights as they are, or with the sign bit flipped."""
+    body = ops.function(f"W{bits}A8Linear", "plain", OPSET, unsigned=True, unsigned_weights=unsigned_weights)
+    made = {node.op_type: node for node in body}
+    matmul, weight = made["MatMulIntegerToFloat"], made[product].outputs[0]
+    zero = [value is matmul.inputs[4] for value in matmul.inputs[5:]]  # 128 for both operands, or 0 for the weights
+    assert matmul.inputs[1] is weight and zero == ([True] if product == "BitwiseXor" else [])
 
 
 def test_a_token_of_zeros_stays_zero():

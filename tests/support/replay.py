@@ -63,7 +63,7 @@ def run_recorded(path, inputs: ModelInputs, noise: np.ndarray) -> tuple[np.ndarr
         values = dict(
             zip(names, session.run(names, {item.name: feeds[item.name] for item in session.get_inputs()}), strict=True)
         )
-        for linear, (x_q, scale) in plan.recorded[f"graph/{graph}.onnx"].items():
+        for linear, (x_q, scale) in plan.recorded[executor._entries[graph]].items():
             integers = values[x_q].astype(np.int16) - 128  # the CPU's bodies carry x_q + 128
             calls[linear].append((integers.reshape(-1, integers.shape[-1]).astype(np.int8), values[scale].reshape(-1, 1)))
         return values

@@ -71,7 +71,10 @@ def run_given(path, prefix: Run, steps: Sequence[Run], inputs: ModelInputs, nois
 
     def run(session, graph: str, feeds: dict, given: Run) -> dict[str, np.ndarray]:
         names = [output.name for output in session.get_outputs()]
-        wanted, pairs = {item.name for item in session.get_inputs()}, _pairs(plan.quantizers[f"graph/{graph}.onnx"], given)
+        wanted, pairs = (
+            {item.name for item in session.get_inputs()},
+            _pairs(plan.quantizers[executor._entries[graph]], given),
+        )
         for linear, x_q, scale, (integers, scales) in pairs:
             batch = int(inputs.image_mask.sum()) if linear.startswith(("vision", "projector")) else 1
             shifted = (integers.astype(np.int16) + 128).astype(np.uint8)  # the CPU's bodies carry x_q + 128

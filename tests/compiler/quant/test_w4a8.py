@@ -13,6 +13,7 @@ from duq.compiler.quant import fake_quantize, load_recipe
 from duq.compiler.quant.quantize import sqnr_db
 from duq.compiler.targets import Options
 from duq.compiler.targets.gpu import GPU_PHASES
+from duq.runtime.executors import cpu
 from duq.runtime.executors.cpu import CpuExecutor
 from duq.runtime.plan import Plan
 from tests.support.quant_policy import SILENT, observation, sample_actions
@@ -67,6 +68,29 @@ def check_replay(policy, path, quantization) -> None:
 def test_engine_computes_the_quantizers_integers(policy, tmp_path, name):
     quantization = compiled(policy, tmp_path / "engine.plan", RECIPES[name])
     check_replay(policy, tmp_path / "engine.plan", quantization)
+
+
+@pytest.mark.parametrize("settings", [{"weight_bits": 8, "preset": "all"}, RECIPES["mixed bits"]], ids=str)
+def test_both_forms_of_8_bit_weights_compute_the_same_integers(policy, tmp_path, monkeypatch, settings):
+    """The form for CPUs whose products saturate, bit for bit that of others. On the former only this one is right."""
+    _, _, inputs = policy
+    path, noise = tmp_path / "engine.plan", noise_of(policy)
+    quantization = compiled(policy, path, settings)
+    entries = {"graph/prefix.uint8.onnx", "graph/step.uint8.onnx"}
+    assert {name for name in Plan(path).names if ".uint8." in name} == entries
+    expected, _ = CpuExecutor(Plan(path), threads=1).run(inputs, noise)
+    monkeypatch.setattr(cpu, "multiplies_exactly", lambda unsigned_weights: unsigned_weights)
+    executor = CpuExecutor(Plan(path), threads=1)
+    assert set(executor._entries.values()) == entries
+    actions, _ = executor.run(inputs, noise)
+    np.testing.assert_array_equal(actions, expected)
+    check_replay(policy, path, quantization)
+
+
+def test_plans_of_4_bit_weights_have_one_form(policy, tmp_path):
+    compiled(policy, tmp_path / "engine.plan", {"preset": "all"})
+    graphs = [name for name in Plan(tmp_path / "engine.plan").names if name.startswith("graph/")]
+    assert graphs == ["graph/prefix.onnx", "graph/step.onnx"]
 
 
 def test_foreign_packs_that_share_nothing(policy, tmp_path):
