@@ -59,12 +59,13 @@ KERNEL_BOUND, SUM_BOUND = 0.20, 0.10
 PRIORS = {
     "edge": (4500.0, 1.7), "block": (200.0, 2.0), "bytes": (2.5, 1.5), "turn": (2500.0, 2.0), "issue": (17.0, 1.15),
     "reached": (1.3, 1.15), "chain": (300.0, 3.0), "tokens": (150.0, 3.0), "token": (50.0, 2.0), "staged": (100.0, 2.0),
-    "rotary": (1500.0, 2.0), "cluster": (1500.0, 2.0), "memory": (3000.0, 2.0), "merged": (60.0, 2.0),
+    "rotary": (1500.0, 2.0), "cluster": (1500.0, 2.0), "memory": (3000.0, 2.0),
+    "copied": (1.3, 1.5), "merged": (1.3, 1.5),
 }  # fmt: skip
 PRIORS_OF = {  # a softmax is between the products of attention; wgmma decodes INT4 in between
     ("attention_wgmma", "reached"): (2.5, 1.15),
     ("attention", "issue"): (20.0, 1.3),
-    ("attention_split", "issue"): (20.0, 1.3),
+    ("attention_shared", "issue"): (20.0, 1.3),
 }
 NOISE = 0.05  # of a measured time
 

@@ -31,6 +31,7 @@ MEASURED_ON = "H200"
 MEMORY_REACHED = 0.875  # of the data sheet's bandwidth, by a copy on an H200
 L2_BYTES = 33  # a multiprocessor receives in a cycle: 7.75 TB/s on an H200
 L2_HELD = 0.5  # of L2, that activations may fill and still be there for the next launch
+MMA_BF16 = 16 * 8 * 16  # multiply-adds of one instruction, mma.sync
 MMA_SYNC_BF16 = 0.68  # of bf16_rate, which is wgmma's, where a GPU has it: 647 of 951 TFLOPS on an H200
 REGISTERS = 65536  # of a multiprocessor, on every GPU of plugins/gpu.py
 OTHER_REGISTERS = 64  # of a thread, beside accumulators
@@ -251,18 +252,16 @@ def _gemm_wgmma_small(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> 
 
 
 def _gemm_large(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> Terms:
-    rows16, tokens8 = int(template["ROWS16"]), int(template["TOKENS8"])
-    warps = launch.threads // 32
-    tile = 16 * rows16 * 8 * tokens8 * warps
-    load = Load.of(launch, gpu, tile // launch.threads + OTHER_REGISTERS)
-    split = launch.grid[2]  # blocks that share K
-    links = load.turns * launch.sizes["depth"] / 128 / split
+    bits, rows16, tokens8 = (int(template[name]) for name in ("BITS", "ROWS16", "TOKENS8"))
+    tile = 16 * rows16 * 8 * tokens8 * (launch.threads // 32)
+    load = Load.of(launch, gpu, 4 * rows16 * tokens8 + 4 * tokens8 + (bits + 8) * rows16 + 24)  # `registers` of gemm_large.cu
+    links = load.turns * launch.sizes["depth"] / 128
     return Terms(
         "gemm_large",
-        {"turn": load.turns} | _exchange(launch, split),
+        {"turn": load.turns},
         instructions=links * rows16 * tokens8 * 4,
         operations=links * load.together * tile * 128 / gpu.known("int8_rate"),
-        **_gemm(launch, int(template["BITS"])),
+        **_gemm(launch, bits),
     )
 
 
@@ -284,7 +283,7 @@ def _few_tokens(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> Terms:
 
 
 def _attention(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> Terms:
-    """attention and attention_split: blocks of 16 ROW_WARPS queries walk their share of the keys."""
+    """Blocks of 16 ROW_WARPS queries walk their share of the keys."""
     dims, heads, keys_of_warp = int(template["DIMS"]), int(template["HEADS"]), int(template["KEYS"])
     row_warps, key_warps, split = (int(template[name]) for name in ("ROW_WARPS", "KEY_WARPS", "SPLIT"))
     padded = -(-dims // 16) * 16
@@ -292,12 +291,22 @@ def _attention(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> Terms:
     walked = load.turns * -(-_keys(launch, heads, dims) // (split * key_warps * keys_of_warp))
     instructions = walked * keys_of_warp / 8 * padded / 16 * 2
     operations = walked * load.together * 16 * row_warps * key_warps * keys_of_warp * padded * 2 / _mma_sync_bf16(gpu)
-    counts: dict[str, float] = {"turn": load.turns}
-    if launch.name == "attention_split":  # the last block merges what all have left
-        counts = {"merged": load.turns * split * min(16 * row_warps, launch.sizes["tokens"] * heads)}
-    else:
-        counts |= {"cluster": float(split > 1)}
-    return Terms(launch.name, counts, instructions, operations, activations=launch.moved)
+    counts = {"turn": float(load.turns), "cluster": float(split > 1)}
+    return Terms("attention", counts, instructions, operations, activations=launch.moved)
+
+
+def _attention_shared(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> Terms:
+    """attention_split and attention_tile: the 8 warps of a block share both products, so its keys and values arrive once. Its
+    registers leave no room for a second block. Of blocks that share keys, the last merges what all have left."""
+    heads, split = int(template["HEADS"]), int(template.get("SPLIT", 1))
+    rows = 16 * int(template.get("ROWS16", 4))
+    turns = -(-launch.blocks // gpu.multiprocessors)
+    keys = -(-_keys(launch, heads, 256) // (16 * split)) * 16  # of a block
+    products = turns * rows * keys * 256 * 2
+    row = 2 * 256 / L2_BYTES  # cycles for a row of 256 bf16
+    counts = {"copied": turns * (2 * keys + rows) * row, "merged": turns * (split > 1) * split * rows * row}
+    operations = products / _mma_sync_bf16(gpu)
+    return Terms("attention_shared", counts, products / MMA_BF16 / 8, operations, activations=launch.moved)
 
 
 def _attention_wgmma(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> Terms:
@@ -323,7 +332,8 @@ _TERMS = {
     **dict.fromkeys(UNMEASURED, _rows),
     **dict.fromkeys(("linear_narrow", "flow_step"), _alone),
     **dict.fromkeys(("gemm_small", "gemm_float"), _few_tokens),
-    **dict.fromkeys(("attention", "attention_split"), _attention),
+    **dict.fromkeys(("attention_split", "attention_tile"), _attention_shared),
+    "attention": _attention,
     "gemm_wgmma": _gemm_wgmma,
     "gemm_wgmma_small": _gemm_wgmma_small,
     "gemm_large": _gemm_large,
