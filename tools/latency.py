@@ -35,6 +35,8 @@ MMA_BF16 = 16 * 8 * 16  # multiply-adds of one instruction, mma.sync
 MMA_SYNC_BF16 = 0.68  # of bf16_rate, which is wgmma's, where a GPU has it: 647 of 951 TFLOPS on an H200
 REGISTERS = 65536  # of a multiprocessor, on every GPU of plugins/gpu.py
 OTHER_REGISTERS = 64  # of a thread, beside accumulators
+ADDRESSES = 24  # registers of a thread, beside accumulators and operands
+TENSOR_CORES = 4  # of a multiprocessor
 UNMEASURED = ("float_patches", "geglu", "epilogue", "dequantize_weight")  # in no program that was: taken for an average one
 
 Sizes = Mapping[str, Any]
@@ -78,7 +80,7 @@ class Launch:
 class Terms:
     """What a launch asks of a GPU.
 
-    counts: of the family's constants, by name. instructions: of tensor cores, that one warp issues. operations: cycles of the
+    counts: of the family's constants, by name. instructions: that one warp issues for tensor cores. operations: cycles of the
     busiest multiprocessor at its peak rate. activations, weights: bytes; weights come from memory.
     """
 
@@ -252,15 +254,18 @@ def _gemm_wgmma_small(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> 
 
 
 def _gemm_large(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> Terms:
+    """Blocks start one by one as others end, so what counts is the busiest of a multiprocessor's tensor cores."""
     bits, rows16, tokens8 = (int(template[name]) for name in ("BITS", "ROWS16", "TOKENS8"))
-    tile = 16 * rows16 * 8 * tokens8 * (launch.threads // 32)
-    load = Load.of(launch, gpu, 4 * rows16 * tokens8 + 4 * tokens8 + (bits + 8) * rows16 + 24)  # `registers` of gemm_large.cu
-    links = load.turns * launch.sizes["depth"] / 128
+    tile, links = rows16 * tokens8, launch.sizes["depth"] / 128
+    registers = 4 * tile + 4 * tokens8 + (bits + 8) * rows16 + ADDRESSES
+    turns = Load.of(launch, gpu, registers).turns
+    blocks = -(-launch.blocks // gpu.multiprocessors)
+    warps = TENSOR_CORES * -(-blocks * launch.threads // 32 // TENSOR_CORES)
     return Terms(
         "gemm_large",
-        {"turn": load.turns},
-        instructions=links * rows16 * tokens8 * 4,
-        operations=links * load.together * tile * 128 / gpu.known("int8_rate"),
+        {"staged": tile},
+        instructions=turns * links * 4 * (tile + rows16 + tokens8),
+        operations=links * warps * tile * 16 * 8 * 128 / gpu.known("int8_rate"),
         **_gemm(launch, bits),
     )
 
@@ -268,18 +273,20 @@ def _gemm_large(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> Terms:
 def _few_tokens(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> Terms:
     """gemm_small and gemm_float: the warps of a block, and blocks, share K."""
     is_float = launch.name == "gemm_float"
-    rows16, tokens8 = int(template["ROWS16"]), int(template["TOKENS8"])
-    warps, split, bits = launch.threads // 32, launch.grid[1], int(template["BITS"])
-    load = Load.of(launch, gpu, 4 * rows16 * tokens8 + OTHER_REGISTERS)
+    bits, rows16, tokens8, stages = (int(template[name]) for name in ("BITS", "ROWS16", "TOKENS8", "STAGES"))
+    warps, split, tile = launch.threads // 32, launch.grid[1], rows16 * tokens8
+    registers = 4 * tile + stages * (bits * rows16 + (0 if is_float else 4 * tokens8)) + ADDRESSES
+    load = Load.of(launch, gpu, registers)
     links = load.turns * launch.sizes["depth"] / 64 / warps / split
     mma = 4 if is_float else 2  # for K = 64
     rate = _mma_sync_bf16(gpu) if is_float else gpu.known("int8_rate")
-    operations = links * load.together * warps * 16 * rows16 * 8 * tokens8 * 64 / rate
-    counts = {"chain": links, "tokens": links * min(launch.sizes["tokens"], 8 * tokens8) / 8}
+    operations = links * load.together * warps * tile * 16 * 8 * 64 / rate
+    tokens = min(launch.sizes["tokens"], 8 * tokens8) / 8
+    counts = {"chain": links, "tokens": links * tokens, "staged": load.turns * warps * rows16 * tokens}
     if is_float:
-        counts |= {"staged": load.turns * rows16 * tokens8, "rotary": float(template["EPILOGUE"] == "ROTARY")}
+        counts["rotary"] = float(template["EPILOGUE"] == "ROTARY")
     counts |= _exchange(launch, split)
-    return Terms(launch.name, counts, links * rows16 * tokens8 * mma, operations, **_gemm(launch, bits))
+    return Terms(launch.name, counts, links * tile * mma, operations, **_gemm(launch, bits))
 
 
 def _attention(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> Terms:
