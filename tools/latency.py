@@ -221,7 +221,7 @@ def _matmul(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> Terms:
     s = launch.sizes
     rate = gpu.multiprocessors * gpu.known("bf16_rate")
     weights = 2.0 * s["n"] * s["k"]
-    return Terms("cublaslt", {"chain": s["k"] / 64}, operations=launch.work / 2 / rate, activations=launch.moved - weights,
+    return Terms("cublaslt", {"chain": -(-s["k"] // 64)}, operations=launch.work / 2 / rate, activations=launch.moved - weights,
                  weights=weights)  # fmt: skip
 
 
