@@ -64,7 +64,7 @@ PRIORS = {
 }  # fmt: skip
 PRIORS_OF = {  # a softmax is between the products of attention; wgmma decodes INT4 in between
     ("attention_wgmma", "reached"): (2.5, 1.15),
-    ("gemm_large", "issue"): (8.0, 1.3),  # reads of operands are issued as well
+    ("gemm_large", "issue"): (8.0, 1.3),  # its count has the reads of operands
     ("gemm_large", "staged"): (250.0, 2.0),
     ("attention", "issue"): (20.0, 1.3),
     ("attention_shared", "issue"): (20.0, 1.3),
