@@ -3,9 +3,9 @@
     cycles = edge + counts x constants + max(issue x instructions of a warp, reached x operations / rate)
 
 edge: from launch to end of a kernel with nothing to do but its dependent steps. counts: turns (waves of thread blocks), blocks
-that a multiprocessor starts, links of the chain over K, what warps and blocks leave for each other in shared memory or memory. Operations are those of the busiest
-multiprocessor, tiles in full, over its peak rate. Bytes are read at the bandwidth of L2, and of memory where L2 does not hold
-them; a launch takes as long as they do at least. Nothing but `Gpu` depends on the GPU.
+that a multiprocessor starts, links of the chain over K, what warps and blocks leave for each other. Operations are those of the
+busiest multiprocessor, tiles in full, over its peak rate. Bytes are read at the bandwidth of L2, and of memory where L2 does not
+hold them; a launch takes as long as they do at least. Nothing but `Gpu` depends on the GPU.
 
 The constants, cycles of a kernel family or ratios, are in latency.json: `python -m benchmarks.fit_latency` finds them. A kernel
 that was never measured is not estimated: `time_of` refuses it by name.
