@@ -3,9 +3,9 @@
     cycles = edge + counts x constants + max(issue x instructions of a warp, reached x operations / rate)
 
 edge: from launch to end of a kernel with nothing to do but its dependent steps. counts: turns (waves of thread blocks), blocks
-that a multiprocessor starts, links of the chain over K, exchanges between blocks. Operations are those of the busiest
-multiprocessor, tiles in full, over its peak rate. Bytes are read at the bandwidth of L2, and of memory where L2 does not hold
-them; a launch takes as long as they do at least. Nothing but `Gpu` depends on the GPU.
+that a multiprocessor starts, links of the chain over K, what warps and blocks leave for each other. Operations are those of the
+busiest multiprocessor, tiles in full, over its peak rate. Bytes are read at the bandwidth of L2, and of memory where L2 does not
+hold them; a launch takes as long as they do at least. Nothing but `Gpu` depends on the GPU.
 
 The constants, cycles of a kernel family or ratios, are in latency.json: `python -m benchmarks.fit_latency` finds them. A kernel
 that was never measured is not estimated: `time_of` refuses it by name.
@@ -31,9 +31,12 @@ MEASURED_ON = "H200"
 MEMORY_REACHED = 0.875  # of the data sheet's bandwidth, by a copy on an H200
 L2_BYTES = 33  # a multiprocessor receives in a cycle: 7.75 TB/s on an H200
 L2_HELD = 0.5  # of L2, that activations may fill and still be there for the next launch
+MMA_BF16 = 16 * 8 * 16  # multiply-adds of one instruction, mma.sync
 MMA_SYNC_BF16 = 0.68  # of bf16_rate, which is wgmma's, where a GPU has it: 647 of 951 TFLOPS on an H200
 REGISTERS = 65536  # of a multiprocessor, on every GPU of plugins/gpu.py
 OTHER_REGISTERS = 64  # of a thread, beside accumulators
+ADDRESSES = 24  # registers of a thread, beside accumulators and operands
+TENSOR_CORES = 4  # of a multiprocessor
 UNMEASURED = ("float_patches", "geglu", "epilogue", "dequantize_weight")  # in no program that was: taken for an average one
 
 Sizes = Mapping[str, Any]
@@ -77,7 +80,7 @@ class Launch:
 class Terms:
     """What a launch asks of a GPU.
 
-    counts: of the family's constants, by name. instructions: of tensor cores, that one warp issues. operations: cycles of the
+    counts: of the family's constants, by name. instructions: that one warp issues for tensor cores. operations: cycles of the
     busiest multiprocessor at its peak rate. activations, weights: bytes; weights come from memory.
     """
 
@@ -218,7 +221,7 @@ def _matmul(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> Terms:
     s = launch.sizes
     rate = gpu.multiprocessors * gpu.known("bf16_rate")
     weights = 2.0 * s["n"] * s["k"]
-    return Terms("cublaslt", {"chain": s["k"] / 64}, operations=launch.work / 2 / rate, activations=launch.moved - weights,
+    return Terms("cublaslt", {"chain": -(-s["k"] // 64)}, operations=launch.work / 2 / rate, activations=launch.moved - weights,
                  weights=weights)  # fmt: skip
 
 
@@ -251,40 +254,43 @@ def _gemm_wgmma_small(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> 
 
 
 def _gemm_large(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> Terms:
-    rows16, tokens8 = int(template["ROWS16"]), int(template["TOKENS8"])
-    warps = launch.threads // 32
-    tile = 16 * rows16 * 8 * tokens8 * warps
-    load = Load.of(launch, gpu, tile // launch.threads + OTHER_REGISTERS)
-    split = launch.grid[2]  # blocks that share K
-    links = load.turns * launch.sizes["depth"] / 128 / split
+    """Blocks start one by one as others end, so what counts is the busiest of a multiprocessor's tensor cores."""
+    bits, rows16, tokens8 = (int(template[name]) for name in ("BITS", "ROWS16", "TOKENS8"))
+    tile, links = rows16 * tokens8, launch.sizes["depth"] / 128
+    registers = 4 * tile + 4 * tokens8 + (bits + 8) * rows16 + ADDRESSES
+    turns = Load.of(launch, gpu, registers).turns
+    blocks = -(-launch.blocks // gpu.multiprocessors)
+    warps = TENSOR_CORES * -(-blocks * launch.threads // 32 // TENSOR_CORES)
     return Terms(
         "gemm_large",
-        {"turn": load.turns} | _exchange(launch, split),
-        instructions=links * rows16 * tokens8 * 4,
-        operations=links * load.together * tile * 128 / gpu.known("int8_rate"),
-        **_gemm(launch, int(template["BITS"])),
+        {"staged": tile},
+        instructions=turns * links * 4 * (tile + rows16 + tokens8),
+        operations=links * warps * tile * 16 * 8 * 128 / gpu.known("int8_rate"),
+        **_gemm(launch, bits),
     )
 
 
 def _few_tokens(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> Terms:
     """gemm_small and gemm_float: the warps of a block, and blocks, share K."""
     is_float = launch.name == "gemm_float"
-    rows16, tokens8 = int(template["ROWS16"]), int(template["TOKENS8"])
-    warps, split, bits = launch.threads // 32, launch.grid[1], int(template["BITS"])
-    load = Load.of(launch, gpu, 4 * rows16 * tokens8 + OTHER_REGISTERS)
+    bits, rows16, tokens8, stages = (int(template[name]) for name in ("BITS", "ROWS16", "TOKENS8", "STAGES"))
+    warps, split, tile = launch.threads // 32, launch.grid[1], rows16 * tokens8
+    registers = 4 * tile + stages * (bits * rows16 + (0 if is_float else 4 * tokens8)) + ADDRESSES
+    load = Load.of(launch, gpu, registers)
     links = load.turns * launch.sizes["depth"] / 64 / warps / split
     mma = 4 if is_float else 2  # for K = 64
     rate = _mma_sync_bf16(gpu) if is_float else gpu.known("int8_rate")
-    operations = links * load.together * warps * 16 * rows16 * 8 * tokens8 * 64 / rate
-    counts = {"chain": links, "tokens": links * min(launch.sizes["tokens"], 8 * tokens8) / 8}
+    operations = links * load.together * warps * tile * 16 * 8 * 64 / rate
+    tokens = min(launch.sizes["tokens"], 8 * tokens8) / 8
+    counts = {"chain": links, "tokens": links * tokens, "staged": load.turns * warps * rows16 * tokens}
     if is_float:
-        counts |= {"staged": load.turns * rows16 * tokens8, "rotary": float(template["EPILOGUE"] == "ROTARY")}
+        counts["rotary"] = float(template["EPILOGUE"] == "ROTARY")
     counts |= _exchange(launch, split)
-    return Terms(launch.name, counts, links * rows16 * tokens8 * mma, operations, **_gemm(launch, bits))
+    return Terms(launch.name, counts, links * tile * mma, operations, **_gemm(launch, bits))
 
 
 def _attention(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> Terms:
-    """attention and attention_split: blocks of 16 ROW_WARPS queries walk their share of the keys."""
+    """Blocks of 16 ROW_WARPS queries walk their share of the keys."""
     dims, heads, keys_of_warp = int(template["DIMS"]), int(template["HEADS"]), int(template["KEYS"])
     row_warps, key_warps, split = (int(template[name]) for name in ("ROW_WARPS", "KEY_WARPS", "SPLIT"))
     padded = -(-dims // 16) * 16
@@ -292,12 +298,22 @@ def _attention(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> Terms:
     walked = load.turns * -(-_keys(launch, heads, dims) // (split * key_warps * keys_of_warp))
     instructions = walked * keys_of_warp / 8 * padded / 16 * 2
     operations = walked * load.together * 16 * row_warps * key_warps * keys_of_warp * padded * 2 / _mma_sync_bf16(gpu)
-    counts: dict[str, float] = {"turn": load.turns}
-    if launch.name == "attention_split":  # the last block merges what all have left
-        counts = {"merged": load.turns * split * min(16 * row_warps, launch.sizes["tokens"] * heads)}
-    else:
-        counts |= {"cluster": float(split > 1)}
-    return Terms(launch.name, counts, instructions, operations, activations=launch.moved)
+    counts = {"turn": float(load.turns), "cluster": float(split > 1)}
+    return Terms("attention", counts, instructions, operations, activations=launch.moved)
+
+
+def _attention_shared(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> Terms:
+    """attention_split and attention_tile: the 8 warps of a block share both products, so its keys and values arrive once. Its
+    registers leave no room for a second block. Of blocks that share keys, the last merges what all have left."""
+    heads, split = int(template["HEADS"]), int(template.get("SPLIT", 1))
+    rows = 16 * int(template.get("ROWS16", 4))
+    turns = -(-launch.blocks // gpu.multiprocessors)
+    keys = -(-_keys(launch, heads, 256) // (16 * split)) * 16  # of a block
+    products = turns * rows * keys * 256 * 2
+    row = 2 * 256 / L2_BYTES  # cycles for a row of 256 bf16
+    counts = {"copied": turns * (2 * keys + rows) * row, "merged": turns * (split > 1) * split * rows * row}
+    operations = products / _mma_sync_bf16(gpu)
+    return Terms("attention_shared", counts, products / MMA_BF16 / 8, operations, activations=launch.moved)
 
 
 def _attention_wgmma(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> Terms:
@@ -323,7 +339,8 @@ _TERMS = {
     **dict.fromkeys(UNMEASURED, _rows),
     **dict.fromkeys(("linear_narrow", "flow_step"), _alone),
     **dict.fromkeys(("gemm_small", "gemm_float"), _few_tokens),
-    **dict.fromkeys(("attention", "attention_split"), _attention),
+    **dict.fromkeys(("attention_split", "attention_tile"), _attention_shared),
+    "attention": _attention,
     "gemm_wgmma": _gemm_wgmma,
     "gemm_wgmma_small": _gemm_wgmma_small,
     "gemm_large": _gemm_large,

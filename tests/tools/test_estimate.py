@@ -100,7 +100,7 @@ def test_duq_profile_estimates_no_more(plan, command_line):
 def test_a_schedule_from_sizes_is_that_of_a_plan(sm, plan):
     """Launch by launch: the compiler's schedule of weights that are not there, which docs/performance.md is made of."""
     opened = Plan(plan, verify=False)
-    compiled = json.loads(opened.copy(f"schedule/sm{sm}.json"))
+    compiled = json.loads(opened.read(f"schedule/sm{sm}.json"))
     made = schedule_for(ModelConfig.from_json(opened.manifest["model"]), gpu_of(sm))
     for ours, theirs in zip(made["variants"], compiled["variants"], strict=True):
         for half in ("prefix", "step"):
