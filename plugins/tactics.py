@@ -53,7 +53,16 @@ _WGMMA: list[Tactic] = [
 ]
 # For GPUs without wgmma. Few warps a block and several blocks a multiprocessor, so that one's epilogue does not leave the tensor
 # cores idle; wide tiles for many rows, narrower ones for few (times of the SM 86 program on an H200: docs/notebook.md).
-_LARGE_TILES = [(4, 6, 2, 1), (4, 8, 2, 1), (4, 8, 2, 2), (2, 8, 4, 2), (2, 8, 2, 2), (2, 6, 2, 2), (2, 10, 2, 2), (2, 13, 2, 2)]
+_LARGE_TILES = [
+    (4, 6, 2, 1),
+    (4, 8, 2, 1),
+    (4, 8, 2, 2),
+    (2, 8, 4, 2),
+    (2, 8, 2, 2),
+    (2, 6, 2, 2),
+    (2, 10, 2, 2),
+    (2, 13, 2, 2),
+]
 _LARGE: list[Tactic] = [Large(*tile, stages) for tile in _LARGE_TILES for stages in (3, 2)]
 
 
@@ -80,7 +89,9 @@ def candidates(m: int, n: int, k: int, bits: int, gpu: Gpu, slab_tokens: int | N
     least = min(padded.values(), default=0)
     fitting = [tactic for tactic in fitting if padded[tactic] <= 1.15 * least]
     spread_well = [tactic for tactic in fitting if _spread_well(tactic, m, n, bits, gpu)]
-    if not gpu.has_clusters:  # blocks that share K meet in memory, which costs more than it gains where there are enough of them
+    if (
+        not gpu.has_clusters
+    ):  # blocks that share K meet in memory, which costs more than it gains where there are enough of them
         spread_well.sort(key=lambda tactic: tactic.split)
     if m > SMALL_M:
         return sorted(spread_well or fitting, key=lambda tactic: _least_work_first(tactic, m, n, k, bits, gpu))

@@ -318,9 +318,10 @@ class _Opened:
                 calls.append(self.running.submit(self.answer, checked, inputs, noise, preprocessing, lane=index % lanes))
             return replies + [call.result() for call in calls]
         finally:  # behind a call that failed, others may still run
-            for each in (*ahead, *calls):
+            pending: list[Future[Any]] = [*ahead, *calls]
+            for each in pending:
                 each.cancel()
-            wait((*ahead, *calls))
+            wait(pending)
 
     def check_serves_clients_of(self, other: _Opened) -> None:
         """Raises PlanError unless a client of the other plan may go on with this one."""

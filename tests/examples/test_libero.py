@@ -477,7 +477,13 @@ def test_a_replay_goes_on_from_where_the_episode_is(tmp_path):
 
 
 def test_a_wheel_is_packed_without_what_nobody_needs(tmp_path):
-    names = "mujoco/__init__.py", "mujoco/libmujoco.so", "mujoco/included.py", "mujoco/include/mujoco/mujoco.h", "mujoco/a_test.py"
+    names = (
+        "mujoco/__init__.py",
+        "mujoco/libmujoco.so",
+        "mujoco/included.py",
+        "mujoco/include/mujoco/mujoco.h",
+        "mujoco/a_test.py",
+    )
     with zipfile.ZipFile(tmp_path / "mujoco.whl", "w") as wheel:
         for name in names:
             wheel.writestr(name, name)

@@ -161,7 +161,8 @@ def test_refuses_heads_without_a_kernel():
 @pytest.mark.parametrize(("keys", "pieces"), [(0, 1), (355, 1), (867, 1), (1018, 2), (4000, 5)])
 def test_split_keys_are_one_piece_where_shared_memory_holds_it(keys, pieces):
     tactic = split_keys(50, keys, A40)
-    share = max(1, -(-(-(-keys // 16)) // tactic.split))  # of 16 keys
+    units = -(-keys // 16)
+    share = max(1, -(-units // tactic.split))  # of 16 keys
     assert -(-16 * share // tactic.keys) == pieces and tactic.fits(A40)
 
 

@@ -17,7 +17,7 @@ from duq.compiler.targets.cuda.launches import BYTES
 from duq.compiler.targets.cuda.weights import to_bf16
 from duq.plugins.driver import Memory, Stream
 from duq.plugins.gpu import Gpu
-from duq.plugins.kernels import Generated, GemmFloat
+from duq.plugins.kernels import GemmFloat, Generated
 from duq.plugins.layout import (
     activation_slabs,
     interleave_gate_up,

@@ -277,7 +277,9 @@ def test_reload_has_as_many_lanes_ready(gpu, plan):
     assert sorted(gpu.held.values()) == held
     calls = gpu.calls["cuStreamBeginCapture"]
     infer_batch(policy)
-    assert gpu.calls["cuStreamBeginCapture"] == calls + policy.in_flight  # of the size with one camera, which warm-up leaves out
+    assert (
+        gpu.calls["cuStreamBeginCapture"] == calls + policy.in_flight
+    )  # of the size with one camera, which warm-up leaves out
 
 
 @pytest.mark.parametrize("in_flight", [0, -1, 1.5, True, "2"])
