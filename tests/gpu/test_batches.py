@@ -70,6 +70,7 @@ def test_batches_and_single_calls_of_threads(plan):
             assert all(done.result() for done in [pool.submit(work) for _ in range(10) for work in (batch, single)])
 
 
+@pytest.mark.alone
 def test_batches_leave_no_memory_behind_nor_take_more_with_time(plan):
     free = []
     for _ in range(3):

@@ -30,6 +30,7 @@ def infer(policy: Policy) -> np.ndarray:
     return policy.infer(observation, np.ones((horizon, size["model_action_dim"]), np.float32))["actions"]
 
 
+@pytest.mark.alone
 def test_opening_reloading_and_closing_leave_no_memory_behind(plan):
     with Policy(plan) as policy:
         expected = infer(policy)

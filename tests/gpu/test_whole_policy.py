@@ -259,6 +259,7 @@ def test_too_little_memory_is_an_error(directory, monkeypatch):
         CudaExecutor(Plan(plans["cuda"]))
 
 
+@pytest.mark.alone
 def test_memory_does_not_grow(directory):
     config, plans = policy("pi0", "llm+expert-mlp", directory)
     executor, call = cuda_executor(plans["cuda"]), make_inputs(config, 3, 48)
