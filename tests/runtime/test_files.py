@@ -52,6 +52,7 @@ def wait():
     time.sleep(60)
 
 path = Path(sys.argv[1])
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's children, perhaps these tests, ignore it
 {f"signal.signal({ignored}, signal.SIG_IGN)" if ignored else ""}
 with one_line_errors():
 {textwrap.indent(WRITERS[kind], "    ")}
