@@ -2,9 +2,9 @@
 
     serve run examples.ray_serve.deployment:app plan=engine.plan
 
-POST an observation, get its actions; both are the messages of the websocket server (runtime/messages.py), so nothing
-that a stranger sends is unpickled. What is wrong with a request is answered in words: 400 no such message, 422 an
-observation that does not fit the policy.
+POST an observation, get its actions, or a list of observations, as of a simulator's environments, and get a list. All are the messages
+of the websocket server (runtime/messages.py), so nothing that a stranger sends is unpickled. What is wrong with a request is answered
+in words: 400 no such message, 422 an observation that does not fit the policy.
 """
 
 import asyncio
@@ -42,10 +42,10 @@ class PolicyReplica:
         self._call_since: float | None = None
 
     async def __call__(self, request: Request) -> Response:
-        """HTTP: a packed observation to a packed reply."""
+        """HTTP: a packed observation to a packed reply, or lists of both."""
         body = await request.body()
         try:
-            reply = await self._in_worker(lambda: pack(self._policy.infer(unpack(body))))
+            reply = await self._in_worker(lambda: pack(self._answer(unpack(body))))
         except (MessageError, ObservationError) as error:
             status = 400 if isinstance(error, MessageError) else 422
             return PlainTextResponse(f"{type(error).__name__}: {error}", status)
@@ -54,6 +54,13 @@ class PolicyReplica:
     async def infer(self, obs: dict) -> dict:
         """For other deployments, through a handle: as Policy.infer."""
         return await self._in_worker(lambda: self._policy.infer(obs))
+
+    async def infer_batch(self, obs: list[dict]) -> list[dict]:
+        """For other deployments, through a handle: as Policy.infer_batch."""
+        return await self._in_worker(lambda: self._policy.infer_batch(obs))
+
+    def _answer(self, message: dict | list) -> dict | list[dict]:
+        return self._policy.infer_batch(message) if isinstance(message, list) else self._policy.infer(message)
 
     def check_health(self) -> None:
         """Ray calls this every few seconds, and replaces the replica if it raises."""

@@ -66,6 +66,15 @@ def test_actions(url):
     assert reply["policy_timing"]["infer_ms"] > 0
 
 
+def test_a_batch_is_one_request(url):
+    replies = RayServeClient(url).infer_batch([libero(), libero(), libero()])
+    assert [reply["actions"].shape for reply in replies] == [(8, 7)] * 3
+    with pytest.raises(RuntimeError, match=r"ObservationError: item 1 of the batch: .*observation/image"):
+        RayServeClient(url).infer_batch([libero(), {"prompt": "no camera"}])
+    handle = serve.get_app_handle("policy").infer_batch.remote([libero(), libero()])
+    assert len(handle.result(timeout_s=30)) == 2
+
+
 def test_a_handle_takes_plain_dicts(url):
     reply = serve.get_app_handle("policy").infer.remote(libero()).result(timeout_s=30)
     assert reply["actions"].shape == (8, 7)
