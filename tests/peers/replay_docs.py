@@ -12,7 +12,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,8 +28,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "lerobot.md"
 COMMANDS = ("duq-", "lerobot-", "python -m lerobot")
-SERVERS = ("duq-lerobot-server", "duq-serve")
+SERVERS = {"duq-lerobot-server": 8080, "duq-serve": 8000}  # and the ports that the page names
 PLUGIN = "lerobot_robot_duq_fake"
+OPENPI = """
+import numpy as np
+from openpi_client.websocket_client_policy import WebsocketClientPolicy
+recorded = np.load("observations.npz")
+observation = {key: recorded[key][0] for key in ("observation/image", "observation/wrist_image", "observation/state")}
+actions = WebsocketClientPolicy("127.0.0.1", 8000).infer(observation | {"prompt": str(recorded["prompt"][0])})["actions"]
+assert actions.shape == (10, 7) and np.isfinite(actions).all(), actions
+"""
 
 
 def steps(page: str) -> list[tuple[str, str]]:
@@ -118,20 +128,41 @@ def run(language: str, text: str, folder: Path, bin: Path, environment: dict, se
     print(f"$ {command}", flush=True)
     compiler = command.split()[0] in ("duq-compile", "duq-serve")
     own = os.environ | {"PATH": f"{bin}:{os.environ['PATH']}"} if compiler else environment
-    if command.startswith(SERVERS):
-        servers.append(subprocess.Popen(command.split(), cwd=folder, env=own))
-        time.sleep(15)
-        assert servers[-1].poll() is None, f"{command}: ended"
+    if port := SERVERS.get(command.split()[0]):
+        servers.append(serving(command, port, folder, own))
+        if port == SERVERS["duq-serve"]:
+            subprocess.run([bin / "python", "-c", OPENPI], cwd=folder, check=True)
+            print("asked it with openpi's client")
     elif "robot_client" in command:
-        client = subprocess.Popen(command, shell=True, cwd=folder, env=own)
+        client = subprocess.Popen(shlex.split(command), cwd=folder, env=own)
         deadline = time.monotonic() + 120
-        while not actions(sent) and time.monotonic() < deadline:
+        while not actions(sent) and client.poll() is None and time.monotonic() < deadline:
             time.sleep(1)
         client.kill()
+        client.wait(30)
         assert actions(sent), "the robot got no action from the policy server"
     else:
         subprocess.run(command, shell=True, cwd=folder, env=own, check=True)
         assert not command.startswith("lerobot-rollout") or actions(sent), "the robot got no action"
+
+
+def serving(command: str, port: int, folder: Path, environment: dict) -> subprocess.Popen:
+    """The server, once it accepts connections."""
+    assert not listening(port), f"port {port} is another program's; {command} needs it"
+    server = subprocess.Popen(shlex.split(command), cwd=folder, env=environment)
+    deadline = time.monotonic() + 120
+    while not listening(port):
+        assert server.poll() is None, f"{command}: ended"
+        if time.monotonic() > deadline:
+            server.kill()
+            raise AssertionError(f"{command}: does not listen on port {port}")
+        time.sleep(0.5)
+    return server
+
+
+def listening(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def actions(sent: Path) -> list:
