@@ -27,8 +27,8 @@ class RayServeClient:
         return self._ask(obs)
 
     def infer_batch(self, obs: Sequence[Mapping]) -> list[dict]:
-        """Policy.infer_batch, from afar: one request, which one replica answers. Raises as `infer`. A message has at most 256 lists,
-        maps and arrays' shapes, those of some 20 observations."""
+        """Policy.infer_batch, from afar: one request, which one replica answers. Raises as `infer`. A message has at most 256
+        lists, maps and arrays' shapes, those of some 20 observations."""
         return self._ask(list(obs))
 
     def _ask(self, message: Mapping | list[Mapping]) -> Any:

@@ -2,9 +2,9 @@
 
     serve run examples.ray_serve.deployment:app plan=engine.plan
 
-POST an observation, get its actions, or a list of observations, as of a simulator's environments, and get a list. All are the messages
-of the websocket server (runtime/messages.py), so nothing that a stranger sends is unpickled. What is wrong with a request is answered
-in words: 400 no such message, 422 an observation that does not fit the policy.
+POST an observation, get its actions; or a list of them, as of a simulator's environments, get a list. All are the messages of the
+websocket server (runtime/messages.py), so nothing that a stranger sends is unpickled. What is wrong with a request is
+answered in words: 400 no such message, 422 an observation that does not fit the policy.
 """
 
 import asyncio
