@@ -63,7 +63,10 @@ def compiled(tiny_plans, tmp_path_factory):
     return compile_once
 
 
-@pytest.mark.parametrize(("policy", "solver"), [("pi0", "ab2"), ("pi05", "ab2"), ("pi0", "ab3")])
+PI05 = pytest.param("pi05", "ab2", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("policy", "solver"), [("pi0", "ab2"), PI05, ("pi0", "ab3")])
 def test_the_cpu_engine_computes_what_pytorch_does(policy, solver, compiled):
     source, path = compiled(policy, solver)
     checkpoint = load_checkpoint(source)

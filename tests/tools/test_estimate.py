@@ -96,7 +96,7 @@ def test_duq_profile_estimates_no_more(plan, command_line):
     assert command_line(profile.main, plan, "--gpu", "a40").code == 2
 
 
-@pytest.mark.parametrize("sm", [86, 90])
+@pytest.mark.parametrize("sm", [86, pytest.param(90, marks=pytest.mark.slow)])
 def test_a_schedule_from_sizes_is_that_of_a_plan(sm, plan):
     """Launch by launch: the compiler's schedule of weights that are not there, which docs/performance.md is made of."""
     opened = Plan(plan, verify=False)
