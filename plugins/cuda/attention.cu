@@ -98,7 +98,7 @@ attention(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, const 
 #pragma unroll
       for (int j = 0; j < KEYS / 16; ++j) {
         unsigned b[4];
-        load_matrices<false>(b, shared_address(k_row + 16 * j * PITCH + 16 * step));
+        load_matrices<false>(b, address_of(k_row + 16 * j * PITCH + 16 * step));
         mma(s[2 * j], query[step], b[0], b[1]);
         mma(s[2 * j + 1], query[step], b[2], b[3]);
       }
@@ -112,7 +112,7 @@ attention(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, const 
 #pragma unroll
       for (int n = 0; n < PADDED / 16; ++n) {
         unsigned b[4];
-        load_matrices<true>(b, shared_address(v_row + 16 * j * PITCH + 16 * n));
+        load_matrices<true>(b, address_of(v_row + 16 * j * PITCH + 16 * n));
         mma(o[2 * n], p, b[0], b[1]);
         mma(o[2 * n + 1], p, b[2], b[3]);
       }

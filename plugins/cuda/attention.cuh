@@ -57,8 +57,6 @@ template <bool TRANSPOSED> __device__ inline void load_matrices(unsigned (&m)[4]
                  : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3]) : "r"(at) : "memory");
 }
 
-__device__ inline unsigned shared_address(const void* at) { return unsigned(__cvta_generic_to_shared(at)); }
-
 constexpr float LOWEST = -1e30f;  // m before the first key: finite, so that exp2(-inf - m) is 0 and not NaN
 constexpr float SLACK = 8;        // m follows the maximum when it is this far behind: exp2(s - m) stays below 256
 

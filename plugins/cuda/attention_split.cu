@@ -37,7 +37,7 @@ attention_split(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
   extern __shared__ __align__(128) unsigned char shared[];  // V [KEYS][ROW]; q [ROWS][ROW] or P [ROWS][P_ROW]; of_warps
   unsigned char* const q_shared = shared + KEYS * ROW;
   float* const of_warps = reinterpret_cast<float*>(q_shared + Q_BYTES);  // [ROWS][WARPS]: maxima, then sums
-  const unsigned v_at = shared_address(shared), q_at = v_at + KEYS * ROW;
+  const unsigned v_at = address_of(shared), q_at = v_at + KEYS * ROW;
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int rank = blockIdx.x % SPLIT, first_row = blockIdx.x / SPLIT * ROWS, rows = min(ROWS, tokens * HEADS - first_row);

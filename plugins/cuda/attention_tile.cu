@@ -23,7 +23,7 @@ attention_tile(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, c
   extern __shared__ __align__(128) unsigned char shared[];  // K, V [KEYS][ROW]; P [ROWS][P_ROW]
   float* const of_halves = reinterpret_cast<float*>(shared + 2 * KEYS * ROW + ROWS * P_ROW);  // [ROWS][2]: maxima, sums
   float* const factors = of_halves + 2 * ROWS;                                                // [ROWS]
-  const unsigned k_at = shared_address(shared), v_at = k_at + KEYS * ROW, p_at = v_at + KEYS * ROW;
+  const unsigned k_at = address_of(shared), v_at = k_at + KEYS * ROW, p_at = v_at + KEYS * ROW;
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int first_of_warp = 16 * (warp % 4), half_of_keys = warp / 4;

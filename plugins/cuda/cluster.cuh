@@ -3,11 +3,6 @@
 #pragma once
 #include "common.cuh"
 
-__device__ inline unsigned address_of(const void* shared) { return unsigned(__cvta_generic_to_shared(shared)); }
-
-__device__ inline void init_barrier(unsigned barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
 __device__ inline void let_others_see_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ inline void arrive_expecting(unsigned barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");

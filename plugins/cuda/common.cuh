@@ -83,13 +83,26 @@ __device__ inline bool is_last_block(int* counter, int blocks) {
   return __syncthreads_or(is_last);
 }
 
-// Of a warp at a barrier in shared memory, when all its lanes have read what others are to overwrite: lane 0 speaks for them.
-// racecheck takes that for lane 0's own word, so there each lane speaks for itself.
+__device__ inline unsigned address_of(const void* shared) { return unsigned(__cvta_generic_to_shared(shared)); }
+
+// Barriers in shared memory, by address.
+__device__ inline void init_barrier(unsigned barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ inline void arrive(unsigned barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// A warp gives a stage of a ring back, which all its lanes have read: lane 0 speaks for them. racecheck takes that for lane
+// 0's own word, so there each lane speaks for itself.
 #ifdef FOR_RACECHECK
 constexpr int ARRIVALS_OF_WARP = 32;
 #else
 constexpr int ARRIVALS_OF_WARP = 1;
 #endif
+__device__ inline void give_back(unsigned barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 < ARRIVALS_OF_WARP) arrive(barrier);
+}
 
 // Blocks of a cluster (SM 90) that split K add their accumulators through each other's shared memory.
 #if __CUDA_ARCH__ >= 900 && !defined(NO_CLUSTER)

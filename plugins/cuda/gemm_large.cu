@@ -15,12 +15,6 @@
 // shared memory STAGES * stage_bytes, or the epilogue's staging where that is more; and the barriers.
 #include "common.cuh"
 
-__device__ inline void init_barrier(unsigned barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-__device__ inline void arrive(unsigned barrier) {
-  asm volatile("{.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];}" ::"r"(barrier) : "memory");
-}
 __device__ inline void arrive_when_copied(unsigned barrier) {  // when all copies that this thread has begun have landed
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
@@ -49,7 +43,7 @@ gemm_large(const signed char* x_q, const float* x_scale, const unsigned char* we
   const int warp_n = warp % WARPS_N, warp_m = warp / WARPS_N;
   const int first_token = blockIdx.x * TOKENS, first_tile = blockIdx.y * TILES;
   const int chunks = depth / 64, steps = chunks / 2;
-  const unsigned shared_address = unsigned(__cvta_generic_to_shared(shared));
+  const unsigned shared_address = address_of(shared);
 
   const unsigned barriers = shared_address + STAGES * STAGE_BYTES;
   auto full = [&](int slot) { return barriers + slot * 16; };
@@ -140,8 +134,7 @@ gemm_large(const signed char* x_q, const float* x_scale, const unsigned char* we
   for (int step = 0; step < steps; ++step) {
     multiply_first();
     multiply_second(stage_of(slot), 1);
-    __syncwarp();
-    if (lane < ARRIVALS_OF_WARP) arrive(empty(slot));
+    give_back(empty(slot));
     multiply_first();
     if (step + STAGES < steps) {
       wait(empty(slot), parity);

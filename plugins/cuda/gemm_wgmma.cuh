@@ -4,14 +4,6 @@
 #include "cluster.cuh"
 #include "wgmma.cuh"  // generated: void wgmma(int (&d)[TOKENS8][4], const unsigned (&a)[4], unsigned long long b)
 
-__device__ inline void arrive(unsigned barrier) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-// A warp gives a stage of the ring back, which all its lanes have read.
-__device__ inline void give_back(unsigned barrier) {
-  __syncwarp();
-  if (threadIdx.x % 32 < ARRIVALS_OF_WARP) arrive(barrier);
-}
 __device__ inline void copy(unsigned to, const void* from, int bytes, unsigned barrier) {  // announced at the barrier
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
