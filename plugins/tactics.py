@@ -213,18 +213,15 @@ def best_float(m: int, n: int, k: int, gpu: Gpu) -> GemmFloat:
     return next((t for t in blocks if blocks[t] > gpu.multiprocessors), max(blocks, key=lambda tactic: blocks[tactic]))
 
 
-# What was timed for the policy's attentions, the best first (docs/performance.md); those with few rows and no cluster
-# are for older GPUs. (row warps, key warps, keys, stages, split) and (row groups, key groups, ..., split, helpers).
-MANY_QUERIES: list[Attention | TileAttention | WgmmaAttention] = [
+# What was timed for the policy's attentions, the best first (docs/performance.md).
+# (row warps, key warps, keys, stages, split) and (row groups, key groups, ..., split, helpers).
+MANY_QUERIES: list[TileAttention | WgmmaAttention] = [
     WgmmaAttention(8, 1, 2, 48, 2),
     WgmmaAttention(8, 2, 1, 64, 2, 2),
     WgmmaAttention(8, 1, 1, 64, 3, 1, 1),
     WgmmaAttention(8, 1, 1, 64, 3, 2, 1),
     WgmmaAttention(8, 1, 2, 32, 3),
     TileAttention(8),
-    Attention(256, 8, 8, 1, 16, 4, 2),
-    Attention(256, 8, 4, 2, 16, 4),
-    Attention(256, 8, 4, 1, 32, 2),
 ]
 FEWER_ROWS = Attention(256, 8, 2, 2, 16, 2)  # 32 a block, for prefixes of so few tokens that every block is at work at once
 SUFFIX = WgmmaAttention(8, 1, 1, 112, 1, 8, alone=True)  # and with fewer keys, see for_suffix
@@ -236,8 +233,6 @@ FEW_QUERIES: list[Attention | WgmmaAttention] = [
     WgmmaAttention(8, 1, 1, 64, 3, 8, 1),
     WgmmaAttention(8, 1, 1, 64, 2, 8),
     Attention(256, 8, 2, 2, 16, 3, 8),
-    Attention(256, 8, 1, 4, 16, 2),
-    Attention(256, 8, 1, 2, 16, 2),
 ]
 # Few queries on GPUs without clusters: blocks that share the keys meet in memory.
 SPLIT_KEYS: list[SplitAttention] = [
@@ -245,7 +240,7 @@ SPLIT_KEYS: list[SplitAttention] = [
     *(SplitAttention(8, 1, keys, split) for keys, split in [(64, 16), (128, 4)]),
     SplitAttention(8, 2, 256, 4),  # for 163 KB of shared memory
 ]
-MOST_SPLIT = 16
+MOST_SPLIT = 16  # the last block reads what all have left, while the others are idle
 VISION: list[Attention | WgmmaAttention] = [
     Attention(72, 1, 8, 1, 64, 2),
     Attention(72, 1, 4, 2, 64, 2),

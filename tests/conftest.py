@@ -28,9 +28,11 @@ from duq.compiler.checkpoint.synthetic import make_checkpoint
 from duq.compiler.graph import export
 from duq.compiler.pipeline import compile_policy, quantize_checkpoint
 from duq.compiler.quant import Quantization, load_recipe
+from duq.compiler.quant.recipe import DEFAULT_PRESET
 from duq.compiler.targets import Options
 from duq.compiler.targets.cuda import CudaOptions
 from duq.runtime.preprocess import Preprocessor
+from tests.support.quant_policy import observation
 
 torch.set_num_threads(1)
 
@@ -181,3 +183,12 @@ def command_line(monkeypatch, capsys):
         return Ran(code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def quantized_pi0(tiny_plans):
+    """The tiny pi0's checkpoint and its quantization by default."""
+    checkpoint = load_checkpoint(tiny_plans("pi0", "none").checkpoint)
+    recipe = load_recipe(DEFAULT_PRESET, environment={})
+    inputs = [observation(checkpoint.config, 0, cameras=1)]
+    return checkpoint, quantize_checkpoint(checkpoint, recipe, inputs, Progress(disable=True))

@@ -132,6 +132,8 @@ def _bench(
         given = {"--suite": suite, "--variant": variant, "--checkpoint": checkpoint, "--quant": quant, "--program": program,
                  "--out": out, "--pi05": pi05 or None}  # fmt: skip
         _refuse(given, f"is for suites; leave it out to time {plan}")
+        if batch is None:
+            _refuse({"--in-flight": in_flight}, "is for batches; name their sizes: --batch 1,2,4,8,16")
         _bench_plan(
             plan, as_json, calls=calls, warm_up=warm_up, repetitions=repetitions, cameras=cameras,
             prompt_tokens=prompt_tokens, threads=threads, observations=observations, in_flight=in_flight,

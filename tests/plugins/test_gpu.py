@@ -6,10 +6,7 @@ import numpy as np
 import pytest
 from rich.progress import Progress
 
-from duq.compiler.checkpoint import load_checkpoint
-from duq.compiler.pipeline import compile_policy, quantize_checkpoint
-from duq.compiler.quant import load_recipe
-from duq.compiler.quant.recipe import DEFAULT_PRESET
+from duq.compiler.pipeline import compile_policy
 from duq.compiler.targets import Options, cuda
 from duq.compiler.targets.cuda import CudaOptions
 from duq.plugins.errors import KernelError
@@ -19,7 +16,6 @@ from duq.runtime.executors.cpu import CpuExecutor
 from duq.runtime.plan import Plan
 from tests.support import emulate
 from tests.support.inputs import make_inputs, make_noise
-from tests.support.quant_policy import observation
 
 SILENT = Progress(disable=True)
 SETTINGS = {"num_steps": 2, "cameras": 1}
@@ -101,18 +97,11 @@ def test_code_uses_the_features_of_the_row_alone(sm, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def policy(tiny_plans):
-    checkpoint = load_checkpoint(tiny_plans("pi0", "none").checkpoint)
-    recipe = load_recipe(DEFAULT_PRESET, environment={})
-    return checkpoint, quantize_checkpoint(checkpoint, recipe, [observation(checkpoint.config, 0, cameras=1)], SILENT)
-
-
-@pytest.fixture(scope="module")
-def expected(policy, tmp_path_factory):
+def expected(quantized_pi0, tmp_path_factory):
     """Inputs, noise, and the CPU engine's actions for them."""
     path = tmp_path_factory.mktemp("cpu") / "engine.plan"
-    compile_policy(*policy, path, Options(**SETTINGS), SILENT)
-    config = policy[0].config
+    compile_policy(*quantized_pi0, path, Options(**SETTINGS), SILENT)
+    config = quantized_pi0[0].config
     inputs, noise = make_inputs(config, (True, False, False), 5), make_noise(config)
     return inputs, noise, CpuExecutor(Plan(path), threads=1).run(inputs, noise)[0]
 
@@ -122,10 +111,10 @@ SLOW = [pytest.param(card, marks=pytest.mark.slow) for card in ("agxorin64gb", "
 
 
 @pytest.mark.parametrize("card", [*SLOW, "rtx5090"])
-def test_all_kernels_of_a_policy_compile(card, policy, expected, tmp_path):
+def test_all_kernels_of_a_policy_compile(card, quantized_pi0, expected, tmp_path):
     """A row is all that a GPU needs: its plan has machine code, and its schedule computes the policy."""
     gpu, path = gpu_named(card), tmp_path / "engine.plan"
-    compile_policy(*policy, path, CudaOptions(gpu=(card,), timing=False, **SETTINGS), SILENT)
+    compile_policy(*quantized_pi0, path, CudaOptions(gpu=(card,), timing=False, **SETTINGS), SILENT)
     plan = Plan(path)
     cubins = [entry for entry in plan.names if entry.startswith(f"cubin/sm{gpu.sm}/")]
     assert len(cubins) > 10 and all(bytes(plan.read(each)[:4]) == b"\x7fELF" for each in cubins)

@@ -167,7 +167,8 @@ def test_a_machine_that_is_not_steady_is_a_warning(control, warned):
     [
         (["--suite", "cpu"], "--suite: is for suites; leave it out to time"),
         (["--pi05"], "--pi05: is for suites"),
-        (["--in-flight", "2"], "in_flight=2: a plan for cpu runs one call at a time; leave it out"),
+        (["--in-flight", "2"], "--in-flight: is for batches; name their sizes: --batch"),
+        (["--batch", "2", "--in-flight", "2"], "in_flight=2: a plan for cpu runs one call at a time; leave it out"),
         (["--prompt-tokens", "49"], "--prompt-tokens 49: "),
         (["--observations", "o.npz", "--cameras", "1"], "leave --cameras and --prompt-tokens out"),
     ],

@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 from rich.progress import Progress
 
-from duq.compiler.checkpoint import load_checkpoint
 from duq.compiler.checkpoint.synthetic import make_config
-from duq.compiler.pipeline import compile_policy, quantize_checkpoint
-from duq.compiler.quant import load_recipe
+from duq.compiler.pipeline import compile_policy
 from duq.compiler.quant.recipe import DEFAULT_PRESET
 from duq.compiler.targets import Options
 from duq.compiler.targets.cuda import CudaOptions, StandInOptions, cubins, options_of_program
@@ -26,7 +24,6 @@ from duq.runtime.plan import Plan
 from tests.support import emulate
 from tests.support.inputs import make_inputs, make_noise
 from tests.support.lowering import check_limits, lowered, rewritten
-from tests.support.quant_policy import observation
 
 SILENT = Progress(disable=True)
 SETTINGS = {"num_steps": 4, "cameras": 1}
@@ -82,14 +79,7 @@ def test_a_schedule_beyond_the_limits_is_noticed(limit, graphs):
 
 
 @pytest.fixture(scope="module")
-def policy(tiny_plans):
-    checkpoint = load_checkpoint(tiny_plans("pi0", "none").checkpoint)
-    recipe = load_recipe(DEFAULT_PRESET, environment={})
-    return checkpoint, quantize_checkpoint(checkpoint, recipe, [observation(checkpoint.config, 0, cameras=1)], SILENT)
-
-
-@pytest.fixture(scope="module")
-def uncompiled(policy, tmp_path_factory):
+def uncompiled(quantized_pi0, tmp_path_factory):
     """(options) -> the policy's plan for them, without machine code."""
     directory = tmp_path_factory.mktemp("uncompiled")
 
@@ -97,7 +87,7 @@ def uncompiled(policy, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             for each in ("compile_cubin", "compile_ptx"):
                 patch.setattr(cubins, each, lambda source, gpu, kernels, headers: Cubin(b"", {k: k for k in kernels}))
-            compile_policy(*policy, directory / name, options, SILENT)
+            compile_policy(*quantized_pi0, directory / name, options, SILENT)
         return Plan(directory / name)
 
     return compile
@@ -109,9 +99,9 @@ def others(uncompiled) -> Plan:
 
 
 @pytest.fixture(scope="module")
-def expected(policy, uncompiled):
+def expected(quantized_pi0, uncompiled):
     """Inputs, noise, and the CPU engine's stages for them."""
-    inputs, noise = make_inputs(policy[0].config, (True, False, False), 5), make_noise(policy[0].config)
+    inputs, noise = make_inputs(quantized_pi0[0].config, (True, False, False), 5), make_noise(quantized_pi0[0].config)
     stages: dict[str, np.ndarray] = {}
     CpuExecutor(uncompiled(Options(**SETTINGS), "cpu.plan"), threads=1).run(inputs, noise, stages)
     return inputs, noise, stages
