@@ -39,11 +39,13 @@ VISION, LLM, EXPERT = r"^vision\.", r"^llm\.", r"^expert\."
 
 @dataclass(frozen=True)
 class Arm:
-    """A recipe. engine: it becomes a plan, and else packs, which PyTorch runs. bare: without any transform."""
+    """A recipe. solver: what else than ten Euler steps integrates the flow. engine: it becomes a plan, and else packs, which
+    PyTorch runs. bare: without any transform."""
 
     title: str
     preset: str = "llm+expert-mlp"
     settings: dict[str, Any] = field(default_factory=dict)
+    solver: dict[str, Any] = field(default_factory=dict)
     engine: bool = True
     bare: bool = False
 
@@ -60,6 +62,8 @@ ARMS = {
     "w8a8": Arm("W8A8, all linears", "all", {"weight_bits": 8}),
     "w4a16": Arm("W4A16, all linears", "all", {"activation_bits": 0}),
     "duquant": Arm("duquant, the default's linears", settings={"scheme": "duquant"}),
+    "w4a8-euler-5": Arm("the default, 5 Euler steps", solver={"num_steps": 5}),
+    "w4a8-ab2-5": Arm("the default, 5 Adams-Bashforth steps", solver={"num_steps": 5, "solver": "ab2"}),
     "reference": Arm("original fake quantization, the default's linears", settings={"scheme": "reference"}, engine=False),
     "bare": Arm(
         "INT4 without any transform, all linears",
@@ -79,7 +83,7 @@ def make(name: str, policy: Path, out: Path, sm: int | None) -> Path:
     file = out / f"{name}.plan" if arm.engine else out / f"{name}.packs"
     if file.exists():
         return file
-    checkpoint, settings = settle(load_checkpoint(policy), Choices(robot="libero", delta_actions=False))
+    checkpoint, settings = settle(load_checkpoint(policy), Choices(robot="libero", delta_actions=False, **arm.solver))
     recipe = load_recipe(arm.preset, arm.settings, environment={})
     preprocessor = settings.preprocessor(checkpoint, CAMERAS)
     inputs = [preprocessor.model_inputs(each) for each in load_observations(policy / CALIBRATION)]

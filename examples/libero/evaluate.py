@@ -39,7 +39,7 @@ from duq.runtime.solver import Solver
 
 ROBOT = "libero"
 REPLAY = "replay"
-ROUND = 10  # episodes of each task in a round, where there are minutes
+ROUND = 5  # episodes of each task in a round, where there are minutes
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 

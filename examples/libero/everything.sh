@@ -3,8 +3,8 @@
 #
 #   everything.sh DIRECTORY [STAGE ...]      stages: collect render train arms evaluate report; by default all of them
 #
-# Everything lies in DIRECTORY; a stage that was stopped goes on. By environment variables: PER_TASK demonstrations (100), RENDER,
-# TRAIN and EVALUATE minutes (2, 10, 6), EPISODES of a task and an arm (50), SM to compile for (90).
+# Everything lies in DIRECTORY; a stage that was stopped goes on. By environment variables: PER_TASK demonstrations (150), RENDER,
+# TRAIN and EVALUATE minutes (2, 10, 8), EPISODES of a task and an arm (50), SM to compile for (90).
 set -euo pipefail
 directory=${1:?a directory to work in}
 shift
@@ -13,26 +13,48 @@ jobs=$(nproc)
 export MUJOCO_GL=egl OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 mkdir -p "$directory"
 
-collect() { python3 "$here/collect.py" "$directory/demonstrations" --episodes "${PER_TASK:-100}" --jobs "$jobs"; }
+# Beside the demonstrations to learn from, undisturbed ones to be replayed, one of each task.
+collect() {
+  for places in permuted official; do
+    python3 "$here/collect.py" "$directory/replay-$places" --places $places --episodes 1 --strength 0 >"$directory/replay-$places.txt" 2>&1 &
+  done
+  python3 "$here/collect.py" "$directory/demonstrations" --episodes "${PER_TASK:-150}" --jobs "$jobs"
+  wait -n && wait -n
+}
 render() { python3 "$here/render.py" "$directory/demonstrations" --minutes "${RENDER:-2}" --every 2 --jobs "$jobs"; }
 train() {
   [ -e "$directory/policy" ] || OMP_NUM_THREADS=8 python3 "$here/train.py" "$directory/demonstrations" --out "$directory/policy" \
-    --minutes "${TRAIN:-10}" --steps 1000000 --every 2 --render-minutes 0
+    --minutes "${TRAIN:-10}" --steps 1000000 --every 2 --render-minutes 0 --torch-compile
 }
 arms() { python3 "$here/arms.py" "$directory/policy" --out "$directory/arms" --sm "${SM:-90}" --jobs "$((jobs > 3 ? jobs - 3 : 1))"; }
 
-# Two processes with half of the arms each, the most important ones first in both: one alone would wait for its interpreter.
+# Processes at once, since one would wait for its interpreter: most simulators for the arms that matter most, and fewer for the others,
+# for disturbed pictures and for the official places. Each stops in time, at equal numbers of episodes of its own arms.
 evaluate() {
-  local common=(--episodes "${EPISODES:-50}" --minutes "${EVALUATE:-6}" --places permuted --jobs "$((jobs + 4))")
-  half 1 --torch "fp32=$directory/policy" $(plans w4a8 w4a8-llm-expert w4a8-compensated w8a8 w4a16) $(packs bare) &
-  half 2 $(plans none w4a8-llm w4a8-all w4a8-expert duquant w8a8-vision) $(packs reference) &
-  wait -n && wait -n
+  some one 6 permuted 0 fp32 w4a8 w4a8-llm-expert &
+  some two 5 permuted 0 none w4a8-llm bare &
+  some others 5 permuted 0 w4a8-compensated w4a8-all w4a8-expert w8a8 w8a8-vision w4a16 duquant reference w4a8-euler-5 w4a8-ab2-5 replay &
+  some noise 2 permuted "${NOISE:-30}" fp32 w4a8 w4a8-llm-expert bare &
+  some official 2 official 0 fp32 w4a8 replay &
+  for _ in 1 2 3 4 5; do wait -n; done
 }
-half() { python3 "$here/evaluate.py" "${common[@]}" --out "$directory/episodes-$1.jsonl" "${@:2}"; }
-plans() { for name in "$@"; do [ ! -e "$directory/arms/$name.plan" ] || echo "--plan $directory/arms/$name.plan"; done; }
-packs() { for name in "$@"; do [ ! -e "$directory/arms/$name.packs" ] || echo "--torch $name=$directory/policy@$directory/arms/$name.packs"; done; }
+some() { # FILE SHARE PLACES NOISE ARM...
+  python3 "$here/evaluate.py" $(options "$3" "${@:5}") --places "$3" --noise "$4" --episodes "${EPISODES:-50}" --minutes "${EVALUATE:-8}" \
+    --jobs "$(($2 * jobs / 8 + 1))" --out "$directory/episodes-$1.jsonl" >"$directory/evaluate-$1.txt" 2>&1 ||
+    { tail "$directory/evaluate-$1.txt" && return 1; }
+}
+options() { # PLACES ARM...
+  for name in "${@:2}"; do
+    case $name in
+      fp32) echo "--torch fp32=$directory/policy" ;;
+      replay) echo "--replay $directory/replay-$1" ;;
+      *) [ -e "$directory/arms/$name.packs" ] && echo "--torch $name=$directory/policy@$directory/arms/$name.packs" ||
+        echo "--plan $directory/arms/$name.plan" ;;
+    esac
+  done
+}
 
-report() { python3 "$here/report.py" "$directory"/episodes-*.jsonl --common --plot "$directory/success.svg" --table "$directory/success.md"; }
+report() { python3 "$here/report.py" "$directory"/episodes-{one,two,others,noise,official}.jsonl --plot "$directory/success.svg" --table "$directory/success.md"; }
 
 for stage in "${@:-collect render train arms evaluate report}"; do
   for each in $stage; do

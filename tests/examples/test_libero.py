@@ -348,11 +348,11 @@ def test_rounds_end_when_another_would_not_fit():
     assert list(evaluate.rounds(starts, math.inf)) == [starts]
     done = []
     for some in evaluate.rounds(starts, 1.0, lambda: now[0]):
-        now[0] += 25
+        now[0] += 12.5
         done += some
     assert sorted(start.seed for start in done if start.task == 1) == list(range(20))
     assert len(list(evaluate.rounds(starts, 1e-6, itertools.count().__next__))) == 1  # one at least
-    assert [len(some) for some in evaluate.rounds(starts, 10.0)] == [20, 20, 10]
+    assert [len(some) for some in evaluate.rounds(starts, 10.0)] == [10] * 5
 
 
 def test_only_common_episodes_are_compared():

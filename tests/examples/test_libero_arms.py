@@ -93,6 +93,11 @@ def test_plans_are_for_libero_with_absolute_actions(made):
     assert metadata["robot"] == "libero" and metadata["cameras"] == 2 and metadata["action_horizon"] == HORIZON
 
 
+def test_solvers_other_than_ten_euler_steps(policy, made):
+    plan = Policy(arms.make("w4a8-ab2-5", policy[0], made["none"].parent, None))
+    assert (plan.metadata["solver"], plan.metadata["num_steps"]) == ("ab2", 5)
+
+
 def test_the_command_keeps_what_is_there(command_line, policy, made):
     out, before = made["none"].parent, made["none"].stat().st_mtime_ns
     done = command_line(arms.main, policy[0], "--out", out, "--arm", "none", "--arm", "reference", "--jobs", 1)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from duq.compiler.checkpoint import load_checkpoint
 from duq.compiler.checkpoint.synthetic.files import train_tokenizer
+from duq.compiler.model import Pi0
 from duq.compiler.settings import Choices, settle
 from duq.examples.libero import demonstrations, train
 from duq.examples.libero.demonstrations import Demonstration, Seen, path_of
@@ -142,6 +143,15 @@ def test_draws_are_velocities_each_by_itself(recorded):
         for draw in range(3):
             alone = policy.velocity(batch.states, x_t[:, draw], times[:, draw], mask, past)
             torch.testing.assert_close(found[:, draw], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_patches_by_a_matrix_product_are_the_policys_own():
+    learner, images = Learner(TINY, 3), torch.randn(2, 3, SIZE, SIZE)
+    policy = Pi0(TINY)
+    policy.load_state_dict(learner.policy.state_dict())
+    torch.testing.assert_close(
+        learner.policy.vision.embeddings(images), policy.vision.embeddings(images), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_objects_that_are_not_there_are_not_looked_for(recorded):
