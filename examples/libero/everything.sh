@@ -31,12 +31,14 @@ arms() { python3 "$here/arms.py" "$directory/policy" --out "$directory/arms" --s
 # Processes at once, since one would wait for its interpreter: most simulators for the arms that matter most, and fewer for the others,
 # for disturbed pictures and for the official places. Each stops in time, at equal numbers of episodes of its own arms.
 evaluate() {
-  some one 6 permuted 0 fp32 w4a8 w4a8-llm-expert &
-  some two 5 permuted 0 none w4a8-llm bare &
-  some others 5 permuted 0 w4a8-compensated w4a8-all w4a8-expert w8a8 w8a8-vision w4a16 duquant reference w4a8-euler-5 w4a8-ab2-5 replay &
-  some noise 2 permuted "${NOISE:-30}" fp32 w4a8 w4a8-llm-expert bare &
-  some official 2 official 0 fp32 w4a8 replay &
-  for _ in 1 2 3 4 5; do wait -n; done
+  some 1 6 permuted 0 fp32 w4a8 w4a8-llm-expert &
+  some 2 5 permuted 0 none w4a8-llm bare &
+  some 3-others 5 permuted 0 w4a8-compensated w4a8-all w4a8-expert w8a8 w8a8-vision w4a16 duquant reference w4a8-euler-5 w4a8-ab2-5 replay &
+  some 4-noise 2 permuted "${NOISE:-30}" fp32 w4a8 w4a8-llm-expert bare &
+  some 5-official 2 official 0 fp32 w4a8 replay &
+  local failed=0
+  for process in $(jobs -p); do wait "$process" || failed=1; done
+  return $failed
 }
 some() { # FILE SHARE PLACES NOISE ARM...
   python3 "$here/evaluate.py" $(options "$3" "${@:5}") --places "$3" --noise "$4" --episodes "${EPISODES:-50}" --minutes "${EVALUATE:-8}" \
@@ -54,7 +56,7 @@ options() { # PLACES ARM...
   done
 }
 
-report() { python3 "$here/report.py" "$directory"/episodes-{one,two,others,noise,official}.jsonl --plot "$directory/success.svg" --table "$directory/success.md"; }
+report() { python3 "$here/report.py" "$directory"/episodes-*.jsonl --plot "$directory/success.svg" --table "$directory/success.md"; }
 
 for stage in "${@:-collect render train arms evaluate report}"; do
   for each in $stage; do
