@@ -69,16 +69,17 @@ class PlanArm:
 
 
 class TorchArm:
-    """The checkpoint in PyTorch, in float32, or with packs of duq-quantize in float arithmetic. Observations are converted
-    as `plan` says, which is one of this checkpoint; runs on the GPU where there is one."""
+    """The checkpoint in PyTorch, in float32, or with packs of duq-quantize in float arithmetic, or rounded naively ("W4A8").
+    Observations are converted as `plan` says, which is one of this checkpoint; runs on the GPU where there is one."""
 
-    def __init__(self, checkpoint: Path, packs: Path | None, plan: Path):
+    def __init__(self, checkpoint: Path, quantized: str, plan: Path):
         import torch
 
         from duq.compiler.checkpoint import load_checkpoint
         from duq.compiler.model import build_model
         from duq.compiler.quant import fake_quantize
         from duq.compiler.quant.store import load_quantization
+        from duq.examples.libero.naive import bits_of, quantize_naively
 
         opened, found = Plan(plan), load_checkpoint(checkpoint)
         if opened.manifest["checkpoint"]["fingerprint"] != found.fingerprint:
@@ -87,10 +88,13 @@ class TorchArm:
         self._preprocessor, self._solver = preprocessor_of(opened, config), Solver.of(opened.manifest)
         self._cameras = opened.manifest["cameras"]
         self.noise_shape = config.action_horizon, config.action_dim
-        self.identity = digest(*sorted(packs.iterdir())) if packs else found.fingerprint[:12]
-        model = build_model(found).float()
-        if packs is not None:
-            model = fake_quantize(model, load_quantization(packs, found))
+        self.identity = found.fingerprint[:12]
+        model: torch.nn.Module = build_model(found).float()
+        if bits := bits_of(quantized):
+            model, self.identity = quantize_naively(model, config, *bits), f"{self.identity}-{quantized}"
+        elif quantized:
+            packs = Path(quantized)
+            model, self.identity = fake_quantize(model, load_quantization(packs, found)), digest(*sorted(packs.iterdir()))
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = model.to(self._device)
 
@@ -229,8 +233,8 @@ def opened(kind: str, what: str, plans: list[tuple[str, str]], execute: int) -> 
     if kind == "plan":
         return PlanArm(Path(what))
     if kind == "torch":
-        checkpoint, _, packs = what.partition("@")
-        return TorchArm(Path(checkpoint), Path(packs) if packs else None, Path(plans[0][1]))
+        checkpoint, _, quantized = what.partition("@")
+        return TorchArm(Path(checkpoint), quantized, Path(plans[0][1]))
     return ReplayArm(Path(what), execute)
 
 
@@ -241,7 +245,10 @@ def _evaluate(
     ] = None,
     torch: Annotated[
         list[str] | None,
-        typer.Option(help="\\[NAME=]CHECKPOINT\\[@PACKS], repeatable: in PyTorch, with the settings of the first --plan."),
+        typer.Option(
+            help="\\[NAME=]CHECKPOINT\\[@PACKS], repeatable: in PyTorch, with the settings of the first --plan. W4A4 instead of "
+            "PACKS: all linears rounded, with one scale a tensor."
+        ),
     ] = None,
     replay: Annotated[
         Path | None, typer.Option(help="Demonstrations of collect.py, to replay one of each task blindly.")

@@ -32,9 +32,9 @@ arms() { python3 "$here/arms.py" "$directory/policy" --out "$directory/arms" --s
 # for disturbed pictures and for the official places. Each stops in time, at equal numbers of episodes of its own arms.
 evaluate() {
   some 1 6 permuted 0 fp32 w4a8 w4a8-llm-expert &
-  some 2 5 permuted 0 none w4a8-llm bare &
-  some 3-others 5 permuted 0 w4a8-compensated w4a8-all w4a8-expert w8a8 w8a8-vision w4a16 duquant reference w4a8-euler-5 w4a8-ab2-5 replay &
-  some 4-noise 2 permuted "${NOISE:-30}" fp32 w4a8 w4a8-llm-expert bare &
+  some 2 5 permuted 0 none w4a8-llm naive-W4A8 &
+  some 3-others 5 permuted 0 w4a8-compensated w4a8-all w4a8-expert w8a8 w8a8-vision w4a16 duquant reference bare w4a8-euler-5 w4a8-ab2-5 naive-W4A4 replay &
+  some 4-noise 2 permuted "${NOISE:-30}" fp32 w4a8 w4a8-llm-expert bare naive-W4A8 &
   some 5-official 2 official 0 fp32 w4a8 replay &
   local failed=0
   for process in $(jobs -p); do wait "$process" || failed=1; done
@@ -49,6 +49,7 @@ options() { # PLACES ARM...
   for name in "${@:2}"; do
     case $name in
       fp32) echo "--torch fp32=$directory/policy" ;;
+      naive-*) echo "--torch $name=$directory/policy@${name#naive-}" ;;
       replay) echo "--replay $directory/replay-$1" ;;
       *) [ -e "$directory/arms/$name.packs" ] && echo "--torch $name=$directory/policy@$directory/arms/$name.packs" ||
         echo "--plan $directory/arms/$name.plan" ;;

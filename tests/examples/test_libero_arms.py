@@ -8,7 +8,7 @@ from duq.compiler.checkpoint import load_checkpoint
 from duq.compiler.quant import load_recipe
 from duq.compiler.quant.linears import select_linears
 from duq.compiler.quant.store import load_quantization
-from duq.examples.libero import arms, evaluate, train
+from duq.examples.libero import arms, evaluate, naive, train
 from duq.examples.libero.arms import ARMS
 from duq.examples.libero.scene import CAMERAS
 from duq.examples.libero.starts import Start
@@ -48,15 +48,31 @@ def made(policy, tmp_path_factory):
 
 def test_arms_differ_from_fp32_as_their_schemes_say(policy, made):
     checkpoint, observations = policy
-    fp32 = answer(evaluate.TorchArm(checkpoint, None, made["none"]), observations[0])
+    fp32 = answer(evaluate.TorchArm(checkpoint, "", made["none"]), observations[0])
     assert fp32.shape == (HORIZON, 7)
 
     def error(arm):
         return float(np.sqrt(np.square(answer(arm, observations[0]) - fp32).mean()))
 
     assert error(evaluate.PlanArm(made["none"])) < 1e-4
-    quantized = [error(evaluate.TorchArm(checkpoint, made[name], made["none"])) for name in ("bare", "reference")]
+    quantized = [error(evaluate.TorchArm(checkpoint, str(made[name]), made["none"])) for name in ("bare", "reference")]
     assert all(1e-3 < each < 3 for each in quantized)
+
+
+def test_naive_rounding_by_its_bits(policy, made):
+    checkpoint, observations = policy
+    fp32 = answer(evaluate.TorchArm(checkpoint, "", made["none"]), observations[0])
+    arms_ = [evaluate.TorchArm(checkpoint, bits, made["none"]) for bits in ("W8A8", "W4A8", "W4A4")]
+    errors = [float(np.square(answer(arm, observations[0]) - fp32).mean()) for arm in arms_]
+    assert 0 < errors[0] < errors[1] < errors[2]
+    assert len({arm.identity for arm in arms_}) == 3 and arms_[1].identity.endswith("-W4A8")
+    assert naive.bits_of("W4A9") is None and naive.bits_of("build/W4A8") is None
+
+
+def test_rounding_keeps_the_largest_and_signs():
+    values = torch.tensor([-0.7, 0.24, 0.26, 0.0])
+    torch.testing.assert_close(naive.rounded(values, 4), torch.tensor([-0.7, 0.2, 0.3, 0.0]))
+    assert naive.rounded(torch.zeros(2), 4).tolist() == [0.0, 0.0]
 
 
 def test_chunks_too_short_to_carry_out_are_refused(made):
