@@ -25,6 +25,7 @@ from rich.progress import Progress
 
 from duq.examples.libero import demonstrations
 from duq.examples.libero.journal import Journal
+from duq.examples.libero.naive import bits_of, quantize_naively
 from duq.examples.libero.report import key_of, print_tables
 from duq.examples.libero.rollout import Conditions, Result, Simulators, Stress
 from duq.examples.libero.scene import ACTION_DIM, IMAGE_SIZE, REST, STEPS, SUITES, held_scene, release_scene, tasks
@@ -79,7 +80,6 @@ class TorchArm:
         from duq.compiler.model import build_model
         from duq.compiler.quant import fake_quantize
         from duq.compiler.quant.store import load_quantization
-        from duq.examples.libero.naive import bits_of, quantize_naively
 
         opened, found = Plan(plan), load_checkpoint(checkpoint)
         if opened.manifest["checkpoint"]["fingerprint"] != found.fingerprint:
@@ -342,7 +342,7 @@ def checked_starts(
         if names.count(name) > 1:
             raise DuqError(f"two policies are called {name}; name them: --plan NAME=FILE")
         for path in what.split("@") if kind == "torch" else [what]:
-            if not Path(path).exists():
+            if not (Path(path).exists() or path != what and bits_of(path)):
                 raise DuqError(f"--{kind} {what}: there is no {path}")
         if kind == "torch" and "plan" not in [each for _, each, _ in arms]:
             raise DuqError("--torch takes its settings from a plan of the same checkpoint: give one with --plan")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
-
-from duq.compiler.quant import load_recipe
-from duq.compiler.quant.linears import select_linears
 from duq.runtime.config import ModelConfig
+
+if TYPE_CHECKING:  # whoever evaluates plans alone needs no PyTorch
+    from torch import Tensor, nn
 
 BITS = re.compile(r"W([2-8])A([2-8])")
 
@@ -28,6 +28,9 @@ def rounded(x: Tensor, bits: int) -> Tensor:
 
 def quantize_naively(model: nn.Module, config: ModelConfig, weight_bits: int, activation_bits: int) -> nn.Module:
     """`model`, with the weights of every linear that duq can quantize, and what comes into it, rounded as above."""
+    from duq.compiler.quant import load_recipe
+    from duq.compiler.quant.linears import select_linears
+
     for name in select_linears(load_recipe("all", {}, environment={}), config):
         linear = model.get_submodule(name)
         linear.weight.data = rounded(linear.weight.data, weight_bits)  # type: ignore[arg-type]

@@ -448,6 +448,8 @@ def test_a_report_of_something_else(tmp_path, command_line, content, arguments, 
     (["--plan", "/nowhere/a.plan"], "there is no /nowhere/a.plan"),
     (["--plan", "x="], "--plan x=: names nothing"),
     (["--torch", "."], "give one with --plan"),
+    (["--torch", ".@W4A8"], "give one with --plan"),
+    (["--torch", ".@W4A9"], "there is no W4A9"),
     (["--plan", "a=.", "--plan", "a=.."], "two policies are called a"),
     (["--replay", ".", "--out", "/nowhere/e.jsonl"], "--out /nowhere/e.jsonl"),
 ])  # fmt: skip
