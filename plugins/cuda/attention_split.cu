@@ -34,39 +34,56 @@ attention_split(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
   constexpr int ROWS = 16 * ROWS16, TILES = (KEYS + 8 * WARPS - 1) / (8 * WARPS);  // of 8 keys, of a warp
   constexpr int P_ROW = 2 * KEYS + 16, Q_BYTES = ROWS * (ROW > P_ROW ? ROW : P_ROW);
   static_assert(KEYS % 16 == 0 && SPLIT > 1 && SPLIT <= 32);
-  extern __shared__ __align__(128) unsigned char shared[];  // V [KEYS][ROW]; q [ROWS][ROW] or P [ROWS][P_ROW]; of_warps
-  unsigned char* const q_shared = shared + KEYS * ROW;
+  extern __shared__ __align__(128) unsigned char operands[];  // V [KEYS][ROW]; q [ROWS][ROW] or P [ROWS][P_ROW]; of_warps
+  unsigned char* const q_shared = operands + KEYS * ROW;
   float* const of_warps = reinterpret_cast<float*>(q_shared + Q_BYTES);  // [ROWS][WARPS]: maxima, then sums
-  const unsigned v_at = address_of(shared), q_at = v_at + KEYS * ROW;
+  const unsigned v_at = address_of(operands), q_at = v_at + KEYS * ROW;
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int rank = blockIdx.x % SPLIT, first_row = blockIdx.x / SPLIT * ROWS, rows = min(ROWS, tokens * HEADS - first_row);
-  wait_for_inputs();
   if (past) keys += *past;
   q += size_t(blockIdx.z) * tokens * q_stride + blockIdx.y * HEADS * DIMS;
   k += size_t(blockIdx.z) * keys * kv_stride + blockIdx.y * DIMS;
   v += size_t(blockIdx.z) * keys * kv_stride + blockIdx.y * DIMS;
   out += size_t(blockIdx.z) * tokens * out_stride + blockIdx.y * HEADS * DIMS;
   const int units = (keys + own_keys + 15) / 16, end = min(units * (rank + 1) / SPLIT * 16, keys + own_keys);
+  const int first = units * rank / SPLIT * 16, ready = cache_ready ? keys : 0;
   auto row_of = [&](const Bf16* in_cache, const Bf16* own, int key) {
     return key < keys ? in_cache + key * kv_stride : own + (key - keys) * own_stride;
+  };
+  auto padded_at = [&](int begin) { return (min(end - begin, KEYS) + 15) / 16 * 16; };
+  auto has = [&](int tile, int padded) { return 8 * (warp + WARPS * tile) < padded; };
+
+  // Of the tile of keys from `begin` on those from `low` to below `high`.
+  uint4 k_row[TILES][8];  // piece p: channels 32 p + 8 t.. of key g of the tile
+  auto fetch = [&](int begin, int low, int high) {
+    const int padded = padded_at(begin);
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+      const int key = min(begin + 8 * (warp + WARPS * tile) + g, end - 1);
+      if (has(tile, padded) && low <= key && key < high) {
+        const Bf16* const from = row_of(k, own_k, key) + 8 * t;
+#pragma unroll
+        for (int p = 0; p < 8; ++p) k_row[tile][p] = __ldcg(reinterpret_cast<const uint4*>(from + 32 * p));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < KEYS / WARPS; ++i) {
+      const int place = warp + WARPS * i, key = min(begin + place, end - 1);
+      if (place < padded && low <= key && key < high)
+        copy_async(v_at + place * ROW + (lane ^ place % 8) * 16, row_of(v, own_v, key) + 8 * lane, begin + place < end);
+    }
+    commit_copies();
   };
 
   scale *= 1.4426950408889634f;  // exp(x) = exp2(x / ln 2)
   float o[ROWS16][4][4] = {}, m[ROWS16][2], l[ROWS16][2] = {};
   for (int i = 0; i < ROWS16; ++i) m[i][0] = m[i][1] = LOWEST;
 
-  for (int begin = units * rank / SPLIT * 16; begin < end; begin += KEYS) {
-    const int count = min(end - begin, KEYS), padded = (count + 15) / 16 * 16;
-    auto has = [&](int tile) { return 8 * (warp + WARPS * tile) < padded; };
-    uint4 k_row[TILES][8];  // piece p: channels 32 p + 8 t.. of key g of the tile
-#pragma unroll
-    for (int tile = 0; tile < TILES; ++tile)
-      if (has(tile)) {
-        const Bf16* const from = row_of(k, own_k, min(begin + 8 * (warp + WARPS * tile) + g, end - 1)) + 8 * t;
-#pragma unroll
-        for (int p = 0; p < 8; ++p) k_row[tile][p] = __ldcg(reinterpret_cast<const uint4*>(from + 32 * p));
-      }
+  fetch(first, 0, ready);
+  wait_for_inputs();
+  for (int begin = first; begin < end; begin += KEYS) {
+    const int count = min(end - begin, KEYS), padded = padded_at(begin);
 #pragma unroll
     for (int i = 0; i < ROWS / WARPS; ++i) {
       const int row = warp + WARPS * i, at = first_row + min(row, rows - 1);
@@ -74,13 +91,7 @@ attention_split(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
                  row < rows);
     }
     commit_copies();
-#pragma unroll
-    for (int i = 0; i < KEYS / WARPS; ++i) {
-      const int key = warp + WARPS * i;
-      if (key < padded)
-        copy_async(v_at + key * ROW + (lane ^ key % 8) * 16, row_of(v, own_v, min(begin + key, end - 1)) + 8 * lane, key < count);
-    }
-    commit_copies();
+    fetch(begin, begin == first ? ready : 0, end);
 
     wait_for_copies<1>();
     __syncthreads();  // q has landed for everyone
@@ -96,7 +107,7 @@ attention_split(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
       // the same to the product.
 #pragma unroll
       for (int tile = 0; tile < TILES; ++tile)
-        if (has(tile)) {
+        if (has(tile, padded)) {
           const uint4 b = k_row[tile][p];
 #pragma unroll
           for (int i = 0; i < ROWS16; ++i) mma(s[i][tile], {query[i][0].x, query[i][1].x, query[i][0].y, query[i][1].y}, b.x, b.y);
@@ -133,7 +144,7 @@ attention_split(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
         for (int n = 0; n < 4; ++n) o[i][n][2 * half] *= factor, o[i][n][2 * half + 1] *= factor;
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile)
-          if (has(tile)) {
+          if (has(tile, padded)) {
             const float low = exp2_fast(s[i][tile][2 * half] - raised), high = exp2_fast(s[i][tile][2 * half + 1] - raised);
             l[i][half] += low + high;
             *reinterpret_cast<unsigned*>(q_shared + row * P_ROW + 2 * (8 * (warp + WARPS * tile) + 2 * t)) = pack2<Bf16>(low, high);
@@ -187,12 +198,12 @@ attention_split(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
   // A warp takes a row, 8 channels a lane; lane i weighs part i. All parts of AT_ONCE rows are asked for at once.
   constexpr int EACH = ROWS / WARPS, AT_ONCE = SPLIT <= 8 ? EACH : SPLIT <= 16 && EACH > 2 ? 2 : 1;
 #pragma unroll
-  for (int first = 0; first < EACH; first += AT_ONCE) {
+  for (int turn = 0; turn < EACH; turn += AT_ONCE) {
     float logarithm[AT_ONCE];
     uint4 values[AT_ONCE][SPLIT];
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i) {
-      const int row = warp + WARPS * (first + i);
+      const int row = warp + WARPS * (turn + i);
       logarithm[i] = lane < SPLIT ? __ldcg(parts + lane * PART + ROWS * (DIMS / 2) + row) : LOWEST;
 #pragma unroll
       for (int part = 0; part < SPLIT; ++part)
@@ -200,7 +211,7 @@ attention_split(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
     }
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i) {
-      const int row = warp + WARPS * (first + i);
+      const int row = warp + WARPS * (turn + i);
       const float factor = exp2_fast(logarithm[i] - reduce_warp<true>(logarithm[i]));
       const float weight = __fdividef(factor, reduce_warp<false>(lane < SPLIT ? factor : 0.0f));
       float sum[8] = {};

@@ -36,11 +36,15 @@ template <> __device__ inline unsigned pack2<Half>(float low, float high) {
 // kernel start when its own loads are over, the short prologues at once, so that the GEMM after them loads weights
 // meanwhile. (GEMMs that let it start at once, or prologues that do so late, made a chain slower.) No-ops in an
 // ordinary launch. NO_PDL, NO_CLUSTER: plugins/nvrtc.py defines them for GPUs that are not to use these features.
+#ifdef CHAIN
+__device__ inline void wait_for_inputs();  // chain.cu
+#else
 __device__ inline void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900 && !defined(NO_PDL)
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+#endif
 __device__ inline void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900 && !defined(NO_PDL)
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -66,6 +70,12 @@ __device__ inline void copy_async(unsigned to, const void* from, bool valid) {  
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int GROUPS> __device__ inline void wait_for_copies() {  // until all but the latest GROUPS have landed
   asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
+
+// Asks for the bytes behind `from` to be in L2, a line of 128 at a time; all `threads` threads of a block call it.
+__device__ inline void prefetch_lines(const void* from, int bytes, int threads) {
+  for (int at = threadIdx.x * 128; at < bytes; at += threads * 128)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(from) + at));
 }
 
 // Whether this is the last of `blocks` blocks to come here: it then sees what all of them have written to memory before. All threads

@@ -243,8 +243,13 @@ gemm_float(const Bf16* x, const float* squares, const uint4* weight, const float
 #pragma unroll
     for (int i = 0; i < TILES; ++i) fetch_weights(stage, i, stage);
   const int rest = (begin + STAGES * WARPS) * LOADS, last = min(end * LOADS, loads);
+#ifdef CHAIN
+  for (int row16 = 0; row16 < ROWS16; ++row16)
+    prefetch_lines(weights + (size_t(row16) * loads + rest) * 32, (last - rest) * 512, THREADS);
+#else
   if (threadIdx.x < ROWS16 && rest < last)
     prefetch(weights + (size_t(threadIdx.x) * loads + rest) * 32, (last - rest) * 512);
+#endif
   const int position = first_position + (past ? *past : 0);
   constexpr int FINISHERS = IN_CLUSTER ? SPLIT : 1;             // blocks; without a cluster the last one
   constexpr int SLOTS = (TOKENS + FINISHERS - 1) / FINISHERS;  // tokens that this block finishes: finisher, + FINISHERS...

@@ -79,6 +79,11 @@ gemm_small(const signed char* x_q, const float* x_scale, const unsigned char* we
 
 #pragma unroll
   for (int stage = 0; stage < STAGES; ++stage) fetch_weights(stage, begin + stage * WARPS);
+#ifdef CHAIN
+  const int rest = begin - warp + STAGES * WARPS;  // the chunks that come later
+  for (int i = 0; i < ROWS16; ++i)
+    prefetch_lines(weights - lane * 16 + (size_t(i) * chunks + rest) * TILE_BYTES, (end - rest) * TILE_BYTES, THREADS);
+#endif
   const typename E::Columns columns = epilogue.columns(n);
   wait_for_inputs();
 #pragma unroll

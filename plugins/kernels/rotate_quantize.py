@@ -6,7 +6,7 @@ import numpy as np
 
 from duq.plugins.kernel import Instance, Kernel, Shape
 from duq.plugins.kernels.reference import Launched, Pointer, affine, gelu, hadamard, rms_norm, rotate_blocks
-from duq.plugins.kernels.row import row_in_registers
+from duq.plugins.kernels.row import MAX_THREADS, row_in_registers
 from duq.plugins.layout import activation_slabs
 
 
@@ -77,13 +77,20 @@ ROTATE_QUANTIZE = Kernel(
 
 
 def rotate_quantize(
-    tokens: int, depth: int, in_type: str, source: str, rotation: str | int, padded: int = 0, out: str = "signed char"
+    tokens: int,
+    depth: int,
+    in_type: str,
+    source: str,
+    rotation: str | int,
+    padded: int = 0,
+    out: str = "signed char",
+    most_threads: int = MAX_THREADS,
 ) -> Instance:
     """`source` is PLAIN, RMS_NORM, LAYER_NORM or GEGLU; `rotation` is NONE, DENSE or the block size of a Hadamard.
 
     padded: the channels that are written, zeros beyond `depth`. out: "signed char", or "Bf16" for what would be quantized,
-    for which x_scale is null.
+    for which x_scale is null. most_threads: of a block.
     """
-    vectors, threads = row_in_registers(max(depth, padded))
+    vectors, threads = row_in_registers(max(depth, padded), most_threads)
     shape = Shape((tokens, 1, 1), threads, 4 * depth * (rotation == "DENSE"))
     return ROTATE_QUANTIZE.instance(shape, In=in_type, SOURCE=source, BLOCK=rotation, VECTORS=vectors, Out=out)
