@@ -48,8 +48,7 @@ def schedule_for(config: ModelConfig, gpu: Gpu) -> dict[str, Any]:
     options = CudaOptions(sm=(gpu.sm,), timing=False)
     with Progress(disable=True) as progress:
         planned = plan_for(gpu, False, graphs, fused, Weights(), progress, options, Report(None))
-    launches = [launch.instance for program, _, _ in planned for launch in program.launches]
-    kernels = {each.code: {"expression": each.expression} for each in launches if not each.kernel.is_library}
+    kernels = {each.code: {"expression": each.expression} for program, _, _ in planned for each in program.kernels}
     return schedule_of(planned, kernels, "unsigned char")
 
 

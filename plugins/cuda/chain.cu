@@ -18,10 +18,6 @@
 #include "int4.cuh"
 #include "quantize.cuh"
 
-template <auto KERNEL, int X, int Y, int Z, int THREADS> struct Part {
-  static constexpr int BLOCKS = X * Y * Z;
-};
-
 // What a block's kernel takes for its place in a launch of its own; and the link that it waits for, null in the first part.
 struct Place {
   uint3 block, blocks, threads;
@@ -40,12 +36,13 @@ __device__ inline void wait_for_inputs() {
   __syncthreads();
 }
 
-// Begins block `block` of a part. False: this thread is none of its.
-template <auto KERNEL, int X, int Y, int Z, int THREADS>
-__device__ inline bool enter(Part<KERNEL, X, Y, Z, THREADS>, int block, const int* ahead, int blocks_ahead) {
+// Begins block `block` of a part with a grid of X x Y x Z blocks. False: this thread is none of its.
+template <int X, int Y, int Z, int THREADS>
+__device__ inline bool enter(int block, const int* ahead, int blocks_ahead) {
   if (threadIdx.x >= THREADS) return false;
   if (threadIdx.x == 0)
-    of_chain = {{unsigned(block % X), unsigned(block / X % Y), unsigned(block / (X * Y))}, {X, Y, Z}, {THREADS, 1, 1}, ahead, blocks_ahead};
+    of_chain = {{unsigned(block % X), unsigned(block / X % Y), unsigned(block / (X * Y))}, {X, Y, Z}, {THREADS, 1, 1},
+                ahead, blocks_ahead};
   __syncthreads();
   return true;
 }

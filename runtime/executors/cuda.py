@@ -343,12 +343,14 @@ class CudaExecutor:
         after_launch: AfterLaunch = _nothing,
         one_stream: bool = False,
     ) -> None:
-        """Enqueues a whole call. `after_launch` gets the program ("prefix", "step" or "later step") and the launch.
+        """Enqueues a whole call. `after_launch` gets the program ("prefix", "step" or "later step") and the launch, for which
+        the launches of chains are made one by one.
 
         There are three streams: of the prefix, of its branch (pi0's state token), and of the first denoising step. They wait
         for each other as the schedule says, and the later steps for all of them.
         """
         prefix, step, main = variant["prefix"], variant["step"], self._stream
+        chains = {each["first"]: each for each in variant.get("chains", ()) if after_launch is _nothing}
         branch, ahead = (main, main) if one_stream else (self._branch, self._ahead)
         reached = {index: driver.Event() for launch in [*prefix, *step] for index in launch.get("wait_for", ())}
 
@@ -359,6 +361,19 @@ class CudaExecutor:
             overlap = launch.get("overlap", False) and not waits and not behind_others
             self._launch(launch, stream, step, overlap)
             after_launch(program, launch, stream)
+
+        def enqueue_step(program: str, stream: driver.Stream, number: int, behind_others: bool) -> None:
+            made = 0
+            for index, launch in enumerate(step):
+                if index < made:
+                    continue
+                if index not in chains:
+                    enqueue(program, launch, stream, number, behind_others and index == 0)
+                    continue
+                made = chains[index]["last"] + 1
+                for before in {each for part in step[index:made] for each in part.get("wait_for", ()) if number == 0}:
+                    reached[before].wait(stream)
+                self._launch_chain(chains[index], step[index:made], stream, number)
 
         (x, x_bytes), upload_bytes = variant["inputs"]["x"], _end_of_inputs(variant)
         main.upload(self._arena.address, self._upload.address, upload_bytes)
@@ -372,12 +387,10 @@ class CudaExecutor:
             if index in reached:
                 reached[index].record(stream)
         mark(self._events[1], main)
-        for launch in step:
-            enqueue("step", launch, ahead, behind_others=launch is step[0])
+        enqueue_step("step", ahead, 0, behind_others=True)
         _go_on_together([branch, ahead], [main])
         for number in range(1, self._num_steps):
-            for launch in step:
-                enqueue("later step", launch, main, number, behind_others=number == 1 and launch is step[0])
+            enqueue_step("later step", main, number, behind_others=number == 1)
         mark(self._events[2], main)
         main.download(self._download.address, self._arena.address + x, x_bytes)
 
@@ -393,6 +406,14 @@ class CudaExecutor:
         shape = driver.Shape(tuple(launch["grid"]), launch["threads"], launch["shared"], cluster)
         scalars = [as_scalar(kind, values[name]) for name, kind in self._parameters[launch["kernel"]]]
         self._kernels[launch["kernel"]].launch(shape, scalars, stream.handle, overlap)
+
+    def _launch_chain(self, chain: Data, launches: list[Data], stream: driver.Stream, step: int) -> None:
+        """Makes launches of a step at once: their arguments one after the other, then the chain's own."""
+        arguments = [argument for each in [*launches, chain] for argument in each["args"].values()]
+        kinds = [kind for _, kind in self._parameters[chain["kernel"]]]
+        scalars = [as_scalar(kind, self._resolve(each, step)) for kind, each in zip(kinds, arguments, strict=True)]
+        shape = driver.Shape(tuple(chain["grid"]), chain["threads"], chain["shared"])
+        self._kernels[chain["kernel"]].launch(shape, scalars, stream.handle)
 
     def _resolve(self, argument: Any, step: int) -> int | float | None:
         """An argument of the schedule (compiler/targets/cuda/emit.py): an address, or a number as it is."""

@@ -59,6 +59,18 @@ class Launch(Section):
     moved: FiniteFloat = 0.0
 
 
+class Chain(Section):
+    """Launches of a step that are made as one; `args` are those that it has beside theirs."""
+
+    first: Index
+    last: Index
+    kernel: Index
+    grid: Annotated[list[Blocks], Field(min_length=3, max_length=3)]
+    threads: Annotated[int, Field(ge=1, le=1024)]
+    shared: Annotated[int, Field(ge=0, le=1 << 18)]
+    args: dict[str, Any]
+
+
 class Output(Section):
     after: Index
     offset: Size
@@ -78,6 +90,7 @@ class Variant(Section):
     outputs: dict[str, Output]
     prefix: Annotated[list[Launch], Field(min_length=1)]
     step: Annotated[list[Launch], Field(min_length=1)]
+    chains: list[Chain] = []
 
 
 class Schedule(Section):
@@ -184,6 +197,11 @@ def _check_variant(place: str, variant: Data, schedule: Data, context: Context) 
             before = index if program == "prefix" else len(prefix)
             for problem in _problems(launch, before, schedule, context):
                 raise PlanError(f"{place}.{program}.{index} ({shown_key(launch['name'])}): {problem}")
+    behind = 0
+    for index, chain in enumerate(variant.get("chains", ())):
+        for problem in _problems_of_chain(chain, behind, variant["step"], schedule, context):
+            raise PlanError(f"{place}.chains.{index}: {problem}")
+        behind = chain["last"] + 1
 
 
 def _input_bytes(variant: Data, schedule: Data, context: Context) -> dict[str, int]:
@@ -227,6 +245,30 @@ def _problems(launch: Data, before: int, schedule: Data, context: Context) -> It
     for name, kind in parameters:
         if not _is_argument(launch["args"][name], kind, schedule, context):
             yield f"args.{shown_key(name)} is {_argument(launch['args'][name])}, which is no {kind} of this schedule"
+
+
+def _problems_of_chain(chain: Data, behind: int, step: list[Data], schedule: Data, context: Context) -> Iterator[str]:
+    """What is wrong with a chain. behind: the launches of the step that are made before it."""
+    first, last = chain["first"], chain["last"]
+    if not behind <= first < last < len(step):
+        yield f"is of launches {first} to {last}, expected some from {behind} on, up to {len(step) - 1}"
+        return
+    launches = step[first : last + 1]
+    if any("kernel" not in launch for launch in launches):
+        yield f"is of launches {first} to {last}, of which one is a call"
+        return
+    if chain["kernel"] >= len(schedule["kernels"]):
+        yield f"kernel is {chain['kernel']}, there are {len(schedule['kernels'])}"
+        return
+    parameters = schedule["kernels"][chain["kernel"]]["parameters"]
+    expected = [kind for launch in launches for _, kind in schedule["kernels"][launch["kernel"]]["parameters"]]
+    if [kind for _, kind in parameters] != [*expected, "int*", "int*"]:
+        yield f"its kernel does not take the arguments of launches {first} to {last}"
+    if list(chain["args"]) != [name for name, _ in parameters[-2:]]:
+        yield f"is given the arguments {', '.join(map(shown_key, chain['args']))}"
+    for name, value in chain["args"].items():
+        if not _is_argument(value, "int*", schedule, context):
+            yield f"args.{shown_key(name)} is {_argument(value)}, which is no int* of this schedule"
 
 
 def _is_argument(value: Any, kind: str, schedule: Data, context: Context) -> bool:

@@ -4,6 +4,7 @@
     specialize    ops at one size of the observation: rows, and which kind of kernel computes each linear
     choose        a tactic for every GEMM and attention, from a table or by timing
     bind          ops -> launches: kernels with their arguments by name, over buffers
+    with_chains   launches of a step that are made at once
     plan_streams  what launches wait for, and which overlap
     plan_memory   the place of every buffer in one arena
     emit          launches -> a schedule, as data in the plan
@@ -29,6 +30,7 @@ from duq.compiler.targets import GpuOptions, Target
 from duq.compiler.targets import ops as fused
 from duq.compiler.targets.cuda import timing
 from duq.compiler.targets.cuda.bind import bind
+from duq.compiler.targets.cuda.chains import with_chains
 from duq.compiler.targets.cuda.choose import choose, gemms_of
 from duq.compiler.targets.cuda.emit import Planned, emit_schedule
 from duq.compiler.targets.cuda.gemm import from_table
@@ -186,6 +188,7 @@ def plan_for(
         report.tactics(gpu, size, chosen)
     if timed:
         programs = timing.with_timed_algorithms(programs, progress)
+    programs = [with_chains(program, gpu) for program in programs]
     planned = [(program, plan_streams(program, gpu), plan_memory(program)) for program in programs]
     report.programs(gpu, planned)
     return planned

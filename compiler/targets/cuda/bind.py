@@ -25,6 +25,8 @@ from duq.compiler.targets.patterns import source_of
 from duq.compiler.targets.values import array_of, shape_of
 from duq.plugins import kernels
 from duq.plugins.gpu import Gpu
+from duq.plugins.kernels.chain import CHAIN_THREADS
+from duq.plugins.kernels.row import MAX_THREADS
 from duq.plugins.tactics import SMALL_M
 from duq.runtime.config import ModelConfig
 
@@ -133,7 +135,8 @@ def quantize(binder: Binder, op: Quantize) -> None:
         instance = kernels.hadamard_quantize(x.rows, x.columns)
         arguments: Arguments = dict(tokens=x.rows, depth=x.columns)
     else:
-        instance = kernels.rotate_quantize(x.rows, x.columns, x.type, kind, turn, padded)
+        most_threads = MAX_THREADS if binder.gpu.has_pdl or x.rows > SMALL_M else CHAIN_THREADS
+        instance = kernels.rotate_quantize(x.rows, x.columns, x.type, kind, turn, padded, most_threads=most_threads)
         arguments = dict(vectors, depth=x.columns, padded_depth=padded, block=block, epsilon=_epsilon(op.norm))
     arguments |= dict(x=x, x_q=x_q, x_scale=scale, row_stride=x.stride, slab_tokens=slabs)
     binder.launch(op, f"{op.name} (quantize)", instance, arguments, [x], [x_q, scale])

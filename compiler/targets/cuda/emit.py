@@ -7,9 +7,11 @@ A schedule names its kernels' parameters and types, and every launch its argumen
      "calls": {"cublaslt": [[name, type], ...]},
      "variants": [{"cameras", "prompt", "inputs": {name: [offset, bytes]}, "zeroed": [[offset, bytes]],
                    "outputs": {name: {"after", "offset", "rows", "columns", "stride", "type"}},
-                   "prefix": [launch], "step": [launch]}]}
+                   "prefix": [launch], "step": [launch], "chains": [chain]}]}
     launch: {"name", "kernel": index | "call": library, "grid", "threads", "shared", "cluster"?, "branch"?, "wait_for"?,
              "overlap"?, "args": {name: argument}, "work", "moved"}
+    chain: {"first", "last": of the launches of a step that it makes at once, "kernel", "grid", "threads", "shared",
+            "args": {"links", "stale_links"}}, whose kernel takes the arguments of those launches and then its own
     argument: ["a", offset in the arena], ["w", weight, bytes a step, offset], ["f", float], an int, or null
 """
 
@@ -21,7 +23,7 @@ from typing import Any
 from rich.progress import Progress
 
 from duq.compiler.targets.cuda.cubins import compile_each
-from duq.compiler.targets.cuda.launches import BYTES, Argument, Launch, Matrix, Memory, Pointer, Program, Streams, Weight
+from duq.compiler.targets.cuda.launches import BYTES, Argument, Chain, Launch, Matrix, Memory, Pointer, Program, Streams, Weight
 from duq.plugins.gpu import Gpu
 from duq.plugins.kernel import Code, Instance
 from duq.runtime.executors.schedule import SCHEDULE_VERSION
@@ -34,8 +36,7 @@ def emit_schedule(
     planned: Sequence[Planned], gpu: Gpu, pixel: str, ptx: bool, writer: PlanWriter, progress: Progress
 ) -> dict[str, Any]:
     """The schedule, without the places of the weights; writes the cubins, and with `ptx` the PTX, into the plan."""
-    launches = [launch for program, _, _ in planned for launch in program.launches]
-    wanted = {each.instance.code: each.instance for each in launches if not each.instance.kernel.is_library}
+    wanted = {each.code: each for program, _, _ in planned for each in program.kernels}
     kernels = _write_cubins(wanted, gpu, writer, progress)
     if ptx:
         _write_ptx(kernels, gpu, writer, progress)
@@ -102,6 +103,22 @@ def _variant(program: Program, streams: Streams, memory: Memory, number: Mapping
         "outputs": {name: output(*found) for name, found in program.outputs.items()},
         "prefix": [_launch(each, streams, memory, number) for each in program.prefix],
         "step": [_launch(each, streams, memory, number) for each in program.step],
+        "chains": [_chain(each, memory, number) for each in program.chains],
+    }
+
+
+def _chain(chain: Chain, memory: Memory, number: Mapping[Code, int]) -> dict[str, Any]:
+    links = {name: _argument(getattr(chain, name), "int*", memory) for name in ("links", "stale_links")}
+    return {"first": chain.first, "last": chain.last, **_shape(chain.instance, number), "args": links}
+
+
+def _shape(instance: Instance, number: Mapping[Code, int]) -> dict[str, Any]:
+    shape = instance.shape
+    return {
+        "kernel": number[instance.code],
+        "grid": list(shape.grid),
+        "threads": shape.threads,
+        "shared": shape.shared_bytes,
     }
 
 
@@ -112,11 +129,9 @@ def _launch(launch: Launch, streams: Streams, memory: Memory, number: Mapping[Co
     if instance.kernel.is_library:
         data["call"] = instance.source
     else:
-        shape = instance.shape
-        data |= {"kernel": number[instance.code], "grid": list(shape.grid), "threads": shape.threads}
-        data["shared"] = shape.shared_bytes
-        if shape.cluster != (1, 1, 1):
-            data["cluster"] = list(shape.cluster)
+        data |= _shape(instance, number)
+        if instance.shape.cluster != (1, 1, 1):
+            data["cluster"] = list(instance.shape.cluster)
     if launch.branch:
         data["branch"] = True
     if waits := streams.waits.get(launch):

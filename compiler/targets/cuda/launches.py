@@ -104,12 +104,26 @@ class Launch:
         return f"{'branch ' if self.branch else ''}{self.name}: {self.instance.expression} [{where}] ({arguments})"
 
 
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """Launches `first` to `last` of a step, each as it stands, made as the one launch of `instance` (plugins/kernels/chain.py).
+
+    links: its counters, and stale_links those of the chain ahead of it, which it clears.
+    """
+
+    first: int
+    last: int
+    instance: Instance
+    links: Pointer
+    stale_links: Pointer
+
+
 @dataclass
 class Program:
     """All launches of a call with `cameras` images and a prompt of at most `prompt` tokens.
 
     step: of each denoising step. inputs: what the host fills. zeroed: workspaces, zero before the first launch and left so by
-    each. outputs: what the prefix computes, and the launch after which it is there.
+    each. outputs: what the prefix computes, and the launch after which it is there. chains: of each step, in order.
     """
 
     cameras: int
@@ -119,10 +133,17 @@ class Program:
     inputs: list[Buffer]
     zeroed: list[Buffer]
     outputs: dict[str, tuple[Matrix, int]]
+    chains: Sequence[Chain] = ()
 
     @property
     def launches(self) -> list[Launch]:
         return [*self.prefix, *self.step]
+
+    @property
+    def kernels(self) -> list[Instance]:
+        """What is compiled for it, of each launch and chain."""
+        instances = [*(each.instance for each in self.launches), *(each.instance for each in self.chains)]
+        return [each for each in instances if not each.kernel.is_library]
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def plan_memory(program: Program) -> Memory:
     offsets: dict[Buffer, int] = {}
     end = 0
     used = _buffers(program.launches)
-    for buffer in dict.fromkeys([*(each for each in program.inputs if each in used), *used]):
+    for buffer in dict.fromkeys([*(each for each in program.inputs if each in used), *used, *program.zeroed]):
         if buffer.persistent:
             offsets[buffer], end = end, end + _aligned(buffer.bytes)
     for launches in (program.prefix, program.step):
