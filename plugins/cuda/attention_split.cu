@@ -67,7 +67,7 @@ attention_split(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
         for (int p = 0; p < 8; ++p) k_row[tile][p] = __ldcg(reinterpret_cast<const uint4*>(from + 32 * p));
       }
     }
-#pragma unroll
+#pragma unroll 2
     for (int i = 0; i < KEYS / WARPS; ++i) {
       const int place = warp + WARPS * i, key = min(begin + place, end - 1);
       if (place < padded && low <= key && key < high)
@@ -197,7 +197,7 @@ attention_split(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
 
   // A warp takes a row, 8 channels a lane; lane i weighs part i. All parts of AT_ONCE rows are asked for at once.
   constexpr int EACH = ROWS / WARPS, AT_ONCE = SPLIT <= 8 ? EACH : SPLIT <= 16 && EACH > 2 ? 2 : 1;
-#pragma unroll
+#pragma unroll 1
   for (int turn = 0; turn < EACH; turn += AT_ONCE) {
     float logarithm[AT_ONCE];
     uint4 values[AT_ONCE][SPLIT];

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,9 +18,11 @@ from duq.plugins import driver, kernels
 from duq.plugins.gpu import Gpu, gpu_of, runs_code_of, runs_ptx_of, stand_in
 from duq.plugins.kernel import Code, Instance
 from duq.plugins.kernels import Attention, GemmFloat, SplitAttention, WgmmaAttention
+from duq.plugins.kernels import chain
+from duq.plugins.kernels.row import MAX_THREADS
 from duq.plugins.layout import activation_slabs, pack_float_fragments, pack_fragments
 from duq.plugins.nvrtc import compile_cubin, compile_ptx
-from duq.plugins.tactics import Tactic
+from duq.plugins.tactics import SMALL_M, Tactic
 
 TYPES = {
     torch.bfloat16: "Bf16",
@@ -121,8 +123,41 @@ def compile_all(instances: Iterable[Instance]) -> None:
             job.result()
 
 
+class Recorded(NamedTuple):
+    """A launch that was not made."""
+
+    instance: Instance
+    arguments: Mapping[str, Value]
+
+
+_recordings: list[list[Recorded]] = []
+
+
+@contextmanager
+def recorded() -> Iterator[list[Recorded]]:
+    """Within, launches are not made but put on a list."""
+    _recordings.append([])
+    try:
+        yield _recordings[-1]
+    finally:
+        _recordings.pop()
+
+
+def chained(parts: Sequence[Recorded], links: torch.Tensor, stale_links: torch.Tensor, residents: int) -> Recorded:
+    """The launch of `parts` as a chain; links: int32, zero for each part, and those of the launch ahead."""
+    instances = [part.instance for part in parts]
+    arguments: dict[str, Value] = {"links": links, "stale_links": stale_links}
+    for number, (instance, given) in enumerate(parts):
+        values = (given.get(name) for name in instance.kernel.parameters)
+        arguments |= dict(zip(chain.names_of(number, instance), values, strict=True))
+    return Recorded(chain.chain(instances, residents), arguments)
+
+
 def run(instance: Instance, arguments: Mapping[str, Value], overlap: bool = False, options: tuple[str, ...] = ()) -> None:
     """One launch. arguments: tensors and numbers by the names of the kernel's parameters."""
+    if _recordings:
+        _recordings[-1].append(Recorded(instance, arguments))
+        return
     values = {name: Address(each) if isinstance(each, torch.Tensor) else each for name, each in arguments.items()}
     stream = torch.cuda.current_stream().cuda_stream
     kernel(instance.code, options).launch(instance.on(gpu()).shape, instance.scalars(values), stream, overlap)
@@ -236,7 +271,8 @@ def rotate_quantize(
         "slab_tokens": slab_tokens,
         "epsilon": epsilon,
     }
-    instance = kernels.rotate_quantize(m, k, TYPES[x.dtype], source, how, padded, TYPES[x_q.dtype])
+    most_threads = MAX_THREADS if gpu().has_pdl or m > SMALL_M else chain.CHAIN_THREADS
+    instance = kernels.rotate_quantize(m, k, TYPES[x.dtype], source, how, padded, TYPES[x_q.dtype], most_threads)
     run(instance, arguments, overlap)
 
 
