@@ -371,7 +371,9 @@ class CudaExecutor:
                     enqueue(program, launch, stream, number, behind_others and index == 0)
                     continue
                 made = chains[index]["last"] + 1
-                for before in sorted({each for part in step[index:made] for each in part.get("wait_for", ()) if number == 0}):
+                for before in sorted(
+                    {each for part in step[index:made] for each in part.get("wait_for", ()) if number == 0}
+                ):
                     reached[before].wait(stream)
                 self._launch_chain(chains[index], step[index:made], stream, number)
 

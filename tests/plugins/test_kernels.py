@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from typing import NamedTuple
 
@@ -12,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from duq.plugins import kernels
+from duq.plugins.errors import KernelError
 from duq.plugins.gpu import GPUS, stand_in
-from duq.plugins.kernel import Instance
+from duq.plugins.kernel import Instance, Shape
 from duq.plugins.kernels import (
     KERNELS,
     Attention,
@@ -24,6 +26,7 @@ from duq.plugins.kernels import (
     TileAttention,
     Wgmma,
     WgmmaSmall,
+    chain,
     reference,
 )
 from duq.plugins.kernels.bitblas import BITBLAS
@@ -194,6 +197,50 @@ def test_compiles_for_a_stand_in(instance, tmp_path):
         for gpu in (GPUS[90], stand_in(GPUS[120], 90))
     )
     assert foreign.image.startswith(b"\x7fELF") and foreign.symbols == own.symbols and foreign.image != own.image
+
+
+LAYER = [
+    GemmFloat(1, 1, 4, 1).instance(8, 768, "Bf16", True, "ROTARY"),
+    SplitAttention(8, 1, 16, 2).instance(8),
+    GemmFloat(1, 1, 4, 1, 2).instance(8, 256, "float", False, "NONE"),
+    kernels.rotate_quantize(8, 256, "float", "RMS_NORM", 64),
+    Small(1, 1, 4, 2).instance(8, 1024, 4, "Bf16", "GEGLU"),
+    kernels.rotate_quantize(8, 512, "Bf16", "PLAIN", 64),
+    Small(1, 1, 4, 2, 2).instance(8, 256, 4, "float"),
+]
+
+
+@pytest.mark.parametrize(
+    "sm", [pytest.param(sm, marks=[] if sm in QUICK_SMS else pytest.mark.slow) for sm in GPUS if not GPUS[sm].has_pdl]
+)
+def test_a_chain_compiles_for_every_gpu_without_programmatic_launch(sm, tmp_path):
+    made = chain.chain(LAYER, chain.residents(LAYER, GPUS[sm]))
+    cubin = compile_cubin(made.source, sm, [made.expression], made.headers, cache=tmp_path)
+    assert cubin.image.startswith(b"\x7fELF")
+
+
+def test_a_chain_takes_the_arguments_of_its_parts():
+    made = chain.chain(LAYER, 1)
+    blocks, shared_bytes = sum(math.prod(each.shape.grid) for each in LAYER), max(each.shape.shared_bytes for each in LAYER)
+    assert made.shape == Shape((blocks, 1, 1), 256, shared_bytes)
+    names = [name for number, part in enumerate(LAYER) for name in chain.names_of(number, part)]
+    assert list(made.kernel.parameters) == [*names, "links", "stale_links"]
+    assert made.type_of("part0_y") == "Bf16*" and made.type_of("part2_y") == "float*"
+    assert made.kernel.parameters["part0_bias"].optional and not made.kernel.parameters["part0_x"].optional
+    assert made.code == chain.chain(LAYER, 1).code != chain.chain(LAYER, 2).code
+
+
+def test_what_is_no_part_of_a_chain():
+    with pytest.raises(KernelError, match="no chain of geglu"):
+        chain.chain([kernels.geglu(50, 4096)], 1)
+    with pytest.raises(KernelError, match="no chain of"):
+        chain.chain(LAYER[:1] * (chain.MOST_PARTS + 1), 1)
+
+
+def test_more_blocks_stay_on_a_multiprocessor_where_shared_memory_permits():
+    large = [*LAYER, SplitAttention(8, 2, 112, 8).instance(50)]  # 73 KB
+    assert [chain.residents(LAYER, GPUS[sm]) for sm in (80, 86)] == [2, 2]
+    assert [chain.residents(large, GPUS[sm]) for sm in (80, 86)] == [2, 1]
 
 
 def test_wgmma_has_an_operand_for_every_accumulator():

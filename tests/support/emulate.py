@@ -10,6 +10,7 @@ pad the prompt, which stay NaN. Nothing can be read or written beyond the arena 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,33 @@ def launch(expression: str, shape: Shape, arguments: Mapping[str, Value] | Seque
     spelled = template.split(", ") if template else []
     by_name = dict(zip(kernel.template, spelled, strict=True))
     run_reference(kernel, Launched(name, by_name, shape.grid, shape.threads, shape.cluster), arguments)
+
+
+def parts_of_chains(plan: Plan, sm: int) -> dict[bytes, list[tuple[str, Shape]]]:
+    """The launches that each chain of a schedule makes, as expression and shape, by its images, cubin and PTX."""
+    schedule, found = json.loads(bytes(plan.read(f"schedule/sm{sm}.json"))), {}
+    for variant in schedule["variants"]:
+        for chain in variant.get("chains", ()):
+            launches = variant["step"][chain["first"] : chain["last"] + 1]
+            shapes = [Shape(tuple(each["grid"]), each["threads"], each["shared"]) for each in launches]
+            expressions = [schedule["kernels"][each["kernel"]]["expression"] for each in launches]
+            images = (schedule["kernels"][chain["kernel"]].get(kind) for kind in ("cubin", "ptx"))
+            found |= {bytes(plan.read(each)): list(zip(expressions, shapes, strict=True)) for each in images if each}
+    return found
+
+
+def launch_chain(parts: Sequence[tuple[str, Shape]], arguments: Sequence[Value]) -> None:
+    """Runs the references of its parts on the arguments of all of them, and counts as the chain does."""
+    *given, links, stale_links = arguments
+    assert isinstance(links, Pointer) and isinstance(stale_links, Pointer)
+    assert not links.read("int", len(parts)).any(), "the counters are zero ahead of a launch"
+    for expression, shape in parts:
+        count = len(KERNELS[expression.partition("<")[0]].parameters)
+        launch(expression, shape, given[:count])
+        given = given[count:]
+    assert not given
+    links.write("int", np.array([math.prod(shape.grid) for _, shape in parts], np.int32))
+    stale_links.write("int", np.zeros(len(parts), np.int32))
 
 
 def run_reference(kernel: Kernel, launched: Launched, arguments: Mapping[str, Value] | Sequence[Value]) -> None:

@@ -65,7 +65,8 @@ class _Cuda:
 
     def _variant(self, variant: Mapping[str, Json]) -> dict[str, Json]:
         programs = {name: [self._launch(each) for each in variant[name]] for name in ("prefix", "step")}
-        return {**variant, **programs}
+        chains = {"chains": [{**each, "kernel": self._code[each["kernel"]]} for each in variant.get("chains", ())]}
+        return {**variant, **programs, **(chains if "chains" in variant else {})}
 
     def _launch(self, launch: Mapping[str, Json]) -> dict[str, Json]:
         kept = {key: value for key, value in launch.items() if key not in ("name", "args")}

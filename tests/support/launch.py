@@ -17,8 +17,7 @@ import torch
 from duq.plugins import driver, kernels
 from duq.plugins.gpu import Gpu, gpu_of, runs_code_of, runs_ptx_of, stand_in
 from duq.plugins.kernel import Code, Instance
-from duq.plugins.kernels import Attention, GemmFloat, SplitAttention, WgmmaAttention
-from duq.plugins.kernels import chain
+from duq.plugins.kernels import Attention, GemmFloat, SplitAttention, WgmmaAttention, chain
 from duq.plugins.kernels.row import MAX_THREADS
 from duq.plugins.layout import activation_slabs, pack_float_fragments, pack_fragments
 from duq.plugins.nvrtc import compile_cubin, compile_ptx
@@ -333,6 +332,16 @@ def attention(
         partial, counters = meeting or meeting_place(tactic.partial_words(*sizes), tactic.groups(*sizes))
         arguments |= {"partial": partial, "counters": counters}
     run(tactic.instance(tokens, kv_heads, images), arguments, overlap)
+
+
+@contextmanager
+def meeting_places() -> Iterator[None]:
+    """Within, launches meet in places of their own: they may run beside those made before."""
+    meeting_place.cache_clear()
+    try:
+        yield
+    finally:
+        meeting_place.cache_clear()
 
 
 @functools.cache

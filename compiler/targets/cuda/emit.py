@@ -7,7 +7,7 @@ A schedule names its kernels' parameters and types, and every launch its argumen
      "calls": {"cublaslt": [[name, type], ...]},
      "variants": [{"cameras", "prompt", "inputs": {name: [offset, bytes]}, "zeroed": [[offset, bytes]],
                    "outputs": {name: {"after", "offset", "rows", "columns", "stride", "type"}},
-                   "prefix": [launch], "step": [launch], "chains": [chain]}]}
+                   "prefix": [launch], "step": [launch], "chains"?: [chain]}]}
     launch: {"name", "kernel": index | "call": library, "grid", "threads", "shared", "cluster"?, "branch"?, "wait_for"?,
              "overlap"?, "args": {name: argument}, "work", "moved"}
     chain: {"first", "last": of the launches of a step that it makes at once, "kernel", "grid", "threads", "shared",
@@ -23,7 +23,18 @@ from typing import Any
 from rich.progress import Progress
 
 from duq.compiler.targets.cuda.cubins import compile_each
-from duq.compiler.targets.cuda.launches import BYTES, Argument, Chain, Launch, Matrix, Memory, Pointer, Program, Streams, Weight
+from duq.compiler.targets.cuda.launches import (
+    BYTES,
+    Argument,
+    Chain,
+    Launch,
+    Matrix,
+    Memory,
+    Pointer,
+    Program,
+    Streams,
+    Weight,
+)
 from duq.plugins.gpu import Gpu
 from duq.plugins.kernel import Code, Instance
 from duq.runtime.executors.schedule import SCHEDULE_VERSION
@@ -103,7 +114,7 @@ def _variant(program: Program, streams: Streams, memory: Memory, number: Mapping
         "outputs": {name: output(*found) for name, found in program.outputs.items()},
         "prefix": [_launch(each, streams, memory, number) for each in program.prefix],
         "step": [_launch(each, streams, memory, number) for each in program.step],
-        "chains": [_chain(each, memory, number) for each in program.chains],
+        **({"chains": [_chain(each, memory, number) for each in program.chains]} if program.chains else {}),
     }
 
 

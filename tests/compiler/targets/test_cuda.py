@@ -21,6 +21,7 @@ from duq.compiler.targets.cuda import CudaOptions, cubins
 from duq.compiler.targets.cuda.launches import ALIGNMENT
 from duq.compiler.targets.fuse import check_covered
 from duq.plugins.errors import DuqError
+from duq.plugins.gpu import GPUS
 from duq.plugins.kernels import KERNELS
 from duq.plugins.kernels.library import MATMUL
 from duq.plugins.nvrtc import Cubin
@@ -264,7 +265,8 @@ def test_the_plan_has_all_that_its_schedules_name(preset, tiny_plans):
             if isinstance(argument, list) and argument[0] == "w"
         }
         assert named <= set(schedule["weights"])
-        used = {each["kernel"] for each in launches if "kernel" in each}
+        chains = [each for variant in schedule["variants"] for each in variant.get("chains", ())]
+        used = {each["kernel"] for each in [*launches, *chains] if "kernel" in each}
         assert used == set(range(len(schedule["kernels"])))
 
 
@@ -301,6 +303,25 @@ def test_launches_overlap_only_where_the_gpu_and_both_kernels_can(sm, overlaps, 
     launches = schedule["variants"][0]["step"]
     assert any("overlap" in each for each in launches) == overlaps
     assert not any("overlap" in each for each in launches if "call" in each)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_layer_of_a_step_is_one_launch_where_kernels_do_not_overlap(policy, preset, tiny_plans):
+    plan = Plan(tiny_plans(policy, preset, "cuda").plan)
+    depth = plan.manifest["model"]["llm"]["depth"]
+    for sm in ARCHITECTURES:
+        schedule = json.loads(bytes(plan.read(f"schedule/sm{sm}.json")))
+        for variant in schedule["variants"]:
+            chains, step = variant.get("chains", []), variant["step"]
+            assert len(chains) == (0 if GPUS[sm].has_pdl else depth), sm
+            made = [step[each["first"] : each["last"] + 1] for each in chains]
+            assert all("attention" in schedule["kernels"][layer[1]["kernel"]]["expression"] for layer in made)
+            assert sum(map(len, made)) + 3 >= len(step) or not chains  # all but what comes before and behind the layers
+            for number, chain in enumerate(chains):
+                assert chain["args"]["stale_links"] == chains[number - 1]["args"]["links"] != chain["args"]["links"]
+                start, size = variant["zeroed"][-1]
+                assert chain["args"]["links"][1] in range(start, start + size)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import math
 import os
 from dataclasses import asdict, replace
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -64,12 +66,21 @@ def pointer(address: int | None) -> Pointer | None:
 
 
 class Kernel:
-    def __init__(self, expression: str):
-        self.expression, self.module = expression, Resource()
+    chains: ClassVar[dict] = {}  # of the plan: what emulate.parts_of_chains says of it
+    chain_launches: ClassVar[int] = 0
 
-    def launch(self, shape: Shape, arguments, stream: int, overlap: bool) -> None:
+    def __init__(self, expression: str, image: bytes):
+        self.expression, self.image, self.module = expression, image, Resource()
+
+    def launch(self, shape: Shape, arguments, stream: int, overlap: bool = False) -> None:
         values = [pointer(each.value) if isinstance(each, ctypes.c_void_p) else each.value for each in arguments]
-        emulate.launch(self.expression, shape, values)
+        if self.expression == "chain":
+            parts = Kernel.chains[bytes(self.image)]
+            assert shape.grid == (sum(math.prod(each.grid) for _, each in parts), 1, 1)
+            emulate.launch_chain(parts, values)
+            Kernel.chain_launches += 1
+        else:
+            emulate.launch(self.expression, shape, values)
 
 
 class Library(Resource):
@@ -88,7 +99,7 @@ def on_the_host(monkeypatch):
     driver = SimpleNamespace(
         open_device=lambda: 90, block_shared_bytes=lambda: 227 << 10, free_memory=lambda: (1 << 40, 1 << 40), Shape=Shape,
         cuda_version=lambda: Version(13, 0), Memory=Block, PinnedArray=Block,
-        Stream=OneStream, Event=Ordered, load=lambda cubin: {each: Kernel(each) for each in cubin.symbols},
+        Stream=OneStream, Event=Ordered, load=lambda cubin: {each: Kernel(each, cubin.image) for each in cubin.symbols},
     )  # fmt: skip
     monkeypatch.setattr(executor, "driver", driver)
     monkeypatch.setattr(executor, "CublasLt", Library)
@@ -205,9 +216,12 @@ def on_a_gpu(on_the_host, monkeypatch):
     ("gpu", "program", "image"),
     [(86, 86, "cubin"), (89, 86, "cubin"), (87, 86, "ptx"), (90, 90, "cubin"), (120, 86, "ptx"), (999, 86, "ptx")],
 )
-def test_runs_the_program_that_suits_the_gpu(gpu, program, image, on_a_gpu, tiny_plans, caplog):
+def test_runs_the_program_that_suits_the_gpu(gpu, program, image, on_a_gpu, tiny_plans, caplog, monkeypatch):
+    """With chains where it has some, each of which does what its launches do."""
     caplog.set_level(logging.INFO, "duq")
     loaded, plan = on_a_gpu(gpu), Plan(tiny_plans("pi0", DEFAULT_PRESET, "cuda").plan)
+    monkeypatch.setattr(Kernel, "chains", emulate.parts_of_chains(plan, program))
+    monkeypatch.setattr(Kernel, "chain_launches", 0)
     config = ModelConfig.from_json(plan.manifest["model"])
     policy, inputs, noise = executor.CudaExecutor(plan), make_inputs(config, *CALLS[1]), make_noise(config)
     by = nvrtc_version()
@@ -219,6 +233,8 @@ def test_runs_the_program_that_suits_the_gpu(gpu, program, image, on_a_gpu, tiny
     assert loaded and all(each.startswith(b"\x7fELF" if image == "cubin" else b"//") for each in loaded)
     assert image == "cubin" or all(each.endswith(b"\0") for each in loaded)
     np.testing.assert_array_equal(policy.run(inputs, noise)[0], emulate.run(plan, program, inputs, noise))
+    layers = config.llm.depth * plan.manifest["num_steps"]
+    assert Kernel.chain_launches == (layers if program == 86 else 0)
     (record,) = caplog.records
     assert f"program for SM {program} on a GPU of SM {gpu}" in record.message
     assert record.levelname == ("INFO" if image == "cubin" else "WARNING")

@@ -75,6 +75,55 @@ def test_an_error_names_the_launch_and_what_is_wrong(place, value, says):
     assert str(error.value).startswith(says)
 
 
+def with_a_chain() -> dict:
+    """A schedule whose step is three launches, of which the last two are a chain."""
+    data = copy.deepcopy(schedule())
+    parameters = data["kernels"][0]["parameters"]
+    both = [[f"part{part}_{name}", kind] for part in (0, 1) for name, kind in parameters]
+    links = [["links", "int*"], ["stale_links", "int*"]]
+    data["kernels"].append(data["kernels"][0] | {"expression": "chain", "parameters": [*both, *links]})
+    for variant in data["variants"]:
+        variant["step"] *= 3
+        args = {"links": ["a", 256], "stale_links": ["a", 320]}
+        variant["chains"] = [
+            {"first": 1, "last": 2, "kernel": 1, "grid": [8, 1, 1], "threads": 128, "shared": 1024, "args": args}
+        ]
+    return data
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"first": 2}, "is of launches 2 to 2, expected some from 0 on, up to 2"),
+        ({"last": 3}, "is of launches 1 to 3, expected some from 0 on, up to 2"),
+        ({"first": 0}, "its kernel does not take the arguments of launches 0 to 2"),
+        ({"kernel": 0}, "its kernel does not take the arguments of launches 1 to 2"),
+        ({"kernel": 2}, "kernel is 2, there are 2"),
+        ({"args": {"links": ["a", 256]}}, "is given the arguments links"),
+        ({"args": {"links": ["a", 1 << 20], "stale_links": ["a", 0]}}, 'args.links is ["a", 1048576], which is no int*'),
+        ({"args": {"links": 5, "stale_links": ["a", 0]}}, "args.links is 5, which is no int*"),
+    ],
+)
+def test_what_a_chain_may_say(change, says):
+    check_schedule(with_a_chain(), CONTEXT)
+    data = with_a_chain()
+    data["variants"][0]["chains"][0] |= change
+    with pytest.raises(PlanError) as error:
+        check_schedule(data, CONTEXT)
+    assert str(error.value).startswith(f"variants.0.chains.0: {says}")
+
+
+def test_chains_follow_each_other_and_make_no_calls():
+    data = with_a_chain()
+    data["variants"][0]["chains"] *= 2
+    with pytest.raises(PlanError, match=re.escape("variants.0.chains.1: is of launches 1 to 2, expected some from 3 on")):
+        check_schedule(data, CONTEXT)
+    data = with_a_chain()
+    data["variants"][0]["step"][2] = data["variants"][0]["prefix"][1]
+    with pytest.raises(PlanError, match=re.escape("variants.0.chains.0: is of launches 1 to 2, of which one is a call")):
+        check_schedule(data, CONTEXT)
+
+
 @pytest.mark.parametrize("missing", ["state", "past"])
 def test_an_input_that_the_executor_writes_has_a_place(missing):
     data = copy.deepcopy(schedule())
