@@ -33,6 +33,8 @@ class Report:
             stem = f"sm{gpu.sm}-{program.cameras}x{program.prompt}"
             for name, launches in (("prefix", program.prefix), ("step", program.step)):
                 self(f"{stem}-bind-{name}", "".join(f"{index:4d} {each}\n" for index, each in enumerate(launches)))
+            chains = [f"{each.first:4d} to {each.last}: {each.instance.shape}\n" for each in program.chains]
+            self(f"{stem}-chains", "".join(chains))
             waits = [f"{launch.name}: waits for {found}\n" for launch, found in streams.waits.items() if found]
             self(f"{stem}-plan-streams", "".join([*waits, *(f"{each.name}: overlaps\n" for each in program.launches
                                                             if each in streams.overlaps)]))  # fmt: skip
