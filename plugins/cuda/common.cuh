@@ -35,7 +35,8 @@ template <> __device__ inline unsigned pack2<Half>(float low, float high) {
 // Weights may be read at once; everything another kernel writes only after wait_for_inputs(). A GEMM lets the next
 // kernel start when its own loads are over, the short prologues at once, so that the GEMM after them loads weights
 // meanwhile. (GEMMs that let it start at once, or prologues that do so late, made a chain slower.) No-ops in an
-// ordinary launch; in a chain (chain.cu) the first waits for the part ahead. NO_PDL, NO_CLUSTER: plugins/nvrtc.py defines them for GPUs that are not to use these features.
+// ordinary launch; in a chain (chain.cu) the first waits for the part ahead. NO_PDL, NO_CLUSTER: plugins/nvrtc.py defines
+// them for GPUs that are not to use these features.
 #ifdef CHAIN
 __device__ inline void wait_for_inputs();  // chain.cu
 #else

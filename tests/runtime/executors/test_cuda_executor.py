@@ -350,7 +350,7 @@ def test_a_plan_that_changes_while_it_goes_to_the_gpu(when, on_the_host, tmp_pat
 
     if when == "kernels are loaded":
         monkeypatch.setattr(
-            executor.driver, "load", lambda cubin: change() or {each: Kernel(each) for each in cubin.symbols}
+            executor.driver, "load", lambda cubin: change() or {each: Kernel(each, cubin.image) for each in cubin.symbols}
         )
     else:
         monkeypatch.setattr(OneStream, "upload", change)
