@@ -76,7 +76,7 @@ def _bench(
         choice(VARIANTS, "--variant", help="Made checkpoints to measure; by default tiny and small, gpu: full.", **SUITE),
     ] = None,
     checkpoint: Annotated[
-        str | None, typer.Option(metavar="CHECKPOINT", help="Measure this checkpoint instead.", **SUITE)
+        str | None, typer.Option("--checkpoint", metavar="CHECKPOINT", help="Measure this checkpoint instead.", **SUITE)
     ] = None,
     pi05: Annotated[bool, typer.Option("--pi05", help="pi0.5 instead of pi0.", **SUITE)] = False,
     quant: Annotated[

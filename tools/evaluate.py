@@ -64,7 +64,7 @@ def _evaluate(
         list[str] | None, choice(SCHEMES, "--scheme", help="Repeatable; by default all of ten Euler steps.")
     ] = None,
     task: Annotated[
-        list[str] | None, typer.Option(metavar="TASK", help="Repeatable; by default those it was trained on.")
+        list[str] | None, typer.Option("--task", metavar="TASK", help="Repeatable; by default those it was trained on.")
     ] = None,
     episodes: Annotated[int, typer.Option(min=1, help="Of each task and scheme.")] = 100,
     execute: Annotated[int, typer.Option(min=1, help="Actions of a chunk to carry out before asking again.")] = 8,
