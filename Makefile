@@ -11,6 +11,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 WORK ?= build/demo
+# Bytecode is kept, also where the environment says otherwise, as images of containers do: tests start hundreds of programs, and
+# each would compile PyTorch's sources anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test
 demo: .venv/installed
