@@ -42,6 +42,7 @@ gc.disable()  # until all is imported, which is no garbage
 def pytest_collection_finish():
     """A full collection would walk a million objects of the libraries, again and again."""
     gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
     gc.enable()
 
 

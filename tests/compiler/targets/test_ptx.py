@@ -41,7 +41,7 @@ def test_the_lowest_program_has_ptx_beside_its_cubins(policy, preset, tiny_plans
 
 @pytest.mark.parametrize(
     ("sm", "every_instance"),  # 86 is in the plans
-    [(80, True), *((sm, False) for sm in (87, 89)), *(pytest.param(sm, True, marks=pytest.mark.slow) for sm in (87, 89))],
+    [(sm, False) for sm in (80, 87, 89)] + [pytest.param(sm, True, marks=pytest.mark.slow) for sm in (80, 87, 89)],
 )
 def test_every_kernel_compiles_to_ptx(sm, every_instance, tiny_plans):
     codes, kernels = {}, set()
