@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import gc
 import hashlib
 import json
 import os
@@ -35,6 +36,14 @@ from duq.runtime.preprocess import Preprocessor
 from tests.support.quant_policy import observation
 
 torch.set_num_threads(1)
+gc.disable()  # until all is imported, which is no garbage
+
+
+def pytest_collection_finish():
+    """A full collection would walk a million objects of the libraries, again and again."""
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

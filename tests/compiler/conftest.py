@@ -14,7 +14,7 @@ from tests.support.quant_policy import observation, tiny_checkpoint
 @pytest.fixture(scope="module", params=[False, True], ids=["pi0", "pi05"])
 def calibrated_policy(request):
     """A checkpoint of a few thousand weights, calibration inputs, and one input without padding."""
-    checkpoint = tiny_checkpoint(request.param)
+    checkpoint = tiny_checkpoint(request.param, depth=2)
     checkpoint = SimpleNamespace(**vars(checkpoint), layout="openpi", norm_stats=None, tokenizer=None, finite=True)
     config = checkpoint.config
     full = observation(config, 5)

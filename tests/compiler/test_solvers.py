@@ -139,7 +139,7 @@ def test_the_tensorrt_network_computes_what_pytorch_does(policy, tiny_plans):
 
     checkpoint = load_checkpoint(tiny_plans(policy, "none").checkpoint)
     inputs, noise = make_inputs(checkpoint.config, (True, False, False)), make_noise(checkpoint.config)
-    graphs = export(checkpoint.config, checkpoint.weights, 3, solver="ab2")
+    graphs = export(checkpoint.config, checkpoint.weights, STEPS, solver="ab2")
     rewrite(graphs, (*PHASES, *TARGETS["tensorrt"].phases))
     table = take_embeddings(graphs.prefix).const_value.numpy().astype(np.float32)
     float32 = FloatType("fp32", ir.DataType.FLOAT, np.float32, "float")
@@ -164,10 +164,10 @@ def test_the_tensorrt_network_computes_what_pytorch_does(policy, tiny_plans):
         "state": inputs.state,
         "x": noise,
     }
-    whole = unroll(prefix, step, 3)
+    whole = unroll(prefix, step, STEPS)
     assert {value.name for value in whole.graph.inputs} == set(feeds)
     (actions,) = ReferenceEvaluator(with_weights(whole)).run(None, feeds)
-    np.testing.assert_allclose(actions, sample(build_model(checkpoint), inputs, noise, "ab2", 3), atol=1e-3)
+    np.testing.assert_allclose(actions, sample(build_model(checkpoint), inputs, noise, "ab2"), atol=1e-3)
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from tests.fuzz.kinds import KINDS, check
 from tests.fuzz.mutate import _places, damage, edit_json, edit_lines, edit_npz, edit_safetensors, edit_zip
 
 SLOW = {"orbax", "ocdbt"}  # a whole policy is converted each time
-EDITS = 100  # a tenth of the campaign
+EDITS = [40, pytest.param(100, marks=pytest.mark.slow)]  # of the campaign's 1000
 
 
 @pytest.fixture(scope="session")
@@ -37,13 +37,14 @@ def intact(tmp_path_factory):
     return made
 
 
+@pytest.mark.parametrize("edits", EDITS)
 @pytest.mark.parametrize("name", KINDS)
-def test_edited_files_are_read_or_refused(name, intact):
+def test_edited_files_are_read_or_refused(name, edits, intact):
     folder = intact(name)
     KINDS[name].read(folder)  # intact, they are read
     ends = set()
 
-    @settings(max_examples=EDITS // 4 if name in SLOW else EDITS, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=edits // 4 if name in SLOW else edits, deadline=None, derandomize=True, database=None)
     @given(st.integers(0, 10**6))
     def edit(seed: int) -> None:
         ends.add(check(name, folder, seed) is None)

@@ -18,7 +18,7 @@ from tests.support import emulate
 from tests.support.inputs import make_inputs, make_noise
 
 SILENT = Progress(disable=True)
-SETTINGS = {"num_steps": 2, "cameras": 1}
+SETTINGS = {"num_steps": 4, "cameras": 1}
 
 
 EACH_CARD = pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)

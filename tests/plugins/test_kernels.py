@@ -149,7 +149,7 @@ SMALLEST = [
     kernels.epilogue(50, 1024, "Bf16", True, "GEGLU"),
     kernels.epilogue(50, 1024, "float", False),
 ]
-QUICK_SMS = (80, 86, 90, 120)  # the others are of the same generations
+QUICK_SMS = (80, 120)  # the plans of tests/conftest.py are for 86 and 90; the others are of the same generations
 BY_WGMMA = [
     Wgmma(1, 1, 2).instance(8, 64, 4, "float"),
     Wgmma(1, 1, 2, 2).instance(8, 64, 4, "float"),

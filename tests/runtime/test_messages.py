@@ -120,7 +120,7 @@ def scalar(data, dtype) -> bytes:
     (scalar(300, "|u1"), "300 is no uint8"),
     (scalar([1], "<f4"), "is a list, expected a number or text"),
     (scalar(1, "|O"), "dtype '|O'"),
-])  # fmt: skip
+], ids=lambda each: each if isinstance(each, str) else f"{len(each)} bytes")  # fmt: skip
 def test_hostile_messages(data, message):
     with pytest.raises(MessageError, match=message):
         unpack(data)

@@ -16,13 +16,13 @@ from duq.runtime.preprocess import ModelInputs
 SILENT = Progress(disable=True)
 
 
-def tiny_config(pi05: bool = False) -> ModelConfig:
+def tiny_config(pi05: bool = False, depth: int = 3) -> ModelConfig:
     """4 tokens an image, two key/value heads, and widths that blocks of 64 do not divide."""
     return ModelConfig(
         pi05=pi05,
         vision=VisionConfig(width=48, depth=2, mlp_width=80, heads=2, image_size=28),
-        llm=GemmaConfig(width=64, depth=3, mlp_width=128, heads=4, kv_heads=2, head_dim=16),
-        expert=GemmaConfig(width=32, depth=3, mlp_width=96, heads=4, kv_heads=2, head_dim=16),
+        llm=GemmaConfig(width=64, depth=depth, mlp_width=128, heads=4, kv_heads=2, head_dim=16),
+        expert=GemmaConfig(width=32, depth=depth, mlp_width=96, heads=4, kv_heads=2, head_dim=16),
         vocab_size=50,
         action_dim=8,
         action_horizon=5,
@@ -30,10 +30,10 @@ def tiny_config(pi05: bool = False) -> ModelConfig:
     )
 
 
-def tiny_checkpoint(pi05: bool = False, seed: int = 0) -> SimpleNamespace:
+def tiny_checkpoint(pi05: bool = False, seed: int = 0, depth: int = 3) -> SimpleNamespace:
     """Weights N(0, 1 / K) with channels of unequal size, so that every factor of a transform differs from 1."""
     torch.manual_seed(seed)
-    config = tiny_config(pi05)
+    config = tiny_config(pi05, depth)
     weights = {}
     for name, tensor in Pi0(config).state_dict().items():
         weight = torch.randn(tensor.shape) / max(1, tensor[0].numel()) ** 0.5

@@ -259,7 +259,8 @@ def test_compile_and_quantize_print_one_json_object(command_line, tiny_plans, tm
     assert any("only one observation" in line for line in quantized["warnings"])  # also on stderr
     assert all(f"warning: {line}\n" in ran.err for line in quantized["warnings"])
     assert "Calibrating" in ran.err
-    quiet = command_line(compile_main, *policy, "--packs", packs, "--out", plan, "--json", "--quiet")
+    steps = ("--num-steps", 4)  # the trace of tiny_plans
+    quiet = command_line(compile_main, *policy, "--packs", packs, *steps, "--out", plan, "--json", "--quiet")
     compiled = json.loads(quiet.out)
     assert quiet.err == ""  # no progress
     assert compiled["bytes"] == plan.stat().st_size and compiled["linears"].keys() == quantized["linears"].keys()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.schedules import schedule_for
+from benchmarks import schedules
 from duq.plugins.gpu import gpu_of
 from duq.runtime.config import ModelConfig
 from duq.runtime.plan import Plan
@@ -97,11 +97,12 @@ def test_duq_profile_estimates_no_more(plan, command_line):
 
 
 @pytest.mark.parametrize("sm", [86, pytest.param(90, marks=pytest.mark.slow)])
-def test_a_schedule_from_sizes_is_that_of_a_plan(sm, plan):
+def test_a_schedule_from_sizes_is_that_of_a_plan(sm, plan, monkeypatch):
     """Launch by launch: the compiler's schedule of weights that are not there, which docs/performance.md is made of."""
     opened = Plan(plan, verify=False)
     compiled = json.loads(opened.read(f"schedule/sm{sm}.json"))
-    made = schedule_for(ModelConfig.from_json(opened.manifest["model"]), gpu_of(sm))
+    monkeypatch.setattr(schedules, "STEPS", opened.manifest["num_steps"])
+    made = schedules.schedule_for(ModelConfig.from_json(opened.manifest["model"]), gpu_of(sm))
     for ours, theirs in zip(made["variants"], compiled["variants"], strict=True):
         for half in ("prefix", "step"):
             assert [_without_places(made, launch) for launch in ours[half]] == [

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-import transformers
-from transformers.models.gemma.modeling_gemma import GemmaModel
-from transformers.models.paligemma.modeling_paligemma import PaliGemmaModel
 
 from duq.compiler.model import Pi0
 from duq.compiler.model.gemma import Gemma, rotary_embedding
 from duq.runtime.config import GemmaConfig, ModelConfig, VisionConfig
+
+if TYPE_CHECKING:  # it takes seconds to import, which every process of pytest-xdist would do to collect
+    import transformers
+    from transformers.models.gemma.modeling_gemma import GemmaModel
+    from transformers.models.paligemma.modeling_paligemma import PaliGemmaModel
 
 TOLERANCE = 2e-5  # max abs, on values of order 1 to 10
 VOCAB_SIZE = 64
@@ -35,6 +38,8 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def peer_config(config: GemmaConfig) -> transformers.GemmaConfig:
+    import transformers
+
     return transformers.GemmaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=config.width,
@@ -48,6 +53,8 @@ def peer_config(config: GemmaConfig) -> transformers.GemmaConfig:
 
 
 def peer_gemma(ours: Gemma, config: GemmaConfig) -> GemmaModel:
+    from transformers.models.gemma.modeling_gemma import GemmaModel
+
     peer = GemmaModel(peer_config(config)).eval().requires_grad_(False)
     peer.load_state_dict({"embed_tokens.weight": peer.embed_tokens.weight, **ours.state_dict()}, strict=True)
     return peer
@@ -71,6 +78,9 @@ def policy() -> Pi0:
 
 @pytest.fixture(scope="module")
 def paligemma(policy) -> PaliGemmaModel:
+    import transformers
+    from transformers.models.paligemma.modeling_paligemma import PaliGemmaModel
+
     config = transformers.PaliGemmaConfig(
         text_config=peer_config(LLM).to_dict(),
         vision_config=dict(

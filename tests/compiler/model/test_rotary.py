@@ -10,8 +10,6 @@ import onnx_ir as ir
 import pytest
 import torch
 from rich.progress import Progress
-from transformers import GemmaConfig as PeerConfig
-from transformers.models.gemma.modeling_gemma import GemmaModel
 
 import duq.compiler.accuracy.compare
 from duq.compiler.accuracy.compare import check_match, compare
@@ -47,6 +45,10 @@ def frequencies(head_dim: int, precision: str) -> np.ndarray:
 @pytest.mark.parametrize("precision", ["exact", "bfloat16"])
 def test_angles_are_those_of_a_transformers_model_in_that_type(head_dim, precision):
     """model.to(bfloat16) rounds inv_freq and nothing else of the angles."""
+    # Seconds, which every process of pytest-xdist would spend to collect.
+    from transformers import GemmaConfig as PeerConfig
+    from transformers.models.gemma.modeling_gemma import GemmaModel
+
     sizes = dict(vocab_size=8, hidden_size=32, num_hidden_layers=1, intermediate_size=16, num_attention_heads=1)
     peer = GemmaModel(PeerConfig(**sizes, num_key_value_heads=1, head_dim=head_dim))
     peer = peer.to(torch.bfloat16 if precision == "bfloat16" else torch.float32)

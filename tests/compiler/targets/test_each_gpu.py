@@ -43,7 +43,8 @@ def graphs(trace_once):
     def of(size: str, quant: str, pi05: bool):
         key = size, quant, pi05
         if key not in found:
-            found[key] = rewritten(make_config(pi05=pi05, **SIZES[size][0]), quant, num_steps=4)
+            config = replace(make_config(pi05=pi05, **SIZES[size][0]), rotary="bfloat16")
+            found[key] = rewritten(config, quant, num_steps=4)
         return found[key]
 
     return of

@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import itertools
 import json
 import math
 from types import SimpleNamespace
@@ -142,7 +141,8 @@ def compiled(tiny_plans, tmp_path_factory):
     return plan
 
 
-PLANS = list(itertools.product(["pi0", "pi05"], ["graph", "unrolled"]))
+UNROLLED_PI05 = pytest.param("pi05", "unrolled", marks=pytest.mark.slow)  # pi0's is, and the parts are those of "graph"
+PLANS = [("pi0", "graph"), ("pi05", "graph"), ("pi0", "unrolled"), UNROLLED_PI05]
 
 
 @needs_tensorrt
@@ -184,7 +184,7 @@ def test_every_quantized_linear_runs_a_bitblas_kernel(compiled, policy):
 
 
 @needs_tensorrt
-@pytest.mark.parametrize("policy", ["pi0", "pi05"])
+@pytest.mark.parametrize("policy", ["pi0", pytest.param("pi05", marks=pytest.mark.slow)])
 def test_loops_have_the_same_operators_per_step(compiled, policy):
     graph = engines_of(compiled(policy, "graph"))
     (unrolled,) = engines_of(compiled(policy, "unrolled")).values()
