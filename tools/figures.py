@@ -130,8 +130,8 @@ def _form(file: Path) -> str:
 
 
 def success_of_docs(page: str, episodes: int = 300) -> list[Success]:
-    """The rows of the table with pushes, the last that has a column of success rates."""
-    rows = _rows(page, "| success, % |")[-1]
+    """The rows of the Meta-World policy's table with pushes, its last that has a column of success rates and one of SQNR."""
+    rows = _rows(page, "| success, % | against fp32 | steps | action error | jerk | SQNR, dB |")[-1]
     found = []
     for name, success, _, _, error, *_ in rows:
         successes = round(float(success.split()[0]) * episodes / 100)
