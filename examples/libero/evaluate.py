@@ -341,9 +341,13 @@ def checked_starts(
     for name, kind, what in arms:
         if names.count(name) > 1:
             raise DuqError(f"two policies are called {name}; name them: --plan NAME=FILE")
-        for path in what.split("@") if kind == "torch" else [what]:
-            if not (Path(path).exists() or path != what and bits_of(path)):
+        file, _, quantized = what.partition("@") if kind == "torch" else (what, "", "")
+        naive = bits_of(quantized) is not None
+        for path in [file] if naive or not quantized else [file, quantized]:
+            if not Path(path).exists():
                 raise DuqError(f"--{kind} {what}: there is no {path}")
+        if naive and Path(quantized).exists():
+            raise DuqError(f"--{kind} {what}: {quantized} exists, and is a naive scheme too; write ./{quantized} for packs")
         if kind == "torch" and "plan" not in [each for _, each, _ in arms]:
             raise DuqError("--torch takes its settings from a plan of the same checkpoint: give one with --plan")
     known = tasks(suite)

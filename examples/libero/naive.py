@@ -32,7 +32,7 @@ def quantize_naively(model: nn.Module, config: ModelConfig, weight_bits: int, ac
     from duq.compiler.quant.linears import select_linears
 
     for name in select_linears(load_recipe("all", {}, environment={}), config):
-        linear = model.get_submodule(name)
-        linear.weight.data = rounded(linear.weight.data, weight_bits)  # type: ignore[arg-type]
-        linear.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0], activation_bits),))
+        weight = model.get_parameter(f"{name}.weight")
+        weight.data = rounded(weight.data, weight_bits)
+        model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0], activation_bits),))
     return model

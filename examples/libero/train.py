@@ -262,7 +262,7 @@ def velocities(
 
 
 class Patches(siglip.Embeddings):
-    """The embedding of patches as a matrix product: of convolutions, cuDNN's take ten times as long for so few channels."""
+    """The embedding of patches as a matrix product: cuDNN's convolutions of so few channels took 20 of a step's 94 ms (H200)."""
 
     def forward(self, images: Tensor) -> Tensor:
         """images [N, 3, S, S] -> tokens [N, (S / patch)^2, width]."""

@@ -443,6 +443,13 @@ def test_a_report_of_something_else(tmp_path, command_line, content, arguments, 
     assert done.code == 2 and message in done.err and "Traceback" not in done.err
 
 
+def test_packs_called_like_a_naive_scheme_are_not_passed_over(command_line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "W4A8").mkdir()
+    assert "write ./W4A8 for packs" in command_line(evaluate.main, "--torch", ".@W4A8").err
+    assert "give one with --plan" in command_line(evaluate.main, "--torch", ".@./W4A8").err
+
+
 @pytest.mark.parametrize("arguments, message", [
     ([], "who drives? give one of"),
     (["--plan", "/nowhere/a.plan"], "there is no /nowhere/a.plan"),
@@ -450,6 +457,7 @@ def test_a_report_of_something_else(tmp_path, command_line, content, arguments, 
     (["--torch", "."], "give one with --plan"),
     (["--torch", ".@W4A8"], "give one with --plan"),
     (["--torch", ".@W4A9"], "there is no W4A9"),
+    (["--torch", "W4A8@."], "there is no W4A8"),
     (["--plan", "a=.", "--plan", "a=.."], "two policies are called a"),
     (["--replay", ".", "--out", "/nowhere/e.jsonl"], "--out /nowhere/e.jsonl"),
 ])  # fmt: skip

@@ -60,5 +60,11 @@ def test_an_evaluation_that_fails_leaves_the_others_running(everything):
     assert code == 1 and len(calls) == 5 and not any("report" in call for call in calls)
 
 
+@pytest.mark.parametrize("which", ["--places permuted --episodes 1", "demonstrations"])
+def test_a_collection_that_fails_ends_it(everything, which):
+    code, calls = everything("collect", "render", fails=which)
+    assert code == 1 and len(calls) == 3
+
+
 def test_unknown_stages_are_refused(everything):
     assert everything("cook") == (2, [])
