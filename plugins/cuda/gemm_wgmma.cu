@@ -131,7 +131,11 @@ gemm_wgmma(const signed char* x_q, const float* x_scale, const unsigned char* we
       if constexpr (IN_PLACE)
         if (EPILOGUE != NONE || !residual) {
           int* const of_group = staging + warp / 4 * 4 * staging_words(1);
-          store_group_tile(acc[0], of_group, scales, first_token, first_row - 16 * (warp % 4), epilogue);
+          const int row_of_group = first_row - 16 * (warp % 4);
+          if (bias)
+            store_group_tile<true>(acc[0], of_group, scales, first_token, row_of_group, epilogue);
+          else
+            store_group_tile<false>(acc[0], of_group, scales, first_token, row_of_group, epilogue);
           continue;
         }
       const typename E::Columns columns = columns_of_lane<1>(first_row, epilogue);  // no registers to load it ahead

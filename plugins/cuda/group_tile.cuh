@@ -33,7 +33,8 @@ template <int TOKENS8> struct TokenScales {
   }
 };
 
-template <int BITS, int EPILOGUE, class Out, int TOKENS8>
+// BIASED: whether epilogue.bias is there.
+template <bool BIASED, int BITS, int EPILOGUE, class Out, int TOKENS8>
 __device__ inline void store_group_tile(const int (&acc)[TOKENS8][4], int* staging, const TokenScales<TOKENS8>& scales,
                                         int first_token, int first_row, const Epilogue<BITS, EPILOGUE, Out>& epilogue) {
   static_assert(sizeof(Out) == 2);
@@ -51,7 +52,7 @@ __device__ inline void store_group_tile(const int (&acc)[TOKENS8][4], int* stagi
   unsigned target[2];  // of lanes 0..7, which give stmatrix its addresses
   for (int half = 0; half < 2; ++half) {
     scale[half] = epilogue.weight_scale[row + 8 * half] * (BITS == 4 ? 0.0625f : 1.0f);  // INT4 weights come times 16
-    bias[half] = epilogue.bias ? epilogue.bias[row + 8 * half] : 0.0f;
+    if (BIASED) bias[half] = epilogue.bias[row + 8 * half];
     target[half] = at + place(lane % 8, PARTS == 2 ? warp : 2 * warp + half);
   }
 #pragma unroll
@@ -63,8 +64,10 @@ __device__ inline void store_group_tile(const int (&acc)[TOKENS8][4], int* stagi
       float of_token[2], v[2][2];
       scales.of(j, of_token);
       for (int half = 0; half < 2; ++half)
-        for (int odd = 0; odd < 2; ++odd)
-          v[half][odd] = __fadd_rn(dequantized(acc[j][2 * half + odd], scale[half], of_token[odd]), bias[half]);
+        for (int odd = 0; odd < 2; ++odd) {
+          v[half][odd] = dequantized(acc[j][2 * half + odd], scale[half], of_token[odd]);
+          if (BIASED) v[half][odd] = __fadd_rn(v[half][odd], bias[half]);
+        }
       if constexpr (PARTS == 2)
         store_transposed(target[0] + (j - first) * BYTES,
                          pack2<Out>(gelu_tanh(v[0][0]) * v[1][0], gelu_tanh(v[0][1]) * v[1][1]));
