@@ -109,6 +109,7 @@ gemm_wgmma(const signed char* x_q, const float* x_scale, const unsigned char* we
     for (int tile = block; tile < tiles; tile += blocks) {
       const int first_token = tile % token_blocks * TOKENS, first_row = tile / token_blocks * 64 * GROUPS + 16 * warp;
       const TokenScales<IN_PLACE ? TOKENS8 : 1> scales(x_scale, first_token, tokens);
+      const RowFactors<BITS> factors(weight_scale, bias, first_row);
       int acc[1][TOKENS8][4] = {};
       auto release = [&](int count) { give_back(empty + 8 * (count % STAGES)); };
       auto consume = [&](int count, bool first, unsigned (&a)[4][4]) {
@@ -133,9 +134,9 @@ gemm_wgmma(const signed char* x_q, const float* x_scale, const unsigned char* we
           int* const of_group = staging + warp / 4 * 4 * staging_words(1);
           const int row_of_group = first_row - 16 * (warp % 4);
           if (bias)
-            store_group_tile<true>(acc[0], of_group, scales, first_token, row_of_group, epilogue);
+            store_group_tile<true>(acc[0], of_group, scales, factors, first_token, row_of_group, epilogue);
           else
-            store_group_tile<false>(acc[0], of_group, scales, first_token, row_of_group, epilogue);
+            store_group_tile<false>(acc[0], of_group, scales, factors, first_token, row_of_group, epilogue);
           continue;
         }
       const typename E::Columns columns = columns_of_lane<1>(first_row, epilogue);  // no registers to load it ahead

@@ -33,28 +33,37 @@ template <int TOKENS8> struct TokenScales {
   }
 };
 
-// BIASED: whether epilogue.bias is there.
+// The scales and the bias of a lane's two rows, loaded ahead: nobody has read them before, so they come from memory.
+template <int BITS> struct RowFactors {
+  float scale[2], bias[2] = {};
+
+  __device__ RowFactors(const float* weight_scale, const float* biases, int first_row) {
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_row + threadIdx.x % 32 / 4 + 8 * half;
+      scale[half] = weight_scale[row] * (BITS == 4 ? 0.0625f : 1.0f);  // INT4 weights come times 16
+      if (biases) bias[half] = biases[row];
+    }
+  }
+};
+
+// first_row: of the group. BIASED: whether epilogue.bias is there.
 template <bool BIASED, int BITS, int EPILOGUE, class Out, int TOKENS8>
 __device__ inline void store_group_tile(const int (&acc)[TOKENS8][4], int* staging, const TokenScales<TOKENS8>& scales,
-                                        int first_token, int first_row, const Epilogue<BITS, EPILOGUE, Out>& epilogue) {
+                                        const RowFactors<BITS>& factors, int first_token, int first_row,
+                                        const Epilogue<BITS, EPILOGUE, Out>& epilogue) {
   static_assert(sizeof(Out) == 2);
   constexpr int PARTS = EPILOGUE == GEGLU ? 2 : 1, CHUNKS = 8 / PARTS;  // of 16 bytes, of a token
   // `staging` has room for a part of the tile only: passes of GROUPS_OF_8 groups of 8 tokens.
   constexpr int ROOM = 4 * 4 * staging_words(1) / (8 * 16 * CHUNKS), PASSES = (TOKENS8 + ROOM - 1) / ROOM;
   constexpr int GROUPS_OF_8 = (TOKENS8 + PASSES - 1) / PASSES;
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, group = threadIdx.x / 128;
-  const int columns = epilogue.rows / PARTS, first_column = first_row / PARTS, row = first_row + 16 * warp + lane / 4;
+  const int columns = epilogue.rows / PARTS, first_column = first_row / PARTS;
   // Chunks that are stored together, one each of 8 tokens or several each of fewer, have different banks.
   auto place = [](int token, int chunk) { return (token * CHUNKS + (chunk ^ token * CHUNKS / 8 % CHUNKS)) * 16; };
   const unsigned at = address_of(staging);
 
-  float scale[2], bias[2];
   unsigned target[2];  // of lanes 0..7, which give stmatrix its addresses
-  for (int half = 0; half < 2; ++half) {
-    scale[half] = epilogue.weight_scale[row + 8 * half] * (BITS == 4 ? 0.0625f : 1.0f);  // INT4 weights come times 16
-    if (BIASED) bias[half] = epilogue.bias[row + 8 * half];
-    target[half] = at + place(lane % 8, PARTS == 2 ? warp : 2 * warp + half);
-  }
+  for (int half = 0; half < 2; ++half) target[half] = at + place(lane % 8, PARTS == 2 ? warp : 2 * warp + half);
 #pragma unroll
   for (int first = 0; first < TOKENS8; first += GROUPS_OF_8) {
     constexpr int BYTES = 8 * 16 * CHUNKS;  // of 8 tokens
@@ -65,8 +74,8 @@ __device__ inline void store_group_tile(const int (&acc)[TOKENS8][4], int* stagi
       scales.of(j, of_token);
       for (int half = 0; half < 2; ++half)
         for (int odd = 0; odd < 2; ++odd) {
-          v[half][odd] = dequantized(acc[j][2 * half + odd], scale[half], of_token[odd]);
-          if (BIASED) v[half][odd] = __fadd_rn(v[half][odd], bias[half]);
+          v[half][odd] = dequantized(acc[j][2 * half + odd], factors.scale[half], of_token[odd]);
+          if (BIASED) v[half][odd] = __fadd_rn(v[half][odd], factors.bias[half]);
         }
       if constexpr (PARTS == 2)
         store_transposed(target[0] + (j - first) * BYTES,
