@@ -310,41 +310,60 @@ __device__ inline void stage_fragment(Sum* staging, int row16, const Sum (&d)[4]
 __host__ __device__ constexpr int batch_of(int rows16) { return rows16 >= 4 ? 1 : 4 / rows16; }
 __host__ __device__ constexpr int staging_words(int rows16) { return batch_of(rows16) * 8 * pitch(16 * rows16); }
 
-// Writes a warp's tile: rows first_row.., tokens first_token... In batches of 8 or more tokens; the loads of a batch
-// are under way while the one before it is written. `columns` is what columns_of_lane has loaded.
+// The columns of the quads that a lane stores of a warp's tile whose rows are first_row...
 template <int ROWS16, class Epilogue>
 __device__ inline typename Epilogue::Columns columns_of_lane(int first_row, const Epilogue& epilogue) {
   return epilogue.columns(first_row + Epilogue::first_row(threadIdx.x % 32 % (Epilogue::QUADS * ROWS16)));
 }
 
-template <int ROWS16, int TOKENS8, class Epilogue>
+// A warp's tile, rows first_row.., tokens first_token.., is written in batches of 8 or more tokens. These are the inputs of
+// the quads that a lane stores, of AHEAD batches at a time.
+template <int ROWS16, int TOKENS8, int AHEAD, class Epilogue> struct Batches {
+  static constexpr int SIZE = batch_of(ROWS16), QUADS = Epilogue::QUADS * ROWS16, ITEMS = SIZE * 8 * QUADS / 32;
+  static constexpr int COUNT = (TOKENS8 + SIZE - 1) / SIZE;
+  static_assert(32 % QUADS == 0);  // so a lane's rows are the same in every batch
+  typename Epilogue::Inputs inputs[AHEAD][ITEMS];
+
+  // Of the lane's i-th quad of a batch: its token, and its first row of the tile.
+  __device__ static int token(int i) { return (threadIdx.x % 32 + 32 * i) / QUADS; }
+  __device__ static int row() { return Epilogue::first_row(threadIdx.x % 32 % QUADS); }
+
+  __device__ void load(int batch, int first_token, int first_row, const Epilogue& epilogue) {
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i)
+      inputs[batch % AHEAD][i] = epilogue.inputs(first_token + 8 * SIZE * batch + token(i), first_row + row());
+  }
+  __device__ void load_first(int first_token, int first_row, const Epilogue& epilogue) {
+#pragma unroll
+    for (int batch = 0; batch < AHEAD && batch < COUNT; ++batch) load(batch, first_token, first_row, epilogue);
+  }
+};
+
+// Writes a warp's tile. The first of `batches` have been loaded; the loads of others are under way while those before them
+// are written. `columns` is what columns_of_lane has loaded.
+template <int ROWS16, int TOKENS8, int AHEAD, class Epilogue>
 __device__ inline void store_warp_tile(const int (&acc)[ROWS16][TOKENS8][4], int* staging, int first_token,
                                        int first_row, const Epilogue& epilogue,
-                                       const typename Epilogue::Columns& columns) {
-  constexpr int BATCH = batch_of(ROWS16), QUADS = Epilogue::QUADS * ROWS16, COUNT = BATCH * 8 * QUADS / 32;
-  static_assert(32 % QUADS == 0);  // so a lane's rows are the same in every batch
-  const int lane = threadIdx.x % 32, row = Epilogue::first_row(lane % QUADS), n = first_row + row;
-  typename Epilogue::Inputs now[COUNT], next[COUNT];
-  auto token_of = [&](int base, int i) { return 8 * base + (lane + 32 * i) / QUADS; };
-
+                                       const typename Epilogue::Columns& columns,
+                                       Batches<ROWS16, TOKENS8, AHEAD, Epilogue>& batches) {
+  using B = Batches<ROWS16, TOKENS8, AHEAD, Epilogue>;
+  const int row = B::row(), n = first_row + row;
 #pragma unroll
-  for (int i = 0; i < COUNT; ++i) next[i] = epilogue.inputs(first_token + token_of(0, i), n);
+  for (int batch = 0; batch < B::COUNT; ++batch) {
+    typename Epilogue::Inputs now[B::ITEMS];
 #pragma unroll
-  for (int base = 0; base < TOKENS8; base += BATCH) {
+    for (int i = 0; i < B::ITEMS; ++i) now[i] = batches.inputs[batch % AHEAD][i];
+    if (batch + AHEAD < B::COUNT) batches.load(batch + AHEAD, first_token, first_row, epilogue);
+    const int base = batch * B::SIZE;
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) now[i] = next[i];
-    if (base + BATCH < TOKENS8)
-#pragma unroll
-      for (int i = 0; i < COUNT; ++i) next[i] = epilogue.inputs(first_token + token_of(base + BATCH, i), n);
-#pragma unroll
-    for (int j = 0; j < BATCH && base + j < TOKENS8; ++j)
+    for (int j = 0; j < B::SIZE && base + j < TOKENS8; ++j)
 #pragma unroll
       for (int i = 0; i < ROWS16; ++i)
         stage_fragment<ROWS16>(staging + j * 8 * pitch(16 * ROWS16), i, acc[i][base + j]);
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-      const int token = token_of(0, i);
+    for (int i = 0; i < B::ITEMS; ++i) {
+      const int token = B::token(i);
       const int* const at = staging + token * pitch(16 * ROWS16) + row;
       if (8 * base + token < 8 * TOKENS8)  // the last batch may be short
         epilogue.store(first_token + 8 * base + token, n, columns, now[i],

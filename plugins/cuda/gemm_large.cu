@@ -148,9 +148,11 @@ gemm_large(const signed char* x_q, const float* x_scale, const unsigned char* we
   let_next_kernel_start();
   __syncthreads();  // the ring is free
   int* const staging = reinterpret_cast<int*>(shared) + warp * staging_words(ROWS16);
-  const Epilogue<BITS, EPILOGUE, Out> epilogue = {x_scale, weight_scale, bias, residual, y, tokens, rows,
-                                                  {normed, normed_gain, normed_squares}};
-  const int first_row = 16 * (first_tile + warp_n * ROWS16);
-  store_warp_tile(acc, staging, first_token + warp_m * 8 * TOKENS8, first_row, epilogue,
-                  columns_of_lane<ROWS16>(first_row, epilogue));
+  using E = Epilogue<BITS, EPILOGUE, Out>;
+  const E epilogue = {x_scale, weight_scale, bias, residual, y, tokens, rows, {normed, normed_gain, normed_squares}};
+  const int first_row = 16 * (first_tile + warp_n * ROWS16), first_token_of_warp = first_token + warp_m * 8 * TOKENS8;
+  const typename E::Columns columns = columns_of_lane<ROWS16>(first_row, epilogue);
+  Batches<ROWS16, TOKENS8, 1, E> batches;
+  batches.load_first(first_token_of_warp, first_row, epilogue);
+  store_warp_tile(acc, staging, first_token_of_warp, first_row, epilogue, columns, batches);
 }

@@ -104,12 +104,18 @@ gemm_wgmma(const signed char* x_q, const float* x_scale, const unsigned char* we
     using E = Epilogue<BITS, EPILOGUE, Out>;
     const E epilogue = {x_scale, weight_scale, bias, residual, y, tokens, rows, {normed, normed_gain, normed_squares}};
     constexpr bool IN_PLACE = SPLIT == 1 && sizeof(Out) == 2;  // store_group_tile works where the accumulators are
+    constexpr bool EARLY = SPLIT == 1 && !IN_PLACE && TOKENS8 <= 16;  // there are registers for what the tile is added to
+    constexpr int AHEAD = EARLY ? (TOKENS8 + batch_of(1) - 1) / batch_of(1) : 1;
     int count = 0;  // steps taken so far
     wait_for_inputs();  // for the tokens' scales
     for (int tile = block; tile < tiles; tile += blocks) {
       const int first_token = tile % token_blocks * TOKENS, first_row = tile / token_blocks * 64 * GROUPS + 16 * warp;
       const TokenScales<IN_PLACE ? TOKENS8 : 1> scales(x_scale, first_token, tokens);
       const RowFactors<BITS> factors(weight_scale, bias, first_row);
+      Batches<1, TOKENS8, AHEAD, E> batches;
+      typename E::Columns columns;
+      if (!IN_PLACE) columns = columns_of_lane<1>(first_row, epilogue);
+      if (EARLY) batches.load_first(first_token, first_row, epilogue);
       int acc[1][TOKENS8][4] = {};
       auto release = [&](int count) { give_back(empty + 8 * (count % STAGES)); };
       auto consume = [&](int count, bool first, unsigned (&a)[4][4]) {
@@ -139,10 +145,11 @@ gemm_wgmma(const signed char* x_q, const float* x_scale, const unsigned char* we
             store_group_tile<false>(acc[0], of_group, scales, factors, first_token, row_of_group, epilogue);
           continue;
         }
-      const typename E::Columns columns = columns_of_lane<1>(first_row, epilogue);  // no registers to load it ahead
-      if constexpr (SPLIT == 1)
-        store_warp_tile(acc, staging + warp * staging_words(1), first_token, first_row, epilogue, columns);
-      else {  // one tile a block: the ring is free as soon as all warps are through
+      if (IN_PLACE) columns = columns_of_lane<1>(first_row, epilogue);
+      if constexpr (SPLIT == 1) {
+        if (!EARLY) batches.load_first(first_token, first_row, epilogue);
+        store_warp_tile(acc, staging + warp * staging_words(1), first_token, first_row, epilogue, columns, batches);
+      } else {  // one tile a block: the ring is free as soon as all warps are through
         asm volatile("bar.sync 1, %0;" ::"n"(128 * GROUPS) : "memory");
         arrive_in_cluster();
         int* const received = reinterpret_cast<int*>(shared) + warp * RECEIVED<SPLIT, TOKENS8>;
