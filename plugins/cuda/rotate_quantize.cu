@@ -97,8 +97,10 @@ rotate_quantize(const In* x, const float* gain, const float* shift, const float*
       for (int i = 0; i < 8; ++i) v[n][i] = gelu_tanh(v[n][i]) * to_float(second[n].v[i]);
   }
 
+  // Where nothing is added to it, RMSNorm's factor is applied with the scale, and cancels in x_q unless that is given.
+  const bool factor_last = SOURCE == RMS_NORM && !shift;
   constexpr bool NORMALIZED = SOURCE == RMS_NORM || SOURCE == LAYER_NORM;
-  float normalize = 1;
+  float normalize = 1, squares = 0;
   if constexpr (SOURCE == LAYER_NORM) {
     float sum = 0;
 #pragma unroll
@@ -110,19 +112,19 @@ rotate_quantize(const In* x, const float* gain, const float* shift, const float*
       if (channel(n) < depth)
         for (int i = 0; i < 8; ++i) v[n][i] -= mean;
   }
+  auto factor_of = [&](float sum) { return __frsqrt_rn(sum * inverse_depth + epsilon); };
   if (NORMALIZED) {
-    float squares = 0;
 #pragma unroll
     for (int n = 0; n < VECTORS; ++n)
       for (int i = 0; i < 8; ++i) squares = fmaf(v[n][i], v[n][i], squares);
-    normalize = __frsqrt_rn(sum_of_block(squares) * inverse_depth + epsilon);
+    if (!factor_last) normalize = factor_of(sum_of_block(squares));
   }
 
   float absmax = 0;
 #pragma unroll
   for (int n = 0; n < VECTORS; ++n) {
     const int k = channel(n);
-    if (NORMALIZED)
+    if (NORMALIZED && !factor_last)
       for (int i = 0; i < 8; ++i) v[n][i] = __fmul_rn(v[n][i], normalize);
     if (gain) {
       const Eight<float> f = EARLY ? factors[0] : load_factor(gain, n);
@@ -147,14 +149,21 @@ rotate_quantize(const In* x, const float* gain, const float* shift, const float*
     for (int i = 0; i < 8; ++i) absmax = fmaxf(absmax, fabsf(v[n][i]));
   }
 
+  float norm = NORM<BLOCK>;
+  if (factor_last) {
+    const SumAndMax of_block = sum_and_max_of_block(squares, absmax);
+    norm *= factor_of(of_block.sum), absmax = of_block.max;
+  } else if (!is_same<Out, Bf16> && !activation_scale) {
+    absmax = max_of_block(absmax);
+  }
   if constexpr (is_same<Out, Bf16>) {
 #pragma unroll
     for (int n = 0; n < VECTORS; ++n) {
-      for (int i = 0; i < 8; ++i) v[n][i] *= NORM<BLOCK>;
+      for (int i = 0; i < 8; ++i) v[n][i] *= norm;
       if (channel(n) < padded_depth) store(x_q + size_t(token) * padded_depth + channel(n), v[n]);
     }
   } else {
-    const TokenScale scale(fixed_scale, activation_scale ? 0 : max_of_block(absmax), NORM<BLOCK>);
+    const TokenScale scale(fixed_scale, absmax, norm);
     if (threadIdx.x == 0) x_scale[token] = scale.value;
 #pragma unroll
     for (int n = 0; n < VECTORS; ++n) {

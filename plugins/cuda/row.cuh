@@ -40,3 +40,20 @@ __device__ inline float max_of_block(float value, int turn = 0) {
   __syncthreads();
   return __uint_as_float(__reduce_max_sync(~0u, lane < blockDim.x / 32 ? of_warps[turn][lane] : 0));
 }
+
+struct SumAndMax { float sum, max; };
+
+// sum_of_block and max_of_block of two values, with one barrier for both.
+__device__ inline SumAndMax sum_and_max_of_block(float value, float not_negative) {
+  __shared__ SumAndMax of_warps[32];
+  for (int mask = 16; mask; mask /= 2) value += __shfl_xor_sync(~0u, value, mask);
+  const unsigned lane = threadIdx.x % 32, of_warp = __reduce_max_sync(~0u, __float_as_uint(not_negative));
+  if (lane == 0) of_warps[threadIdx.x / 32] = {value, __uint_as_float(of_warp)};
+  __syncthreads();
+  SumAndMax of_block = of_warps[0];
+  for (int warp = 1; warp < blockDim.x / 32; ++warp) {
+    of_block.sum += of_warps[warp].sum;
+    of_block.max = fmaxf(of_block.max, of_warps[warp].max);
+  }
+  return of_block;
+}
