@@ -57,6 +57,13 @@ template <class T> __device__ inline Four<T> load_fresh(const Four<T>* from) {
   return bits.value;
 }
 
+// For copies and loads of what no kernel reads again soon, as weights: it leaves L2 before activations and caches do.
+__device__ inline unsigned long long evict_first() {
+  unsigned long long policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 __device__ inline int4 operator+(int4 a, int4 b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
 
 // Copies to shared memory, in the background and in groups.

@@ -69,6 +69,7 @@ gemm_wgmma(const signed char* x_q, const float* x_scale, const unsigned char* we
       auto advance = [&] {
         if (++stage == STAGES) stage = 0, phase ^= 1;
       };
+      const unsigned long long once = evict_first();
       const unsigned char* w = nullptr;  // the weights of the next step
       auto seek_weights = [&](int tile) {
         w = weight + (size_t(tile / token_blocks) * GROUPS * tile_steps + first_step) * sizeof(Stage::w[0]);
@@ -77,7 +78,7 @@ gemm_wgmma(const signed char* x_q, const float* x_scale, const unsigned char* we
         arrive_expecting(full + 8 * stage, sizeof(Stage));
         for (int group = 0; group < GROUPS; ++group)  // few copies: one costs its thread about 100 clocks
           copy(address_of(stages[stage].w[group]), w + size_t(group) * tile_steps * sizeof(Stage::w[0]),
-               sizeof(Stage::w[0]), full + 8 * stage);
+               sizeof(Stage::w[0]), full + 8 * stage, once);
         w += sizeof(Stage::w[0]);
       };
       const int ahead = min(STAGES, steps);  // weights of the first tile need not wait for the activations

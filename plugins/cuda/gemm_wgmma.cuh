@@ -8,6 +8,10 @@ __device__ inline void copy(unsigned to, const void* from, int bytes, unsigned b
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
+__device__ inline void copy(unsigned to, const void* from, int bytes, unsigned barrier, unsigned long long policy) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+               ::"r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
+}
 
 // Matrix descriptor of B: address / 16, 1024 bytes from 8 tokens to the next 8, 128-byte swizzle. K = 32 further: + 2.
 __device__ inline unsigned long long descriptor(unsigned address) {

@@ -47,10 +47,11 @@ gemm_wgmma_small(const signed char* x_q, const float* x_scale, const unsigned ch
     if (SPLIT > 1 && lane == 0) expect(&arrived, received_bytes<HOLDERS, GROUPS, TOKENS8>(rank));
     const unsigned char* const w = weight + (size_t(tile) * tile_steps + first_step) * sizeof(Stage::w);
     const signed char* const x = x_q + (size_t(first_step) * gridDim.y + blockIdx.y) * TOKENS * 128;
+    const unsigned long long once = evict_first();
     auto fetch_weights = [&](int step) {
       const int stage = step % STAGES;
       arrive_expecting(full + 8 * stage, sizeof(Stage));
-      copy(address_of(stages[stage].w), w + step * sizeof(Stage::w), sizeof(Stage::w), full + 8 * stage);
+      copy(address_of(stages[stage].w), w + step * sizeof(Stage::w), sizeof(Stage::w), full + 8 * stage, once);
     };
     auto fetch_activations = [&](int step) {
       const int stage = step % STAGES;
