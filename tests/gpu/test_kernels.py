@@ -84,7 +84,14 @@ def test_integer_sums_are_exact(tactic, m, bits):
 @pytest.mark.parametrize("extras", ["", "bias", "residual", "bias residual", "in place"])
 @pytest.mark.parametrize(
     "tactic",
-    [Small(2, 7, 4, 2), Small(1, 7, 4, 2, split=4), Large(4, 8, 4, 2, 3), Wgmma(2, 26, 3), WgmmaSmall(8, 4, 2, split=4)],
+    [
+        Small(2, 7, 4, 2),
+        Small(1, 7, 4, 2, split=4),
+        Large(4, 8, 4, 2, 3),
+        Wgmma(2, 26, 3),
+        Wgmma(2, 14, 3),
+        WgmmaSmall(8, 4, 2, split=4),
+    ],
     ids=str,
 )
 def test_epilogue_is_the_definition_in_float32(tactic, extras, dtype):
