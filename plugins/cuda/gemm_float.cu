@@ -38,25 +38,17 @@ __device__ inline void mma(float (&d)[4], const uint4& a, uint2 b) {
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
 }
 
-// Weights are read once and never change. `policy` is evict_first's, where L2 holds what the next step reads again.
-__device__ inline uint4 load_weights(const uint4* from, unsigned long long policy) {
+// Weights are read once and never change.
+__device__ inline uint4 load_weights(const uint4* from) {
   uint4 v;
-#if __CUDA_ARCH__ == 900
-  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from), "l"(policy));
-#else
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
-#endif
   return v;
 }
 
 // Asks for the bytes behind `from` (16-byte multiples) to be in L2.
-__device__ inline void prefetch(const void* from, int bytes, unsigned long long policy) {
-#if __CUDA_ARCH__ == 900
-  asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(from), "r"(bytes), "l"(policy)
-               : "memory");
-#elif __CUDA_ARCH__ > 900
+__device__ inline void prefetch(const void* from, int bytes) {
+#if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 #endif
 }
@@ -204,13 +196,12 @@ gemm_float(const Bf16* x, const float* squares, const uint4* weight, const float
   uint4 w[STAGES][LOADS][ROWS16];
   float acc[ROWS16][TOKENS8][4] = {};
 
-  const unsigned long long once = evict_first();
   auto fetch_weights = [&](int stage, int i, int step) {  // of tile i; beyond the end the activations are zero
     if (INT4 && i < TILES - 1) return;  // with the last tile, all
     const int chunk = begin + step * WARPS + warp, from = min(INT4 ? chunk : chunk * TILES + i, loads - 1);
 #pragma unroll
     for (int row16 = 0; row16 < ROWS16; ++row16)
-      w[stage][INT4 ? 0 : i][row16] = load_weights(weights + (size_t(row16) * loads + from) * 32 + lane, once);
+      w[stage][INT4 ? 0 : i][row16] = load_weights(weights + (size_t(row16) * loads + from) * 32 + lane);
   };
 
   // Pieces of 16 bytes, PIECES a token. The 16 channels of a tile are a unit; unit u of a token stands at u ^ (token %
@@ -253,7 +244,7 @@ gemm_float(const Bf16* x, const float* squares, const uint4* weight, const float
     for (int i = 0; i < TILES; ++i) fetch_weights(stage, i, stage);
   const int rest = (begin + STAGES * WARPS) * LOADS, last = min(end * LOADS, loads);
   if (threadIdx.x < ROWS16 && rest < last)
-    prefetch(weights + (size_t(threadIdx.x) * loads + rest) * 32, (last - rest) * 512, once);
+    prefetch(weights + (size_t(threadIdx.x) * loads + rest) * 32, (last - rest) * 512);
   const int position = first_position + (past ? *past : 0);
   constexpr int FINISHERS = IN_CLUSTER ? SPLIT : 1;             // blocks; without a cluster the last one
   constexpr int SLOTS = (TOKENS + FINISHERS - 1) / FINISHERS;  // tokens that this block finishes: finisher, + FINISHERS...
