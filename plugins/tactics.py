@@ -41,6 +41,7 @@ _SMALL: list[Tactic] = [
     for tokens8 in (7, 8)
     for split in (1, 2, 4, 8)
 ]
+NARROW_TOKENS8 = 4  # of half a tile, for GPUs without clusters
 _SMALL_WGMMA: list[Tactic] = [
     WgmmaSmall(8, stages, groups, split) for stages in (4, 6, 8) for groups in (1, 2) for split in (1, 2, 4, 8)
 ]
@@ -89,10 +90,10 @@ def candidates(m: int, n: int, k: int, bits: int, gpu: Gpu, slab_tokens: int | N
     least = min(padded.values(), default=0)
     fitting = [tactic for tactic in fitting if padded[tactic] <= 1.15 * least]
     spread_well = [tactic for tactic in fitting if _spread_well(tactic, m, n, bits, gpu)]
-    if (
-        not gpu.has_clusters
-    ):  # blocks that share K meet in memory, which costs more than it gains where there are enough of them
+    if not gpu.has_clusters:  # blocks that share K meet in memory, which is for where there are too few
         spread_well.sort(key=lambda tactic: tactic.split)
+        narrow = usable([_in_narrow_tiles(t, m, n, bits, gpu) for t in spread_well if isinstance(t, Small)])
+        spread_well = list(dict.fromkeys(narrow + spread_well))
     if m > SMALL_M:
         return sorted(spread_well or fitting, key=lambda tactic: _least_work_first(tactic, m, n, k, bits, gpu))
     return spread_well or sorted(fitting, key=lambda tactic: _off(_blocks(tactic, m, n, bits), gpu))
@@ -114,6 +115,16 @@ def _spread_well(tactic: Tactic, m: int, n: int, bits: int, gpu: Gpu) -> bool:
     if isinstance(tactic, Small):
         return _off(blocks, gpu) == 0
     return tactic.split == 1 or blocks <= 1.25 * gpu.multiprocessors
+
+
+def _in_narrow_tiles(tactic: Small, m: int, n: int, bits: int, gpu: Gpu) -> Small:
+    """The tactic in twice as many blocks of half the tokens, if the GPU has a multiprocessor for each.
+
+    Only where a block reads more activations than weights: these are then read twice.
+    """
+    narrow = replace(tactic, tokens8=NARROW_TOKENS8)
+    less = tactic.tile_rows * bits < 8 * min(m, tactic.tile_tokens)
+    return narrow if less and _blocks(tactic, m, n, bits) < _blocks(narrow, m, n, bits) <= gpu.multiprocessors else tactic
 
 
 def _least_work_first(tactic: Tactic, m: int, n: int, k: int, bits: int, gpu: Gpu) -> tuple[float, int]:
@@ -289,12 +300,18 @@ def for_suffix(cached: int, own: int) -> WgmmaAttention:
 
 def split_keys(tokens: int, keys: int, gpu: Gpu) -> SplitAttention:
     """For GPUs without clusters: about as many blocks as multiprocessors, which take their keys in one piece where shared
-    memory holds it. At least two share the keys: more warps for them."""
-    tile, units = SplitAttention(8, 1 if tokens <= 2 else 2, 16, 2), max(1, -(-keys // 16))
-    split = max(2, min(gpu.multiprocessors // tile.row_tiles(tokens), MOST_SPLIT, units // 2))
-    share = -(-units // split)
+    memory holds it. At least two share the keys: more warps for them.
 
-    def in_pieces(count: int) -> SplitAttention:
-        return replace(tile, keys=16 * -(-share // count), split=split)
+    A block has 16 rows, of which the last to come has half as much to merge, where at least three share the keys and take
+    them in one piece; else it has 32.
+    """
+    units = max(1, -(-keys // 16))
 
-    return next(tactic for count in range(1, share + 1) if (tactic := in_pieces(count)).fits(gpu))
+    def tactic(rows16: int, pieces: int) -> SplitAttention:
+        tile = SplitAttention(8, rows16, 16, 2)
+        split = max(2, min(gpu.multiprocessors // tile.row_tiles(tokens), MOST_SPLIT, units // 2))
+        return replace(tile, keys=16 * -(-units // (split * pieces)), split=split)
+
+    few = tactic(1, 1)
+    rows16 = 1 if tokens <= 2 or (few.split >= 3 and few.fits(gpu)) else 2
+    return next(found for pieces in range(1, units + 1) if (found := tactic(rows16, pieces)).fits(gpu))

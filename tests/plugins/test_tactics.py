@@ -136,12 +136,15 @@ def test_a_suffix_has_tiles_of_its_share_of_the_keys(cached, own, keys):
 
 
 @pytest.mark.parametrize(
-    ("sm", "tokens", "blocks"), [(86, 50, 78), (80, 50, 104), (89, 50, 130), (87, 50, 26), (86, 1, 16)]
+    ("sm", "tokens", "cached", "blocks"),
+    [(86, 50, 833, 78), (80, 50, 833, 100), (89, 50, 833, 130), (87, 50, 833, 26), (86, 1, 833, 16)]
+    + [(86, 50, 305, 75), (89, 50, 817, 125), (120, 50, 817, 150), (87, 50, 305, 26)],
 )
-def test_without_clusters_few_queries_split_the_keys_over_the_multiprocessors(sm, tokens, blocks):
-    """13 row tiles (state token: one) times the split: about as many blocks as multiprocessors, but at least two a tile."""
+def test_without_clusters_few_queries_split_the_keys_over_the_multiprocessors(sm, tokens, cached, blocks):
+    """13 row tiles of 32 or 25 of 16 (state token: one) times the split: about as many blocks as multiprocessors, but at least
+    two a tile; 16 rows where three or more share the keys and have room for their share."""
     gpu = gpu_of(sm)
-    tactic = best_attention(256, tokens, 1, gpu, 833, tokens)
+    tactic = best_attention(256, tokens, 1, gpu, cached, tokens)
     assert isinstance(tactic, SplitAttention) and tactic.fits(gpu)
     assert tactic.shape(tokens).grid == (blocks, 1, 1)
 
@@ -156,6 +159,13 @@ def test_keys_are_split_in_memory_only_without_clusters(tokens, gpu):
 def test_refuses_heads_without_a_kernel():
     with pytest.raises(KernelError, match="heads of 128.*72 and 256"):
         best_attention(128, 50, 1, H100)
+
+
+@pytest.mark.parametrize(("sm", "token_tiles"), [(80, 1), (86, 1), (87, 1), (89, 2), (120, 2)])
+def test_down_of_the_expert_halves_its_tokens_where_there_is_a_multiprocessor_for_each_block(sm, token_tiles):
+    gpu = gpu_of(sm)
+    assert best(50, 1024, 4096, 4, gpu).shape(50, 1024, 4).grid[2] == token_tiles
+    assert best(50, 8192, 1024, 4, gpu).shape(50, 8192, 4).grid[2] == 1  # there are enough blocks without
 
 
 @pytest.mark.parametrize(("keys", "pieces"), [(0, 1), (355, 1), (867, 1), (1018, 2), (4000, 5)])
