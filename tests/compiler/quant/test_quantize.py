@@ -17,7 +17,7 @@ from duq.compiler.quant.auto_bits import spend_bits
 from duq.compiler.quant.calibrate import RESERVOIR_ROWS, InputStatistics, calibrate
 from duq.compiler.quant.linears import input_group, quantizable_linears, select_linears
 from duq.compiler.quant.quantize import float_edits, in_output_basis, place_transforms, sqnr_db
-from duq.compiler.quant.rounding import CHUNK, round_compensated, round_weights, search_scales
+from duq.compiler.quant.rounding import CHUNK, SEGMENT, error_feedback, round_compensated, round_weights, search_scales
 from duq.compiler.quant.transforms import weight_rotation
 from tests.support.fake_device import FakeDevice
 from tests.support.quant_policy import observation, sample_actions, tiny_checkpoint, tiny_config
@@ -283,6 +283,10 @@ def test_scales_of_odd_rows():
     torch.testing.assert_close(back, weight, rtol=0.01, atol=0)
 
 
+def compensated(weight, scale, x, bits, damping, name="a linear"):
+    return round_compensated(weight, scale, error_feedback(x, damping, name), bits)
+
+
 def test_compensation_lowers_the_error_of_the_output():
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(300, 300, generator=generator) / 300**0.5
@@ -290,14 +294,14 @@ def test_compensation_lowers_the_error_of_the_output():
     weight = torch.randn(50, 300, generator=generator)
     scale = search_scales(weight, x.square().mean(0), 4)
     plain = round_weights(weight, scale, 4)
-    compensated = round_compensated(weight, scale, x, 4, damping=0.1)
-    assert compensated.dtype == torch.int8 and compensated.min() >= -8 and compensated.max() <= 7
+    found = compensated(weight, scale, x, 4, damping=0.1)
+    assert found.dtype == torch.int8 and found.min() >= -8 and found.max() <= 7
 
     def noise(integers):
         return float((x @ (weight - integers * scale[:, None]).T).square().mean())
 
-    assert noise(compensated) < 0.5 * noise(plain)
-    unlinked = round_compensated(weight, scale, x, 4, damping=1e6)  # nothing but the damping: nothing to make up for
+    assert noise(found) < 0.5 * noise(plain)
+    unlinked = compensated(weight, scale, x, 4, damping=1e6)  # nothing but the damping: nothing to make up for
     torch.testing.assert_close(unlinked, plain, rtol=0, atol=0)
 
 
@@ -369,7 +373,7 @@ def test_compensation_works_on_any_rows_with_any_damping(kind, damping):
     scale = weight.abs().amax(1) / 7
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        found = round_compensated(weight, scale, x, 4, damping, "llm.layers.0.mlp.up_proj")
+        found = compensated(weight, scale, x, 4, damping, "llm.layers.0.mlp.up_proj")
     assert found.dtype == torch.int8 and found.min() >= -8 and found.max() <= 7
 
     def error(integers):
@@ -391,7 +395,7 @@ def test_damping_enough_for_float32_changes_nothing():
     x, weight = rows_of("full", 300, 64), torch.randn(16, 64, generator=torch.Generator().manual_seed(2))
     scale = weight.abs().amax(1) / 7
     for power in (1.0, 2.0**40, 2.0**-40):
-        assert torch.equal(round_compensated(weight, scale, x * power, 4, 1.0), round_compensated(weight, scale, x, 4, 1.0))
+        assert torch.equal(compensated(weight, scale, x * power, 4, 1.0), compensated(weight, scale, x, 4, 1.0))
 
 
 def test_a_policy_is_compensated_with_hardly_any_damping(policy):
