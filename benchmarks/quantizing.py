@@ -55,9 +55,7 @@ def measure(directory: Path, device: str, observations: int, layers: int) -> dic
     """Seconds: of calibration, an observation; of all weights, without and with compensation."""
     checkpoint = load_checkpoint(directory)
     recipe, config = load_recipe("llm+expert-mlp", environment={}), checkpoint.config
-    inputs = [
-        Preprocessor(config).model_inputs(each) for each in synthetic_observations(config, CAMERAS, observations)
-    ]
+    inputs = [Preprocessor(config).model_inputs(each) for each in synthetic_observations(config, CAMERAS, observations)]
     model = build_model(checkpoint).to(device)
     weights, linears = model.state_dict(), select_linears(recipe, config)
     calibration, statistics = timed(lambda: calibrate(model, config, linears, inputs, observations, SILENT), device)

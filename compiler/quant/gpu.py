@@ -22,9 +22,7 @@ def can_round(device: torch.device) -> bool:
     return device.type == "cuda" and _kernel(torch.cuda.current_device()) is not None
 
 
-def round_columns(
-    columns: Tensor, carried: Tensor, scale: Tensor, feedback: Tensor, quantized: Tensor, bits: int
-) -> None:
+def round_columns(columns: Tensor, carried: Tensor, scale: Tensor, feedback: Tensor, quantized: Tensor, bits: int) -> None:
     """As :func:`duq.compiler.quant.rounding.round_columns`, for at most LEAF columns, dense within each row."""
     count, rows = columns.shape
     instance, kernel = compensate(rows), _kernel(torch.cuda.current_device())

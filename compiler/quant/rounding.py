@@ -111,9 +111,7 @@ def _round_segment(columns: Tensor, scale: Tensor, feedback: Tensor, bits: int) 
     return quantized
 
 
-def round_columns(
-    columns: Tensor, carried: Tensor, scale: Tensor, feedback: Tensor, quantized: Tensor, bits: int
-) -> None:
+def round_columns(columns: Tensor, carried: Tensor, scale: Tensor, feedback: Tensor, quantized: Tensor, bits: int) -> None:
     """Rounds W'^T [K, N] a column of W' after the other, into `quantized`. plugins/cuda/compensate.cu computes the same.
 
     carried: float32 [K, N]; what was carried to each column comes in, its error goes out. feedback: [K, K], read above its

@@ -395,7 +395,12 @@ def test_compensation_is_that_of_the_inverse_hessian(channels):
     assert torch.equal(compensated(weight, scale, x, 4, damping), expected)
 
 
-@given(seed=st.integers(0, 999), channels=st.integers(2, 80), rows=st.integers(1, 120), damping=st.sampled_from([0.01, 0.1, 1.0]))
+@given(
+    seed=st.integers(0, 999),
+    channels=st.integers(2, 80),
+    rows=st.integers(1, 120),
+    damping=st.sampled_from([0.01, 0.1, 1.0]),
+)
 def test_compensation_lowers_what_it_minimizes(seed, channels, rows, damping):
     """Over many rows of weights; one alone may lose, as each column is rounded for those before it."""
     x = correlated_rows(rows, channels, seed)
