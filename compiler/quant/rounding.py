@@ -158,9 +158,9 @@ def _feedback(x: Tensor, damping: float, name: str) -> Tensor:
 def _damped_feedback(x: Tensor, damping: float) -> Tensor | None:
     """:func:`_feedback` in the type of x [M, K], whose largest magnitude is about 1; None where it is singular."""
     x = x.flip(1)  # the lower factor of the Hessian in reverse is the upper one
-    hessian = x.T @ x / len(x)
+    hessian = (x.T @ x).div_(len(x))
     hessian.diagonal().add_(damping * hessian.diagonal().mean() + 1e-30)
     lower, failed = torch.linalg.cholesky_ex(hessian)
-    upper = lower.flip(0, 1)
-    feedback = (upper / upper.diagonal()).float().contiguous()
-    return None if failed or not feedback.isfinite().all() else feedback
+    feedback = lower.flip(0, 1)
+    feedback = feedback.div_(feedback.diagonal().clone()).float().contiguous()
+    return None if failed or not feedback.sum().isfinite() else feedback
