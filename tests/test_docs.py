@@ -73,7 +73,7 @@ def test_every_preset_and_scheme_is_explained(name):
 
 @pytest.mark.parametrize("scheme", ["duquant", "reference"])
 def test_the_defaults_of_the_other_schemes(scheme):
-    for key in ("block_size", "permute", "row_rotation"):
+    for key in ("block_size", "permute", "row_rotation", "compensate"):
         meaning = recipe_table()[key][-1]
         value = SCHEMES[scheme][key]
         shown = value if isinstance(value, str) else json.dumps(value)
@@ -84,7 +84,7 @@ def test_the_example_recipe_is_read_as_described(tmp_path):
     example = tmp_path / "recipe.yaml"
     example.write_text(re.search(r"```yaml\n(.*?)```", TEXT, re.DOTALL)[1])
     recipe = load_recipe(str(example), environment={})
-    assert recipe.include == PRESETS["llm+expert-mlp"] and recipe.compensate
+    assert recipe.include == PRESETS["llm+expert-mlp"] and not recipe.compensate
     bits = {
         "llm.layers.0.self_attn.q_proj": 8,
         "expert.layers.0.mlp.up_proj": 8,

@@ -82,6 +82,7 @@ def folded_scales(packs: Packs) -> Transforms:
 
 
 PER_TENSOR = {"activation_scale": "per-tensor"}
+PLAIN = {"compensate": False}
 DUQUANT = {"scheme": "duquant"}
 SCHEMES = {
     "reference": Scheme("original fake quantization", {"scheme": "reference"}),
@@ -92,14 +93,14 @@ SCHEMES = {
     "duquant-per-tensor": Scheme("duquant, per tensor", DUQUANT | PER_TENSOR),
     "duquant": Scheme("duquant", DUQUANT),
     "duquant-64": Scheme("duquant, block 64", DUQUANT | {"block_size": 64}),
-    "balanced-per-tensor": Scheme("balanced, per tensor", PER_TENSOR),
-    "balanced": Scheme("balanced (default)"),
-    "balanced-16": Scheme("- block 16", {"block_size": 16}),
-    "balanced-128": Scheme("- block 128", {"block_size": 128}),
-    "balanced-permuted": Scheme("- permuted", {"permute": True}),
+    "balanced-per-tensor": Scheme("balanced, per tensor", PLAIN | PER_TENSOR),
+    "balanced": Scheme("balanced (default)", PLAIN),
+    "balanced-16": Scheme("- block 16", PLAIN | {"block_size": 16}),
+    "balanced-128": Scheme("- block 128", PLAIN | {"block_size": 128}),
+    "balanced-permuted": Scheme("- permuted", PLAIN | {"permute": True}),
     "balanced-compensated": Scheme("- compensated", {"compensate": True}),
-    "balanced-w4a16": Scheme("- W4A16", {"activation_bits": 0}),
-    "balanced-w8a8": Scheme("- W8A8", {"weight_bits": 8}),
+    "balanced-w4a16": Scheme("- W4A16", PLAIN | {"activation_bits": 0}),
+    "balanced-w8a8": Scheme("- W8A8", PLAIN | {"weight_bits": 8}),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from duq.compiler.quant.folding import change_output, fold, input_transform, rep
 from duq.compiler.quant.linears import input_group, linear, select_linears
 from duq.compiler.quant.pack import LinearPack, pack_weight
 from duq.compiler.quant.recipe import Recipe
-from duq.compiler.quant.rounding import round_compensated, round_weights, search_scales
+from duq.compiler.quant.rounding import error_feedback, round_compensated, round_weights, search_scales
 from duq.compiler.quant.transforms import LinearTransform, block_size_for, weight_rotation
 from duq.runtime.config import ModelConfig
 from duq.runtime.preprocess import ModelInputs
@@ -106,12 +107,15 @@ def quantize_weights(
         placement = Placement(full=dict(transforms), online=dict(transforms))
     quantization = Quantization(recipe, value_transforms=placement.values)
     task = progress.add_task("Quantizing", total=sum(weights[f"{name}.weight"].numel() for name in linears))
-    for name, bits in linears.items():
-        edited = in_output_basis(weight(name), placement.outputs.get(name))
-        quantization.packs[name] = quantize_linear(
-            name, edited, placement.full[name], placement.online[name], statistics[input_group(name)], bits, recipe
-        )
-        progress.advance(task, edited.numel())
+    for (group, _), members in groupby(linears, lambda name: (input_group(name), id(placement.full[name]))):
+        names = list(members)
+        rows = sample_rows(placement.full[names[0]], statistics[group], recipe, ", ".join(names))
+        for name in names:
+            edited = in_output_basis(weight(name), placement.outputs.get(name))
+            quantization.packs[name] = quantize_linear(
+                name, edited, placement.full[name], placement.online[name], rows, linears[name], recipe
+            )
+            progress.advance(task, edited.numel())
     quantization.float_weights = float_edits(weights, linears, placement)
     return quantization
 
@@ -153,28 +157,50 @@ def _place_value_transform(placement, layer, weight, config, linears, statistics
         placement.online[name] = LinearTransform()
 
 
+@dataclass(frozen=True)
+class SampleRows:
+    """What linears with one input and one transform share: rows x', and what follows from them.
+
+    Attributes:
+        fitting: [<= 768, K], to fit scales and weights to. held_out: [<= 256, K], to measure on.
+        energy: mean square of x' per channel, float32 [K].
+        feedback: of `error_feedback`; empty without compensation.
+    """
+
+    fitting: Tensor
+    held_out: Tensor
+    energy: Tensor
+    feedback: list[Tensor]
+
+
+def sample_rows(transform: LinearTransform, statistics: InputStatistics, recipe: Recipe, name: str) -> SampleRows:
+    """Of the inputs that `statistics` saw; name: of the linears, for warnings."""
+    fitting, held_out = (transform.transform_input(x) for x in (statistics.fitting_rows, statistics.held_out_rows))
+    feedback = error_feedback(fitting, recipe.damping, name) if recipe.compensate else []
+    return SampleRows(fitting, held_out, fitting.square().mean(0), feedback)
+
+
 def quantize_linear(
     name: str,
     weight: Tensor,
     full: LinearTransform,
     online: LinearTransform,
-    statistics: InputStatistics,
+    rows: SampleRows,
     bits: int,
     recipe: Recipe,
 ) -> LinearPack:
     """One pack from W [N, K] float32.
 
-    ``full`` leads from the inputs that ``statistics`` saw to x'; ``online`` is what of it remains to be done at run
-    time, when the linears before have absorbed their part.
+    ``full`` leads from the linear's inputs to x', of which there are ``rows``; ``online`` is what of it remains to be done
+    at run time, when the linears before have absorbed their part.
     """
     if recipe.row_rotation == "restore" and full.output_rotation is None:
         output_rotation = weight_rotation(weight.T, block_size_for(len(weight), recipe.block_size))
         full, online = replace(full, output_rotation=output_rotation), replace(online, output_rotation=output_rotation)
     weight = full.transform_weight(weight)
-    x = full.transform_input(statistics.fitting_rows)
-    scale = search_scales(weight, x.square().mean(0), bits)
+    scale = search_scales(weight, rows.energy, bits)
     if recipe.compensate:
-        integers = round_compensated(weight, scale, x, bits, recipe.damping, name)
+        integers = round_compensated(weight, scale, rows.feedback, bits)
     else:
         integers = round_weights(weight, scale, bits)
     pack = LinearPack(
@@ -183,11 +209,10 @@ def quantize_linear(
         weight_bits=bits,
         weight_scale=scale.cpu().numpy(),
         activation_bits=recipe.activation_bits,
-        activation_scale=static_activation_scale(x, recipe),
+        activation_scale=static_activation_scale(rows.fitting, recipe),
         **online.parts(),
     )
-    held_out = full.transform_input(statistics.held_out_rows)
-    pack.sqnr_db = sqnr_db(held_out @ weight.T, quantized_product(held_out, pack, integers))
+    pack.sqnr_db = sqnr_db(rows.held_out @ weight.T, quantized_product(rows.held_out, pack, integers))
     return pack
 
 

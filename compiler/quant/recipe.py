@@ -35,9 +35,27 @@ DEFAULT_PRESET = "llm+expert-mlp"
 
 # What a scheme implies where the user says nothing.
 SCHEMES = {
-    "balanced": {"block_size": 64, "permute": False, "row_rotation": "0", "activation_scale": "per-token"},
-    "duquant": {"block_size": 16, "permute": True, "row_rotation": "restore", "activation_scale": "per-token"},
-    "reference": {"block_size": 16, "permute": True, "row_rotation": "restore", "activation_scale": "per-channel"},
+    "balanced": {
+        "block_size": 64,
+        "permute": False,
+        "row_rotation": "0",
+        "activation_scale": "per-token",
+        "compensate": True,
+    },
+    "duquant": {
+        "block_size": 16,
+        "permute": True,
+        "row_rotation": "restore",
+        "activation_scale": "per-token",
+        "compensate": False,
+    },
+    "reference": {
+        "block_size": 16,
+        "permute": True,
+        "row_rotation": "restore",
+        "activation_scale": "per-channel",
+        "compensate": False,
+    },
 }
 
 
@@ -80,7 +98,7 @@ class Recipe:
     row_rotation: str = "0"
     activation_percentile: float = 99.9
     calibration_steps: int = 32
-    compensate: bool = False
+    compensate: bool = True
     damping: float = 1.0
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from duq.plugins.kernels.attention_split import ATTENTION_SPLIT, SplitAttention
 from duq.plugins.kernels.attention_tile import ATTENTION_TILE, TileAttention
 from duq.plugins.kernels.attention_wgmma import ATTENTION_WGMMA, WgmmaAttention
 from duq.plugins.kernels.bitblas import BITBLAS, Generated
+from duq.plugins.kernels.compensate import COMPENSATE, compensate
 from duq.plugins.kernels.dequantize_weight import DEQUANTIZE_WEIGHT, dequantize_weight
 from duq.plugins.kernels.embed import FLOAT_PATCHES, PATCHES, TOKENS, patches, tokens
 from duq.plugins.kernels.epilogue import EPILOGUE, epilogue
@@ -42,6 +43,7 @@ __all__ = [
     "Wgmma",
     "WgmmaAttention",
     "WgmmaSmall",
+    "compensate",
     "dequantize_weight",
     "epilogue",
     "flow_step",
@@ -64,6 +66,7 @@ KERNELS: dict[str, Kernel] = {
         ATTENTION_TILE,
         ATTENTION_WGMMA,
         BITBLAS,
+        COMPENSATE,
         DEQUANTIZE_WEIGHT,
         EPILOGUE,
         FLOAT_PATCHES,

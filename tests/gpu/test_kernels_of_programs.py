@@ -15,6 +15,7 @@ from duq.plugins.kernel import Instance
 from duq.plugins.kernels import TileAttention
 from duq.plugins.tactics import SPLIT_KEYS, Small, best, best_attention, fits
 from tests.gpu import test_attention as attention
+from tests.gpu import test_compensate as compensation
 from tests.gpu import test_gemm_float as gemm_float
 from tests.gpu import test_kernels as kernels
 from tests.gpu import test_pointwise as pointwise
@@ -108,6 +109,7 @@ CHECKS: dict[str, list[Callable[[], None]]] = {  # by kernel
     "flow_step": [lambda: pointwise.test_flow_step(50, 1024, 32, "gain")],
     "geglu": [lambda: pointwise.test_geglu(51, 4096)],
     "epilogue": [lambda: pointwise.test_epilogue(BF16, 51, 2560, 64, "GEGLU", "bias residual")],
+    "compensate": [lambda: compensation.test_the_kernel_is_its_definition(300, 32, 4)],
     "dequantize_weight": [lambda: gemm_float.test_dequantize_weight(2560, 2048)],
 }
 CASES = [

@@ -145,6 +145,7 @@ SMALLEST = [
     kernels.flow_step(50, 32, 2),
     kernels.geglu(50, 4096),
     kernels.dequantize_weight(64, 4304),
+    kernels.compensate(256),
     kernels.hadamard_quantize(816, 16384),
     kernels.epilogue(50, 1024, "Bf16", True, "GEGLU"),
     kernels.epilogue(50, 1024, "float", False),

@@ -445,6 +445,24 @@ def epilogue(
     run(kernels.epilogue(m, columns, TYPES[y.dtype], rotation is not None, activation), arguments, overlap)
 
 
+def compensate(
+    columns: torch.Tensor,
+    scale: torch.Tensor,
+    feedback: torch.Tensor,
+    carried: torch.Tensor,
+    quantized: torch.Tensor,
+    bits: int,
+    overlap: bool = False,
+) -> None:
+    """One launch on w [count, rows]; `carried` is overwritten by the errors."""
+    operands: dict[str, Value] = {
+        "columns": columns, "scale": scale, "feedback": feedback, "carried": carried, "quantized": quantized
+    }  # fmt: skip
+    count, rows = columns.shape
+    sizes = {"rows": rows, "count": count, "stride": feedback.stride(0), "bits": bits}
+    run(kernels.compensate(rows), operands | sizes, overlap)
+
+
 def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, y: torch.Tensor, overlap: bool = False) -> None:
     """One launch on a packed INT4 weight -> y bf16 [N, K], dense."""
     n, k = y.shape

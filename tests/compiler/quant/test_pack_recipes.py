@@ -68,7 +68,7 @@ def test_packs_alone_are_compiled_as_they_are(compiled):
     ["--include", r"^llm\."],
     ["--scope", "llm", "--include", r"\."],  # the same linears, said otherwise
     ["--layer-bits", "llm.layers.0:8"],
-    ["--no-compensate", "--damping", "1"],
+    ["--compensate", "--damping", "1"],
 ])  # fmt: skip
 def test_the_same_recipe_again_is_welcome(compiled, options):
     result, quantization = compiled(*options)
@@ -91,7 +91,7 @@ CONFLICTS = {
     "scheme": (["--scheme", "duquant"], "--scheme: asks for scheme 'duquant'", "made with 'balanced'"),
     "permute": (["--permute"], "--permute: asks for permute True", "made with False"),
     "rotation": (["--row-rotation", "restore"], "--row-rotation: asks for row_rotation 'restore'"),
-    "compensate": (["--compensate"], "--compensate: asks for compensate True"),
+    "compensate": (["--no-compensate"], "--compensate: asks for compensate False"),
     "damping": (["--damping", "0.5"], "--damping: asks for damping 0.5", "made with 1.0"),
     "exclude": (["--exclude", "q_proj"], "--exclude: asks for exclude 'q_proj'", "made with ''"),
     "scope": (["--scope", "expert"], "--scope: asks for scope 'expert'"),

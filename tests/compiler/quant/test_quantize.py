@@ -1,6 +1,8 @@
 """The quantizer on a policy of a few thousand weights: exact folding, calibration, rounding, and the command line."""
 
 import copy
+import functools
+import importlib
 import warnings
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,17 +10,30 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.progress import Progress
 
 from duq.compiler.errors import CalibrationError
 from duq.compiler.model import build_model
-from duq.compiler.quant import fake_quantize, load_quantization, load_recipe, quantize, save_quantization
+from duq.compiler.quant import fake_quantize, gpu, load_quantization, load_recipe, quantize, rounding, save_quantization
 from duq.compiler.quant.auto_bits import spend_bits
 from duq.compiler.quant.calibrate import RESERVOIR_ROWS, InputStatistics, calibrate
 from duq.compiler.quant.linears import input_group, quantizable_linears, select_linears
 from duq.compiler.quant.quantize import float_edits, in_output_basis, place_transforms, sqnr_db
-from duq.compiler.quant.rounding import CHUNK, round_compensated, round_weights, search_scales
+from duq.compiler.quant.rounding import (
+    CHUNK,
+    error_feedback,
+    round_columns,
+    round_compensated,
+    round_weights,
+    search_scales,
+)
 from duq.compiler.quant.transforms import weight_rotation
+from duq.plugins import kernels
+from duq.plugins.errors import DuqWarning, KernelError
+from duq.plugins.kernels.reference import Memory, Pointer
+from tests.support.emulate import launch
 from tests.support.fake_device import FakeDevice
 from tests.support.quant_policy import observation, sample_actions, tiny_checkpoint, tiny_config
 
@@ -283,6 +298,10 @@ def test_scales_of_odd_rows():
     torch.testing.assert_close(back, weight, rtol=0.01, atol=0)
 
 
+def compensated(weight, scale, x, bits, damping, name="a linear"):
+    return round_compensated(weight, scale, error_feedback(x, damping, name), bits)
+
+
 def test_compensation_lowers_the_error_of_the_output():
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(300, 300, generator=generator) / 300**0.5
@@ -290,14 +309,14 @@ def test_compensation_lowers_the_error_of_the_output():
     weight = torch.randn(50, 300, generator=generator)
     scale = search_scales(weight, x.square().mean(0), 4)
     plain = round_weights(weight, scale, 4)
-    compensated = round_compensated(weight, scale, x, 4, damping=0.1)
-    assert compensated.dtype == torch.int8 and compensated.min() >= -8 and compensated.max() <= 7
+    found = compensated(weight, scale, x, 4, damping=0.1)
+    assert found.dtype == torch.int8 and found.min() >= -8 and found.max() <= 7
 
     def noise(integers):
         return float((x @ (weight - integers * scale[:, None]).T).square().mean())
 
-    assert noise(compensated) < 0.5 * noise(plain)
-    unlinked = round_compensated(weight, scale, x, 4, damping=1e6)  # nothing but the damping: nothing to make up for
+    assert noise(found) < 0.5 * noise(plain)
+    unlinked = compensated(weight, scale, x, 4, damping=1e6)  # nothing but the damping: nothing to make up for
     torch.testing.assert_close(unlinked, plain, rtol=0, atol=0)
 
 
@@ -346,6 +365,123 @@ def test_auto_bits_lower_the_noise_within_the_budget(policy):
     assert mixed.packs.keys() == plain.packs.keys() and mixed.recipe.auto_bits == 5.0
 
 
+# --- compensation, piece by piece -------------------------------------------------------------------------------------
+
+
+def correlated_rows(rows: int, channels: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(channels, channels, generator=generator) / channels**0.5
+    return torch.randn(rows, channels, generator=generator) @ mixing + torch.randn(rows, 1, generator=generator)
+
+
+def hessian_of(x: torch.Tensor, damping: float) -> torch.Tensor:
+    hessian = x.double().T @ x.double() / len(x)
+    hessian.diagonal().add_(damping * hessian.diagonal().mean())
+    return hessian
+
+
+@pytest.mark.parametrize("channels", [1, 15, 16, 17, 100, 257])
+def test_compensation_is_that_of_the_inverse_hessian(channels):
+    """GPTQ as its paper has it, with the Cholesky factor of the inverse, column by column in float64."""
+    x, damping = correlated_rows(400, channels), 0.5
+    weight = torch.randn(20, channels, generator=torch.Generator().manual_seed(1))
+    scale = search_scales(weight, x.square().mean(0), 4)
+    factor = torch.linalg.cholesky(torch.linalg.inv(hessian_of(x, damping)), upper=True)
+    left, expected = weight.double(), torch.empty(weight.shape, dtype=torch.int8)
+    for k in range(channels):
+        q = (left[:, k] / scale).round().clamp(-8, 7)
+        expected[:, k] = q.to(torch.int8)
+        left[:, k:] -= ((left[:, k] - q * scale) / factor[k, k])[:, None] * factor[k, k:]
+    assert torch.equal(compensated(weight, scale, x, 4, damping), expected)
+
+
+@given(
+    seed=st.integers(0, 999),
+    channels=st.integers(2, 80),
+    rows=st.integers(1, 120),
+    damping=st.sampled_from([0.01, 0.1, 1.0]),
+)
+def test_compensation_lowers_what_it_minimizes(seed, channels, rows, damping):
+    """Over many rows of weights; one alone may lose, as each column is rounded for those before it."""
+    x = correlated_rows(rows, channels, seed)
+    weight = torch.randn(200, channels, generator=torch.Generator().manual_seed(seed))
+    scale = search_scales(weight, x.square().mean(0), 4)
+    hessian = hessian_of(x, damping)
+
+    def error(integers):
+        e = (weight - integers * scale[:, None]).double()
+        return float(((e @ hessian) * e).sum())
+
+    assert error(compensated(weight, scale, x, 4, damping)) <= 1.001 * error(round_weights(weight, scale, 4))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_pytorch_rounds_columns_as_the_kernel_is_defined(bits):
+    """To the bit: neither fuses multiplications and additions."""
+    count, rows = 32, 60
+    generator = torch.Generator().manual_seed(bits)
+    columns, carried, feedback = (
+        torch.randn(*shape, generator=generator) for shape in ((count, rows), (count, rows), (count, count + 4))
+    )
+    scale, integers = torch.rand(rows, generator=generator) - 0.5, torch.zeros(count, rows, dtype=torch.int8)
+    operands = {"columns": columns, "scale": scale, "feedback": feedback, "carried": carried, "quantized": integers}
+    memory = {name: Memory(each.numpy().copy().reshape(-1).view(np.uint8)) for name, each in operands.items()}
+    instance = kernels.compensate(rows)
+    pointers = {name: Pointer(each) for name, each in memory.items()}
+    launch(instance.expression, instance.shape, pointers | dict(rows=rows, count=count, stride=count + 4, bits=bits))
+    round_columns(columns, carried, scale, feedback[:, :count], integers, bits)
+    assert bytes(memory["quantized"].data) == integers.numpy().tobytes()
+    assert bytes(memory["carried"].data) == carried.numpy().tobytes()
+    assert len(integers.unique()) > 8
+
+
+def test_linears_that_share_their_input_share_its_feedback(policy, monkeypatch):
+    """It is computed once a group, and the packs are those of linears quantized each on its own."""
+    alone = {name: [] for name in ("whole", "parts")}
+    module = importlib.import_module("duq.compiler.quant.quantize")
+
+    def counted(x, damping, name):
+        alone[kind].append(name)
+        return error_feedback(x, damping, name)
+
+    monkeypatch.setattr(module, "error_feedback", counted)
+    kind = "whole"
+    whole = quantized(policy, "all", compensate=True).packs
+    kind = "parts"
+    monkeypatch.setattr(module, "groupby", lambda names, key: [(key(name), [name]) for name in names])
+    parts = quantized(policy, "all", compensate=True).packs
+    assert alone["parts"] == list(parts) and len(alone["whole"]) == len({input_group(name) for name in whole})
+    for name, pack in whole.items():
+        np.testing.assert_array_equal(pack.weight_q, parts[name].weight_q)
+        assert pack.sqnr_db == parts[name].sqnr_db
+
+
+def test_a_gpu_without_the_kernels_compiler_is_told_so(monkeypatch):
+    """And rounds by PyTorch's operations."""
+    monkeypatch.setattr(gpu, "_kernel", functools.cache(gpu._kernel.__wrapped__))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(gpu.driver, "open_device", lambda ordinal: 86)
+
+    def refuse(*arguments):
+        raise KernelError("compiling CUDA kernels needs nvidia-cuda-nvrtc: pip install 'duq-vla[cuda]'")
+
+    monkeypatch.setattr(gpu, "compile_cubin", refuse)
+    with pytest.warns(DuqWarning, match=r"PyTorch's operations, .*pip install 'duq-vla\[cuda\]'"):
+        assert not gpu.can_round(torch.device("cuda"))
+    assert not gpu.can_round(torch.device("cpu"))
+
+
+def test_columns_compensate_each_other_within_segments(monkeypatch):
+    monkeypatch.setattr(rounding, "SEGMENT", 40)
+    x = correlated_rows(300, 100)
+    weight = torch.randn(20, 100, generator=torch.Generator().manual_seed(1))
+    scale = search_scales(weight, x.square().mean(0), 4)
+    found = compensated(weight, scale, x, 4, 1.0)
+    assert [each.shape for each in error_feedback(x, 1.0)] == [(40, 40), (40, 40), (20, 20)]
+    for part in (slice(0, 40), slice(40, 80), slice(80, 100)):
+        assert torch.equal(found[:, part], compensated(weight[:, part], scale, x[:, part], 4, 1.0))
+
+
 # --- compensation where the Hessian is singular ----------------------------------------------------------------------
 
 
@@ -369,7 +505,7 @@ def test_compensation_works_on_any_rows_with_any_damping(kind, damping):
     scale = weight.abs().amax(1) / 7
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        found = round_compensated(weight, scale, x, 4, damping, "llm.layers.0.mlp.up_proj")
+        found = compensated(weight, scale, x, 4, damping, "llm.layers.0.mlp.up_proj")
     assert found.dtype == torch.int8 and found.min() >= -8 and found.max() <= 7
 
     def error(integers):
@@ -391,7 +527,7 @@ def test_damping_enough_for_float32_changes_nothing():
     x, weight = rows_of("full", 300, 64), torch.randn(16, 64, generator=torch.Generator().manual_seed(2))
     scale = weight.abs().amax(1) / 7
     for power in (1.0, 2.0**40, 2.0**-40):
-        assert torch.equal(round_compensated(weight, scale, x * power, 4, 1.0), round_compensated(weight, scale, x, 4, 1.0))
+        assert torch.equal(compensated(weight, scale, x * power, 4, 1.0), compensated(weight, scale, x, 4, 1.0))
 
 
 def test_a_policy_is_compensated_with_hardly_any_damping(policy):
