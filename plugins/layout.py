@@ -135,13 +135,16 @@ def interleave_gate_up(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     return pairs.reshape(-1, *gate.shape[1:])
 
 
-def interleave_rotary(qkv: np.ndarray, dims: int = 256) -> np.ndarray:
-    """Rows [q heads, k, v] ([N, ...], `dims` rows a head) as the ROTARY epilogue of gemm_float.cu wants them.
+HEAD_DIMS = 256  # of a head, for the ROTARY epilogues
+
+
+def interleave_rotary(qkv: np.ndarray, dims: int = HEAD_DIMS) -> np.ndarray:
+    """Rows [q heads, k, v], perhaps without queries ([N, ...], `dims` rows a head), as the GEMMs' ROTARY epilogue wants them.
 
     A rotation turns channel c with c + dims / 2; for q and k, 8 of the first half of a head are followed by their 8 of
     the second. The rows of v stay in order. Raises LayoutError unless there are whole heads, of a multiple of 16 rows.
     """
-    if dims % 16 or qkv.shape[0] % dims or qkv.shape[0] < 3 * dims:
+    if dims % 16 or qkv.shape[0] % dims or qkv.shape[0] < 2 * dims:
         raise LayoutError(f"{qkv.shape[0]} rows are no queries, keys and values of heads of {dims}")
     halves = qkv[:-dims].reshape(-1, 2, dims // 2, *qkv.shape[1:])
     turned = [interleave_gate_up(first, second) for first, second in halves]

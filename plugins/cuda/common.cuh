@@ -195,6 +195,7 @@ __device__ inline float dequantized(int sum, float weight_scale, float x_scale) 
 
 // The epilogues of a GEMM. A kernel takes those that the head of its source names.
 enum Finish { NONE, SILU, GELU, GEGLU, ROTARY };
+constexpr int HEAD_DIMS = 256;  // of a head, for ROTARY
 
 // What the residual stream's writer leaves for a norm whose reader is gemm_float: y * gain[n] in bf16 (gain may be null),
 // [tokens, N], and of every 16 channels the sum of y^2, [tokens, N / 16]. `x` is null where nobody wants it.

@@ -29,8 +29,6 @@
 // plugins/kernels/gemm_float.py.
 #include "int4.cuh"
 
-constexpr int HEAD_DIMS = 256;
-
 // d[16 weight rows, 8 tokens] += a[16, 16] b[16, 8]; which lane holds what of d is as in common.cuh.
 __device__ inline void mma(float (&d)[4], const uint4& a, uint2 b) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"

@@ -11,6 +11,11 @@
 // Where tiles are fewer than multiprocessors, SPLIT blocks, a cluster, share the K of a tile and add through
 // distributed shared memory. For small M there is gemm_wgmma_small.cu; the epilogue for y of 16 bits is group_tile.cuh.
 //
+// EPILOGUE is one of common.cuh's, or with SPLIT = 1 and y of 16 bits ROTARY: of q, k, v rows as plugins/layout.py
+// interleave_rotary has them, HEAD_DIMS a head, one KV head. q and k, rounded to 16 bits, are turned by the angles of their
+// position; q goes to y, k and v to rows of their own. Token i has position first_position + i, with `past` + *past, and with
+// to_cache its key and value go to the row of that number, else to row i.
+//
 // grid: SPLIT = 1: as many blocks as run at once, or fewer; else SPLIT * tiles, cluster SPLIT.
 // block 128 GROUPS + 128 (GROUPS = 1: 160); shared memory STAGES * sizeof(Stage) + 4 GROUPS * 4 * staging_words(1),
 // with SPLIT > 1 the larger of STAGES * sizeof(Stage) and 4 GROUPS * 4 * (RECEIVED + STAGED), one after the other.
@@ -30,7 +35,8 @@ template <int BITS, int GROUPS, int TOKENS8, int STAGES, int SPLIT, int EPILOGUE
 __global__ void __launch_bounds__(128 * GROUPS + (GROUPS > 1 ? 128 : 32), 1)
 gemm_wgmma(const signed char* x_q, const float* x_scale, const unsigned char* weight, const float* weight_scale,
            const float* bias, const Out* residual, Out* y, int* workspace, int tokens, int rows, int depth, Bf16* normed,
-           const float* normed_gain, float* normed_squares) {
+           const float* normed_gain, float* normed_squares, Out* k, Out* v, const float* cosine, const float* sine,
+           const int* past, int kv_stride, int first_position, int to_cache) {
   constexpr int TOKENS = 8 * TOKENS8, WARPS = 4 * GROUPS, TILE_BYTES = Fragment<BITS>::bytes();
   struct Stage {
     unsigned char x[TOKENS * 128];               // swizzled; 1024-byte aligned
@@ -105,14 +111,21 @@ gemm_wgmma(const signed char* x_q, const float* x_scale, const unsigned char* we
     using E = Epilogue<BITS, EPILOGUE, Out>;
     const E epilogue = {x_scale, weight_scale, bias, residual, y, tokens, rows, {normed, normed_gain, normed_squares}};
     constexpr bool IN_PLACE = SPLIT == 1 && sizeof(Out) == 2;  // store_group_tile works where the accumulators are
+    constexpr bool TURNS = EPILOGUE == ROTARY;
+    static_assert(IN_PLACE || !TURNS);
     constexpr bool EARLY = SPLIT == 1 && !IN_PLACE && TOKENS8 <= 16;  // there are registers for what the tile is added to
     constexpr int AHEAD = EARLY ? (TOKENS8 + batch_of(1) - 1) / batch_of(1) : 1;
+    const int position = TURNS ? first_position + (past ? *past : 0) : 0;
+    const Heads<Out> heads = {k, v, cosine, sine, kv_stride, position, to_cache ? position : 0};
     int count = 0;  // steps taken so far
     wait_for_inputs();  // for the tokens' scales
     for (int tile = block; tile < tiles; tile += blocks) {
       const int first_token = tile % token_blocks * TOKENS, first_row = tile / token_blocks * 64 * GROUPS + 16 * warp;
       const TokenScales<IN_PLACE ? TOKENS8 : 1> scales(x_scale, first_token, tokens);
+      const int row_of_group = first_row - 16 * (warp % 4);
       const RowFactors<BITS> factors(weight_scale, bias, first_row);
+      Turns<TURNS ? TOKENS8 : 1, Out> turns(heads, y, row_of_group, tokens, rows);
+      if (TURNS) turns.load_first(first_token);
       Batches<1, TOKENS8, AHEAD, E> batches;
       typename E::Columns columns;
       if (!IN_PLACE) columns = columns_of_lane<1>(first_row, epilogue);
@@ -139,11 +152,10 @@ gemm_wgmma(const signed char* x_q, const float* x_scale, const unsigned char* we
       if constexpr (IN_PLACE)
         if (EPILOGUE != NONE || !residual) {
           int* const of_group = staging + warp / 4 * 4 * staging_words(1);
-          const int row_of_group = first_row - 16 * (warp % 4);
           if (bias)
-            store_group_tile<true>(acc[0], of_group, scales, factors, first_token, row_of_group, epilogue);
+            store_group_tile<true>(acc[0], of_group, scales, factors, first_token, row_of_group, epilogue, turns);
           else
-            store_group_tile<false>(acc[0], of_group, scales, factors, first_token, row_of_group, epilogue);
+            store_group_tile<false>(acc[0], of_group, scales, factors, first_token, row_of_group, epilogue, turns);
           continue;
         }
       if (IN_PLACE) columns = columns_of_lane<1>(first_row, epilogue);

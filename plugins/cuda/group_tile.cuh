@@ -5,9 +5,10 @@
 // 16 w + g (d[0], d[1]) and 16 w + g + 8 (d[2], d[3]), with GEGLU of a gate and of the up that belongs to it. Nothing
 // waits for another lane until `stmatrix` has turned 8 channels x 8 tokens into 16 bytes of each token; then the group
 // stores whole rows of its tile, 64 or 128 bytes. (common.cuh, store_warp_tile, takes a turn through shared memory for
-// every 8 tokens.)
+// every 8 tokens.) With ROTARY it turns them on their way: the same bits as those of a rotary.cu behind it.
 #pragma once
 #include "cluster.cuh"
+#include "rotary.cuh"
 
 // 8 x 8 values of 16 bits, two neighbors of a row a lane as in mma's operands, to 8 rows of shared memory, transposed.
 __device__ inline void store_transposed(unsigned to, unsigned pair) {
@@ -46,16 +47,68 @@ template <int BITS> struct RowFactors {
   }
 };
 
-// first_row: of the group. BIASED: whether epilogue.bias is there.
-template <bool BIASED, int BITS, int EPILOGUE, class Out, int TOKENS8>
+// Staging has room for a part of a group's tile only, which is stored in passes: of so many groups of 8 tokens, for CHUNKS
+// pieces of 16 bytes a token.
+template <int TOKENS8, int CHUNKS> constexpr int ROOM = 4 * 4 * staging_words(1) / (8 * 16 * CHUNKS);
+template <int TOKENS8, int CHUNKS> constexpr int PASSES = (TOKENS8 + ROOM<TOKENS8, CHUNKS> - 1) / ROOM<TOKENS8, CHUNKS>;
+template <int TOKENS8, int CHUNKS> constexpr int PASS = (TOKENS8 + PASSES<TOKENS8, CHUNKS> - 1) / PASSES<TOKENS8, CHUNKS>;
+
+// Of the epilogue ROTARY: where keys and values go, and what angles turn queries and keys.
+template <class Out> struct Heads {
+  Out *k, *v;
+  const float *cosine, *sine;  // [positions, HEAD_DIMS / 2]
+  int kv_stride;
+  int position, kv_row;  // of token 0: its position, and the row that its key and value go to
+};
+
+// What a thread turns of a group's tile, which is part of one head: of every 32nd token one of four pairs of chunks, 8 channels
+// of the first half and their partners in the second; of v 16 channels that stay as they are. The angles are loaded a pass ahead.
+template <int TOKENS8, class Out> struct Turns {
+  static constexpr int COUNT = (PASS<TOKENS8, 8> + 3) / 4;  // of a pass
+  const float *cosine, *sine;
+  Out* to;
+  int stride, apart, tokens;
+  bool turned;
+  Angles angles[COUNT];
+
+  // The thread's pair, and its i-th token of a pass.
+  __device__ static int pair() { return threadIdx.x % 4; }
+  __device__ static int token(int i) { return threadIdx.x % 128 / 4 + 32 * i; }
+
+  __device__ Turns(const Heads<Out>& heads, Out* y, int first_row, int tokens, int rows) : tokens(tokens) {
+    const int head = first_row / HEAD_DIMS, queries = rows / HEAD_DIMS - 2, row = first_row % HEAD_DIMS + 16 * pair();
+    turned = head <= queries;
+    apart = turned ? HEAD_DIMS / 2 : 8;
+    stride = head < queries ? rows : heads.kv_stride;
+    to = head < queries ? y + head * HEAD_DIMS : (turned ? heads.k : heads.v) + size_t(heads.kv_row) * stride;
+    to += turned ? row / 2 : row;
+    const size_t at = size_t(heads.position) * (HEAD_DIMS / 2) + row / 2;
+    cosine = heads.cosine + at, sine = heads.sine + at;
+  }
+  __device__ void load(int i, int token) {
+    const size_t at = size_t(token) * (HEAD_DIMS / 2);
+    if (turned && token < tokens) angles[i].load(cosine + at, sine + at);
+  }
+  __device__ void load_first(int first_token) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) load(i, first_token + token(i));
+  }
+  __device__ void store(int i, int token, uint4 first, uint4 second) const {
+    if (turned) angles[i].turn(first, second);
+    Out* const target = to + size_t(token) * stride;
+    *reinterpret_cast<uint4*>(target) = first;
+    *reinterpret_cast<uint4*>(target + apart) = second;
+  }
+};
+
+// first_row: of the group. BIASED: whether epilogue.bias is there. turns: for ROTARY, the first pass's angles loaded.
+template <bool BIASED, int BITS, int EPILOGUE, class Out, int TOKENS8, class Turns>
 __device__ inline void store_group_tile(const int (&acc)[TOKENS8][4], int* staging, const TokenScales<TOKENS8>& scales,
                                         const RowFactors<BITS>& factors, int first_token, int first_row,
-                                        const Epilogue<BITS, EPILOGUE, Out>& epilogue) {
+                                        const Epilogue<BITS, EPILOGUE, Out>& epilogue, Turns& turns) {
   static_assert(sizeof(Out) == 2);
   constexpr int PARTS = EPILOGUE == GEGLU ? 2 : 1, CHUNKS = 8 / PARTS;  // of 16 bytes, of a token
-  // `staging` has room for a part of the tile only: passes of GROUPS_OF_8 groups of 8 tokens.
-  constexpr int ROOM = 4 * 4 * staging_words(1) / (8 * 16 * CHUNKS), PASSES = (TOKENS8 + ROOM - 1) / ROOM;
-  constexpr int GROUPS_OF_8 = (TOKENS8 + PASSES - 1) / PASSES;
+  constexpr int GROUPS_OF_8 = PASS<TOKENS8, CHUNKS>;  // of a pass
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, group = threadIdx.x / 128;
   const int columns = epilogue.rows / PARTS, first_column = first_row / PARTS;
   // Chunks that are stored together, one each of 8 tokens or several each of fewer, have different banks.
@@ -88,12 +141,24 @@ __device__ inline void store_group_tile(const int (&acc)[TOKENS8][4], int* stagi
     }
     meet_group(group);
     const int tokens = 8 * min(GROUPS_OF_8, TOKENS8 - first), first_of_pass = first_token + 8 * first;
+    auto staged = [&](int token, int chunk) {
+      return *reinterpret_cast<const uint4*>(reinterpret_cast<char*>(staging) + place(token, chunk));
+    };
+    if constexpr (EPILOGUE == ROTARY) {
 #pragma unroll
-    for (int item = thread; item < tokens * CHUNKS; item += 128) {
-      const int token = item / CHUNKS, chunk = item % CHUNKS;
-      if (first_of_pass + token >= epilogue.tokens) break;
-      const uint4 value = *reinterpret_cast<const uint4*>(reinterpret_cast<char*>(staging) + place(token, chunk));
-      *reinterpret_cast<uint4*>(epilogue.y + size_t(first_of_pass + token) * columns + first_column + 8 * chunk) = value;
-    }
+      for (int i = 0; i < Turns::COUNT; ++i) {
+        const int token = turns.token(i), chunk = 2 * turns.pair();
+        if (token >= tokens || first_of_pass + token >= epilogue.tokens) break;
+        turns.store(i, first_of_pass + token, staged(token, chunk), staged(token, chunk + 1));
+        if (first + GROUPS_OF_8 < TOKENS8) turns.load(i, first_of_pass + 8 * GROUPS_OF_8 + token);
+      }
+    } else
+#pragma unroll
+      for (int item = thread; item < tokens * CHUNKS; item += 128) {
+        const int token = item / CHUNKS, chunk = item % CHUNKS;
+        if (first_of_pass + token >= epilogue.tokens) break;
+        const uint4 value = staged(token, chunk);
+        *reinterpret_cast<uint4*>(epilogue.y + size_t(first_of_pass + token) * columns + first_column + 8 * chunk) = value;
+      }
   }
 }

@@ -7,15 +7,7 @@
 //
 // Channel c turns with c + DIMS / 2; a thread has 8 channels and their 8 partners.
 // grid tokens, block (HEADS + 2) DIMS / 16.
-#include "common.cuh"
-
-// Two pairs (first, second) -> (first cos - second sin, second cos + first sin), each word two neighboring channels.
-__device__ inline void rotate(unsigned& first, unsigned& second, const float* c, const float* s) {
-  const float a[2] = {__uint_as_float(first << 16), __uint_as_float(first & 0xFFFF0000u)};
-  const float b[2] = {__uint_as_float(second << 16), __uint_as_float(second & 0xFFFF0000u)};
-  first = pack2<Bf16>(a[0] * c[0] - b[0] * s[0], a[1] * c[1] - b[1] * s[1]);
-  second = pack2<Bf16>(b[0] * c[0] + a[0] * s[0], b[1] * c[1] + a[1] * s[1]);
-}
+#include "rotary.cuh"
 
 template <int HEADS, int DIMS>
 __global__ void __launch_bounds__((HEADS + 2) * DIMS / 16)
@@ -23,13 +15,9 @@ rotary(Bf16* qkv, const float* cosine, const float* sine, Bf16* k_cache, Bf16* v
        int first_position, int stride, int cache_stride) {
   constexpr int PIECES = DIMS / 16;  // of 8 channels in half a head
   const int head = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
-  const size_t position = first_position + blockIdx.x + (past ? *past : 0), angles = position * (DIMS / 2) + 8 * piece;
-  float c[8], s[8];  // constants: they need not wait
-#pragma unroll
-  for (int i = 0; i < 8; i += 4) {
-    *reinterpret_cast<float4*>(c + i) = __ldg(reinterpret_cast<const float4*>(cosine + angles + i));
-    *reinterpret_cast<float4*>(s + i) = __ldg(reinterpret_cast<const float4*>(sine + angles + i));
-  }
+  const size_t position = first_position + blockIdx.x + (past ? *past : 0), at = position * (DIMS / 2) + 8 * piece;
+  Angles angles;
+  angles.load(cosine + at, sine + at);
   let_next_kernel_start();
   wait_for_inputs();
 
@@ -39,11 +27,6 @@ rotary(Bf16* qkv, const float* cosine, const float* sine, Bf16* k_cache, Bf16* v
   uint4* to = from;
   if (head >= HEADS && k_cache)
     to = reinterpret_cast<uint4*>((head == HEADS ? k_cache : v_cache) + position * cache_stride) + piece;
-  if (head <= HEADS) {
-    rotate(first.x, second.x, c, s);
-    rotate(first.y, second.y, c + 2, s + 2);
-    rotate(first.z, second.z, c + 4, s + 4);
-    rotate(first.w, second.w, c + 6, s + 6);
-  }
+  if (head <= HEADS) angles.turn(first, second);
   to[0] = first, to[PIECES] = second;
 }

@@ -17,13 +17,11 @@ from duq.plugins.kernels.reference import (
     from_bf16,
     leave_for_norm,
     padded,
-    position_of,
-    rotate_positions,
+    write_heads,
 )
 from duq.plugins.layout import unpack_float_fragments, unpack_int4_fragments
 
 FLOAT_CHUNK = 64  # of K, that a warp takes at a time
-HEAD_DIMS = 256  # of a head, for the epilogue ROTARY
 
 
 def reference(
@@ -69,14 +67,8 @@ def reference(
     acc = affine(acc, channel_scale, bias)
     epilogue, out_type = launch["EPILOGUE"], launch["Out"]
     if epilogue == "ROTARY":
-        assert k is not None and v is not None and cosine is not None and sine is not None
-        position = position_of(first_position, past)
-        pairs = acc[:, :-HEAD_DIMS].reshape(tokens, -1, HEAD_DIMS // 16, 2, 8).transpose(0, 1, 3, 2, 4)
-        rotated = rotate_positions(pairs.reshape(tokens, -1, HEAD_DIMS), cosine, sine, position)
-        y.write(out_type, rotated[:, :-1].reshape(tokens, -1), y_stride)
-        first_row = position if to_cache else 0
-        for to, part in ((k, rotated[:, -1]), (v, acc[:, -HEAD_DIMS:])):
-            to.write(out_type, part, kv_stride, at=first_row * kv_stride)
+        strides = y_stride, kv_stride
+        write_heads(acc, out_type, y, k, v, cosine, sine, past, *strides, first_position, to_cache)
         return
     if epilogue == "NONE" and residual is not None:
         acc = acc + residual.read("float", tokens, rows, stride=y_stride)

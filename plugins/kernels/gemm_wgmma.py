@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
+
+import numpy as np
 
 from duq.plugins.kernel import Instance, Kernel, Shape
 from duq.plugins.kernels.gemm import PARAMETERS, make_reference, staged_bytes, warp_staging_bytes
-from duq.plugins.kernels.reference import Launched, Pointer
+from duq.plugins.kernels.reference import Launched, Memory, Pointer, write_heads
 
 LAYOUT = "wgmma"  # of the weight
 
@@ -20,12 +22,53 @@ def _check(launch: Launched, tokens: int, rows: int, workspace: Pointer | None) 
         assert launch.grid[0] == rows // tile_rows * -(-tokens // tile_tokens) * split
 
 
+_without_rotary = make_reference(LAYOUT, _check)
+
+
+def reference(
+    launch: Launched,
+    x_q: Pointer,
+    x_scale: Pointer | None,
+    weight: Pointer,
+    weight_scale: Pointer | None,
+    bias: Pointer | None,
+    residual: Pointer | None,
+    y: Pointer,
+    workspace: Pointer | None,
+    tokens: int,
+    rows: int,
+    depth: int,
+    normed: Pointer | None,
+    normed_gain: Pointer | None,
+    normed_squares: Pointer | None,
+    k: Pointer | None,
+    v: Pointer | None,
+    cosine: Pointer | None,
+    sine: Pointer | None,
+    past: Pointer | None,
+    kv_stride: int,
+    first_position: int,
+    to_cache: int,
+) -> None:
+    operands = x_q, x_scale, weight, weight_scale, bias, residual
+    others = workspace, tokens, rows, depth, normed, normed_gain, normed_squares
+    if launch["EPILOGUE"] != "ROTARY":
+        _without_rotary(launch, *operands, y, *others)
+        return
+    assert launch.number("SPLIT") == 1 and launch["Out"] == "Bf16" and residual is None
+    qkv = Pointer(Memory(np.zeros(2 * tokens * rows, np.uint8)))
+    _without_rotary(replace(launch, template={**launch.template, "EPILOGUE": "NONE"}), *operands, qkv, *others)
+    heads = qkv.read("Bf16", tokens, rows)  # rounded, as in front of a rotary.cu
+    write_heads(heads, "Bf16", y, k, v, cosine, sine, past, rows, kv_stride, first_position, to_cache)
+
+
 GEMM_WGMMA = Kernel(
     "gemm_wgmma.cu",
     "gemm_wgmma",
     "int BITS, int GROUPS, int TOKENS8, int STAGES, int SPLIT, int EPILOGUE, class Out",
-    PARAMETERS,
-    make_reference(LAYOUT, _check),
+    f"""{PARAMETERS}, Out* k?, Out* v?, const float* cosine?, const float* sine?, const int* past?, int kv_stride,
+    int first_position, int to_cache""",
+    reference,
 )
 
 
@@ -54,6 +97,11 @@ class Wgmma:
         """The activations come in slabs, padded to a multiple of this (plugins.layout.activation_slabs)."""
         return self.tile_tokens
 
+    @property
+    def has_rotary(self) -> bool:
+        """Whether there is an epilogue ROTARY, for y in bf16."""
+        return self.split == 1
+
     def divides(self, n: int, k: int) -> bool:
         return n % self.tile_rows == 0 and k % 128 == 0 and k // 128 >= self.split
 
@@ -68,7 +116,7 @@ class Wgmma:
         return Shape((tiles * self.split, 1, 1), threads, max(ring, accumulators), (self.split, 1, 1))
 
     def instance(self, m: int, n: int, bits: int, out: str, epilogue: str = "NONE") -> Instance:
-        """For y [m, n] of the C++ type `out`, a weight of `bits`; epilogue: NONE, GELU or GEGLU."""
+        """For y [m, n] of the C++ type `out`, a weight of `bits`; epilogue: NONE, GELU, GEGLU or, if there is one, ROTARY."""
         return GEMM_WGMMA.instance(
             self.shape(m, n, bits),
             {"wgmma.cuh": wgmma_header(self.tokens8)},

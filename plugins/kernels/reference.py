@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from duq.plugins.layout import HEAD_DIMS
+
 TYPES: Mapping[str, type[np.generic]] = {
     "float": np.float32,
     "int": np.int32,
@@ -147,6 +149,32 @@ def rotate_positions(v: np.ndarray, cosine: Pointer, sine: Pointer, position: in
     c, s = (table.read("float", len(v), 1, half, at=position * half) for table in (cosine, sine))
     first, second = v[..., :half], v[..., half:]
     return np.concatenate([first * c - second * s, second * c + first * s], axis=-1)
+
+
+def write_heads(
+    qkv: np.ndarray,
+    kind: str,
+    y: Pointer,
+    k: Pointer | None,
+    v: Pointer | None,
+    cosine: Pointer | None,
+    sine: Pointer | None,
+    past: Pointer | None,
+    y_stride: int,
+    kv_stride: int,
+    first_position: int,
+    to_cache: int,
+) -> None:
+    """What the epilogues ROTARY make of qkv [tokens, N], whose columns are as plugins.layout.interleave_rotary has them: q and k
+    turned; q goes to y, k and v to rows of their own, with `to_cache` to those of the tokens' positions."""
+    assert k is not None and v is not None and cosine is not None and sine is not None
+    tokens, position = len(qkv), position_of(first_position, past)
+    pairs = qkv[:, :-HEAD_DIMS].reshape(tokens, -1, HEAD_DIMS // 16, 2, 8).transpose(0, 1, 3, 2, 4)
+    turned = rotate_positions(pairs.reshape(tokens, -1, HEAD_DIMS), cosine, sine, position)
+    y.write(kind, turned[:, :-1].reshape(tokens, -1), y_stride)
+    first_row = position if to_cache else 0
+    for to, part in ((k, turned[:, -1]), (v, qkv[:, -HEAD_DIMS:])):
+        to.write(kind, part, kv_stride, at=first_row * kv_stride)
 
 
 def rotate_blocks(v: np.ndarray, rotation: Pointer, block: int) -> np.ndarray:

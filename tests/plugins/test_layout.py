@@ -186,15 +186,16 @@ def test_gate_and_up_alternate_every_8_rows():
         interleave_gate_up(gate[:12], up[:12])
 
 
-def test_both_halves_of_a_head_alternate_every_8_rows():
-    heads, dims = 3, 32
+@pytest.mark.parametrize("heads", [0, 3])
+def test_both_halves_of_a_head_alternate_every_8_rows(heads):
+    dims = 32
     qkv = np.arange((heads + 2) * dims * 2).reshape(-1, 2)
     rows = interleave_rotary(qkv, dims)
     for row in range((heads + 1) * dims):
         head, tile, half, channel = row // dims, row % dims // 16, row // 8 % 2, row % 8
         np.testing.assert_array_equal(rows[row], qkv[head * dims + half * dims // 2 + 8 * tile + channel])
     np.testing.assert_array_equal(rows[-dims:], qkv[-dims:])
-    for wrong in (qkv[:-1], qkv[: 2 * dims]):
+    for wrong in (qkv[:-1], qkv[:dims]):
         with pytest.raises(LayoutError):
             interleave_rotary(wrong, dims)
 

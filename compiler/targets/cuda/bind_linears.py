@@ -1,7 +1,8 @@
 """Binding linears: each kind to the kernels that compute it, with the norm in front and the epilogue behind where they can.
 
 integer      our INT8 GEMMs; followed by an epilogue's launch where the tactic leaves accumulators (BitBLAS's), and
-             behind an output rotation, which has to wait for all accumulators of its block
+             behind an output rotation, which has to wait for all accumulators of its block; and by a rotary embedding's
+             where the tactic has no epilogue for it
 small M      our float GEMM, one kernel with the norm in front and everything behind it, a rotary embedding included
 library      cuBLASLt, with launches of their own for a norm, an INT4 weight, a rotary embedding and GeGLU
 narrow       float32 throughout, from the robot's state or actions
@@ -41,7 +42,9 @@ def linear(binder: Binder, op: Linear) -> None:
 
 def _computes_rotation(binder: Binder, op: Linear) -> bool:
     gemm = binder.sized.linears[op].gemm
-    return isinstance(gemm, FloatGemm) and gemm.epilogue == "ROTARY"
+    if gemm is None or gemm.epilogue != "ROTARY":
+        return False
+    return isinstance(gemm, FloatGemm) or not gemm.leaves_rotation(binder.chosen.integer[op])
 
 
 # Integers
@@ -66,7 +69,8 @@ def _integer(binder: Binder, op: Linear) -> Matrix:
         _integer_gemm(binder, op, gemm, acc)
         _epilogue(binder, op, acc, after, y)
         return y
-    order = "gate-up" if after == "GEGLU" else ""
+    order = gemm.order(tactic)
+    expect(order != "rotary" or epilogue.gate is None, op.name)
     if epilogue.gate is None:
         scale = binder.weights.float32(operands["weight_scale"], order=order, padded=gemm.n)
     else:  # one table of weight_scale * gate
@@ -88,16 +92,19 @@ def _integer_gemm(
 ) -> None:
     """The GEMM with its epilogue; or into a y of integers, its accumulators alone."""
     tactic, x = binder.chosen.integer[op], binder.quantized[op.x]
-    in_pairs = gemm.epilogue == "GEGLU" and not gemm.leaves_accumulators(tactic)
-    weight = binder.weights.packed(op.weight, (gemm.n, gemm.k), gemm.bits, tactic.layout, geglu=in_pairs)
+    weight = binder.weights.packed(op.weight, (gemm.n, gemm.k), gemm.bits, tactic.layout, gemm.order(tactic))
     workspace = binder.workspace(gemm, tactic, op.branch)
     normed = _for_norm(binder, op, y) if gemm.out != "int" and y.type != "int" else {}
     arguments: Arguments = dict(x_q=x.x, weight=weight, y=y, tokens=gemm.m)
     if not isinstance(tactic, kernels.Generated):
         arguments |= dict(x_scale=x.scale, weight_scale=scale, bias=bias, residual=residual, workspace=workspace)
         arguments |= dict(rows=gemm.n, depth=gemm.k, **normed)
-    reads = [x.x, x.scale, *([residual] if residual else [])]
-    writes = [y, *([workspace] if workspace else []), *_written(normed)]
+    rotation = op.epilogue.rotation if _computes_rotation(binder, op) else None
+    turned, cached, past = _rotary_arguments(binder, op, rotation, y)
+    if isinstance(tactic, kernels.Wgmma):
+        arguments |= turned
+    reads = [each for each in (x.x, x.scale, residual, past) if each]
+    writes = [y, *([workspace] if workspace else []), *_written(normed), *cached]
     weight_bytes = gemm.n * gemm.k * gemm.bits // 8
     work = 2.0 * gemm.m * gemm.n * gemm.k
     binder.launch(op, op.name, gemm.instance(tactic), arguments, reads, writes, work, weight_bytes)

@@ -9,6 +9,7 @@ from duq.plugins import kernels, tactics
 from duq.plugins.gpu import Gpu
 from duq.plugins.kernel import Instance
 from duq.plugins.kernels import bitblas
+from duq.plugins.layout import HEAD_DIMS
 
 IntegerTactic = tactics.Tactic | kernels.Generated
 Tactic = IntegerTactic | kernels.GemmFloat
@@ -16,8 +17,8 @@ Tactic = IntegerTactic | kernels.GemmFloat
 
 @dataclass(frozen=True)
 class Gemm:
-    """y = epilogue(x[m, k] w[n, k]^T) of INT8 activations and a weight of `bits`, y of the C++ type `out`; `epilogue` is an
-    activation as in common.cuh."""
+    """y = epilogue(x[m, k] w[n, k]^T) of INT8 activations and a weight of `bits`, y of the C++ type `out`; `epilogue` as in
+    common.cuh."""
 
     m: int
     n: int
@@ -39,19 +40,34 @@ class Gemm:
         return tactics.best(self.m, self.n, self.k, self.bits, gpu, slab_tokens)
 
     def instance(self, tactic: IntegerTactic) -> Instance:
-        return tactic.instance(self.m, self.n, self.bits, self.out, self.epilogue)
+        epilogue = "NONE" if self.leaves_rotation(tactic) else self.epilogue
+        return tactic.instance(self.m, self.n, self.bits, self.out, epilogue)
 
     def instances(self, tactic: Tactic) -> list[Instance]:
-        """That one, and the epilogue's where the tactic leaves accumulators."""
+        """That one, and the epilogue's and the rotary embedding's where the tactic leaves these to others."""
         assert not isinstance(tactic, kernels.GemmFloat)
-        if not self.leaves_accumulators(tactic):
-            return [self.instance(tactic)]
-        columns = self.n // 2 if self.epilogue == "GEGLU" else self.n
-        return [self.instance(tactic), kernels.epilogue(self.m, columns, self.out, False, self.epilogue)]
+        found = [self.instance(tactic)]
+        if self.leaves_accumulators(tactic):
+            columns = self.n // 2 if self.epilogue == "GEGLU" else self.n
+            activation = "NONE" if self.epilogue == "ROTARY" else self.epilogue
+            found.append(kernels.epilogue(self.m, columns, self.out, False, activation))
+        if self.leaves_rotation(tactic):
+            found.append(kernels.rotary(self.m, self.n // HEAD_DIMS - 2, HEAD_DIMS))
+        return found
 
     def leaves_accumulators(self, tactic: IntegerTactic) -> bool:
         """Whether another launch has to compute the epilogue: BitBLAS generates GEMMs without one."""
         return isinstance(tactic, kernels.Generated) and self.out != "int"
+
+    def leaves_rotation(self, tactic: IntegerTactic) -> bool:
+        """Whether another launch has to turn q and k by their positions."""
+        return self.epilogue == "ROTARY" and not (isinstance(tactic, kernels.Wgmma) and tactic.has_rotary)
+
+    def order(self, tactic: IntegerTactic) -> str:
+        """In which the tactic's epilogue wants the weight's rows, their scales and biases (weights.rows_in_order)."""
+        if self.leaves_accumulators(tactic) or self.leaves_rotation(tactic):
+            return ""
+        return {"GEGLU": "gate-up", "ROTARY": "rotary"}.get(self.epilogue, "")
 
     def workspace_words(self, tactic: IntegerTactic) -> int:
         """Accumulators and counters of the blocks that share K, on GPUs without clusters."""

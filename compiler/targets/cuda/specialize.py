@@ -145,7 +145,8 @@ def integer_gemm(op: Linear, rows: int) -> Gemm:
     if large and n % 64 and epilogue.any_stride:
         parts = 2 if epilogue.activation == "geglu" else 1
         n = parts * padded(n // parts, 128)
-    return Gemm(rows, n, k, bits, epilogue.type, epilogue.activation.upper() or "NONE")
+    after = "ROTARY" if epilogue.rotation is not None else epilogue.activation.upper() or "NONE"
+    return Gemm(rows, n, k, bits, epilogue.type, after)
 
 
 def padded(count: int, multiple: int) -> int:

@@ -14,13 +14,13 @@ import numpy as np
 
 from duq.compiler.targets.cuda.gemm import AnyGemm, FloatGemm, Gemm
 from duq.compiler.targets.cuda.launches import BYTES
-from duq.compiler.targets.cuda.weights import to_bf16
+from duq.compiler.targets.cuda.weights import rows_in_order, to_bf16
 from duq.plugins.driver import Memory, Stream
 from duq.plugins.gpu import Gpu
-from duq.plugins.kernels import GemmFloat, Generated
+from duq.plugins.kernels import GemmFloat, Generated, Wgmma
 from duq.plugins.layout import (
+    HEAD_DIMS,
     activation_slabs,
-    interleave_gate_up,
     pack_bitblas,
     pack_float_fragments,
     pack_fragments,
@@ -28,7 +28,6 @@ from duq.plugins.layout import (
 )
 from duq.plugins.timing import copies_of
 
-HEAD_DIMS = 256  # gemm_float.cu
 INT4, INT8 = range(-8, 8), range(-128, 128)
 Arguments = Mapping[str, int | float | None]  # of a launch, by name
 
@@ -66,6 +65,22 @@ class _Inputs:
             return None
         return self._address("residual", partial(np.ones, (gemm.m, gemm.n), np.float32))
 
+    def _angles(self, gemm: AnyGemm) -> Arguments:
+        """Of zero, which turn nothing and do not round."""
+        angles = {"cosine": 1, "sine": 0}
+        return {
+            name: self._address(name, partial(np.full, (gemm.m, HEAD_DIMS // 2), of, np.float32))
+            for name, of in angles.items()
+        }
+
+    def _heads(self, gemm: AnyGemm) -> Arguments:
+        """What the epilogues ROTARY are told: keys and values lie beside the queries."""
+        sizes: Arguments = dict(kv_stride=gemm.n, first_position=0, to_cache=0)
+        if gemm.epilogue != "ROTARY":
+            return sizes
+        key, value = (self.y + (gemm.n - heads * HEAD_DIMS) * BYTES[gemm.out] for heads in (2, 1))
+        return dict(k=key, v=value, **self._angles(gemm), **sizes)
+
 
 class IntegerInputs(_Inputs):
     """Of a Gemm. Blocks that share K meet in each other's shared memory where the GPU has clusters, else in a workspace."""
@@ -75,30 +90,39 @@ class IntegerInputs(_Inputs):
         self.gemm, self._clusters, self._x = gemm, gpu.has_clusters, _integers(gemm.m, gemm.k, INT8)
 
     def arguments(self, tactic: Any, copy: int) -> list[Arguments]:
-        """Of each launch. Gate and up of a GeGLU lie in pairs, or in front of an epilogue's launch one behind the other."""
+        """Of each launch. Rows lie in the order of the tactic's epilogue, in front of launches of their own as they are."""
         g, slabs, apart = self.gemm, tactic.slab_tokens, self.gemm.leaves_accumulators(tactic)
-        in_pairs = g.epilogue == "GEGLU" and not apart
-
+        order = g.order(tactic)
         x = self._address(f"x {slabs}", lambda: activation_slabs(self._x, slabs) if slabs else self._x)
-        x_scale = self._address("x_scale", partial(_scales, g.m, False))
-        weight_scale = self._address(f"weight_scale {in_pairs}", partial(_scales, g.n, in_pairs))
-        weight = self._weight(tactic.layout, partial(_weight, g.n, g.k, g.bits, tactic.layout, in_pairs), copy)
+        x_scale = self._address("x_scale", partial(_scales, g.m, ""))
+        weight_scale = self._address(f"weight_scale {order}", partial(_scales, g.n, order))
+        weight = self._weight(f"{tactic.layout} {order}", partial(_weight, g.n, g.k, g.bits, tactic.layout, order), copy)
         scales: Arguments = dict(x_scale=x_scale, weight_scale=weight_scale, residual=self._residual(g))
         if isinstance(tactic, Generated):
             acc = self._address("acc", partial(np.zeros, (g.m, g.n), np.int32)) if apart else self.y
             own: Arguments = dict(x_q=x, weight=weight, y=acc, tokens=g.m)
             behind: Arguments = dict(acc=acc, **scales, y=self.y, rows=g.n, scale_stride=1, block=0)
-            return [own, behind] if apart else [own]
+            return [own, behind, *self._rotary(tactic)] if apart else [own]
         workspace = None
         if tactic.split > 1 and not self._clusters:
             words = g.workspace_words(tactic)
             workspace = self._address(f"workspace {words}", partial(np.zeros, words, np.int32))
         sizes = dict(tokens=g.m, rows=g.n, depth=g.k)
-        return [dict(x_q=x, weight=weight, **scales, y=self.y, workspace=workspace, **sizes)]
+        heads = self._heads(g) if isinstance(tactic, Wgmma) else {}
+        return [
+            dict(x_q=x, weight=weight, **scales, y=self.y, workspace=workspace, **sizes, **heads),
+            *self._rotary(tactic),
+        ]
+
+    def _rotary(self, tactic: Any) -> list[Arguments]:
+        """Of the rotary embedding's launch, where the tactic leaves it to one."""
+        if not self.gemm.leaves_rotation(tactic):
+            return []
+        return [dict(qkv=self.y, **self._angles(self.gemm), first_position=0, stride=self.gemm.n, cache_stride=0)]
 
 
 class FloatInputs(_Inputs):
-    """Of a FloatGemm. Its rotary embedding turns by angles of zero, and its norm divides by one: neither rounds."""
+    """Of a FloatGemm. Its norm divides by one, which does not round."""
 
     def __init__(self, gemm: FloatGemm, gpu: Gpu):
         super().__init__(gemm, _float_fragments(gemm.n, gemm.k, gemm.bits).nbytes)
@@ -111,16 +135,9 @@ class FloatInputs(_Inputs):
         if g.norm:
             squares = self._address("squares", partial(np.full, (g.m, g.k // 16), 16, np.float32))
         weight = self._weight("fragments", partial(_float_fragments, g.n, g.k, g.bits), copy)
-        columns, rotary = g.n // 2 if g.epilogue == "GEGLU" else g.n, dict(kv_stride=0)
-        if g.epilogue == "ROTARY":  # keys and values beside the queries
-            key, value = (self.y + (g.n - heads * HEAD_DIMS) * BYTES[g.out] for heads in (2, 1))
-            cosine, sine = (
-                self._address(f"all {of}", partial(np.full, (g.m, HEAD_DIMS // 2), of, np.float32)) for of in (1, 0)
-            )
-            rotary = dict(k=key, v=value, cosine=cosine, sine=sine, kv_stride=g.n)
-        sizes = dict(tokens=g.m, rows=g.n, depth=g.k, y_stride=columns, first_position=0, to_cache=0)
+        sizes = dict(tokens=g.m, rows=g.n, depth=g.k, y_stride=g.n // 2 if g.epilogue == "GEGLU" else g.n)
         tensors: Arguments = dict(x=x, squares=squares, weight=weight, residual=self._residual(g), y=self.y)
-        return [{**tensors, **rotary, **sizes, **self._meeting_place(tactic), "epsilon": 0.0}]
+        return [{**tensors, **self._heads(g), **sizes, **self._meeting_place(tactic), "epsilon": 0.0}]
 
     def _meeting_place(self, tactic: GemmFloat) -> Arguments:
         """Of blocks that share K, where they are no cluster."""
@@ -145,15 +162,13 @@ def _integers(rows: int, columns: int, values: range) -> np.ndarray:
     return np.random.default_rng(0).integers(values.start, values.stop, (rows, columns), np.int8)
 
 
-def _scales(size: int, in_pairs: bool) -> np.ndarray:
-    scales = np.random.default_rng(0).uniform(1e-4, 1e-3, size).astype(np.float32)
-    return interleave_gate_up(*np.split(scales, 2)) if in_pairs else scales
+def _scales(size: int, order: str) -> np.ndarray:
+    return rows_in_order(np.random.default_rng(0).uniform(1e-4, 1e-3, size).astype(np.float32), order)
 
 
 @functools.lru_cache(maxsize=2)
-def _weight(n: int, k: int, bits: int, layout: str, in_pairs: bool) -> np.ndarray:
-    values = _integers(n, k, INT4 if bits == 4 else INT8)
-    values = interleave_gate_up(*np.split(values, 2)) if in_pairs else values
+def _weight(n: int, k: int, bits: int, layout: str, order: str) -> np.ndarray:
+    values = rows_in_order(_integers(n, k, INT4 if bits == 4 else INT8), order)
     return pack_bitblas(values) if layout == Generated.layout else pack_fragments(values, bits, layout)
 
 

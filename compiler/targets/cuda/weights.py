@@ -38,16 +38,15 @@ class Weights:
         self.bytes.setdefault(name, size)
         return Weight(name, kind, step_bytes)
 
-    def packed(self, weight: ir.Value, shape: tuple[int, int], bits: int, layout: str, geglu: bool) -> Weight:
-        """Quantized weight [N, K] as tensor core fragments (or for BitBLAS) of `shape`, N' and K', which zeros fill up; with
-        GeGLU, gate and up interleaved."""
+    def packed(self, weight: ir.Value, shape: tuple[int, int], bits: int, layout: str, order: str) -> Weight:
+        """Quantized weight [N, K] as tensor core fragments (or for BitBLAS) of `shape`, N' and K', which zeros fill up; its rows
+        in the order of an epilogue."""
         n, k = shape
-        order = "gate-up" if geglu else ""
 
         def compute() -> np.ndarray:
             values = integers_of(weight)
             values = np.pad(values, ((0, 0), (0, k - values.shape[1])))
-            values = _in_order(values, order, n)
+            values = rows_in_order(values, order, n)
             return pack_bitblas(values) if layout == Generated.layout else pack_fragments(values, bits, layout)
 
         size = _suffix("x".join(map(str, shape)) if shape != shape_of(weight)[::-1] else "")
@@ -74,7 +73,7 @@ class Weights:
         k, n = shape_of(weight)
 
         def compute() -> np.ndarray:
-            return pack_float_fragments(to_bf16(_in_order(array_of(weight).T, order)))
+            return pack_float_fragments(to_bf16(rows_in_order(array_of(weight).T, order)))
 
         return self._add(f"{record(weight).title}.bf16.fragments{_suffix(order)}", "uint4", 2 * n * k, compute)
 
@@ -83,7 +82,7 @@ class Weights:
         k, n = shape_of(weight)
 
         def compute() -> np.ndarray:
-            return pack_int4_fragments(_in_order(integers_of(weight), order))
+            return pack_int4_fragments(rows_in_order(integers_of(weight), order))
 
         size = n * -(-k // CHUNK_K) * CHUNK_K // 2
         return self._add(f"{record(weight).title}.int4.fragments{_suffix(order)}", "uint4", size, compute)
@@ -94,7 +93,7 @@ class Weights:
         shifts, steps = self.sources[shift.name], self.bytes[shift.name] // (4 * k)
 
         def compute() -> np.ndarray:
-            return np.ascontiguousarray(_in_order((shifts() @ np.float32(array_of(weight))).T, order).T)
+            return np.ascontiguousarray(rows_in_order((shifts() @ np.float32(array_of(weight))).T, order).T)
 
         name = f"{shift.name}@{record(weight).title}.float32{_suffix(order)}"
         return self._add(name, "float", 4 * steps * n, compute, step_bytes=4 * n)
@@ -108,7 +107,7 @@ class Weights:
 
         def compute() -> np.ndarray:
             arrays = [np.atleast_1d(np.float32(array_of(value))) for value in values]
-            return _in_order(np.concatenate(arrays), order, padded)
+            return rows_in_order(np.concatenate(arrays), order, padded)
 
         return self._add(name, "float", 4 * max(count, padded), compute)
 
@@ -150,7 +149,7 @@ def to_bf16(values: np.ndarray) -> np.ndarray:
     return torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(torch.bfloat16).view(torch.uint16).numpy()
 
 
-def _in_order(values: np.ndarray, order: str, padded: int = 0) -> np.ndarray:
+def rows_in_order(values: np.ndarray, order: str, padded: int = 0) -> np.ndarray:
     """Rows of a weight, or a bias or scale of as many elements, as an epilogue wants them (plugins/layout.py); with zeros
     behind them, behind gate and up each, that make them `padded`."""
     parts = np.split(values, 2) if order == "gate-up" else [values]
