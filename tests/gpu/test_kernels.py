@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from duq.plugins import tactics
-from duq.plugins.layout import activation_slabs, interleave_gate_up
+from duq.plugins.layout import activation_slabs, interleave_gate_up, interleave_rotary
 from duq.plugins.tactics import Large, Small, Wgmma, WgmmaSmall, best
 from tests.gpu.test_gemm_float import check_left, left_for_norm
 from tests.support import launch
@@ -171,6 +171,92 @@ def test_gelu_epilogue(tactic, dtype, bias):
     tolerance = 2e-6 if dtype == torch.float32 else 2**-8
     torch.testing.assert_close(y[:m].double(), expected, rtol=tolerance, atol=1e-12)
     assert y[m:].isnan().all()
+
+
+DIMS = 256
+# Of what has queries, with the tokens that 132 multiprocessors need more than one turn for, and what has none.
+OF_HEADS = [(8, 818, 0, None), (8, 209, 3, None), (1, 51, 0, 5), (0, 131, 2, 5)]
+
+
+def turned(heads: torch.Tensor, tables, position: int) -> torch.Tensor:
+    """[m, heads, DIMS] bf16 -> float64, channel c turned with c + DIMS / 2."""
+    cosine, sine = (table[position : position + len(heads), None].double() for table in tables)
+    first, second = heads.double().chunk(2, -1)
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1)
+
+
+@pytest.mark.parametrize("extras", ["", "bias", "to cache", "bias to cache"])
+@pytest.mark.parametrize(("heads", "m", "first_position", "past"), OF_HEADS)
+@pytest.mark.parametrize(
+    ("tactic", "bits"),
+    [(Wgmma(2, 26, 3), 4), (Wgmma(2, 18, 6), 4), (Wgmma(2, 14, 3), 8), (Wgmma(2, 12, 3), 4), (Wgmma(1, 26, 4), 4)],
+    ids=str,
+)
+def test_rotary_epilogue(tactic, bits, heads, m, first_position, past, extras):
+    """Its definition in float64, and the bits of a GEMM with a launch of rotary.cu behind it."""
+    n, k = (heads + 2) * DIMS, 1024
+    if not fits(tactic, m, n, k, bits):
+        pytest.skip("the tactic does not fit this GPU")
+    x_q, weight, exact = operands(m, n, k, bits)
+    x_scale, weight_scale = torch.rand(m, device="cuda") * 1e-2, torch.rand(n, device="cuda") * 1e-2
+    bias = torch.randn(n, device="cuda") if "bias" in extras else None
+    position, to_cache = first_position + (past or 0), "cache" in extras
+    tables = launch.rotary_tables(position + m, DIMS)
+    past_tokens = None if past is None else torch.tensor([past], dtype=torch.int32, device="cuda")
+    scaled = (exact.float() * weight_scale) * x_scale[:, None]
+    qkv = (scaled if bias is None else scaled + bias).bfloat16()
+
+    def caches():
+        return poisoned(position + m, 2 * DIMS, torch.bfloat16)
+
+    y, cache = poisoned(m, n, torch.bfloat16), caches()
+    columns = cache.split(DIMS, 1) if to_cache else y.split(DIMS, 1)[-2:]
+    interleaved = [
+        None if each is None else torch.from_numpy(interleave_rotary(each.cpu().numpy(), DIMS)).cuda()
+        for each in (weight, weight_scale, bias)
+    ]
+    run(tactic, bits, x_q, interleaved[0], y, (x_scale, interleaved[1]), interleaved[2], epilogue="ROTARY",
+        heads=launch.Heads(*columns, tables, first_position, past_tokens, to_cache))  # fmt: skip
+    assert y[m:].isnan().all() and (not to_cache or y[:, heads * DIMS :].isnan().all())
+    rows = slice(position, position + m) if to_cache else slice(m)
+    found = torch.cat([y[:m, : heads * DIMS], columns[0][rows], columns[1][rows]], 1)
+    assert torch.equal(found[:, -DIMS:], qkv[:, -DIMS:])
+    expected = turned(qkv[:, :-DIMS].unflatten(1, (-1, DIMS)), tables, position).flatten(1)
+    torch.testing.assert_close(found[:, :-DIMS].double(), expected, rtol=2**-8, atol=1e-5)
+    if to_cache:
+        assert cache[:position].isnan().all() and cache[position + m :].isnan().all()
+    others = caches()
+    launch.rotary(qkv, tables, first_position, others.split(DIMS, 1), heads=heads, dims=DIMS, past=past_tokens)
+    assert torch.equal(found, torch.cat([qkv[:, : heads * DIMS], others[position : position + m]], 1))
+
+
+@pytest.mark.parametrize("m", [306, 816])
+def test_overlapped_rotary_epilogues_wait_for_their_inputs(m):
+    """A quantizer, the GEMM and an attention to what it has left in the cache, again and again: the same bits as in turn."""
+    n, k = 10 * DIMS, 8 * DIMS
+    tactic = best(m, n, k, 4, launch.gpu())
+    if not isinstance(tactic, Wgmma):
+        pytest.skip("the tactic has no rotary embedding")
+    attend = tactics.best_attention(DIMS, m, 1, launch.gpu(), m)
+    _, weight, _ = operands(1, n, k, 4)
+    packed = launch.pack_weight(weight, tactic, 4)
+    x_scale, weight_scale = torch.empty(m, device="cuda"), torch.full((n,), 5e-3, device="cuda")
+    padded, tables = -(-m // tactic.tile_tokens) * tactic.tile_tokens, launch.rotary_tables(m, DIMS)
+    start = torch.randn(m, k, device="cuda", generator=torch.Generator("cuda").manual_seed(5)).bfloat16()
+    outputs = []
+    for overlap in (False, True):
+        x, x_q = start.clone(), torch.zeros(k // 128, padded, 128, dtype=torch.int8, device="cuda")
+        y, cache = poisoned(m, n, torch.bfloat16)[:m], poisoned(m, 2 * DIMS, torch.bfloat16)[:m].split(DIMS, 1)
+        heads = launch.Heads(*cache, tables, to_cache=True)
+        for _ in range(10):
+            launch.rotate_quantize(x, x_q, x_scale, source="RMS_NORM", slab_tokens=padded, overlap=overlap)
+            launch.gemm(
+                tactic, 4, x_q, x_scale, packed, weight_scale, None, None, y,
+                n=n, k=k, epilogue="ROTARY", heads=heads, overlap=overlap,
+            )  # fmt: skip
+            launch.attention(attend, y[:, :k], *cache, x, overlap=overlap)
+        outputs.append([x, *cache])
+    assert all(torch.equal(*pair) and pair[0].isfinite().all() for pair in zip(*outputs, strict=True))
 
 
 @pytest.mark.parametrize("gain", [False, True])

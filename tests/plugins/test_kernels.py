@@ -153,6 +153,7 @@ QUICK_SMS = (80, 120)  # the plans of tests/conftest.py are for 86 and 90; the o
 BY_WGMMA = [
     Wgmma(1, 1, 2).instance(8, 64, 4, "float"),
     Wgmma(1, 1, 2, 2).instance(8, 64, 4, "float"),
+    Wgmma(1, 1, 2).instance(8, 512, 4, "Bf16", "ROTARY"),
     WgmmaSmall(1, 4, 2).instance(8, 64, 4, "float"),
     best_attention(256, 50, 1, GPUS[90]).instance(50),
 ]

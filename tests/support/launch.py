@@ -17,7 +17,7 @@ import torch
 from duq.plugins import driver, kernels
 from duq.plugins.gpu import Gpu, gpu_of, runs_code_of, runs_ptx_of, stand_in
 from duq.plugins.kernel import Code, Instance
-from duq.plugins.kernels import Attention, GemmFloat, SplitAttention, WgmmaAttention
+from duq.plugins.kernels import Attention, GemmFloat, SplitAttention, Wgmma, WgmmaAttention
 from duq.plugins.layout import activation_slabs, pack_float_fragments, pack_fragments
 from duq.plugins.nvrtc import compile_cubin, compile_ptx
 from duq.plugins.tactics import Tactic
@@ -56,6 +56,33 @@ class ForNorm(NamedTuple):
 
 
 NO_NORM = ForNorm()
+
+
+class Heads(NamedTuple):
+    """Of an epilogue ROTARY: rows for keys and values [.., DIMS], the tables cos and sin, and the position of token 0."""
+
+    k: torch.Tensor | None = None
+    v: torch.Tensor | None = None
+    tables: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+    first_position: int = 0
+    past: torch.Tensor | None = None
+    to_cache: bool = False
+
+    @property
+    def arguments(self) -> dict[str, Value]:
+        return {
+            "k": self.k,
+            "v": self.v,
+            "cosine": self.tables[0],
+            "sine": self.tables[1],
+            "past": self.past,
+            "kv_stride": self.k.stride(0) if self.k is not None else 0,
+            "first_position": self.first_position,
+            "to_cache": int(self.to_cache),
+        }
+
+
+NO_HEADS = Heads()
 
 
 @functools.cache
@@ -163,10 +190,11 @@ def gemm(
     k: int,
     epilogue: str = "NONE",
     for_norm: ForNorm = NO_NORM,
+    heads: Heads = NO_HEADS,
     options: tuple[str, ...] = (),
     overlap: bool = False,
 ) -> None:
-    """One launch on arranged operands; M is the number of scales."""
+    """One launch on arranged operands; M is the number of scales. heads: for ROTARY."""
     m = x_scale.numel()
     instance = tactic.instance(m, n, bits, TYPES[y.dtype], epilogue)
     if "-DNO_CLUSTER" in options:
@@ -186,6 +214,8 @@ def gemm(
         "rows": n,
         "depth": k,
     }
+    if isinstance(tactic, Wgmma):
+        arguments |= heads.arguments
     run(instance, arguments | for_norm.arguments, overlap, options)
 
 
