@@ -11,8 +11,8 @@
 // Where tiles are fewer than multiprocessors, SPLIT blocks, a cluster, share the K of a tile and add through
 // distributed shared memory. For small M there is gemm_wgmma_small.cu; the epilogue for y of 16 bits is group_tile.cuh.
 //
-// EPILOGUE is one of common.cuh's, or with SPLIT = 1 and y of 16 bits ROTARY: of q, k, v rows as plugins/layout.py
-// interleave_rotary has them, HEAD_DIMS a head, one KV head. q and k, rounded to 16 bits, are turned by the angles of their
+// EPILOGUE is one of common.cuh's Epilogue, or with SPLIT = 1 and y in bf16 ROTARY: of q, k, v rows as plugins/layout.py
+// interleave_rotary has them, HEAD_DIMS a head, one KV head. q and k, rounded to bf16, are turned by the angles of their
 // position; q goes to y, k and v to rows of their own. Token i has position first_position + i, with `past` + *past, and with
 // to_cache its key and value go to the row of that number, else to row i.
 //
@@ -112,19 +112,18 @@ gemm_wgmma(const signed char* x_q, const float* x_scale, const unsigned char* we
     const E epilogue = {x_scale, weight_scale, bias, residual, y, tokens, rows, {normed, normed_gain, normed_squares}};
     constexpr bool IN_PLACE = SPLIT == 1 && sizeof(Out) == 2;  // store_group_tile works where the accumulators are
     constexpr bool TURNS = EPILOGUE == ROTARY;
-    static_assert(IN_PLACE || !TURNS);
+    static_assert(!TURNS || (SPLIT == 1 && is_same<Out, Bf16>));
     constexpr bool EARLY = SPLIT == 1 && !IN_PLACE && TOKENS8 <= 16;  // there are registers for what the tile is added to
     constexpr int AHEAD = EARLY ? (TOKENS8 + batch_of(1) - 1) / batch_of(1) : 1;
-    const int position = TURNS ? first_position + (past ? *past : 0) : 0;
+    const int position = first_position + (TURNS && past ? *past : 0);
     const Heads<Out> heads = {k, v, cosine, sine, kv_stride, position, to_cache ? position : 0};
     int count = 0;  // steps taken so far
     wait_for_inputs();  // for the tokens' scales
     for (int tile = block; tile < tiles; tile += blocks) {
       const int first_token = tile % token_blocks * TOKENS, first_row = tile / token_blocks * 64 * GROUPS + 16 * warp;
       const TokenScales<IN_PLACE ? TOKENS8 : 1> scales(x_scale, first_token, tokens);
-      const int row_of_group = first_row - 16 * (warp % 4);
       const RowFactors<BITS> factors(weight_scale, bias, first_row);
-      Turns<TURNS ? TOKENS8 : 1, Out> turns(heads, y, row_of_group, tokens, rows);
+      Turns<TURNS ? TOKENS8 : 1, Out> turns(heads, y, first_row - 16 * (warp % 4), tokens, rows);
       if (TURNS) turns.load_first(first_token);
       Batches<1, TOKENS8, AHEAD, E> batches;
       typename E::Columns columns;
@@ -152,6 +151,7 @@ gemm_wgmma(const signed char* x_q, const float* x_scale, const unsigned char* we
       if constexpr (IN_PLACE)
         if (EPILOGUE != NONE || !residual) {
           int* const of_group = staging + warp / 4 * 4 * staging_words(1);
+          const int row_of_group = first_row - 16 * (warp % 4);
           if (bias)
             store_group_tile<true>(acc[0], of_group, scales, factors, first_token, row_of_group, epilogue, turns);
           else

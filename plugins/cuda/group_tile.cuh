@@ -91,7 +91,8 @@ template <int TOKENS8, class Out> struct Turns {
   }
   __device__ void load_first(int first_token) {
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) load(i, first_token + token(i));
+    for (int i = 0; i < COUNT; ++i)
+      if (token(i) < 8 * PASS<TOKENS8, 8>) load(i, first_token + token(i));
   }
   __device__ void store(int i, int token, uint4 first, uint4 second) const {
     if (turned) angles[i].turn(first, second);
@@ -141,10 +142,10 @@ __device__ inline void store_group_tile(const int (&acc)[TOKENS8][4], int* stagi
     }
     meet_group(group);
     const int tokens = 8 * min(GROUPS_OF_8, TOKENS8 - first), first_of_pass = first_token + 8 * first;
-    auto staged = [&](int token, int chunk) {
-      return *reinterpret_cast<const uint4*>(reinterpret_cast<char*>(staging) + place(token, chunk));
-    };
     if constexpr (EPILOGUE == ROTARY) {
+      auto staged = [&](int token, int chunk) {
+        return *reinterpret_cast<const uint4*>(reinterpret_cast<char*>(staging) + place(token, chunk));
+      };
 #pragma unroll
       for (int i = 0; i < Turns::COUNT; ++i) {
         const int token = turns.token(i), chunk = 2 * turns.pair();
@@ -157,7 +158,7 @@ __device__ inline void store_group_tile(const int (&acc)[TOKENS8][4], int* stagi
       for (int item = thread; item < tokens * CHUNKS; item += 128) {
         const int token = item / CHUNKS, chunk = item % CHUNKS;
         if (first_of_pass + token >= epilogue.tokens) break;
-        const uint4 value = staged(token, chunk);
+        const uint4 value = *reinterpret_cast<const uint4*>(reinterpret_cast<char*>(staging) + place(token, chunk));
         *reinterpret_cast<uint4*>(epilogue.y + size_t(first_of_pass + token) * columns + first_column + 8 * chunk) = value;
       }
   }

@@ -115,13 +115,15 @@ def test_no_norm_of_a_step_is_a_launch(policy, preset, tiny_plans):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_rotary_embedding_is_a_launch_only_where_the_gemm_has_no_epilogue_for_it(policy, sm, tiny_plans):
     schedule = json.loads(bytes(Plan(tiny_plans(policy, DEFAULT_PRESET, "cuda").plan).read(f"schedule/sm{sm}.json")))
+    some_turned = False
     for variant in schedule["variants"]:
         of_llm = [each for each in variant["prefix"] if each["name"].startswith("llm.") and "k_proj" in each["name"]]
         expressions = {each["name"]: schedule["kernels"][each["kernel"]]["expression"] for each in of_llm}
         gemms = {name: each for name, each in expressions.items() if each.startswith("gemm_")}
         turned = {name for name, each in gemms.items() if "ROTARY" in each}
         assert {name for name in gemms if f"{name} (rotary)" in expressions} == gemms.keys() - turned
-        assert bool(turned) == (sm == 90)
+        some_turned |= bool(turned)
+    assert some_turned == (sm == 90)
 
 
 @pytest.mark.parametrize("sm", ARCHITECTURES)
