@@ -16,7 +16,7 @@
 //
 // grid (ceil(tokens * HEADS / (64 ROW_GROUPS)) * SPLIT, kv heads, images), block 128 (ROW_GROUPS KEY_GROUPS + HELPERS),
 // cluster (SPLIT, 1, 1), shared memory as in plugins/kernels/attention_wgmma.py.
-#include "attention.cuh"
+#include "attention_wgmma.cuh"
 #include "cluster.cuh"
 #include "wgmma_attention.cuh"  // generated, for KEYS = 8 SCORES8
 // void wgmma_scores(float (&s)[SCORES8][4], unsigned long long q, unsigned long long k, int add)
@@ -26,16 +26,6 @@
 // to the next 8, 128-byte swizzle.
 __device__ inline unsigned long long descriptor(unsigned address, int slab_bytes) {
   return (address >> 4 & 0x3FFF) | (unsigned long long)(slab_bytes >> 4) << 16 | 64ull << 32 | 1ull << 62;
-}
-
-__device__ inline void let_tensor_cores_see() {  // what this thread has written to shared memory
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-__device__ inline void begin_wgmma() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-template <int N> __device__ inline void finish_wgmma(float (&d)[N][4]) {  // d is not touched before
-  asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-  for (int n = 0; n < N; ++n) asm volatile("" : "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])::"memory");
 }
 
 // Byte offset of 16-byte piece 0..31 of a row in a matrix of `rows` rows.
@@ -195,7 +185,8 @@ attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
     for (int step = 0; step < DIMS / 16; ++step)  // 16 channels are 32 bytes
       wgmma_scores(s, descriptor(queries_address + step / 4 * ROWS * 128 + row_group * 64 * 128, 16) + step % 4 * 2,
                    descriptor(k_tile + step / 4 * TILE * 128, 16) + step % 4 * 2, step > 0);
-    finish_wgmma(s);
+    commit_wgmma();
+    wait_for_wgmma<0>(s);
     if (SPLIT > 1 && is_last) arrive_in_cluster();  // the place of q is free
 
     softmax(s, o, m, l, all_keys - tile * TILE - key_group * KEYS, scale);
@@ -205,7 +196,8 @@ attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
     begin_wgmma();
 #pragma unroll
     for (int j = 0; j < KEYS / 16; ++j) wgmma_values(o, p[j], descriptor(v_tile + j * 16 * 128, TILE * 128));
-    finish_wgmma(o);
+    commit_wgmma();
+    wait_for_wgmma<0>(o);
   }
 
   let_next_kernel_start();

@@ -12,6 +12,7 @@ from duq.plugins.kernels.attention import ATTENTION, Attention
 from duq.plugins.kernels.attention_split import ATTENTION_SPLIT, SplitAttention
 from duq.plugins.kernels.attention_tile import ATTENTION_TILE, TileAttention
 from duq.plugins.kernels.attention_wgmma import ATTENTION_WGMMA, WgmmaAttention
+from duq.plugins.kernels.attention_wgmma_vision import ATTENTION_WGMMA_VISION, VisionAttention
 from duq.plugins.kernels.bitblas import BITBLAS, Generated
 from duq.plugins.kernels.dequantize_weight import DEQUANTIZE_WEIGHT, dequantize_weight
 from duq.plugins.kernels.embed import FLOAT_PATCHES, PATCHES, TOKENS, patches, tokens
@@ -39,6 +40,7 @@ __all__ = [
     "Small",
     "SplitAttention",
     "TileAttention",
+    "VisionAttention",
     "Wgmma",
     "WgmmaAttention",
     "WgmmaSmall",
@@ -63,6 +65,7 @@ KERNELS: dict[str, Kernel] = {
         ATTENTION_SPLIT,
         ATTENTION_TILE,
         ATTENTION_WGMMA,
+        ATTENTION_WGMMA_VISION,
         BITBLAS,
         DEQUANTIZE_WEIGHT,
         EPILOGUE,

@@ -61,6 +61,8 @@ def _tile(launch: Launched) -> tuple[int, int, int]:
         return 256, launch.number("HEADS"), 64
     if launch.kernel == "attention_split":
         return 256, launch.number("HEADS"), 16 * launch.number("ROWS16")
+    if launch.kernel == "attention_wgmma_vision":
+        return 72, launch.number("HEADS"), 64 * launch.number("ROW_GROUPS")
     return launch.number("DIMS"), launch.number("HEADS"), 16 * launch.number("ROW_WARPS")
 
 

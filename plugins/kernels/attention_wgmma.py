@@ -66,12 +66,6 @@ class WgmmaAttention:
 @functools.cache
 def wgmma_header(keys: int) -> str:
     """The two wgmma of attention_wgmma.cu: one assembler operand an accumulator, which no template can spell."""
-
-    def accumulators(name: str, columns: int) -> tuple[str, str]:
-        count = columns // 2
-        operands = ", ".join(f'"+f"({name}[{index // 4}][{index % 4}])' for index in range(count))
-        return ", ".join(f"%{index}" for index in range(count)), operands
-
     scores, score_operands = accumulators("s", keys)
     values, value_operands = accumulators("o", 256)
     n = keys // 2
@@ -91,3 +85,11 @@ __device__ inline void wgmma_values(float (&o)[32][4], const unsigned (&p)[4], u
                : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "l"(v));
 }}
 """
+
+
+def accumulators(name: str, columns: int) -> tuple[str, str]:
+    """Of a wgmma of float32 [64, columns] whose first operands are a lane's elements of the array `name`: as the instruction
+    counts them, and as the asm statement binds them."""
+    count = columns // 2
+    operands = ", ".join(f'"+f"({name}[{index // 4}][{index % 4}])' for index in range(count))
+    return ", ".join(f"%{index}" for index in range(count)), operands
