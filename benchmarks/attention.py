@@ -109,7 +109,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="all timings")
     options = parser.parse_args()
     few, every_part = tactics.FEW_QUERIES + tactics.SPLIT_KEYS, options.only or PARTS
-    every = {"prefix": [*tactics.MANY_QUERIES, tactics.FEWER_ROWS], "suffix": few, "state": few, "SigLIP": tactics.VISION}
+    every = {
+        "prefix": [*tactics.MANY_QUERIES, tactics.FEWER_ROWS],
+        "suffix": few,
+        "state": few,
+        "SigLIP": [*tactics.VISION_AT_ONCE, *tactics.VISION],
+    }
     needed = {tactic for part in every_part for tactic in every.get(part, []) if tactic.fits(launch.gpu())}
     launch.compile_all(tactic.instance(1) for tactic in needed)
     print(torch.cuda.get_device_name(), "torch", torch.__version__, "CUDA", torch.version.cuda)

@@ -21,6 +21,7 @@ from duq.plugins.kernels.attention import Attention
 from duq.plugins.kernels.attention_split import SplitAttention
 from duq.plugins.kernels.attention_tile import TileAttention
 from duq.plugins.kernels.attention_wgmma import WgmmaAttention
+from duq.plugins.kernels.attention_wgmma_vision import VisionAttention
 from duq.plugins.kernels.gemm_float import FLOAT_CHUNK, GemmFloat
 from duq.plugins.kernels.gemm_large import Large
 from duq.plugins.kernels.gemm_small import Small
@@ -261,14 +262,16 @@ VISION: list[Attention | WgmmaAttention] = [
     Attention(72, 1, 4, 2, 32, 3),
     Attention(72, 1, 4, 1, 64, 3, 2),
 ]
+# SigLIP by wgmma, where its keys fit: for three images, with less of K and V copied, and for fewer, with more blocks.
+VISION_AT_ONCE = [VisionAttention(1, 2, 2), VisionAttention(1, 1, 2)]
 
 
-AttentionTactic = Attention | SplitAttention | TileAttention | WgmmaAttention
+AttentionTactic = Attention | SplitAttention | TileAttention | VisionAttention | WgmmaAttention
 
 
 def best_attention(dims: int, tokens: int, images: int, gpu: Gpu, cached: int = 0, own: int = 0) -> AttentionTactic:
-    """The kernel for `tokens` queries an image: Gemma's heads of 256, or SigLIP's of 72. Any number of keys; few queries
-    have one for at most `cached` keys and `own` ones, which then is the fastest.
+    """The kernel for `tokens` queries an image: Gemma's heads of 256, or SigLIP's of 72, whose keys are its tokens. Any
+    number of keys else; few queries have one for at most `cached` keys and `own` ones, which then is the fastest.
 
     Raises KernelError for heads that no kernel is made for.
     """
@@ -282,7 +285,8 @@ def best_attention(dims: int, tokens: int, images: int, gpu: Gpu, cached: int = 
     elif dims == 256:
         order = MANY_QUERIES[3:] if tokens <= 400 else MANY_QUERIES
     elif dims == 72:
-        order = VISION[3 - min(images, 3) :]
+        at_once = max(tokens, cached) <= VisionAttention.most_keys and not own
+        order = [*(VISION_AT_ONCE[images < 3 :] if at_once else []), *VISION[3 - min(images, 3) :]]
     else:
         raise KernelError(f"no attention kernel for heads of {dims}; there are some for 72 and 256")
     return next(kernel for kernel in order if kernel.fits(gpu))

@@ -324,6 +324,13 @@ def _attention_wgmma(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> T
     return Terms("attention_wgmma", {"cluster": float(split > 1)}, operations=operations, activations=launch.moved)
 
 
+def _attention_vision(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> Terms:
+    """Blocks of 64 ROW_GROUPS queries multiply by all keys, 256 with those that are none; heads of 72 as 80."""
+    turns = -(-launch.blocks // gpu.multiprocessors)
+    operations = turns * 64 * int(template["ROW_GROUPS"]) * 256 * 80 * 2 / gpu.known("bf16_rate")
+    return Terms("attention_wgmma", {"cluster": 0.0}, operations=operations, activations=launch.moved)
+
+
 def _keys(launch: Launch, heads: int, dims: int) -> int:
     """That a query sees: the schedule counts those of the cache in the operations alone."""
     _, kv_heads, images = launch.grid
@@ -345,5 +352,6 @@ _TERMS = {
     "gemm_wgmma_small": _gemm_wgmma_small,
     "gemm_large": _gemm_large,
     "attention_wgmma": _attention_wgmma,
+    "attention_wgmma_vision": _attention_vision,
     MATMUL.source: _matmul,
 }

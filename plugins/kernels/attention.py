@@ -39,6 +39,8 @@ def reference(
     blocks, kv_heads, images = launch.grid
     assert blocks == -(-tokens * heads // rows) * _split(launch)
     keys += int(past.read("int", 1).item()) if past is not None else 0
+    if launch.kernel == "attention_wgmma_vision":
+        assert keys <= 256 and not own_keys, "all keys at once, from one place"
     for image in range(images):
         for group in range(kv_heads):
             at = image * keys * kv_stride + group * dims

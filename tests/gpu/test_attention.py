@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,9 +83,9 @@ def test_suffix(config, tokens, keys):
         check(out, definition(q, torch.cat([k, own_k]), torch.cat([v, own_v]), HEADS, 1))
 
 
-@pytest.mark.parametrize("tokens", [256, 100])
+@pytest.mark.parametrize("tokens", [256, 100, 16])
 @pytest.mark.parametrize("images", [1, 3])
-@pytest.mark.parametrize("config", tactics.VISION, ids=str)
+@pytest.mark.parametrize("config", [*tactics.VISION_AT_ONCE, *tactics.VISION], ids=str)
 def test_vision(config, images, tokens):
     """16 heads of 72, each with its own K and V; images do not see each other."""
     skip_unless_fits(config)
@@ -133,7 +134,14 @@ def test_split_keys_of_many_heads_and_images(images):
     check(out, torch.cat([definition(*operands, 8 * kv_heads, kv_heads) for operands in per_image]))
 
 
-EXTREME = [*tactics.MANY_QUERIES[:2], *tactics.MANY_QUERIES[5:], tactics.FEW_QUERIES[0], *tactics.SPLIT_KEYS[3:5]]
+EXTREME = [
+    *tactics.MANY_QUERIES[:2],
+    *tactics.MANY_QUERIES[5:],
+    tactics.FEW_QUERIES[0],
+    *tactics.SPLIT_KEYS[3:5],
+    *tactics.VISION_AT_ONCE,
+    tactics.VISION[0],
+]
 
 
 @pytest.mark.parametrize("config", EXTREME, ids=str)
@@ -141,14 +149,47 @@ EXTREME = [*tactics.MANY_QUERIES[:2], *tactics.MANY_QUERIES[5:], tactics.FEW_QUE
 def test_extreme_scores(config, order):
     """Scores far beyond exp's range, whose maximum is found late, early, everywhere or in one key."""
     skip_unless_fits(config)
-    tokens, keys = 40, 301
-    q, k, v = random(tokens, HEADS * DIMS, seed=1), random(keys, DIMS, seed=2), random(keys, DIMS, seed=3)
+    dims, tokens, keys = config.dims, 40, 301 if config.dims == DIMS else 201
+    q, k, v = (
+        random(rows, columns * dims, seed=seed)
+        for rows, columns, seed in ((tokens, config.heads, 1), (keys, 1, 2), (keys, 1, 3))
+    )
     ramp = torch.linspace(-1, 1, keys, device="cuda")[:, None]
     shift = {"rising": ramp, "falling": -ramp, "equal": 0 * ramp, "outlier": (ramp == 1).float()}[order]
     q, k = (1 + 0.1 * q).bfloat16(), (0.1 * k * (order != "equal") + 30 * shift).bfloat16()
-    out = poisoned(tokens, HEADS * DIMS)
+    out = poisoned(tokens, config.heads * dims)
     launch.attention(config, q, k, v, out[:tokens])
-    check(out, definition(q, k, v, HEADS, 1))
+    check(out, definition(q, k, v, config.heads, 1))
+
+
+@pytest.mark.parametrize("config", tactics.VISION_AT_ONCE, ids=str)
+def test_vision_of_heads_that_share_keys(config):
+    """Two query heads over each of three KV heads; rows of a block are of both."""
+    skip_unless_fits(config)
+    shared, images, tokens, kv_heads, dims = replace(config, heads=2), 2, 150, 3, config.dims
+    qkv = guarded(random(images * tokens, 4 * kv_heads * dims, seed=1))
+    q, k, v = qkv.split([2 * kv_heads * dims, kv_heads * dims, kv_heads * dims], 1)
+    out = poisoned(images * tokens, 2 * kv_heads * dims)
+    launch.attention(shared, q, k, v, out[: images * tokens], images=images)
+    per_image = zip(*(x.split(tokens) for x in (q, k, v)), strict=True)
+    check(out, torch.cat([definition(*operands, 2 * kv_heads, kv_heads) for operands in per_image]))
+
+
+@pytest.mark.parametrize("config", [*tactics.VISION_AT_ONCE, tactics.VISION[0]], ids=str)
+def test_overlapped_vision_waits_for_its_inputs(config):
+    """A chain of attentions, each over the output of the one ahead, gives the same bits with overlap."""
+    skip_unless_fits(config)
+    width, tokens, images = 16 * 72, 256, 3
+    outputs = []
+    for overlap in (False, True):
+        qkv = random(images * tokens, 3 * width, seed=1)
+        q, k, v = qkv.split(width, 1)
+        out = torch.empty_like(q)
+        for _ in range(20):
+            launch.attention(config, q, k, v, out, images=images, overlap=overlap)
+            launch.attention(config, q, out, v, k, images=images, overlap=overlap)  # keys of the next
+        outputs.append(qkv.clone())
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("to_cache", [False, True])

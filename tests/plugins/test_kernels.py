@@ -26,6 +26,7 @@ from duq.plugins.kernels import (
     WgmmaSmall,
     reference,
 )
+from duq.plugins.kernels.attention_wgmma_vision import wgmma_header as vision_header
 from duq.plugins.kernels.bitblas import BITBLAS
 from duq.plugins.kernels.gemm_wgmma import wgmma_header
 from duq.plugins.nvrtc import SOURCES, compile_cubin, nvrtc_version, supported_sms
@@ -155,6 +156,7 @@ BY_WGMMA = [
     Wgmma(1, 1, 2, 2).instance(8, 64, 4, "float"),
     WgmmaSmall(1, 4, 2).instance(8, 64, 4, "float"),
     best_attention(256, 50, 1, GPUS[90]).instance(50),
+    best_attention(72, 256, 3, GPUS[90]).instance(256, 16, 3),
 ]
 
 
@@ -199,6 +201,9 @@ def test_compiles_for_a_stand_in(instance, tmp_path):
 def test_wgmma_has_an_operand_for_every_accumulator():
     text = wgmma_header(26)
     assert "m64n208k32" in text and text.count('"+r"(d[') == 104 and "%108, add" in text
+    scores, values = vision_header(128).split("wgmma_values")
+    assert "m64n128k16" in scores and scores.count('"+f"(d[') == 64 and "%67}, %68, add, 1, 1, 0;" in scores
+    assert "m64n80k16" in values and values.count('"+f"(d[') == 40 and "%43}, %44, add, 1, 1, 1;" in values
 
 
 # What the references compute with

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from duq.plugins import tactics
 from duq.plugins.errors import KernelError
 from duq.plugins.gpu import CARDS, Gpu, gpu_named, gpu_of
-from duq.plugins.kernels import SplitAttention
-from duq.plugins.tactics import SMALL_M, best, best_attention, best_float, candidates, fits, split_keys
+from duq.plugins.kernels import Attention, SplitAttention, VisionAttention
+from duq.plugins.tactics import SMALL_M, VISION, best, best_attention, best_float, candidates, fits, split_keys
 
 H100, A40 = gpu_of(90), gpu_of(86)
 EXPERT = [(2560, 1024), (1024, 2048), (8192, 1024), (1024, 4096)]
@@ -154,6 +154,19 @@ def test_without_clusters_few_queries_split_the_keys_over_the_multiprocessors(sm
 def test_keys_are_split_in_memory_only_without_clusters(tokens, gpu):
     tactic = best_attention(256, tokens, 1, gpu, 833, tokens)
     assert not (gpu.has_clusters and isinstance(tactic, SplitAttention))
+
+
+@EVERY_GPU
+def test_vision_takes_all_keys_at_once_where_wgmma_can(gpu):
+    """Not more of them than there is room for, nor own ones; otherwise what GPUs without wgmma take."""
+    kinds = [best_attention(72, tokens, 3, gpu, tokens, own) for tokens, own in ((256, 0), (257, 0), (256, 1))]
+    assert [isinstance(each, VisionAttention) for each in kinds] == [gpu.has_wgmma, False, False]
+    assert {each for each in kinds if isinstance(each, Attention)} == {VISION[0]}
+
+
+@pytest.mark.parametrize(("images", "blocks"), [(1, 64), (2, 128), (3, 96), (4, 128)])
+def test_vision_has_a_multiprocessor_for_every_block(images, blocks):
+    assert math.prod(best_attention(72, 256, images, H100).shape(256, 16, images).grid) == blocks
 
 
 def test_refuses_heads_without_a_kernel():
