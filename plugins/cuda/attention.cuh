@@ -60,9 +60,10 @@ template <bool TRANSPOSED> __device__ inline void load_matrices(unsigned (&m)[4]
 constexpr float LOWEST = -1e30f;  // m before the first key: finite, so that exp2(-inf - m) is 0 and not NaN
 constexpr float SLACK = 8;        // m follows the maximum when it is this far behind: exp2(s - m) stays below 256
 
-// Of the scores s of a tile (lane 4 g + t: columns 8 j + 2 t, + 1), the greatest of either row; those of the keys from `left`
-// on become -inf.
-template <int TILES> __device__ inline void top_of_rows(float (&s)[TILES][4], int left, float (&top)[2]) {
+// Of the scores s of a tile (lane 4 g + t: columns 8 j + 2 t, + 1), the greatest of either row, times scale; those of the keys
+// from `left` on become -inf.
+template <int TILES>
+__device__ inline void top_of_rows(float (&s)[TILES][4], float (&top)[2], int left, float scale) {
   const int t = threadIdx.x % 4;
   if (left < 8 * TILES)
 #pragma unroll
@@ -76,7 +77,7 @@ template <int TILES> __device__ inline void top_of_rows(float (&s)[TILES][4], in
   for (int j = 0; j < TILES; ++j)
 #pragma unroll
     for (int i = 0; i < 4; ++i) top[i / 2] = fmaxf(top[i / 2], s[j][i]);
-  top[0] = max_of_row(top[0]), top[1] = max_of_row(top[1]);
+  top[0] = max_of_row(top[0]) * scale, top[1] = max_of_row(top[1]) * scale;
 }
 
 // Scores become exp2(scale s - m), those of the keys from `left` on 0. When m follows the maximum, what was summed with the
@@ -85,8 +86,7 @@ template <int TILES, int COLUMNS8>
 __device__ inline void softmax(float (&s)[TILES][4], float (&o)[COLUMNS8][4], float (&m)[2], float (&l)[2], int left,
                                float scale) {
   float top[2];
-  top_of_rows(s, left, top);
-  top[0] *= scale, top[1] *= scale;
+  top_of_rows(s, top, left, scale);
   if (__any_sync(~0u, top[0] > m[0] + SLACK || top[1] > m[1] + SLACK))
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
