@@ -236,6 +236,47 @@ def activation_slabs(x_q: np.ndarray, block_tokens: int) -> np.ndarray:
     return pieces.reshape(-1, padded, SLAB_K)
 
 
+HEAD_DIMS = 256
+SWIZZLED = 64  # channels of bf16, 128 bytes
+
+
+def pack_head_slabs(values: np.ndarray, rows: int) -> np.ndarray:
+    """An output projection's weight [N, K], bf16 viewed as uint16, as attention_wgmma.cu reads it: uint8 [K/256 heads, N/rows
+    thread blocks, 4, rows, 128].
+
+    Of a head's 256 channels, a slab has 64: the rows' 16-byte pieces p at piece p ^ (row % 8), as in `activation_slabs`.
+    Raises LayoutError for another type, or a shape that does not divide into heads and into multiples of 8 rows.
+    """
+    if values.dtype != np.uint16:
+        raise LayoutError(f"slabs of heads are packed from bf16 viewed as uint16, got {values.dtype}")
+    n, k = _check_head_slabs(values.shape, rows)
+    pieces = values.reshape(n // rows, rows // 8, 8, k // HEAD_DIMS, HEAD_DIMS // SWIZZLED, 8, 8)
+    slabs = np.ascontiguousarray(_swizzled(pieces).transpose(3, 0, 4, 1, 2, 5, 6))
+    return slabs.view(np.uint8).reshape(k // HEAD_DIMS, n // rows, HEAD_DIMS // SWIZZLED, rows, 2 * SWIZZLED)
+
+
+def unpack_head_slabs(packed: np.ndarray, shape: tuple[int, int], rows: int) -> np.ndarray:
+    """The inverse of :func:`pack_head_slabs`: uint8 (any shape, C order) -> uint16 ``shape`` = [N, K]."""
+    n, k = _check_head_slabs(shape, rows)
+    if packed.dtype != np.uint8 or packed.size != 2 * n * k:
+        raise LayoutError(f"{packed.size} elements of {packed.dtype} are no {n} x {k} weight of bf16")
+    heads, blocks, slabs = k // HEAD_DIMS, n // rows, HEAD_DIMS // SWIZZLED
+    pieces = packed.view(np.uint16).reshape(heads, blocks, slabs, rows // 8, 8, 8, 8)
+    return _swizzled(pieces.transpose(1, 3, 4, 0, 2, 5, 6)).reshape(n, k)
+
+
+def _swizzled(pieces: np.ndarray) -> np.ndarray:
+    """[_, _, row % 8, _, _, piece, _] with piece p of a row at p ^ (row % 8), and from there back."""
+    row, piece = np.arange(8)[:, None], np.arange(8)[None]
+    return np.moveaxis(pieces, (2, 5), (0, 1))[row, row ^ piece].transpose(2, 3, 0, 4, 5, 1, 6)
+
+
+def _check_head_slabs(shape: tuple[int, ...], rows: int) -> tuple[int, int]:
+    if len(shape) != 2 or rows % 8 or 0 in (*shape, rows) or shape[0] % rows or shape[1] % HEAD_DIMS:
+        raise LayoutError(f"a weight of shape {tuple(shape)} does not divide into {rows} rows and heads of {HEAD_DIMS}")
+    return shape
+
+
 # BitBLAS's kernels read activations int8 [M, K] as they are. A weight w[n, k] is stored as w + 8, unsigned, row after row:
 # byte k / 2 of row n holds an even k in its low nibble. Adding 8 to a nibble modulo 16 is flipping its upper bit.
 _OFFSET_8 = np.uint8(0x88)

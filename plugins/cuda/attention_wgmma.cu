@@ -10,15 +10,21 @@
 // With cache_ready the kernels ahead do not write k and v, only q and own_k.., so that k and v are fetched while the
 // kernel ahead still runs. Where one tile a block is all there is, STAGES = 1 leaves room beside that kernel's blocks.
 //
+// With OUTPUTS the output projection follows, which saves the launch of a GEMM. HEADS is 1 then, and row = token: blockIdx.y is
+// the query head, of whom all share K and V. Once merged, the rows of o go to every block of the cluster, as bf16, and each
+// block multiplies them by its OUTPUTS channels of the head's part of the weight (plugins/layout.py, pack_head_slabs), which it
+// began to fetch before the kernel ahead had ended. `out` is then float32 [heads][tokens][out_stride], out_stride = SPLIT *
+// OUTPUTS: the sum over the heads, in whatever order the reader pleases, is the projection.
+//
 // In shared memory a matrix [rows, 256] is four slabs of 64 channels, [rows][128 bytes], each row's 16-byte pieces
 // exchanged by piece ^ (row % 8), the 128-byte swizzle. For q and k this is the layout with channels, the depth, along
 // the row; for v, whose depth is the keys, the transposed one: the same bytes and another descriptor.
 //
-// grid (ceil(tokens * HEADS / (64 ROW_GROUPS)) * SPLIT, kv heads, images), block 128 (ROW_GROUPS KEY_GROUPS + HELPERS),
+// grid (ceil(tokens * HEADS / (64 ROW_GROUPS)) * SPLIT, kv heads (OUTPUTS: heads), images), block 128 (ROW_GROUPS KEY_GROUPS + HELPERS),
 // cluster (SPLIT, 1, 1), shared memory as in plugins/kernels/attention_wgmma.py.
 #include "attention.cuh"
 #include "cluster.cuh"
-#include "wgmma_attention.cuh"  // generated, for KEYS = 8 SCORES8
+#include "wgmma_attention.cuh"  // generated, for 8 SCORES8 = KEYS and, if any, OUTPUTS
 // void wgmma_scores(float (&s)[SCORES8][4], unsigned long long q, unsigned long long k, int add)
 // void wgmma_values(float (&o)[32][4], const unsigned (&p)[4], unsigned long long v)
 
@@ -68,16 +74,17 @@ __device__ inline void add_piece(float (&sum)[8], float weight, uint4 piece) {
     sum[i] = fmaf(weight, to_float(Half{static_cast<unsigned short>(words[i / 2] >> 16 * (i % 2))}), sum[i]);
 }
 
-// out = sum_i w_i o_i, w_i = exp2(a_i) / sum_j exp2(a_j), of the rows that this block finishes; a warp takes a row.
-// pieces [SPLIT][SHARE][ROW] and logarithms a [SPLIT][SHARE] are what the blocks have sent.
-template <int HEADS, int ROWS, int SPLIT>
-__device__ inline void merge_received(const unsigned char* pieces, const float* logarithms, int rank, int first_row,
-                                      int rows, Bf16* out, int out_stride) {
+// sum_i w_i o_i, w_i = exp2(a_i) / sum_j exp2(a_j), of the rows that this block finishes, of `rows` in the tile; a warp takes a
+// row. pieces [SPLIT][SHARE][ROW] and logarithms a [SPLIT][SHARE] are what the blocks have sent. deliver(row, piece) gets the
+// lane's 8 channels, 8 lane.., in bf16.
+template <int ROWS, int SPLIT, class Deliver>
+__device__ inline void merge_received(const unsigned char* pieces, const float* logarithms, int rank, int rows,
+                                      Deliver deliver) {
   constexpr int SHARE = ROWS / SPLIT;
   const int lane = threadIdx.x % 32;
   for (int i = threadIdx.x / 32; i < SHARE; i += blockDim.x / 32) {
-    const int of_block = rank * SHARE + i, row = first_row + of_block;
-    if (row >= rows) break;
+    const int of_block = rank * SHARE + i;
+    if (of_block >= rows) break;
     float weights[SPLIT], greatest = LOWEST, total = 0;  // by every lane for itself, which is shorter than by shuffles
 #pragma unroll
     for (int part = 0; part < SPLIT; ++part) greatest = fmaxf(greatest, weights[part] = logarithms[part * SHARE + i]);
@@ -89,17 +96,37 @@ __device__ inline void merge_received(const unsigned char* pieces, const float* 
     for (int part = 0; part < SPLIT; ++part)
       add_piece(sum, weights[part] * inverse,
                 *reinterpret_cast<const uint4*>(pieces + (part * SHARE + i) * ROW + (lane ^ of_block % 8) * 16));
-    *reinterpret_cast<uint4*>(out + size_t(row / HEADS) * out_stride + row % HEADS * 256 + 8 * lane) = {
-        pack2<Bf16>(sum[0], sum[1]), pack2<Bf16>(sum[2], sum[3]), pack2<Bf16>(sum[4], sum[5]),
-        pack2<Bf16>(sum[6], sum[7])};
+    deliver(of_block, uint4{pack2<Bf16>(sum[0], sum[1]), pack2<Bf16>(sum[2], sum[3]), pack2<Bf16>(sum[4], sum[5]),
+                            pack2<Bf16>(sum[6], sum[7])});
   }
 }
 
-template <int HEADS, int ROW_GROUPS, int KEY_GROUPS, int KEYS, int STAGES, int SPLIT, int HELPERS>
+// out[rows of the tile, OUTPUTS] = x[64, 256] weight[OUTPUTS, 256]^T by one warpgroup, both operands in shared memory.
+template <int OUTPUTS>
+__device__ inline void project(unsigned x, unsigned weight, int rows, float* out, int out_stride) {
+  float y[OUTPUTS / 8][4];
+  begin_wgmma();
+#pragma unroll
+  for (int step = 0; step < 16; ++step)
+    wgmma_scores(y, descriptor(x + step / 4 * 64 * 128, 16) + step % 4 * 2,
+                 descriptor(weight + step / 4 * OUTPUTS * 128, 16) + step % 4 * 2, step > 0);
+  finish_wgmma(y);
+  const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16 + lane / 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = first + 8 * half;
+    if (row < rows)
+#pragma unroll
+      for (int n = 0; n < OUTPUTS / 8; ++n)
+        *reinterpret_cast<float2*>(out + row * out_stride + 8 * n + lane % 4 * 2) = {y[n][2 * half], y[n][2 * half + 1]};
+  }
+}
+
+template <int HEADS, int ROW_GROUPS, int KEY_GROUPS, int KEYS, int STAGES, int SPLIT, int HELPERS, int OUTPUTS, class Out>
 __global__ void __launch_bounds__(128 * (ROW_GROUPS * KEY_GROUPS + HELPERS), 1)
-attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, const Bf16* own_v, Bf16* out,
+attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, const Bf16* own_v, Out* out,
                 const int* past, int tokens, int keys, int own_keys, int q_stride, int kv_stride, int own_stride,
-                int out_stride, int cache_ready, float scale) {
+                int out_stride, int cache_ready, float scale, const uint4* weight) {
   constexpr int GROUPS = ROW_GROUPS * KEY_GROUPS, THREADS = 128 * (GROUPS + HELPERS);
   constexpr int DIMS = 256, ROWS = 64 * ROW_GROUPS, TILE = KEY_GROUPS * KEYS;
   constexpr int PIECES = DIMS / 8, STEP = THREADS / PIECES;  // a thread copies a piece of every STEP-th row
@@ -111,6 +138,7 @@ attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
 
   const int group = threadIdx.x / 128, row_group = group % ROW_GROUPS, key_group = group / ROW_GROUPS;
   const int rank = blockIdx.x % SPLIT, first_row = blockIdx.x / SPLIT * ROWS, rows = tokens * HEADS;
+  const int kv_head = OUTPUTS ? 0 : blockIdx.y;
   if (past) keys += *past;
   // A block takes its share of either kind of keys, so that all wait alike for the kernel that computes the own ones.
   const auto begin_of = [](int count, int rank) { return count * rank / SPLIT; };
@@ -118,9 +146,8 @@ attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
   const int first_own = begin_of(own_keys, rank), all_keys = cached_keys + begin_of(own_keys, rank + 1) - first_own;
   const int tiles = max((all_keys + TILE - 1) / TILE, 1);  // perhaps one without keys
   q += size_t(blockIdx.z) * tokens * q_stride + blockIdx.y * HEADS * DIMS;
-  k += size_t(blockIdx.z) * keys * kv_stride + blockIdx.y * DIMS;
-  v += size_t(blockIdx.z) * keys * kv_stride + blockIdx.y * DIMS;
-  out += size_t(blockIdx.z) * tokens * out_stride + blockIdx.y * HEADS * DIMS;
+  k += size_t(blockIdx.z) * keys * kv_stride + kv_head * DIMS;
+  v += size_t(blockIdx.z) * keys * kv_stride + kv_head * DIMS;
 
   const int piece = threadIdx.x % PIECES, row_of_thread = threadIdx.x / PIECES % STEP;  // a known range
   auto fetch = [&](int tile, bool cached, bool own) {  // rows of k and v: those in the cache; own rows, and zeros behind
@@ -144,13 +171,27 @@ attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
       }
   };
 
-  __shared__ unsigned long long arrived;
-  __shared__ float logarithms[ROWS];  // [SPLIT][ROWS / SPLIT]
-  if (SPLIT > 1 && threadIdx.x == 0) init(&arrived);
+  __shared__ unsigned long long arrived, merged, fetched;  // all parts of this block's rows; all rows of o; the weight
+  __shared__ float logarithms[ROWS];                       // [SPLIT][ROWS / SPLIT]
+  constexpr int STAGED = ROWS * ROW, WEIGHT = OUTPUTS * DIMS * 2;  // bytes
+  constexpr int RING = STAGES * 2 * MATRIX;
+  unsigned char* const rows_of_o = ring + STAGED;  // [ROWS, 256]; the ring is over when they come
+  const unsigned weight_address = ring_address + (RING > 2 * STAGED ? RING : 2 * STAGED);
+  if (SPLIT > 1 && threadIdx.x == 0) {
+    init(&arrived);
+    if (OUTPUTS) init(&merged), init(&fetched);
+  }
   constexpr int AHEAD = STAGES > 1 ? STAGES - 1 : 1;  // tiles on their way
   if (cache_ready)
 #pragma unroll
     for (int tile = 0; tile < AHEAD; ++tile) fetch(tile, true, false);
+  if constexpr (OUTPUTS > 0) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      expect(&fetched, WEIGHT);
+      copy(weight_address, weight + (size_t(blockIdx.y) * SPLIT + rank) * (WEIGHT / 16), WEIGHT, address_of(&fetched));
+    }
+  }
   wait_for_inputs();
   constexpr int TURN = STEP < 8 ? 8 / STEP : 1;  // so many times STEP rows further the swizzle is the same
   static_assert(ROWS % STEP == 0 && TILE % STEP == 0);
@@ -212,15 +253,20 @@ attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
   wait_for_copies<0>();
   __syncthreads();  // the ring is free
   if constexpr (SPLIT == 1) {
+    out += size_t(blockIdx.z) * tokens * out_stride + blockIdx.y * HEADS * DIMS;
     float* const partial = reinterpret_cast<float*>(shared);
     if (group < GROUPS) deposit<ROWS>(partial, o, m, l, 64 * row_group + threadIdx.x / 32 % 4 * 16, key_group);
     __syncthreads();
     merge_in_block<DIMS, HEADS, ROWS, KEY_GROUPS>(partial, first_row, rows, out, out_stride);
   } else {
     static_assert(KEY_GROUPS == 1 && ROWS % SPLIT == 0 && SPLIT <= 32);
+    static_assert(!OUTPUTS || (HEADS == 1 && ROW_GROUPS == 1 && HELPERS == 0));
     constexpr int SHARE = ROWS / SPLIT;
     unsigned char* const received = queries;  // [SPLIT][SHARE][ROW]
-    if (threadIdx.x == 0) expect(&arrived, ROWS * (ROW + int(sizeof(float))));
+    if (threadIdx.x == 0) {
+      expect(&arrived, ROWS * (ROW + int(sizeof(float))));
+      if (OUTPUTS) expect(&merged, min(rows - first_row, ROWS) * ROW);
+    }
     if (group < GROUPS) {
       const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16;  // row of the block that is the warp's first
       unsigned char* const staging = ring + first * ROW;
@@ -242,6 +288,24 @@ attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
       wait_for_cluster();
     }
     wait(&arrived);
-    merge_received<HEADS, ROWS, SPLIT>(received, logarithms, rank, first_row, rows, out, out_stride);
+    const int of_tile = min(rows - first_row, ROWS), lane = threadIdx.x % 32;
+    if constexpr (OUTPUTS == 0) {
+      out += size_t(blockIdx.z) * tokens * out_stride + blockIdx.y * HEADS * DIMS;
+      merge_received<ROWS, SPLIT>(received, logarithms, rank, of_tile, [&](int row, uint4 piece) {
+        row += first_row;
+        *reinterpret_cast<uint4*>(out + size_t(row / HEADS) * out_stride + row % HEADS * DIMS + 8 * lane) = piece;
+      });
+    } else {
+      // Whoever has sent a part of these rows is done with its ring, but for what it sends.
+      merge_received<ROWS, SPLIT>(received, logarithms, rank, of_tile, [&](int row, uint4 piece) {
+#pragma unroll
+        for (int to = 0; to < SPLIT; ++to) send(piece, rows_of_o + offset_of(ROWS, row, lane), &merged, to);
+      });
+      wait(&fetched);
+      wait(&merged);
+      let_tensor_cores_see();
+      out += (size_t(blockIdx.y) * tokens + first_row) * out_stride + rank * OUTPUTS;
+      project<OUTPUTS>(address_of(rows_of_o), weight_address, of_tile, out, out_stride);
+    }
   }
 }

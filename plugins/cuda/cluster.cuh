@@ -21,6 +21,12 @@ __device__ inline void init(unsigned long long* barrier) {
 __device__ inline void expect(unsigned long long* barrier, int bytes) { arrive_expecting(address_of(barrier), bytes); }
 __device__ inline void wait(unsigned long long* barrier) { wait(address_of(barrier), 0); }
 
+// Copies in bulk to one's own shared memory, announced at the barrier too; addresses and bytes are multiples of 16.
+__device__ inline void copy(unsigned to, const void* from, int bytes, unsigned barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+
 // Writes to block `rank` of the cluster, at the addresses that `to` and `barrier` have in one's own shared memory.
 __device__ inline void send(uint4 v, const void* to, unsigned long long* barrier, int rank) {
   asm volatile("{.reg .u32 at, signal;\n"

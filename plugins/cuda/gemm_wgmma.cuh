@@ -4,10 +4,6 @@
 #include "cluster.cuh"
 #include "wgmma.cuh"  // generated: void wgmma(int (&d)[TOKENS8][4], const unsigned (&a)[4], unsigned long long b)
 
-__device__ inline void copy(unsigned to, const void* from, int bytes, unsigned barrier) {  // announced at the barrier
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-               ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
-}
 __device__ inline void copy(unsigned to, const void* from, int bytes, unsigned barrier, unsigned long long policy) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
                ::"r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");

@@ -9,6 +9,24 @@ template <> constexpr float NORM<32> = 0.17677669529663687f;
 template <> constexpr float NORM<64> = 0.125f;
 template <> constexpr float NORM<128> = 0.08838834764831845f;
 
+// Multiplies the BLOCK channels that lie in this thread and its neighbors by H, Sylvester order.
+template <int BLOCK> __device__ inline void hadamard(float (&v)[8]) {
+#pragma unroll
+  for (int stride = 1; stride < 8; stride *= 2)
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (!(i & stride)) {
+        const float a = v[i], b = v[i + stride];
+        v[i] = a + b, v[i + stride] = a - b;
+      }
+#pragma unroll
+  for (int lanes = 1; lanes < BLOCK / 8; lanes *= 2)
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      v[i] = fmaf(v[i], threadIdx.x & lanes ? -1.0f : 1.0f, __shfl_xor_sync(~0u, v[i], lanes));
+    }
+}
+
 // Adding this rounds to an integer, half to even, and leaves its two's complement in the low bits.
 constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23
 

@@ -31,24 +31,6 @@ template <class T> __device__ inline Eight<T> load8(const T* row, const int* per
   return out;
 }
 
-// Multiplies the BLOCK channels that lie in this thread and its neighbors by H, Sylvester order.
-template <int BLOCK> __device__ inline void hadamard(float (&v)[8]) {
-#pragma unroll
-  for (int stride = 1; stride < 8; stride *= 2)
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (!(i & stride)) {
-        const float a = v[i], b = v[i + stride];
-        v[i] = a + b, v[i + stride] = a - b;
-      }
-#pragma unroll
-  for (int lanes = 1; lanes < BLOCK / 8; lanes *= 2)
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      v[i] = fmaf(v[i], threadIdx.x & lanes ? -1.0f : 1.0f, __shfl_xor_sync(~0u, v[i], lanes));
-    }
-}
-
 // v[j] = sum_i row[i] R[i][j] for channels k..k+7 of `row`, R the matrix of their block.
 __device__ inline void rotate_dense(const float* row, const float* rotation, int block, int k, float (&v)[8]) {
   const float* const inputs = row + k / block * block;

@@ -11,7 +11,7 @@ from duq.plugins.kernel import Kernel
 from duq.plugins.kernels.attention import ATTENTION, Attention
 from duq.plugins.kernels.attention_split import ATTENTION_SPLIT, SplitAttention
 from duq.plugins.kernels.attention_tile import ATTENTION_TILE, TileAttention
-from duq.plugins.kernels.attention_wgmma import ATTENTION_WGMMA, WgmmaAttention
+from duq.plugins.kernels.attention_wgmma import ATTENTION_WGMMA, ProjectedAttention, WgmmaAttention
 from duq.plugins.kernels.bitblas import BITBLAS, Generated
 from duq.plugins.kernels.dequantize_weight import DEQUANTIZE_WEIGHT, dequantize_weight
 from duq.plugins.kernels.embed import FLOAT_PATCHES, PATCHES, TOKENS, patches, tokens
@@ -26,6 +26,7 @@ from duq.plugins.kernels.hadamard_quantize import HADAMARD_DEPTHS, HADAMARD_QUAN
 from duq.plugins.kernels.library import MATMUL, matmul
 from duq.plugins.kernels.linear_narrow import FLOW_STEP, LINEAR_NARROW, flow_step, linear_narrow
 from duq.plugins.kernels.normalize import NORMALIZE, normalize
+from duq.plugins.kernels.residual_quantize import RESIDUAL_QUANTIZE, residual_quantize
 from duq.plugins.kernels.rotary import ROTARY, rotary
 from duq.plugins.kernels.rotate_quantize import ROTATE_QUANTIZE, rotate_quantize
 
@@ -36,6 +37,7 @@ __all__ = [
     "GemmFloat",
     "Generated",
     "Large",
+    "ProjectedAttention",
     "Small",
     "SplitAttention",
     "TileAttention",
@@ -51,6 +53,7 @@ __all__ = [
     "matmul",
     "normalize",
     "patches",
+    "residual_quantize",
     "rotary",
     "rotate_quantize",
     "tokens",
@@ -79,6 +82,7 @@ KERNELS: dict[str, Kernel] = {
         MATMUL,
         NORMALIZE,
         PATCHES,
+        RESIDUAL_QUANTIZE,
         ROTARY,
         ROTATE_QUANTIZE,
         TOKENS,

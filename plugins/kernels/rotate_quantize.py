@@ -43,21 +43,39 @@ def reference(
     if how == "DENSE":
         assert rotation is not None
         v = rotate_blocks(v, rotation, block)
-    elif how not in ("NONE", "0"):
-        v = (v.reshape(m, -1, int(how)) @ hadamard(int(how))).reshape(m, depth)
+    else:
+        v = rotated(v, how)
 
     if launch["Out"] == "Bf16":
         x_q.write("Bf16", v)
         return
     assert x_scale is not None
-    if activation_scale is not None:
-        scale = np.broadcast_to(activation_scale.read("float", 1), (m, 1))
-    else:
-        scale = np.maximum(np.abs(v).max(-1, keepdims=True), np.float32(1e-12)) / np.float32(127)
+    fixed = activation_scale.read("float", 1) if activation_scale is not None else None
+    write_quantized(v, x_q, x_scale, slab_tokens, padded_depth, fixed)
+
+
+def rotated(v: np.ndarray, block: str) -> np.ndarray:
+    """v by a block Hadamard, or as it is; `block` as C++ spells it."""
+    return v if block in ("NONE", "0") else (v.reshape(len(v), -1, int(block)) @ hadamard(int(block))).reshape(v.shape)
+
+
+def write_quantized(
+    v: np.ndarray,
+    x_q: Pointer,
+    x_scale: Pointer,
+    slab_tokens: int,
+    padded_depth: int = 0,
+    fixed_scale: np.ndarray | None = None,
+) -> None:
+    """Rows as INT8 with a scale each, or with the given one, and zeros up to `padded_depth`."""
+    m, depth = v.shape
+    scale = np.maximum(np.abs(v).max(-1, keepdims=True), np.float32(1e-12)) / np.float32(127)
+    if fixed_scale is not None:
+        scale = np.broadcast_to(fixed_scale, (m, 1))
     x_scale.write("float", scale[:, 0])
     with np.errstate(invalid="ignore"):  # rows of padding are NaN, and so is their scale
         values = np.clip(np.round(v / scale), -128, 127).astype(np.int8)
-    values = np.pad(values, ((0, 0), (0, padded_depth - depth)))
+    values = np.pad(values, ((0, 0), (0, max(padded_depth - depth, 0))))
     if slab_tokens:
         slabs = activation_slabs(values, slab_tokens)[:, :m]
         x_q.write("signed char", slabs.reshape(len(slabs), -1), slab_tokens * 128)
