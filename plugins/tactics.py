@@ -20,7 +20,7 @@ from duq.plugins.gpu import Gpu
 from duq.plugins.kernels.attention import Attention
 from duq.plugins.kernels.attention_split import SplitAttention
 from duq.plugins.kernels.attention_tile import TileAttention
-from duq.plugins.kernels.attention_wgmma import WgmmaAttention
+from duq.plugins.kernels.attention_wgmma import ProjectedAttention, WgmmaAttention
 from duq.plugins.kernels.gemm_float import FLOAT_CHUNK, GemmFloat
 from duq.plugins.kernels.gemm_large import Large
 from duq.plugins.kernels.gemm_small import Small
@@ -296,6 +296,14 @@ def for_suffix(cached: int, own: int) -> WgmmaAttention:
     share, most = -(-cached // 8) + -(-own // 8), SUFFIX.keys
     tiles = -(-share // most) or 1
     return replace(SUFFIX, keys=max(-(-share // (16 * tiles)) * 16, 32))
+
+
+def projected_attention(heads: int, width: int, cached: int, own: int, gpu: Gpu) -> ProjectedAttention | None:
+    """For the suffix's attention and its output projection in one launch, keys as in `for_suffix`; None where it does not fit, or
+    where its clusters, one a head, would not all run at once."""
+    tactic = ProjectedAttention(for_suffix(cached, own).keys)
+    at_once = gpu.multiprocessors // (2 * tactic.split)  # a GPC has room for two of 8 blocks, mostly
+    return tactic if tactic.fits(gpu, width) and heads <= at_once else None
 
 
 def split_keys(tokens: int, keys: int, gpu: Gpu) -> SplitAttention:

@@ -102,7 +102,9 @@ class ProjectedAttention:
 
     def shape(self, tokens: int, heads: int, width: int) -> Shape:
         attention = self.attention.shape(tokens, heads)
-        rows = 64 + max(2 * self.keys, 2 * 64) + width // self.split  # q; k and v, then what is sent and what comes; the weight
+        rows = (
+            64 + max(2 * self.keys, 2 * 64) + width // self.split
+        )  # q; k and v, then what is sent and what comes; the weight
         return replace(attention, shared_bytes=max(attention.shared_bytes, 2 * DIMS * rows))
 
     def instance(self, tokens: int, heads: int, width: int) -> Instance:

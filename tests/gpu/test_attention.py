@@ -11,7 +11,7 @@ from duq.plugins import tactics
 from duq.plugins.kernels import SplitAttention
 from tests.support import launch
 
-DIMS, HEADS = 256, 8
+DIMS, HEADS, WIDTH = 256, 8, 1024
 GUARD = 8  # rows past the last token, which are poison where read and must stay as they are where written
 
 # ||out - exact|| / ||exact||. bf16 rounds with a relative error of at most 2^-9, rms about 0.4 of that: once in the
@@ -80,6 +80,46 @@ def test_suffix(config, tokens, keys):
         out = poisoned(tokens, HEADS * DIMS)
         launch.attention(config, q, k, v, out[:tokens], own_k, own_v, past=past, cache_ready=past is None)
         check(out, definition(q, torch.cat([k, own_k]), torch.cat([v, own_v]), HEADS, 1))
+
+
+@pytest.mark.parametrize(("tokens", "keys"), [(50, 306), (50, 817), (50, 1018), (64, 100), (65, 300), (1, 816), (3, 0)])
+def test_suffix_with_its_output_projection(tokens, keys):
+    """Parts that sum to the projection, the same bits call after call; nothing beside them is touched."""
+    tactic = projected(keys, tokens)
+    cache = guarded(random(keys, 2 * DIMS, seed=keys))
+    qkv = guarded(random(tokens, (HEADS + 2) * DIMS, seed=tokens))
+    (k, v), (q, own_k, own_v) = cache.split(DIMS, 1), qkv.split([HEADS * DIMS, DIMS, DIMS], 1)
+    weight = random(WIDTH, HEADS * DIMS, seed=9)
+    packed, on_device = launch.pack_head_weight(weight, tactic), torch.tensor(keys, dtype=torch.int32, device="cuda")
+    attended = definition(q, torch.cat([k, own_k]), torch.cat([v, own_v]), HEADS, 1).unflatten(1, (HEADS, DIMS))
+    exact = torch.einsum("mhk,nhk->hmn", attended, weight.double().unflatten(1, (HEADS, DIMS)))
+    outputs = []
+    for past in (None, on_device, on_device):
+        whole = torch.full((HEADS * tokens + GUARD, WIDTH), math.nan, device="cuda")
+        parts = whole[: HEADS * tokens].view(HEADS, tokens, WIDTH)
+        launch.projected_attention(tactic, q, k, v, packed, parts, own_k, own_v, past=past, cache_ready=past is None)
+        check(whole, exact.flatten(0, 1))
+        outputs.append(parts)
+    assert all(torch.equal(each, outputs[0]) for each in outputs)
+
+
+@pytest.mark.parametrize("order", ["rising", "outlier"])
+def test_output_projection_of_extreme_scores(order):
+    tokens, keys = 40, 301
+    tactic = projected(keys, 0)
+    q, k, v = random(tokens, HEADS * DIMS, seed=1), random(keys, DIMS, seed=2), random(keys, DIMS, seed=3)
+    ramp = torch.linspace(-1, 1, keys, device="cuda")[:, None]
+    q, k = (1 + 0.1 * q).bfloat16(), (0.1 * k + 30 * (ramp if order == "rising" else ramp == 1)).bfloat16()
+    weight = random(WIDTH, HEADS * DIMS, seed=9)
+    parts = torch.full((HEADS, tokens, WIDTH), math.nan, device="cuda")
+    launch.projected_attention(tactic, q, k, v, launch.pack_head_weight(weight, tactic), parts)
+    exact = definition(q, k, v, HEADS, 1) @ weight.double().T
+    check(parts.sum(0), exact)
+
+
+def projected(cached: int, own: int):
+    tactic = tactics.projected_attention(HEADS, WIDTH, cached, own, launch.gpu())
+    return tactic or pytest.skip("attention and the output projection are two launches on this GPU")
 
 
 @pytest.mark.parametrize("tokens", [256, 100])
@@ -195,3 +235,25 @@ def test_overlapped_launches_wait_for_their_inputs(config):
             launch.attention(config, out[:tokens], own_k, own_v, q, overlap=overlap)  # q depends on the output before
         outputs.append(out[:tokens].clone())
     assert torch.equal(*outputs)
+
+
+def test_overlapped_launches_of_attention_and_projection_wait_for_their_inputs():
+    """Chains of rotary embedding, attention with its output projection, and the quantizer that sums its parts."""
+    tokens, keys = 50, 306
+    tactic = projected(keys, tokens)
+    packed = launch.pack_head_weight(random(WIDTH, HEADS * DIMS, seed=9), tactic)
+    cache, tables = random(keys, 2 * DIMS, seed=1), launch.rotary_tables(keys + tokens, DIMS)
+    parts = torch.full((HEADS, tokens, WIDTH), math.nan, device="cuda")
+    x_q, x_scale = torch.empty(64 * WIDTH, dtype=torch.int8, device="cuda"), torch.empty(tokens, device="cuda")
+    outputs = []
+    for overlap in (False, True):
+        qkv, x = random(tokens, (HEADS + 2) * DIMS, seed=2), random(tokens, WIDTH, seed=3).float()
+        q, own_k, own_v = qkv.split([HEADS * DIMS, DIMS, DIMS], 1)
+        for _ in range(20):
+            launch.rotary(qkv, tables, keys, heads=HEADS, dims=DIMS, overlap=overlap)
+            launch.projected_attention(
+                tactic, q, *cache.split(DIMS, 1), packed, parts, own_k, own_v, cache_ready=True, overlap=overlap
+            )
+            launch.residual_quantize(x, parts, x, x_q, x_scale, hadamard=64, slab_tokens=64, overlap=overlap)
+        outputs.append((x.clone(), x_q.clone()))
+    assert all(torch.equal(*each) for each in zip(*outputs, strict=True))

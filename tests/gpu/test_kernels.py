@@ -290,6 +290,40 @@ def test_rotate_quantize(dtype, source, rotate, features):
     assert (x_q[m:] == 85).all()
 
 
+@pytest.mark.parametrize("features", ["", "gate", "gain", "gate gain shift"])
+@pytest.mark.parametrize(("m", "k", "parts", "rotate"), [(50, 1024, 8, 64), (51, 264, 2, 0), (1, 4096, 1, 128)])
+def test_residual_quantize(m, k, parts, rotate, features):
+    """The residual stream is the sum in this order, and its integers those of rotate_quantize, bit for bit."""
+    generator = torch.Generator("cuda").manual_seed(m)
+    randn = lambda *shape: torch.randn(shape, device="cuda", generator=generator)  # noqa: E731
+    x, added = randn(m, k), randn(parts, m, k)
+    factors = {name: randn(k) if name in features else None for name in ("gate", "gain", "shift")}
+    norm = {name: factors[name] for name in ("gain", "shift")}
+    y = poisoned(m, k, torch.float32)
+    x_q, x_scale = (
+        torch.full((m + GUARD, k), 85, dtype=torch.int8, device="cuda"),
+        torch.full((m,), math.nan, device="cuda"),
+    )
+    launch.residual_quantize(x, added, y[:m], x_q, x_scale, hadamard=rotate, **factors)
+    total = added[0].clone()
+    for part in added[1:]:
+        total += part
+    if factors["gate"] is None:
+        assert torch.equal(y[:m], x + total)
+    else:
+        torch.testing.assert_close(y[:m].double(), x + total.double() * factors["gate"], rtol=1e-6, atol=1e-6)
+    of_y, scale_of_y = torch.empty_like(x_q[:m]), torch.empty_like(x_scale)
+    launch.rotate_quantize(y[:m], of_y, scale_of_y, source="RMS_NORM", hadamard=rotate, **norm)
+    assert torch.equal(x_q[:m], of_y) and torch.equal(x_scale, scale_of_y)
+    assert y[m:].isnan().all() and (x_q[m:] == 85).all()
+
+    in_place, slabs = x.clone(), torch.zeros(-(-k // 128), 64, 128, dtype=torch.int8, device="cuda")
+    if k % 128 == 0:
+        launch.residual_quantize(in_place, added, in_place, slabs, x_scale, hadamard=rotate, slab_tokens=64, **factors)
+        assert torch.equal(in_place, y[:m]) and torch.equal(x_scale, scale_of_y)
+        assert (slabs.cpu().numpy() == activation_slabs(of_y.cpu().numpy(), 64)).all()
+
+
 @pytest.mark.parametrize("m", [131, 816])
 @pytest.mark.parametrize("k", [1024, 3072, 16384])
 def test_hadamard_quantize(k, m):

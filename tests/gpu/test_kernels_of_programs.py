@@ -98,6 +98,7 @@ CHECKS: dict[str, list[Callable[[], None]]] = {  # by kernel
     "attention_split": [split_attention],
     "attention_tile": [lambda: attention.test_prefix(TileAttention(8), 306)],
     "rotate_quantize": [rotations, lambda: kernels.test_rotation_for_products_of_floats("RMS_NORM", 64)],
+    "residual_quantize": [lambda: kernels.test_residual_quantize(50, 1024, 8, 64, "gate gain shift")],
     "hadamard_quantize": [lambda: kernels.test_hadamard_quantize(16384, 816)],
     "rotary": [lambda: attention.test_rotary(818, 0, None, True)],
     "normalize": [lambda: pointwise.test_normalize(True, (FLOAT, BF16), 257, 1152, "gain shift")],

@@ -19,6 +19,7 @@ from duq.plugins.kernels import (
     Attention,
     GemmFloat,
     Large,
+    ProjectedAttention,
     Small,
     SplitAttention,
     TileAttention,
@@ -26,8 +27,10 @@ from duq.plugins.kernels import (
     WgmmaSmall,
     reference,
 )
+from duq.plugins.kernels.attention_wgmma import wgmma_header as attention_header
 from duq.plugins.kernels.bitblas import BITBLAS
 from duq.plugins.kernels.gemm_wgmma import wgmma_header
+from duq.plugins.layout import pack_head_slabs
 from duq.plugins.nvrtc import SOURCES, compile_cubin, nvrtc_version, supported_sms
 from duq.plugins.tactics import best_attention
 
@@ -130,6 +133,7 @@ SMALLEST = [
     GemmFloat(1, 1, 1, 1).instance(8, 16, "float", False, "GEGLU", bits=4),
     GemmFloat(1, 1, 1, 1, 2).instance(8, 16, "float", False, "NONE"),
     kernels.rotate_quantize(8, 1024, "Half", "RMS_NORM", 64),
+    kernels.residual_quantize(8, 1024, 8, 64),
     Attention(72, 1, 1, 2, 16, 2).instance(8),
     SplitAttention(8, 1, 16, 2).instance(8),
     TileAttention(8).instance(8),
@@ -155,6 +159,8 @@ BY_WGMMA = [
     Wgmma(1, 1, 2, 2).instance(8, 64, 4, "float"),
     WgmmaSmall(1, 4, 2).instance(8, 64, 4, "float"),
     best_attention(256, 50, 1, GPUS[90]).instance(50),
+    ProjectedAttention(112).instance(50, 8, 1024),
+    ProjectedAttention(32).instance(8, 2, 256),  # as many columns of the weight as keys
 ]
 
 
@@ -199,6 +205,13 @@ def test_compiles_for_a_stand_in(instance, tmp_path):
 def test_wgmma_has_an_operand_for_every_accumulator():
     text = wgmma_header(26)
     assert "m64n208k32" in text and text.count('"+r"(d[') == 104 and "%108, add" in text
+
+
+@pytest.mark.parametrize(("keys", "outputs", "columns"), [(112, 128, [112, 128]), (32, 32, [32]), (48, 0, [48])])
+def test_attention_has_each_width_of_wgmma_once(keys, outputs, columns):
+    text = attention_header(keys, outputs)
+    assert [text.count(f"m64n{each}k16") for each in columns] == [1] * len(columns)
+    assert text.count("void wgmma_scores") == len(columns) and text.count('"+f"(s[') == sum(columns) // 2
 
 
 # What the references compute with
@@ -248,6 +261,73 @@ def test_attention_split_needs_counters_of_zero_and_room_for_every_part(counter)
         return
     instance.kernel.reference(launched, **arguments)
     assert (memory["out"].data.view(np.uint16) == one[0, 0]).all()  # equal scores: the mean of the values
+
+
+def pointers(**arrays: np.ndarray | int) -> dict[str, reference.Pointer]:
+    """To copies of the arrays, bf16 for float16, and to so many bytes of NaN."""
+
+    def memory(value: np.ndarray | int) -> reference.Memory:
+        if isinstance(value, int):
+            return reference.Memory(np.full(value, 0xFF, np.uint8))
+        return reference.Memory(np.ascontiguousarray(value).view(np.uint8).reshape(-1).copy())
+
+    return {name: reference.Pointer(memory(value)) for name, value in arrays.items()}
+
+
+def compute(instance: Instance, memory: dict[str, reference.Pointer], **numbers: int | float) -> None:
+    shape, template = instance.shape, {name: str(value) for name, value in instance.template.items()}
+    launched = reference.Launched(instance.kernel.name, template, shape.grid, shape.threads, shape.cluster)
+    instance.kernel.reference(launched, **instance.bind(**memory, **numbers))
+
+
+@pytest.mark.parametrize("tokens", [3, 70])
+def test_parts_of_the_output_projection_sum_to_it(tokens):
+    heads, width, keys, own = 2, 256, 20, 5
+    random = np.random.default_rng(tokens)
+    bits = {
+        "q": reference.to_bf16(random.standard_normal((tokens, heads * 256))),
+        "weight": reference.to_bf16(random.standard_normal((width, heads * 256))),
+        **{name: reference.to_bf16(random.standard_normal((keys, 256))) for name in ("k", "v")},
+        **{name: reference.to_bf16(random.standard_normal((own, 256))) for name in ("own_k", "own_v")},
+    }
+    exact = {name: reference.from_bf16(each).astype(np.float64) for name, each in bits.items()}
+    tactic = ProjectedAttention(32)
+    packed = pack_head_slabs(bits.pop("weight"), width // tactic.split)
+    memory = pointers(**bits, weight=packed, out=4 * heads * tokens * width)
+    strides = dict(q_stride=heads * 256, kv_stride=256, own_stride=256, out_stride=width)
+    numbers = dict(tokens=tokens, keys=keys, own_keys=own, cache_ready=1, scale=1 / 16)
+    compute(tactic.instance(tokens, heads, width), memory, **strides, **numbers)
+    k, v = (np.concatenate([exact[name], exact[f"own_{name}"]]) for name in ("k", "v"))
+    for head, part in enumerate(memory["out"].read("float", heads, tokens, width)):
+        channels = slice(256 * head, 256 * head + 256)
+        expected = reference.softmax(exact["q"][:, channels] @ k.T / 16) @ v @ exact["weight"][:, channels].T
+        assert np.linalg.norm(part - expected) < 3e-3 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_a_residual_of_parts_is_quantized_as_their_sum_is(adaptive):
+    m, depth, parts = 5, 256, 3
+    random = np.random.default_rng(0)
+    floats = lambda *shape: random.standard_normal(shape).astype(np.float32)  # noqa: E731
+    x, added = floats(m, depth), floats(parts, m, depth)
+    vectors = {name: floats(depth) for name in ("gate", "gain", "shift")} if adaptive else {}
+    outputs = dict(x_q=m * depth, x_scale=4 * m)
+    memory = pointers(x=x, parts=added, **vectors, y=x.nbytes, **outputs)
+    sizes = dict(depth=depth, slab_tokens=0, epsilon=1e-6)
+    compute(kernels.residual_quantize(m, depth, parts, 64), memory, **sizes)
+    y = memory["y"].read("float", m, depth)
+    np.testing.assert_allclose(y, x + added.sum(0) * vectors.pop("gate", 1), rtol=1e-5, atol=1e-5)
+    of_sum = pointers(x=y, **vectors, **outputs)
+    compute(
+        kernels.rotate_quantize(m, depth, "float", "RMS_NORM", 64),
+        of_sum,
+        padded_depth=depth,
+        row_stride=depth,
+        block=0,
+        **sizes,
+    )
+    for name in outputs:
+        np.testing.assert_array_equal(memory[name].memory.data, of_sum[name].memory.data)
 
 
 # What the prologue's rounding relies on (rotate_quantize.cu, quantize8)

@@ -14,11 +14,13 @@ from duq.plugins.layout import (
     pack_bitblas,
     pack_float_fragments,
     pack_fragments,
+    pack_head_slabs,
     pack_int4,
     pack_int4_fragments,
     unpack_bitblas,
     unpack_float_fragments,
     unpack_fragments,
+    unpack_head_slabs,
     unpack_int4,
     unpack_int4_fragments,
 )
@@ -174,6 +176,39 @@ def test_slabs_hold_every_piece_where_the_swizzle_puts_it(tokens, slabs, block):
 def test_refuses_slabs_that_do_not_divide(k, block):
     with pytest.raises(LayoutError):
         activation_slabs(np.zeros((3, k), np.int8), block)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 3), st.integers(1, 3), st.sampled_from([8, 24, 32]), st.integers(0, 2**32 - 1))
+def test_slabs_of_heads_hold_every_piece_where_the_swizzle_puts_it(heads, blocks, rows, seed):
+    values = np.random.default_rng(seed).integers(0, 2**16, (blocks * rows, 256 * heads)).astype(np.uint16)
+    packed = pack_head_slabs(values, rows)
+    assert packed.dtype == np.uint8 and packed.shape == (heads, blocks, 4, rows, 128)
+    for head, block, slab, row, piece in np.ndindex(heads, blocks, 4, rows, 8):
+        found = packed[head, block, slab, row].view(np.uint16).reshape(8, 8)[piece ^ row % 8]
+        np.testing.assert_array_equal(found, values[block * rows + row, 256 * head + 64 * slab + 8 * piece :][:8])
+    np.testing.assert_array_equal(unpack_head_slabs(packed, values.shape, rows), values)
+
+
+@pytest.mark.parametrize(
+    ("values", "rows"),
+    [
+        (np.zeros((16, 256), np.int16), 8),
+        (np.zeros((16, 256), np.uint16), 12),
+        (np.zeros((16, 256), np.uint16), 0),
+        (np.zeros((24, 256), np.uint16), 16),
+        (np.zeros((16, 128), np.uint16), 8),
+        (np.zeros(256, np.uint16), 8),
+    ],
+)
+def test_refuses_slabs_of_heads_that_do_not_divide(values, rows):
+    with pytest.raises(LayoutError):
+        pack_head_slabs(values, rows)
+
+
+def test_refuses_slabs_of_heads_of_another_size():
+    with pytest.raises(LayoutError):
+        unpack_head_slabs(np.zeros(16 * 256, np.uint8), (16, 256), 8)
 
 
 def test_gate_and_up_alternate_every_8_rows():

@@ -12,7 +12,7 @@ from duq.plugins import tactics
 from duq.plugins.errors import KernelError
 from duq.plugins.gpu import CARDS, Gpu, gpu_named, gpu_of
 from duq.plugins.kernels import SplitAttention
-from duq.plugins.tactics import SMALL_M, best, best_attention, best_float, candidates, fits, split_keys
+from duq.plugins.tactics import SMALL_M, best, best_attention, best_float, candidates, fits, projected_attention, split_keys
 
 H100, A40 = gpu_of(90), gpu_of(86)
 EXPERT = [(2560, 1024), (1024, 2048), (8192, 1024), (1024, 4096)]
@@ -133,6 +133,24 @@ def test_every_attention_of_the_policy_has_a_kernel(dims, tokens, images, gpu):
 )
 def test_a_suffix_has_tiles_of_its_share_of_the_keys(cached, own, keys):
     assert best_attention(256, 50, 1, H100, cached, own).keys == keys
+
+
+@pytest.mark.parametrize(("cached", "own", "keys"), [(833, 50, 112), (577, 50, 80), (321, 51, 48), (0, 0, 32)])
+def test_the_projection_joins_attention_where_there_is_room_for_its_weight(cached, own, keys):
+    tactic = projected_attention(8, 1024, cached, own, H100)
+    assert tactic is not None and tactic.keys == keys
+    shape = tactic.shape(50, 8, 1024)
+    assert (shape.grid, shape.cluster) == ((8, 8, 1), (8, 1, 1))
+    assert H100.block_shared_bytes / 2 < shape.shared_bytes <= H100.block_shared_bytes
+
+
+@pytest.mark.parametrize(
+    ("heads", "width", "gpu"),
+    [(9, 1024, H100), (8, 2048, H100), (8, 1000, H100), (8, 1024, A40), (8, 1024, gpu_of(120))],
+    ids=["heads", "width", "columns", "SM 86", "SM 120"],
+)
+def test_elsewhere_the_projection_is_a_launch_of_its_own(heads, width, gpu):
+    assert projected_attention(heads, width, 833, 50, gpu) is None
 
 
 @pytest.mark.parametrize(

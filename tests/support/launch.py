@@ -17,8 +17,8 @@ import torch
 from duq.plugins import driver, kernels
 from duq.plugins.gpu import Gpu, gpu_of, runs_code_of, runs_ptx_of, stand_in
 from duq.plugins.kernel import Code, Instance
-from duq.plugins.kernels import Attention, GemmFloat, SplitAttention, WgmmaAttention
-from duq.plugins.layout import activation_slabs, pack_float_fragments, pack_fragments
+from duq.plugins.kernels import Attention, GemmFloat, ProjectedAttention, SplitAttention, WgmmaAttention
+from duq.plugins.layout import activation_slabs, pack_float_fragments, pack_fragments, pack_head_slabs
 from duq.plugins.nvrtc import compile_cubin, compile_ptx
 from duq.plugins.tactics import Tactic
 
@@ -136,6 +136,11 @@ def pack_float_weight(weight: torch.Tensor) -> torch.Tensor:
     return _packed(pack_float_fragments(weight.cpu().view(torch.uint16).numpy()))
 
 
+def pack_head_weight(weight: torch.Tensor, tactic: ProjectedAttention) -> torch.Tensor:
+    """Of an output projection, bf16 [width, heads * dims]."""
+    return _packed(pack_head_slabs(weight.cpu().view(torch.uint16).numpy(), len(weight) // tactic.split))
+
+
 def _packed(weight: np.ndarray) -> torch.Tensor:
     """As bytes: a weight's elements are the kernel's affair."""
     return torch.from_numpy(np.ascontiguousarray(weight).view(np.uint8)).cuda()
@@ -240,6 +245,30 @@ def rotate_quantize(
     run(instance, arguments, overlap)
 
 
+def residual_quantize(
+    x: torch.Tensor,
+    parts: torch.Tensor,
+    y: torch.Tensor,
+    x_q: torch.Tensor,
+    x_scale: torch.Tensor,
+    *,
+    hadamard: int = 0,
+    gate: torch.Tensor | None = None,
+    gain: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    slab_tokens: int = 0,
+    epsilon: float = 1e-6,
+    overlap: bool = False,
+) -> None:
+    """One launch on x [M, K] and parts [P, M, K] -> y [M, K], all float32 and dense, which may be x, and its INT8."""
+    m, k = x.shape
+    operands: dict[str, Value] = {
+        "x": x, "parts": parts, "gate": gate, "gain": gain, "shift": shift, "y": y, "x_q": x_q, "x_scale": x_scale,
+    }  # fmt: skip
+    instance = kernels.residual_quantize(m, k, len(parts), hadamard or "NONE")
+    run(instance, {**operands, "depth": k, "slab_tokens": slab_tokens, "epsilon": epsilon}, overlap)
+
+
 def hadamard_quantize(
     x: torch.Tensor, x_q: torch.Tensor, x_scale: torch.Tensor, slab_tokens: int = 0, overlap: bool = False
 ) -> None:
@@ -273,8 +302,50 @@ def attention(
     """One launch; every operand is a matrix with a row a token, dense within a row. `past`: int32, keys of k that count.
     meeting: `partial` and `counters` of a SplitAttention, by default `meeting_place`'s."""
     tokens, kv_heads = len(q) // images, k.shape[1] // tactic.dims
+    arguments = _attention_arguments(q, k, v, out, own_k, own_v, images, past, cache_ready, tactic.dims)
+    if isinstance(tactic, SplitAttention):
+        sizes = tokens, kv_heads, images
+        partial, counters = meeting or meeting_place(tactic.partial_words(*sizes), tactic.groups(*sizes))
+        arguments |= {"partial": partial, "counters": counters}
+    run(tactic.instance(tokens, kv_heads, images), arguments, overlap)
+
+
+def projected_attention(
+    tactic: ProjectedAttention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    weight: torch.Tensor,
+    parts: torch.Tensor,
+    own_k: torch.Tensor | None = None,
+    own_v: torch.Tensor | None = None,
+    *,
+    past: torch.Tensor | None = None,
+    cache_ready: bool = False,
+    overlap: bool = False,
+) -> None:
+    """One launch on operands as those of `attention` and a weight packed by `pack_head_weight` -> parts float32 [heads, tokens,
+    width]."""
+    dims = WgmmaAttention.dims
+    arguments = _attention_arguments(q, k, v, parts[0], own_k, own_v, 1, past, cache_ready, dims)
+    instance = tactic.instance(len(q), q.shape[1] // dims, parts.shape[-1])
+    run(instance, arguments | {"weight": weight}, overlap)
+
+
+def _attention_arguments(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    own_k: torch.Tensor | None,
+    own_v: torch.Tensor | None,
+    images: int,
+    past: torch.Tensor | None,
+    cache_ready: bool,
+    dims: int,
+) -> dict[str, Value]:
     own_keys, own_stride = (0, 0) if own_k is None else (len(own_k), own_k.stride(0))
-    arguments = {
+    return {
         "q": q,
         "k": k,
         "v": v,
@@ -282,7 +353,7 @@ def attention(
         "own_v": own_v,
         "out": out,
         "past": past,
-        "tokens": tokens,
+        "tokens": len(q) // images,
         "keys": len(k) // images if past is None else 0,
         "own_keys": own_keys,
         "q_stride": q.stride(0),
@@ -290,13 +361,8 @@ def attention(
         "own_stride": own_stride,
         "out_stride": out.stride(0),
         "cache_ready": int(cache_ready),
-        "scale": tactic.dims**-0.5,
+        "scale": dims**-0.5,
     }
-    if isinstance(tactic, SplitAttention):
-        sizes = tokens, kv_heads, images
-        partial, counters = meeting or meeting_place(tactic.partial_words(*sizes), tactic.groups(*sizes))
-        arguments |= {"partial": partial, "counters": counters}
-    run(tactic.instance(tokens, kv_heads, images), arguments, overlap)
 
 
 @functools.cache
