@@ -37,7 +37,13 @@ REGISTERS = 65536  # of a multiprocessor, on every GPU of plugins/gpu.py
 OTHER_REGISTERS = 64  # of a thread, beside accumulators
 ADDRESSES = 24  # registers of a thread, beside accumulators and operands
 TENSOR_CORES = 4  # of a multiprocessor
-UNMEASURED = ("float_patches", "geglu", "epilogue", "dequantize_weight")  # in no program that was: taken for an average one
+UNMEASURED = (
+    "float_patches",
+    "geglu",
+    "epilogue",
+    "dequantize_weight",
+    "residual_quantize",
+)  # in no program that was: taken for an average one
 
 Sizes = Mapping[str, Any]
 
@@ -319,9 +325,13 @@ def _attention_shared(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> 
 def _attention_wgmma(launch: Launch, template: Mapping[str, str], gpu: Gpu) -> Terms:
     row_groups, key_groups, keys, split = (int(template[n]) for n in ("ROW_GROUPS", "KEY_GROUPS", "KEYS", "SPLIT"))
     turns = -(-launch.blocks // gpu.multiprocessors)
-    walked = turns * -(-_keys(launch, int(template["HEADS"]), 256) // (split * key_groups * keys))
-    operations = walked * 64 * row_groups * key_groups * keys * 256 * 2 / gpu.known("bf16_rate")
-    return Terms("attention_wgmma", {"cluster": float(split > 1)}, operations=operations, activations=launch.moved)
+    outputs = int(template.get("OUTPUTS", 0))  # of a block, of the projection behind it: as much work as outputs / 2 keys
+    seen = _keys(launch, int(template["HEADS"]), 256) - split * outputs // 2
+    walked = turns * -(-seen // (split * key_groups * keys))
+    operations = 64 * row_groups * 256 * (walked * key_groups * keys * 2 + turns * outputs) / gpu.known("bf16_rate")
+    weights = 2.0 * launch.blocks * outputs * 256
+    counts = {"cluster": (split > 1) * (2.0 if outputs else 1.0)}
+    return Terms("attention_wgmma", counts, operations=operations, activations=launch.moved - weights, weights=weights)
 
 
 def _keys(launch: Launch, heads: int, dims: int) -> int:

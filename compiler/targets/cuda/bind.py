@@ -17,6 +17,7 @@ from duq.compiler.targets.cuda.bind_linears import linear, matmul
 from duq.compiler.targets.cuda.binder import Binder, Quantized
 from duq.compiler.targets.cuda.choose import Chosen
 from duq.compiler.targets.cuda.launches import Argument, Arguments, Launch, Matrix, Program, Weight
+from duq.compiler.targets.cuda.projections import Projection
 from duq.compiler.targets.cuda.specialize import Size, Sized
 from duq.compiler.targets.cuda.weights import Weights
 from duq.compiler.targets.fuse import expect
@@ -128,6 +129,9 @@ def quantize(binder: Binder, op: Quantize) -> None:
     x_q = binder.new(f"{op.name}.x_q", slabs or x.rows, padded, "signed char")
     scale = binder.new(f"{op.name}.x_scale", x.rows, 1, "float")
     kind, turn, block, vectors = _transforms(binder, op.norm, op.operands)
+    if op.x in binder.unsummed:
+        _sum_and_quantize(binder, op, Quantized(x_q, scale), turn, vectors, slabs)
+        return
     alone = kind == "PLAIN" and x.type == "Bf16" and turn == 64 and not any(vectors.values()) and padded == x.columns
     if alone and x.rows > SMALL_M and x.columns in kernels.HADAMARD_DEPTHS:
         instance = kernels.hadamard_quantize(x.rows, x.columns)
@@ -138,6 +142,22 @@ def quantize(binder: Binder, op: Quantize) -> None:
     arguments |= dict(x=x, x_q=x_q, x_scale=scale, row_stride=x.stride, slab_tokens=slabs)
     binder.launch(op, f"{op.name} (quantize)", instance, arguments, [x], [x_q, scale])
     binder.quantized[op.node.outputs[0]] = Quantized(x_q, scale)
+
+
+def _sum_and_quantize(
+    binder: Binder, op: Quantize, to: Quantized, turn: str | int, vectors: dict[str, Argument], slabs: int
+) -> None:
+    """The residual stream of the parts that attention has left, and its INT8."""
+    y, total = binder.values[op.x], binder.unsummed.pop(op.x)
+    gain, shift = vectors.pop("gain"), vectors.pop("shift")
+    expect(to.x.columns == y.columns and y.is_dense and not any(vectors.values()), op.name)
+    instance = kernels.residual_quantize(y.rows, y.columns, total.parts.rows // y.rows, turn)
+    arguments: Arguments = dict(
+        x=total.residual, parts=total.parts, gate=total.gate, gain=gain, shift=shift, y=y, x_q=to.x,
+        x_scale=to.scale, depth=y.columns, slab_tokens=slabs, epsilon=_epsilon(op.norm),
+    )  # fmt: skip
+    binder.launch(op, f"{op.name} (quantize)", instance, arguments, [total.residual, total.parts], [y, to.x, to.scale])
+    binder.quantized[op.node.outputs[0]] = to
 
 
 def rotate(binder: Binder, op: Rotate) -> None:
@@ -191,22 +211,39 @@ def attention(binder: Binder, op: Attention) -> None:
     in_cache = any(k.buffer is cache.buffer for cache in binder.caches.values())
     past = binder.past if in_cache else None
     keys = k.rows - binder.prefix_rows if in_cache else k.rows // images
-    out = binder.new(str(op.out.name), q.rows, q.columns, "Bf16")
     expect(k.stride == v.stride and (own_k is None or own_v is None or own_k.stride == own_v.stride), op.name)
-
-    tactic = _with_heads(binder.chosen.attention[op], op)
-    instance = tactic.instance(rows, op.kv_heads, images)
     arguments: Arguments = dict(
-        q=q, k=k, v=v, own_k=own_k, own_v=own_v, out=out, past=past, tokens=rows, keys=keys, own_keys=own_rows,
-        q_stride=q.stride, kv_stride=k.stride, own_stride=own_k.stride if own_k else 0, out_stride=out.stride,
+        q=q, k=k, v=v, own_k=own_k, own_v=own_v, past=past, tokens=rows, keys=keys, own_keys=own_rows,
+        q_stride=q.stride, kv_stride=k.stride, own_stride=own_k.stride if own_k else 0,
         cache_ready=int(in_cache and binder.caches_complete),  # may be read before the launch ahead has ended
         scale=op.scale,
     )  # fmt: skip
-    shared = _shared_by_blocks(binder, op, tactic, rows, images)
     reads = [each for each in (q, k, v, own_k, own_v, past) if each]
     work = 4.0 * q.rows * (k.rows // images + own_rows) * q.columns
-    binder.launch(op, op.name, instance, arguments | shared, reads, [out, *shared.values()], work)
+    if op in binder.chosen.projections:
+        _project(binder, op, binder.chosen.projections[op], arguments, reads, work)
+        return
+    out = binder.new(str(op.out.name), q.rows, q.columns, "Bf16")
+    tactic = _with_heads(binder.chosen.attention[op], op)
+    instance = tactic.instance(rows, op.kv_heads, images)
+    shared = _shared_by_blocks(binder, op, tactic, rows, images)
+    arguments |= dict(out=out, out_stride=out.stride, **shared)
+    binder.launch(op, op.name, instance, arguments, reads, [out, *shared.values()], work)
     binder.values[op.out] = out
+
+
+def _project(
+    binder: Binder, op: Attention, projection: Projection, arguments: Arguments, reads: list[Matrix], work: float
+) -> None:
+    """The attention and its output projection, what each head adds to that as rows of its own."""
+    linear, tactic = projection.linear, projection.tactic
+    (k, n), m = shape_of(linear.weight), binder.sized.rows[op.q]
+    parts = binder.new(f"{linear.name} (parts)", op.heads * m, n, "float")
+    arguments |= dict(out=parts, out_stride=n, weight=binder.weights.head_slabs(linear.weight, n // tactic.split))
+    name = f"{op.name}+{linear.name.rpartition('.')[2]}"
+    instance = tactic.instance(m, op.heads, n)
+    binder.launch(op, name, instance, arguments, reads, [parts], work + 2.0 * m * n * k, 2 * n * k)
+    binder.of_heads[linear] = parts
 
 
 def _shared_by_blocks(binder: Binder, op: Attention, tactic: Any, rows: int, images: int) -> dict[str, Matrix]:

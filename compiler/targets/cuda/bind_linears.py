@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from duq.compiler.targets.cuda.binder import Binder
+from duq.compiler.targets.cuda.binder import Binder, Parts
 from duq.compiler.targets.cuda.gemm import FloatGemm, Gemm
 from duq.compiler.targets.cuda.launches import BYTES, Argument, Arguments, Matrix, Weight
 from duq.compiler.targets.cuda.specialize import float_weight_bits
@@ -26,7 +26,8 @@ from duq.plugins import kernels
 
 
 def linear(binder: Binder, op: Linear) -> None:
-    y = _BY_KERNEL[binder.sized.linears[op].kernel](binder, op)
+    computed = _projected if op in binder.of_heads else _BY_KERNEL[binder.sized.linears[op].kernel]
+    y = computed(binder, op)
     epilogue = op.epilogue
     if epilogue.rotation is not None:
         if not _computes_rotation(binder, op):
@@ -158,6 +159,17 @@ def _small_m(binder: Binder, op: Linear) -> Matrix:
     writes = [y, *cached, *_written(normed), *_written(shared)]
     instance = gemm.instance(tactic)
     binder.launch(op, op.name, instance, arguments, reads, writes, 2.0 * m * n * k, n * k * gemm.bits // 8)
+    return y
+
+
+def _projected(binder: Binder, op: Linear) -> Matrix:
+    """No launch: attention's has left parts, which the quantizer behind adds to the residual stream, in y."""
+    epilogue, parts = op.epilogue, binder.of_heads[op]
+    y = binder.new_output(epilogue, binder.sized.linears[op].rows, parts.columns)
+    residual = _residual(binder, op, y)
+    assert residual is not None
+    gate = None if epilogue.gate is None else binder.weights.table(epilogue.gate)
+    binder.unsummed |= dict.fromkeys(epilogue.results, Parts(residual, parts, gate))
     return y
 
 

@@ -22,11 +22,20 @@ from duq.compiler.targets.cuda.launches import (
 from duq.compiler.targets.cuda.specialize import Size, Sized
 from duq.compiler.targets.cuda.weights import Weights
 from duq.compiler.targets.fuse import expect
-from duq.compiler.targets.ops import Epilogue, Norm, Op
+from duq.compiler.targets.ops import Epilogue, Linear, Norm, Op
 from duq.plugins import kernels
 from duq.plugins.gpu import Gpu
 from duq.plugins.kernel import Instance
 from duq.runtime.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a sum has yet to be made of: residual + gate * the sum of parts float32 [count * rows, columns]."""
+
+    residual: Matrix
+    parts: Matrix
+    gate: Argument
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,8 @@ class Binder:
         self.launches: list[Launch] = []
         self.caches_complete = bool(self.caches)  # before the first launch: by the graph before this one
         self.integers = Integers(model, self._input_shapes(), {"cameras": self.size.cameras, "prompt": self.size.prompt})
+        self.of_heads: dict[Linear, Matrix] = {}  # of output projections that their attention computes, the heads' parts
+        self.unsummed: dict[ir.Value, Parts] = {}  # of values that their first reader sums and writes
         self.prepared: dict[ir.Value, tuple[Matrix, Matrix]] = {}  # x * gain and sums of squares, for a norm of x
         self._written_norms: dict[Norm, Matrix] = {}
 

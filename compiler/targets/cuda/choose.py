@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from duq.compiler.targets.cuda.gemm import AnyGemm, Gemm, IntegerTactic, Tactic, Tuner
+from duq.compiler.targets.cuda.projections import Projection, projections
 from duq.compiler.targets.cuda.specialize import Sized
 from duq.compiler.targets.ops import Attention, Linear, Quantize
 from duq.plugins import tactics
@@ -35,9 +36,16 @@ class Chosen:
     floating: dict[Linear, GemmFloat] = field(default_factory=dict)
     attention: dict[Attention, tactics.AttentionTactic] = field(default_factory=dict)
     layouts: dict[Quantize, Layout] = field(default_factory=dict)
+    projections: dict[Attention, Projection] = field(default_factory=dict)
+
+    @property
+    def projected(self) -> set[Linear]:
+        """The linears that are computed with their attention."""
+        return {each.linear for each in self.projections.values()}
 
     def __str__(self) -> str:
-        each = [*self.integer.items(), *self.floating.items(), *self.attention.items()]
+        projected = [(op, projection.tactic) for op, projection in self.projections.items()]
+        each = [*self.integer.items(), *self.floating.items(), *self.attention.items(), *projected]
         layouts = [f"{op.name} (quantize): {layout}" for op, layout in self.layouts.items()]
         return "\n".join([*(f"{op.name}: {tactic}" for op, tactic in each), *layouts]) + "\n"
 
@@ -50,7 +58,8 @@ def gemms_of(graphs: Iterable[Sized]) -> list[AnyGemm]:
 
 def choose(sized: Sized, gpu: Gpu, tuner: Tuner) -> Chosen:
     """Raises KernelError, which names the linear, for sizes that no kernel takes."""
-    chosen = Chosen()
+    chosen = Chosen(projections=projections(sized, gpu))
+    projected = chosen.projected
     for op in sized.ops:
         match op:
             case Quantize():
@@ -59,11 +68,11 @@ def choose(sized: Sized, gpu: Gpu, tuner: Tuner) -> Chosen:
                 tactic = _tactic(op.name, sized.linears[op].gemm, tuner, chosen.layouts[op.quantize].slab_tokens)
                 assert not isinstance(tactic, GemmFloat)
                 chosen.integer[op] = tactic
-            case Linear() if sized.linears[op].gemm is not None:
+            case Linear() if sized.linears[op].gemm is not None and op not in projected:
                 tactic = _tactic(op.name, sized.linears[op].gemm, tuner, None)
                 assert isinstance(tactic, GemmFloat)
                 chosen.floating[op] = tactic
-            case Attention():
+            case Attention() if op not in chosen.projections:
                 chosen.attention[op] = _attention(op, sized, gpu)
     return chosen
 

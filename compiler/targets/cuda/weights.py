@@ -21,6 +21,7 @@ from duq.plugins.layout import (
     pack_bitblas,
     pack_float_fragments,
     pack_fragments,
+    pack_head_slabs,
     pack_int4_fragments,
 )
 
@@ -77,6 +78,15 @@ class Weights:
             return pack_float_fragments(to_bf16(_in_order(array_of(weight).T, order)))
 
         return self._add(f"{record(weight).title}.bf16.fragments{_suffix(order)}", "uint4", 2 * n * k, compute)
+
+    def head_slabs(self, weight: ir.Value, rows: int) -> Weight:
+        """Float weight [K, N] of an output projection as bf16 slabs of a head's channels and `rows` of N."""
+        k, n = shape_of(weight)
+
+        def compute() -> np.ndarray:
+            return pack_head_slabs(to_bf16(array_of(weight).T), rows)
+
+        return self._add(f"{record(weight).title}.bf16.heads.{rows}", "uint4", 2 * n * k, compute)
 
     def int4_fragments(self, weight: ir.Value, order: str) -> Weight:
         """INT4 weight [N, K] of a float GEMM as fragments, its rows [N] in the order of an epilogue."""
