@@ -1,6 +1,6 @@
 """Times every candidate tactic of the policy's GEMMs, checks each, and prints the best beside torch's GEMMs.
 
-    python -m benchmarks.gemm_integer [--only expert|prefix] [--bits 4 8] [--json FILE] [--table FILE]
+    python -m benchmarks.gemm_integer [--only expert|prefix|vision] [--bits 4 8] [--json FILE] [--table FILE]
 
 Weights are rotated through more memory than L2 holds and launches are replayed from a CUDA graph. Every tactic's bf16
 output is compared bit for bit with the definition; the best one's int32 output with the exact accumulators.
@@ -23,10 +23,14 @@ from tests.support import launch
 
 EXPERT = {"qkv": (2560, 1024), "o": (1024, 2048), "gate-up": (8192, 1024), "down": (1024, 4096)}
 PREFIX = {"qkv": (2560, 2048), "o": (2048, 2048), "gate-up": (32768, 2048), "down": (2048, 16384)}
+VISION = {"qkv": (3456, 1152), "out": (1152, 1152), "fc1": (4352, 1152), "fc2": (1152, 4352)}  # 4304 channels padded
 ROTATED_BYTES = 256 << 20  # five times the L2 of an H100
 
 
 def problems(only: str | None) -> list[tuple[str, int, int, int]]:
+    """Of the expert and the prefix; the vision's are in float by default, and tried where asked for."""
+    if only == "vision":
+        return [(f"vision {name}", m, *shape) for m in (256, 512, 768) for name, shape in VISION.items()]
     chosen = []
     if only != "prefix":
         chosen += [(f"expert {name}", 50, *shape) for name, shape in EXPERT.items()]
@@ -197,7 +201,7 @@ def row(r: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["expert", "prefix"])
+    parser.add_argument("--only", choices=["expert", "prefix", "vision"])
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 8], choices=[4, 8])
     parser.add_argument("--json", type=Path, help="all timings")
     parser.add_argument("--table", type=Path, help="the best of each, as plugins/tactics_sm90.json")

@@ -38,10 +38,10 @@ SCHEMES = {
     "fp32": Scheme("PyTorch fp32", "none", engine=False),
     "none": Scheme("engine, float", "none"),
     "w4a8-llm": Scheme("W4A8, language model", "llm", PLAIN),
-    "w4a8": Scheme("W4A8, and the expert's MLPs: the default", "llm+expert-mlp", PLAIN),
-    "w4a8-compensated": Scheme("the default, --compensate", "llm+expert-mlp", {"compensate": True}),
+    "w4a8": Scheme("W4A8, and the expert's MLPs, not compensated", "llm+expert-mlp", PLAIN),
+    "w4a8-compensated": Scheme("the same, compensated: the default", "llm+expert-mlp", {"compensate": True}),
     "w4a8-all": Scheme("W4A8, all linears", "all", PLAIN),
-    "w4a8-all-compensated": Scheme("all linears, --compensate", "all", {"compensate": True}),
+    "w4a8-all-compensated": Scheme("all linears, compensated", "all", {"compensate": True}),
     "w4a8-all-auto-bits": Scheme("all linears, --auto-bits 5", "all", PLAIN | {"auto_bits": 5.0}),
     "w4a16": Scheme("W4A16, all linears", "all", PLAIN | {"activation_bits": 0}),
     "w8a8": Scheme("W8A8, all linears", "all", PLAIN | {"weight_bits": 8}),
@@ -49,8 +49,8 @@ SCHEMES = {
     "reference-all": Scheme("original scheme, all linears", "all", {"scheme": "reference"}, engine=False),
     "euler-5": Scheme("engine, float, --num-steps 5", "none", num_steps=5),
     "ab2-5": Scheme("engine, float, --solver ab2 --num-steps 5", "none", solver="ab2", num_steps=5),
-    "w4a8-euler-5": Scheme("the default, --num-steps 5", "llm+expert-mlp", PLAIN, num_steps=5),
-    "w4a8-ab2-5": Scheme("the default, --solver ab2 --num-steps 5", "llm+expert-mlp", PLAIN, solver="ab2", num_steps=5),
+    "w4a8-euler-5": Scheme("w4a8, --num-steps 5", "llm+expert-mlp", PLAIN, num_steps=5),
+    "w4a8-ab2-5": Scheme("w4a8, --solver ab2 --num-steps 5", "llm+expert-mlp", PLAIN, solver="ab2", num_steps=5),
 }
 OF_QUANTIZATION = [name for name, scheme in SCHEMES.items() if scheme.num_steps == 10]
 

@@ -94,11 +94,11 @@ SCHEMES = {
     "duquant": Scheme("duquant", DUQUANT),
     "duquant-64": Scheme("duquant, block 64", DUQUANT | {"block_size": 64}),
     "balanced-per-tensor": Scheme("balanced, per tensor", PLAIN | PER_TENSOR),
-    "balanced": Scheme("balanced (default)", PLAIN),
+    "balanced": Scheme("balanced", PLAIN),
     "balanced-16": Scheme("- block 16", PLAIN | {"block_size": 16}),
     "balanced-128": Scheme("- block 128", PLAIN | {"block_size": 128}),
     "balanced-permuted": Scheme("- permuted", PLAIN | {"permute": True}),
-    "balanced-compensated": Scheme("- compensated", {"compensate": True}),
+    "balanced-compensated": Scheme("- compensated (default)", {"compensate": True}),
     "balanced-w4a16": Scheme("- W4A16", PLAIN | {"activation_bits": 0}),
     "balanced-w8a8": Scheme("- W8A8", PLAIN | {"weight_bits": 8}),
 }

@@ -54,8 +54,8 @@ PLAIN = {"compensate": False}
 ARMS = {
     "none": Arm("engine, float", "none"),
     "w4a8-llm": Arm("W4A8, language model", "llm", PLAIN),
-    "w4a8": Arm("W4A8, and the expert's MLPs: the default", settings=PLAIN),
-    "w4a8-compensated": Arm("the default, --compensate", settings={"compensate": True}),
+    "w4a8": Arm("W4A8, and the expert's MLPs, not compensated", settings=PLAIN),
+    "w4a8-compensated": Arm("the same, compensated: the default", settings={"compensate": True}),
     "w4a8-expert": Arm("W4A8, expert alone", "all", PLAIN | {"include": EXPERT}),
     "w4a8-llm-expert": Arm("W4A8, language model and whole expert", "all", PLAIN | {"include": f"{LLM}|{EXPERT}"}),
     "w4a8-all": Arm("W4A8, all linears", "all", PLAIN),
@@ -63,8 +63,8 @@ ARMS = {
     "w8a8": Arm("W8A8, all linears", "all", PLAIN | {"weight_bits": 8}),
     "w4a16": Arm("W4A16, all linears", "all", PLAIN | {"activation_bits": 0}),
     "duquant": Arm("duquant, the default's linears", settings={"scheme": "duquant"}),
-    "w4a8-euler-5": Arm("the default, 5 Euler steps", settings=PLAIN, solver={"num_steps": 5}),
-    "w4a8-ab2-5": Arm("the default, 5 Adams-Bashforth steps", settings=PLAIN, solver={"num_steps": 5, "solver": "ab2"}),
+    "w4a8-euler-5": Arm("w4a8, 5 Euler steps", settings=PLAIN, solver={"num_steps": 5}),
+    "w4a8-ab2-5": Arm("w4a8, 5 Adams-Bashforth steps", settings=PLAIN, solver={"num_steps": 5, "solver": "ab2"}),
     "reference": Arm("original fake quantization, the default's linears", settings={"scheme": "reference"}, engine=False),
     "bare": Arm(
         "INT4 without any transform, all linears",

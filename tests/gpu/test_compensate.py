@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
 
 from duq.compiler.quant import gpu
-from duq.compiler.quant.rounding import error_feedback, round_columns, round_compensated, round_weights, search_scales
+from duq.compiler.quant.rounding import error_feedback, round_compensated, round_weights, search_scales
 from tests.support import launch
 
 GUARD = 3  # columns past the last
@@ -19,20 +17,23 @@ GUARD = 3  # columns past the last
 @pytest.mark.parametrize("count", [1, 31, 32])
 @pytest.mark.parametrize("rows", [1, 300, 16384])
 def test_the_kernel_is_its_definition(rows, count, bits):
-    """To the bit, integers and errors: PyTorch on the CPU fuses no multiplication with an addition either."""
-    generator = torch.Generator().manual_seed(rows + count)
-    columns, carried = (torch.randn(count + GUARD, rows, generator=generator) for _ in range(2))
-    feedback = torch.randn(count, count + GUARD, generator=generator).tril_(-1).fill_diagonal_(math.nan) + torch.randn(
-        count, count + GUARD, generator=generator
-    ).triu_(1)
-    scale = torch.rand(rows, generator=generator) - 0.5
-    quantized = torch.full((count + GUARD, rows), 99, dtype=torch.int8)
-    operands = columns, scale, feedback, carried, quantized
-    w, s, f, c, q = (each.cuda() for each in operands)
-    launch.compensate(w[:count], s, f[:, :count], c[:count], q[:count], bits)
-    round_columns(columns[:count], carried[:count], scale, feedback[:, :count], quantized[:count], bits)
-    assert torch.equal(q.cpu(), quantized)  # the guard included
-    assert torch.equal(c.cpu(), carried)
+    """To the bit, integers and errors, by numpy, which fuses no multiplication with an addition either."""
+    random = np.random.default_rng(rows + count)
+    w, carried = (random.standard_normal((count + GUARD, rows), np.float32) for _ in range(2))
+    feedback = random.standard_normal((count, count + GUARD), np.float32)
+    feedback[np.tril_indices(count)] = np.nan  # never read
+    scale = random.random(rows, np.float32) - np.float32(0.5)
+    quantized = np.full((count + GUARD, rows), 99, np.int8)
+    operands = (torch.from_numpy(each).cuda() for each in (w, scale, feedback, carried, quantized))
+    columns, scales, factor, sums, integers = operands
+    launch.compensate(columns[:count], scales, factor[:, :count], sums[:count], integers[:count], bits)
+    high = (1 << (bits - 1)) - 1
+    for k in range(count):
+        q = np.clip(np.rint((w[k] + carried[k]) / scale), -high - 1, high)
+        quantized[k], carried[k] = q, w[k] - q * scale
+        carried[k + 1 : count] += feedback[k, k + 1 : count, None] * carried[k]
+    assert np.array_equal(integers.cpu().numpy(), quantized)  # the guard included
+    assert np.array_equal(sums.cpu().numpy(), carried)
 
 
 @pytest.mark.parametrize(("rows", "channels"), [(512, 2048), (100, 1000), (256, 8192)])
