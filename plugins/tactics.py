@@ -299,8 +299,8 @@ def for_suffix(cached: int, own: int) -> WgmmaAttention:
 
 
 def projected_attention(heads: int, width: int, cached: int, own: int, gpu: Gpu) -> ProjectedAttention | None:
-    """For the suffix's attention and its output projection in one launch, keys as in `for_suffix`; None where it does not fit, or
-    where its clusters, one a head, would not all run at once."""
+    """For the suffix's attention and its output projection in one launch, keys as in `for_suffix`. None where that does not fit,
+    or where its clusters, one a head, would not all run at once."""
     tactic = ProjectedAttention(for_suffix(cached, own).keys)
     at_once = gpu.multiprocessors // (2 * tactic.split)  # a GPC has room for two of 8 blocks, mostly
     return tactic if tactic.fits(gpu, width) and heads <= at_once else None

@@ -10,18 +10,18 @@
 // With cache_ready the kernels ahead do not write k and v, only q and own_k.., so that k and v are fetched while the
 // kernel ahead still runs. Where one tile a block is all there is, STAGES = 1 leaves room beside that kernel's blocks.
 //
-// With OUTPUTS the output projection follows, which saves the launch of a GEMM. HEADS is 1 then, and row = token: blockIdx.y is
-// the query head, of whom all share K and V. Once merged, the rows of o go to every block of the cluster, as bf16, and each
+// With OUTPUTS > 0 the output projection follows, which saves the launch of a GEMM. HEADS is 1 then, so that row = token, and
+// blockIdx.y is the query head; all heads share K and V. The merged rows go to every block of the cluster, as bf16, and each
 // block multiplies them by its OUTPUTS channels of the head's part of the weight (plugins/layout.py, pack_head_slabs), which it
 // began to fetch before the kernel ahead had ended. `out` is then float32 [heads][tokens][out_stride], out_stride = SPLIT *
-// OUTPUTS: the sum over the heads, in whatever order the reader pleases, is the projection.
+// OUTPUTS: what each head adds to the projection.
 //
 // In shared memory a matrix [rows, 256] is four slabs of 64 channels, [rows][128 bytes], each row's 16-byte pieces
 // exchanged by piece ^ (row % 8), the 128-byte swizzle. For q and k this is the layout with channels, the depth, along
 // the row; for v, whose depth is the keys, the transposed one: the same bytes and another descriptor.
 //
-// grid (ceil(tokens * HEADS / (64 ROW_GROUPS)) * SPLIT, kv heads (OUTPUTS: heads), images), block 128 (ROW_GROUPS KEY_GROUPS + HELPERS),
-// cluster (SPLIT, 1, 1), shared memory as in plugins/kernels/attention_wgmma.py.
+// grid (ceil(tokens * HEADS / (64 ROW_GROUPS)) * SPLIT, kv heads or with OUTPUTS query heads, images), block 128 (ROW_GROUPS
+// KEY_GROUPS + HELPERS), cluster (SPLIT, 1, 1), shared memory as in plugins/kernels/attention_wgmma.py.
 #include "attention.cuh"
 #include "cluster.cuh"
 #include "wgmma_attention.cuh"  // generated, for 8 SCORES8 = KEYS and, if any, OUTPUTS
@@ -175,7 +175,7 @@ attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
   __shared__ float logarithms[ROWS];                       // [SPLIT][ROWS / SPLIT]
   constexpr int STAGED = ROWS * ROW, WEIGHT = OUTPUTS * DIMS * 2;  // bytes
   constexpr int RING = STAGES * 2 * MATRIX;
-  unsigned char* const rows_of_o = ring + STAGED;  // [ROWS, 256]; the ring is over when they come
+  unsigned char* const rows_of_o = ring + STAGED;  // [ROWS, 256], merged; by then the ring is free
   const unsigned weight_address = ring_address + (RING > 2 * STAGED ? RING : 2 * STAGED);
   if (SPLIT > 1 && threadIdx.x == 0) {
     init(&arrived);
@@ -296,7 +296,7 @@ attention_wgmma(const Bf16* q, const Bf16* k, const Bf16* v, const Bf16* own_k, 
         *reinterpret_cast<uint4*>(out + size_t(row / HEADS) * out_stride + row % HEADS * DIMS + 8 * lane) = piece;
       });
     } else {
-      // Whoever has sent a part of these rows is done with its ring, but for what it sends.
+      // A block that has sent its part of these rows is done with its ring, but for what it sends from there.
       merge_received<ROWS, SPLIT>(received, logarithms, rank, of_tile, [&](int row, uint4 piece) {
 #pragma unroll
         for (int to = 0; to < SPLIT; ++to) send(piece, rows_of_o + offset_of(ROWS, row, lane), &merged, to);

@@ -73,6 +73,27 @@ def test_a_gpu_with_other_data_would_not_have_taken_these_times(changed, monkeyp
     assert fit_latency.worst(fit_latency.kernel_errors(MEASURED, constants())) > 0.20
 
 
+def test_attention_with_its_projection_takes_longer_than_without_and_less_than_both():
+    """50 tokens, 868 keys, a weight of 4 MB."""
+    work, moved, sizes = 4.0 * 50 * 868 * 2048, 1.3e6, {"tokens": 50, "rows": 1024, "depth": 2048}
+    product, weight = 2.0 * 50 * 1024 * 2048, 2.0 * 1024 * 2048
+    attention, both, o = (
+        time_of(Launch(kernel, *counts, grid, threads, shared, sizes, clusters=True), H200).seconds
+        for kernel, counts, grid, threads, shared in (
+            ("attention_wgmma<8, 1, 1, 112, 1, 8, 0, 0, Bf16>", (work, moved), (56, 1, 1), 128, 147456),
+            (
+                "attention_wgmma<1, 1, 1, 112, 1, 8, 0, 128, float>",
+                (work + product, moved + weight),
+                (8, 8, 1),
+                128,
+                212992,
+            ),
+            ("gemm_float<1, 7, 8, 2, 2, false, NONE, float, 16>", (product, moved + weight), (64, 2, 1), 256, 118784),
+        )
+    )
+    assert attention < both < attention + o
+
+
 @pytest.mark.parametrize("card", PUBLIC, ids=lambda card: card.name)
 def test_nothing_is_faster_than_the_gpu(card):
     for launch in LAUNCHES:

@@ -34,7 +34,7 @@ def projections(sized: Sized, gpu: Gpu) -> dict[Attention, Projection]:
 
 
 def _projection(op: Attention, sized: Sized, gpu: Gpu) -> Projection | None:
-    """Not of pi0's state token, which runs beside the prefix: a cluster a head would take multiprocessors from that for a row."""
+    """Not of pi0's state token, which runs beside the prefix: for one row, a cluster a head would take multiprocessors from it."""
     rows = sized.rows[op.q]
     if op.own is None or op.branch or op.each_image or op.kv_heads > 1 or op.dims != DIMS or rows > SMALL_M:
         return None
@@ -57,18 +57,21 @@ def _readers(value: ir.Value, sized: Sized) -> list[Op]:
 
 def _is_sum_of_heads(op: Linear, sized: Sized) -> bool:
     """Whether it is residual + x W (* gate), of floats, with nothing left for a norm."""
-    epilogue, linear = op.epilogue, sized.linears[op]
+    e, linear = op.epilogue, sized.linears[op]
     more = (
-        epilogue.bias
-        or epilogue.bias_table
-        or epilogue.activation
-        or epilogue.parts
-        or epilogue.rotation
-        or epilogue.joined
+        e.bias,
+        e.bias_table,
+        e.activation,
+        e.parts,
+        e.rotation,
+        e.joined,
+        e.multistep,
+        op.operands,
+        op.norm,
+        linear.leaves,
     )
-    plain = not more and epilogue.multistep is None and not epilogue.out.is_graph_output() and epilogue.type == "float"
-    of_floats = linear.kernel == "small M" and not op.operands and op.norm is None
-    return plain and of_floats and epilogue.residual is not None and linear.leaves is None
+    in_stream = e.residual is not None and e.type == "float" and not e.out.is_graph_output()
+    return linear.kernel == "small M" and in_stream and not any(more)
 
 
 def _can_sum(op: Quantize) -> bool:
