@@ -52,7 +52,9 @@ def wait():
     time.sleep(60)
 
 path = Path(sys.argv[1])
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's children, perhaps these tests, ignore it
+# These tests may be a child of nohup, which ignores one, or run in the background of a shell, where the other is ignored.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 {f"signal.signal({ignored}, signal.SIG_IGN)" if ignored else ""}
 with one_line_errors():
 {textwrap.indent(WRITERS[kind], "    ")}
