@@ -47,11 +47,11 @@ arms() { python3 "$here/arms.py" "$directory/policy" --out "$directory/arms" --s
 # Processes at once, since one would wait for its interpreter: most simulators for the arms that matter most, and fewer for the others,
 # for disturbed pictures and for the official places. Each stops in time, at equal numbers of episodes of its own arms.
 evaluate() {
-  beside some 1 6 permuted 0 fp32 w4a8 w4a8-llm-expert
-  beside some 2 5 permuted 0 none w4a8-llm naive-W4A8
-  beside some 3-others 5 permuted 0 w4a8-compensated w4a8-all w4a8-expert w8a8 w8a8-vision w4a16 duquant reference bare w4a8-euler-5 w4a8-ab2-5 naive-W4A4 replay
-  beside some 4-noise 2 permuted "${NOISE:-30}" fp32 w4a8 w4a8-llm-expert bare naive-W4A8
-  beside some 5-official 2 official 0 fp32 w4a8 replay
+  beside some 1 6 permuted 0 fp32 w4a8-compensated w4a8-llm-expert
+  beside some 2 5 permuted 0 none w4a8 w4a8-llm naive-W4A8
+  beside some 3-others 5 permuted 0 w4a8-all w4a8-expert w8a8 w8a8-vision w4a16 duquant reference bare w4a8-euler-5 w4a8-ab2-5 naive-W4A4 replay
+  beside some 4-noise 2 permuted "${NOISE:-30}" fp32 w4a8-compensated w4a8-llm-expert bare naive-W4A8
+  beside some 5-official 2 official 0 fp32 w4a8-compensated replay
   all_ended
 }
 some() { # FILE SHARE PLACES NOISE ARM...
