@@ -152,9 +152,13 @@ def is_time_table(value: ir.Value | None) -> bool:
 
 
 def check_records(model: ir.Model, constant_size: int = 4096) -> None:
-    """GraphError if an initializer that is no small constant has no record: passes of others keep what they do not know."""
+    """GraphError if an initializer that is no small constant has no record: passes of others keep what they do not know.
+
+    A mask is a constant of any size: it grows with the square of the action horizon, and no weight is of booleans.
+    """
     for value in model.graph.initializers.values():
         tensor = value.const_value
-        large = tensor is not None and (isinstance(tensor, ir.LazyTensor) or tensor.size > constant_size)
-        if large:
+        if tensor is None or tensor.dtype == ir.DataType.BOOL:
+            continue
+        if isinstance(tensor, ir.LazyTensor) or tensor.size > constant_size:
             record(value)

@@ -9,12 +9,14 @@ import pytest
 from rich.progress import Progress
 
 from duq.compiler.checkpoint import load_checkpoint
+from duq.compiler.checkpoint.synthetic import make_checkpoint
 from duq.compiler.graph.export import export
 from duq.compiler.graph.passes.merge import merge_quantized_linears
 from duq.compiler.model import build_model, timesteps
 from duq.compiler.phases import passes_of, rewrite
-from duq.compiler.pipeline import PHASES, TARGETS, quantize_checkpoint
-from duq.compiler.quant import load_recipe
+from duq.compiler.pipeline import PHASES, TARGETS, compile_policy, quantize_checkpoint
+from duq.compiler.quant import Quantization, Recipe, load_recipe
+from duq.compiler.targets import Options
 from duq.plugins import ops
 from duq.runtime.executors.cpu import CpuExecutor
 from duq.runtime.plan import Plan
@@ -112,3 +114,13 @@ def test_float_plan_equals_pytorch(policy, tiny_plans, tmp_path):
         np.testing.assert_allclose(actions, reference(model, inputs, noise, num_steps=4), atol=1e-3)
         again, _ = executor.run(inputs, noise)
         np.testing.assert_array_equal(actions, again)
+
+
+def test_long_chunks_equal_pytorch(tmp_path):
+    """Masks grow with the square of the chunk, and are no weights however large they are."""
+    checkpoint = load_checkpoint(make_checkpoint(tmp_path / "checkpoint", "tiny", action_horizon=64))
+    with Progress(disable=True) as progress:
+        compile_policy(checkpoint, Quantization(Recipe()), tmp_path / "engine.plan", Options(num_steps=2), progress)
+    inputs, noise = make_inputs(checkpoint.config, (True, False, False), 5), make_noise(checkpoint.config)
+    actions, _ = CpuExecutor(Plan(tmp_path / "engine.plan"), threads=1).run(inputs, noise)
+    np.testing.assert_allclose(actions, reference(build_model(checkpoint), inputs, noise, num_steps=2), atol=1e-3)

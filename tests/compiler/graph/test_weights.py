@@ -61,6 +61,8 @@ def test_a_weight_that_lost_its_record_is_an_error_of_the_pass():
     with pytest.raises(GraphError, match="pass lose .*: w.weight has no record"):
         Pass(lose, "for this test", lambda graphs: 1).run(Graphs(model, small_graph(), None, 1))
     large = small_graph()
+    initializer(large.graph, "mask", np.zeros((71, 71), bool))
+    check_records(large)
     initializer(large.graph, "table", np.zeros(5000, np.float32))
     with pytest.raises(GraphError, match="table has no record"):
         check_records(large)

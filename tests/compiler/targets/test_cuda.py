@@ -199,6 +199,14 @@ def test_other_recipes(policy, recipe, compiled):
     check_stages(*compiled(policy, RECIPES[recipe], "cpu", "cuda"), bound)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("horizon", "quant"), [(64, "llm+expert-mlp"), (100, "all")])
+def test_more_actions_than_the_small_tiles_take(horizon, quant, compiled, tmp_path):
+    """With the state token 65 rows; and masks of more elements than other constants have."""
+    checkpoint = synthetic.make_checkpoint(tmp_path / "checkpoint", "tiny", robot="none", action_horizon=horizon)
+    check_stages(*compiled(checkpoint, {"preset": quant}, "cpu", "cuda"), 0.03)
+
+
 @pytest.mark.parametrize(("llm", "expert"), [(320, 192)])
 def test_widths_that_only_64_divides(llm, expert, compiled, tmp_path, monkeypatch):
     heads = dict(depth=2, heads=2, kv_heads=1, head_dim=256)
