@@ -57,7 +57,7 @@ template <class T> __device__ inline Four<T> load_fresh(const Four<T>* from) {
   return bits.value;
 }
 
-// For copies and loads of what no kernel reads again soon, as weights: it leaves L2 before activations and caches do.
+// For copies of what no kernel reads again soon, as weights: it leaves L2 before activations and caches do.
 __device__ inline unsigned long long evict_first() {
   unsigned long long policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
